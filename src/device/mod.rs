@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Device state: moving a device through VFIO migration v2, and its state from one host to the other.
+
+use std::error::Error;
+use std::fmt;
+
+use thiserror::Error;
+
+/// States of `enum vfio_device_mig_state` in `linux/vfio.h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum DeviceState {
+    /// The device failed; only a reset leads out.
+    Error = 0,
+    /// No DMA, no interrupts, registers frozen.
+    Stop = 1,
+    /// Normal operation.
+    Running = 2,
+    /// Stopped, and its state can be read.
+    StopCopy = 3,
+    /// Stopped, and its state can be written.
+    Resuming = 4,
+    /// Running, but starts no DMA to other devices: P2P-quiescent.
+    RunningP2p = 5,
+    /// Running, and early parts of its state can be read.
+    PreCopy = 6,
+    /// P2P-quiescent, and early parts of its state can be read.
+    PreCopyP2p = 7,
+}
+
+impl DeviceState {
+    /// Every state, by number.
+    pub const ALL: [Self; 8] = [
+        Self::Error,
+        Self::Stop,
+        Self::Running,
+        Self::StopCopy,
+        Self::Resuming,
+        Self::RunningP2p,
+        Self::PreCopy,
+        Self::PreCopyP2p,
+    ];
+
+    /// Returns the state with this uAPI number.
+    pub fn from_uapi(number: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|&state| state as u32 == number)
+    }
+}
+
+impl fmt::Display for DeviceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Error => "ERROR",
+            Self::Stop => "STOP",
+            Self::Running => "RUNNING",
+            Self::StopCopy => "STOP_COPY",
+            Self::Resuming => "RESUMING",
+            Self::RunningP2p => "RUNNING_P2P",
+            Self::PreCopy => "PRE_COPY",
+            Self::PreCopyP2p => "PRE_COPY_P2P",
+        })
+    }
+}
+
+/// Optional parts of migration v2 a device offers; STOP_COPY is what makes it migratable at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Capabilities {
+    /// RUNNING_P2P, and PRE_COPY_P2P where there is PRE_COPY.
+    pub p2p: bool,
+    /// PRE_COPY.
+    pub pre_copy: bool,
+}
+
+/// What a read of a device's state brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DataRead {
+    /// So many bytes, at least one.
+    Bytes(usize),
+    /// Nothing now, perhaps more later: the temporary end in PRE_COPY (`ENOMSG`).
+    NothingNow,
+    /// The state is complete: the end in STOP_COPY.
+    End,
+}
+
+/// How much state is left to read in PRE_COPY (`struct vfio_precopy_info`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PrecopyInfo {
+    /// Bytes that should be read before PRE_COPY is left.
+    pub initial_bytes: u64,
+    /// Bytes that may change again.
+    pub dirty_bytes: u64,
+}
+
+/// What a device was asked to do when it failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceOperation {
+    /// Telling its state.
+    State,
+    /// Moving to a state.
+    SetState(DeviceState),
+    /// Reading its migration data.
+    ReadData,
+    /// Taking its migration data.
+    WriteData,
+    /// Telling how much data is left.
+    PrecopyInfo,
+    /// Estimating its data's size.
+    DataSize,
+    /// Resetting.
+    Reset,
+}
+
+impl fmt::Display for DeviceOperation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::State => f.write_str("tell its state"),
+            Self::SetState(state) => write!(f, "move to {state}"),
+            Self::ReadData => f.write_str("hand out its migration data"),
+            Self::WriteData => f.write_str("take in its migration data"),
+            Self::PrecopyInfo => f.write_str("tell how much migration data is left"),
+            Self::DataSize => f.write_str("estimate the size of its migration data"),
+            Self::Reset => f.write_str("reset"),
+        }
+    }
+}
+
+/// A device that failed, at what, and why. Who it is, the caller knows.
+#[derive(Debug, Error)]
+#[error("Device cannot {operation}")]
+#[non_exhaustive]
+pub struct DeviceError {
+    /// What it was asked.
+    pub operation: DeviceOperation,
+    /// The interface's own error.
+    #[source]
+    pub cause: Box<dyn Error + Send + Sync>,
+}
+
+impl DeviceError {
+    /// Names the operation that `cause` stopped.
+    pub fn new(operation: DeviceOperation, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { operation, cause: cause.into() }
+    }
+}
+
+/// The migration interface of one device: kernel VFIO, a vfio-user process, a fake.
+///
+/// State numbers, orders and rules are those of `linux/vfio.h`; a back end without an optional state never sees it asked for.
+pub trait DeviceIo: Send {
+    /// What the device offers; does not change while it is open.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Reads the device's state.
+    ///
+    /// # Errors
+    /// The device does not answer.
+    fn state(&mut self) -> Result<DeviceState, DeviceError>;
+
+    /// Moves the device to `state`, through whatever lies between; returns when it is there.
+    ///
+    /// # Errors
+    /// The device stopped somewhere on the way: ask [`DeviceIo::state`] where.
+    fn set_state(&mut self, state: DeviceState) -> Result<(), DeviceError>;
+
+    /// Reads the next bytes of the device's state into `buffer`, which is not empty. For PRE_COPY and STOP_COPY.
+    ///
+    /// # Errors
+    /// The session is over: leave the state.
+    fn read_data(&mut self, buffer: &mut [u8]) -> Result<DataRead, DeviceError>;
+
+    /// Writes the next bytes of a saved state, all of them. For RESUMING.
+    ///
+    /// # Errors
+    /// The device refused them: only a reset helps.
+    fn write_data(&mut self, data: &[u8]) -> Result<(), DeviceError>;
+
+    /// Asks how much is left to read in PRE_COPY; `None` where the interface has no such question.
+    ///
+    /// # Errors
+    /// The device is not in PRE_COPY, or does not answer.
+    fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError>;
+
+    /// Asks for an estimate of the bytes STOP_COPY would bring now; `None` where the interface has no such question.
+    ///
+    /// # Errors
+    /// The device does not answer.
+    fn data_size(&mut self) -> Result<Option<u64>, DeviceError>;
+
+    /// Resets the device: it is RUNNING afterwards, with nothing of its state left.
+    ///
+    /// # Errors
+    /// The device cannot be helped.
+    fn reset(&mut self) -> Result<(), DeviceError>;
+}

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::granule::Granule;
+
+/// A page-at-a-time ledger with one cursor, as plain as can be.
+#[derive(Default)]
+struct Naive {
+    pending: BTreeSet<u64>,
+    in_flight: BTreeSet<u64>,
+    position: u64,
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// Report (source, first page, pages), then absorb.
+    Collect(Vec<(usize, u64, u64)>),
+    Mark(u64, u64),
+    BeginRound,
+    Take {
+        bytes: u64,
+        ranges: usize,
+    },
+    Commit(usize),
+    RollBack(usize),
+}
+
+const SOURCES: usize = 3;
+
+fn step() -> impl Strategy<Value = Step> {
+    let run = (0..700u64, prop_oneof![1..4u64, 1..200u64]);
+    prop_oneof![
+        4 => prop::collection::vec((0..SOURCES, 0..700u64, prop_oneof![1..4u64, 1..200u64]), 0..6).prop_map(Step::Collect),
+        1 => run.prop_map(|(page, pages)| Step::Mark(page, pages)),
+        2 => Just(Step::BeginRound),
+        6 => (0..400u64, 1..9usize).prop_map(|(pages, ranges)| Step::Take { bytes: pages << 12, ranges }),
+        3 => any::<usize>().prop_map(Step::Commit),
+        2 => any::<usize>().prop_map(Step::RollBack),
+    ]
+}
+
+fn layouts() -> impl Strategy<Value = Layout> {
+    prop::collection::vec((1..300u64, prop_oneof![Just(0u64), 1..90u64]), 1..4).prop_map(|regions| {
+        let mut next = 0;
+        let ranges: Vec<_> = regions
+            .into_iter()
+            .map(|(pages, gap)| {
+                let range = GpaRange::new((next + gap) << 12, pages << 12).unwrap();
+                next += gap + pages;
+                range
+            })
+            .collect();
+        Layout::new(ranges, Granule::KIB_4).unwrap()
+    })
+}
+
+fn pages_of(layout: &Layout, first: u64, pages: u64) -> impl Iterator<Item = u64> {
+    (first..first + pages).filter(|page| layout.region_of(page << 12).is_some())
+}
+
+fn pages_in(ranges: &[GpaRange]) -> Vec<u64> {
+    ranges.iter().flat_map(|range| (range.start() >> 12)..(range.end() >> 12)).collect()
+}
+
+fn assert_is_a_set(ranges: &[GpaRange]) {
+    for pair in ranges.windows(2) {
+        assert!(pair[0].end() < pair[1].start(), "{} and {} touch or overlap", pair[0], pair[1]);
+    }
+}
+
+impl Naive {
+    fn take(&mut self, layout: &Layout, bytes: u64, ranges: usize) -> Vec<u64> {
+        let room = (bytes >> 12).max(1);
+        let (mut taken, mut runs): (Vec<u64>, usize) = (Vec::new(), 0);
+        for page in self.pending.iter().copied().filter(|&page| page >= self.position) {
+            if self.in_flight.contains(&page) {
+                continue;
+            }
+            let joins = taken.last().is_some_and(|&last| last + 1 == page);
+            if taken.len() as u64 >= room || (!joins && runs >= ranges) {
+                break;
+            }
+            runs += usize::from(!joins);
+            taken.push(page);
+        }
+        for page in &taken {
+            assert!(layout.region_of(page << 12).is_some());
+            self.pending.remove(page);
+            assert!(self.in_flight.insert(*page), "page {page:#x} is in flight twice");
+            self.position = page + 1;
+        }
+        taken
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+
+    #[test]
+    fn the_ledger_equals_a_page_at_a_time_oracle(layout in layouts(), empty in any::<bool>(), steps in prop::collection::vec(step(), 1..60)) {
+        let mut ledger = Ledger::new(layout.clone(), SOURCES);
+        let cursor = ledger.open(if empty { Start::Empty } else { Start::Copied });
+        let mut naive = Naive::default();
+        if empty {
+            naive.pending = pages_of(&layout, 0, 2000).collect();
+        }
+        let mut flying: Vec<Chunk> = Vec::new();
+        let mut reports = [Attribution::default(); SOURCES];
+        let mut this_round: BTreeSet<u64> = BTreeSet::new();
+        for step in steps {
+            match step {
+                Step::Collect(spans) => {
+                    let mut by_page: BTreeMap<u64, BTreeSet<usize>> = BTreeMap::new();
+                    for (source, first, pages) in spans {
+                        ledger.sink(source, &IovaMap::Identity).gpa_range(GpaRange::new(first << 12, pages << 12).unwrap());
+                        for page in pages_of(&layout, first, pages) {
+                            by_page.entry(page).or_default().insert(source);
+                        }
+                    }
+                    ledger.absorb();
+                    for (page, sources) in by_page {
+                        naive.pending.insert(page);
+                        for &source in &sources {
+                            reports[source].pages += 1;
+                            reports[source].exclusive_pages += u64::from(sources.len() == 1);
+                        }
+                    }
+                    prop_assert_eq!(ledger.attribution(), &reports);
+                }
+                Step::Mark(first, pages) => {
+                    ledger.mark(GpaRange::new(first << 12, pages << 12).unwrap());
+                    naive.pending.extend(pages_of(&layout, first, pages));
+                }
+                Step::BeginRound => {
+                    ledger.begin_round(cursor);
+                    naive.position = 0;
+                    this_round.clear();
+                }
+                Step::Take { bytes, ranges } => {
+                    let chunk = ledger.take(cursor, ChunkLimits { bytes, ranges });
+                    let expected = naive.take(&layout, bytes, ranges);
+                    prop_assert_eq!(chunk.as_ref().map(|chunk| pages_in(chunk.ranges())).unwrap_or_default(), expected);
+                    if let Some(chunk) = chunk {
+                        assert_is_a_set(chunk.ranges());
+                        prop_assert_eq!(chunk.bytes(), chunk.ranges().iter().map(|range| range.len()).sum::<u64>());
+                        for page in pages_in(chunk.ranges()) {
+                            prop_assert!(this_round.insert(page), "page twice in one round");
+                        }
+                        flying.push(chunk);
+                    }
+                }
+                Step::Commit(pick) if !flying.is_empty() => {
+                    let chunk = flying.swap_remove(pick % flying.len());
+                    for page in pages_in(chunk.ranges()) { naive.in_flight.remove(&page); }
+                    ledger.commit(chunk);
+                }
+                Step::RollBack(pick) if !flying.is_empty() => {
+                    let chunk = flying.swap_remove(pick % flying.len());
+                    for page in pages_in(chunk.ranges()) { naive.in_flight.remove(&page); naive.pending.insert(page); }
+                    ledger.roll_back(chunk);
+                }
+                Step::Commit(_) | Step::RollBack(_) => {}
+            }
+            let expected = Outstanding { pending_bytes: (naive.pending.len() as u64) << 12, in_flight_bytes: (naive.in_flight.len() as u64) << 12 };
+            prop_assert_eq!(ledger.outstanding(cursor), Some(expected));
+        }
+    }
+
+    #[test]
+    fn acknowledgements_in_any_order_never_lose_or_double_a_page(
+        writes in prop::collection::vec((0..300u64, 1..20u64), 1..40), acks in prop::collection::vec(any::<usize>(), 40),
+    ) {
+        // The receiver holds the version of each page its last applied copy carried; an ACK speaks of the copy it belongs to.
+        let layout = Layout::new([GpaRange::new(0, 320 << 12).unwrap()], Granule::KIB_4).unwrap();
+        let mut ledger = Ledger::new(layout, 1);
+        let cursor = ledger.open(Start::Empty);
+        let (mut memory, mut receiver) = ([0u32; 320], [u32::MAX; 320]);
+        let mut flying: Vec<(Chunk, Vec<(usize, u32)>)> = Vec::new();
+        let index = |page: u64| usize::try_from(page).unwrap();
+        for ((first, pages), ack) in writes.into_iter().zip(acks) {
+            for page in first..first + pages { memory[index(page)] += 1; }
+            ledger.sink(0, &IovaMap::Identity).gpa_range(GpaRange::new(first << 12, pages << 12).unwrap());
+            ledger.absorb();
+            ledger.begin_round(cursor);
+            if let Some(chunk) = ledger.take(cursor, ChunkLimits { bytes: 100 << 12, ranges: 8 }) {
+                let copies = pages_in(chunk.ranges()).into_iter().map(|page| (index(page), memory[index(page)])).collect();
+                flying.push((chunk, copies));
+            }
+            if !flying.is_empty() && ack % 2 == 0 {
+                let (chunk, copies) = flying.swap_remove(ack / 2 % flying.len());
+                for (page, version) in copies {
+                    prop_assert!(receiver[page] == u32::MAX || receiver[page] <= version, "an older copy landed later");
+                    receiver[page] = version;
+                }
+                ledger.commit(chunk);
+            }
+        }
+        for (chunk, copies) in flying.drain(..) {
+            for (page, version) in copies { receiver[page] = version; }
+            ledger.commit(chunk);
+        }
+        ledger.begin_round(cursor);
+        while let Some(chunk) = ledger.take(cursor, ChunkLimits::NONE) {
+            for page in pages_in(chunk.ranges()) { receiver[index(page)] = memory[index(page)]; }
+            ledger.commit(chunk);
+        }
+        prop_assert_eq!(memory, receiver);
+    }
+}
+
+fn small() -> Ledger {
+    Ledger::new(Layout::new([GpaRange::new(0, 256 << 12).unwrap()], Granule::KIB_4).unwrap(), 1)
+}
+
+#[test]
+fn a_second_receiver_gets_pages_the_first_acknowledged() {
+    let mut ledger = small();
+    let first = ledger.open(Start::Empty);
+    ledger.begin_round(first);
+    let chunk = ledger.take(first, ChunkLimits { bytes: 128 << 12, ranges: 1 }).unwrap();
+    ledger.commit(chunk);
+    ledger.close(first);
+    let second = ledger.open(Start::Empty);
+    assert_eq!(ledger.outstanding(second).unwrap().pending_bytes, 256 << 12);
+}
+
+#[test]
+fn a_late_acknowledgement_of_a_closed_session_changes_nothing() {
+    let mut ledger = small();
+    let first = ledger.open(Start::Empty);
+    ledger.begin_round(first);
+    let late = ledger.take(first, ChunkLimits::NONE).unwrap();
+    ledger.close(first);
+    let second = ledger.open(Start::Empty);
+    ledger.commit(late);
+    assert_eq!(
+        ledger.outstanding(second).unwrap(),
+        Outstanding { pending_bytes: 256 << 12, in_flight_bytes: 0 }
+    );
+    assert_eq!(ledger.outstanding(first), None);
+}
+
+#[test]
+fn adjacent_regions_make_one_range() {
+    let regions = [GpaRange::new(0, 70 << 12).unwrap(), GpaRange::new(70 << 12, 10 << 12).unwrap()];
+    let mut ledger = Ledger::new(Layout::new(regions, Granule::KIB_4).unwrap(), 1);
+    let cursor = ledger.open(Start::Empty);
+    let chunk = ledger.take(cursor, ChunkLimits::NONE).unwrap();
+    assert_eq!(chunk.ranges(), [GpaRange::new(0, 80 << 12).unwrap()]);
+    ledger.commit(chunk);
+}

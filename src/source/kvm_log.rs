@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `KVM_GET_DIRTY_LOG` and `KVM_CLEAR_DIRTY_LOG`: what the vCPUs, and KVM on their behalf, wrote.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+
+use thiserror::Error;
+
+use super::{Cover, DirtySource, Operation, Sink, SourceError};
+use crate::bitmap::{WORD_BITS, masks};
+use crate::granule::Granule;
+use crate::iova::IovaMap;
+use crate::layout::Layout;
+use crate::range::GpaRange;
+use crate::sys::kvm::{self, Protect};
+
+pub use crate::sys::kvm::KvmSlot;
+
+/// When a reported page's bit is cleared in KVM, so that the next write to it is seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvmLogMode {
+    /// At every report, by GET itself. Leaves the VM as it is; right where somebody else may read the log too.
+    AtReport,
+    /// At every report, by one CLEAR of what was reported. Needs sole ownership of the VM's dirty log: MANUAL_PROTECT is per VM.
+    ManualAtReport,
+    /// Just before the page is read, by a CLEAR per chunk, with INITIALLY_SET where the kernel has it. Needs sole ownership and a
+    /// reader that calls [`DirtySource::before_read`].
+    ManualAtRead,
+}
+
+/// What KVM refused.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum KvmLogError {
+    /// The kernel lacks `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
+    #[error("KVM has no manual dirty-log protection")]
+    NoManualProtect,
+    /// The protection mode could not be chosen.
+    #[error("Cannot choose the dirty log's protection mode")]
+    Protect(#[source] io::Error),
+    /// A slot's log could not be switched.
+    #[error("Cannot switch the dirty log of slot {slot} at {gpa} {}", if *.on { "on" } else { "off" })]
+    Switch {
+        /// Slot number.
+        slot: u32,
+        /// The slot's pages.
+        gpa: GpaRange,
+        /// Which way.
+        on: bool,
+        /// KVM's answer.
+        source: io::Error,
+    },
+    /// A slot's log could not be read; its bits may be gone.
+    #[error("Cannot read the dirty log of slot {slot} at {gpa}")]
+    Read {
+        /// Slot number.
+        slot: u32,
+        /// The slot's pages.
+        gpa: GpaRange,
+        /// KVM's answer.
+        source: io::Error,
+    },
+    /// Reported bits could not be cleared.
+    #[error("Cannot clear the dirty log of slot {slot} at {gpa}")]
+    Clear {
+        /// Slot number.
+        slot: u32,
+        /// The slot's pages.
+        gpa: GpaRange,
+        /// KVM's answer.
+        source: io::Error,
+    },
+}
+
+/// Buffers of one slot, reused at every report.
+#[derive(Debug)]
+struct SlotLog {
+    slot: KvmSlot,
+    words: Vec<u64>,
+    /// Bits reported and not cleared in KVM yet.
+    standing: Vec<u64>,
+    /// Bits of `words` that were standing before, or the mask of a CLEAR; zero in between.
+    scratch: Vec<u64>,
+}
+
+/// The dirty log of a VM's memory slots, over any VM descriptor.
+#[derive(Debug)]
+pub struct KvmLog<F> {
+    vm: F,
+    mode: KvmLogMode,
+    slots: Vec<SlotLog>,
+    on: bool,
+}
+
+/// Bits farther apart than this many words are cleared by separate CLEARs.
+const CLEAR_GAP_WORDS: usize = 64;
+
+impl<F: AsRawFd + Send> KvmLog<F> {
+    /// Makes the source for `slots` of `vm`; their log is off until [`DirtySource::start`].
+    pub fn new(vm: F, slots: impl IntoIterator<Item = KvmSlot>, mode: KvmLogMode) -> Self {
+        let slots = slots.into_iter().map(SlotLog::new).collect();
+        Self { vm, mode, slots, on: false }
+    }
+
+    fn try_start(&mut self) -> Result<(), KvmLogError> {
+        let initially_set = self.choose_protection()?;
+        for index in 0..self.slots.len() {
+            let log = &mut self.slots[index];
+            if let Err(error) = log.switch(&self.vm, true) {
+                for started in &self.slots[..index] {
+                    let _already_failing = started.switch(&self.vm, false);
+                }
+                return Err(error);
+            }
+            log.standing.fill(if initially_set { u64::MAX } else { 0 });
+        }
+        self.on = true;
+        Ok(())
+    }
+
+    /// Sets the VM's protection mode; returns whether every page's bit stands once a slot's log is on.
+    fn choose_protection(&self) -> Result<bool, KvmLogError> {
+        use kvm_bindings::{KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE};
+        if self.mode == KvmLogMode::AtReport {
+            return Ok(false);
+        }
+        let flags = kvm::manual_protect_flags(&self.vm);
+        if flags & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0 {
+            return Err(KvmLogError::NoManualProtect);
+        }
+        let initially_set = self.mode == KvmLogMode::ManualAtRead && flags & KVM_DIRTY_LOG_INITIALLY_SET != 0;
+        kvm::protect(&self.vm, Protect::Manual { initially_set }).map_err(KvmLogError::Protect)?;
+        Ok(initially_set)
+    }
+
+    fn try_stop(&mut self) -> Result<(), KvmLogError> {
+        if !std::mem::take(&mut self.on) {
+            return Ok(());
+        }
+        let mut result = Ok(());
+        for log in &self.slots {
+            result = result.and(log.switch(&self.vm, false));
+        }
+        if self.mode != KvmLogMode::AtReport {
+            result = result.and(kvm::protect(&self.vm, Protect::AtGet).map_err(KvmLogError::Protect));
+        }
+        result
+    }
+}
+
+impl SlotLog {
+    fn new(slot: KvmSlot) -> Self {
+        let words = vec![0; slot.words()];
+        Self { slot, standing: words.clone(), scratch: words.clone(), words }
+    }
+
+    fn switch(&self, vm: &impl AsRawFd, on: bool) -> Result<(), KvmLogError> {
+        let (slot, gpa) = (self.slot.id(), self.slot.gpa());
+        self.slot.log_dirty_pages(vm, on).map_err(|source| KvmLogError::Switch { slot, gpa, on, source })
+    }
+
+    fn report(
+        &mut self,
+        vm: &impl AsRawFd,
+        mode: KvmLogMode,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), KvmLogError> {
+        let (slot, gpa) = (self.slot.id(), self.slot.gpa());
+        self.slot.dirty_log(vm, &mut self.words).map_err(|source| KvmLogError::Read { slot, gpa, source })?;
+        let full = "the log has a bit for each page of its slot";
+        sink.gpa_words(gpa, Granule::host_page(), &self.words).expect(full);
+        match mode {
+            KvmLogMode::AtReport => {}
+            KvmLogMode::ManualAtReport => self.clear_all(vm)?,
+            KvmLogMode::ManualAtRead => {
+                for ((again, standing), word) in self.scratch.iter_mut().zip(&self.standing).zip(&self.words)
+                {
+                    *again = standing & word;
+                }
+                sink.counted_before(gpa, Granule::host_page(), &self.scratch).expect(full);
+                self.scratch.fill(0);
+                self.standing.copy_from_slice(&self.words);
+            }
+        }
+        Ok(())
+    }
+
+    /// Clears, in KVM, all that was just reported.
+    fn clear_all(&self, vm: &impl AsRawFd) -> Result<(), KvmLogError> {
+        let dirty = |word: &u64| *word != 0;
+        let Some(first) = self.words.iter().position(dirty) else { return Ok(()) };
+        let last = self.words.iter().rposition(dirty).unwrap_or(first);
+        self.clear_words(vm, first, &self.words[first..=last])
+    }
+
+    fn clear_words(&self, vm: &impl AsRawFd, first: usize, mask: &[u64]) -> Result<(), KvmLogError> {
+        let (slot, gpa) = (self.slot.id(), self.slot.gpa());
+        self.slot.clear_dirty_log(vm, first, mask).map_err(|source| KvmLogError::Clear { slot, gpa, source })
+    }
+
+    /// Clears, in KVM, the standing bits of the pages in `chunk`, which ascends.
+    fn clear_chunk(&mut self, vm: &impl AsRawFd, chunk: &[GpaRange]) -> Result<(), KvmLogError> {
+        let mut group: Option<Range<usize>> = None;
+        let slot = self.slot.gpa();
+        for part in chunk.iter().filter_map(|range| range.intersection(slot)) {
+            let shift = Granule::host_page().shift();
+            let page = |gpa: u64| usize::try_from((gpa - slot.start()) >> shift).expect("pages of the slot");
+            let bits = page(part.start())..page(part.end() - 1) + 1;
+            let words = bits.start / WORD_BITS..bits.end.div_ceil(WORD_BITS);
+            let near = |open: &Range<usize>| words.start <= open.end + CLEAR_GAP_WORDS;
+            group = match group.take() {
+                Some(open) if near(&open) => Some(open.start..words.end.max(open.end)),
+                Some(open) => {
+                    self.clear_scratch(vm, open)?;
+                    Some(words)
+                }
+                None => Some(words),
+            };
+            for (word, mask) in masks(bits) {
+                self.scratch[word] |= self.standing[word] & mask;
+            }
+        }
+        group.map_or(Ok(()), |open| self.clear_scratch(vm, open))
+    }
+
+    /// Clears, in KVM, the bits gathered in the scratch words of `group`, and forgets them whatever the answer.
+    fn clear_scratch(&mut self, vm: &impl AsRawFd, group: Range<usize>) -> Result<(), KvmLogError> {
+        let mask = &self.scratch[group.clone()];
+        let any = mask.iter().any(|&word| word != 0);
+        let result = if any { self.clear_words(vm, group.start, mask) } else { Ok(()) };
+        for word in group {
+            if result.is_ok() {
+                self.standing[word] &= !self.scratch[word];
+            }
+            self.scratch[word] = 0;
+        }
+        result
+    }
+}
+
+const ID: &str = "kvm-log";
+
+impl<F: AsRawFd + Send> DirtySource for KvmLog<F> {
+    fn id(&self) -> &str {
+        ID
+    }
+
+    fn cover(&self) -> Cover {
+        Cover { ranges: self.slots.iter().map(|log| log.slot.gpa()).collect(), precise: true }
+    }
+
+    fn start(&mut self, _layout: &Layout, _iova: &IovaMap) -> Result<(), SourceError> {
+        if self.on {
+            return Ok(());
+        }
+        self.try_start().map_err(|cause| SourceError::new(ID, Operation::Start, cause))
+    }
+
+    fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        let (vm, mode) = (&self.vm, self.mode);
+        self.slots
+            .iter_mut()
+            .try_for_each(|log| log.report(vm, mode, sink))
+            .map_err(|cause| SourceError::new(ID, Operation::Collect, cause))
+    }
+
+    fn before_read(&mut self, chunk: &[GpaRange]) -> Result<(), SourceError> {
+        if self.mode != KvmLogMode::ManualAtRead {
+            return Ok(());
+        }
+        let vm = &self.vm;
+        self.slots
+            .iter_mut()
+            .try_for_each(|log| log.clear_chunk(vm, chunk))
+            .map_err(|cause| SourceError::new(ID, Operation::BeforeRead, cause))
+    }
+
+    fn stop(&mut self) -> Result<(), SourceError> {
+        self.try_stop().map_err(|cause| SourceError::new(ID, Operation::Stop, cause))
+    }
+}

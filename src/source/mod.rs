@@ -1,0 +1,416 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What can report dirty pages, and where it reports them to.
+//!
+//! One file per kernel or wire interface. A source knows that interface and nothing else; the [`Sink`] turns what it
+//! read into bits of host pages.
+
+use std::error::Error;
+use std::fmt;
+
+use thiserror::Error;
+
+use crate::bitmap::{self, Bitmap, WORD_BITS};
+use crate::granule::Granule;
+use crate::iova::{IovaMap, Mapping};
+use crate::layout::Layout;
+use crate::range::{GpaRange, IovaRange};
+
+mod guest_memory;
+mod kvm_log;
+
+pub use guest_memory::{GuestMemoryLog, SummaryBitmap, SummarySlice, TakeDirtyWords};
+pub use kvm_log::{KvmLog, KvmLogError, KvmLogMode, KvmSlot};
+
+/// What a source was doing when it failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Operation {
+    /// Switching its log on.
+    Start,
+    /// Reading (and perhaps clearing) its log.
+    Collect,
+    /// Clearing the bits of pages about to be read.
+    BeforeRead,
+    /// Taking in a new mapping.
+    Mapped,
+    /// Reading the bits of a mapping about to go.
+    Unmapped,
+    /// Switching its log off.
+    Stop,
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Start => "start logging",
+            Self::Collect => "report dirty pages",
+            Self::BeforeRead => "clear dirty bits before a read",
+            Self::Mapped => "take in a mapping",
+            Self::Unmapped => "report the dirty pages of a mapping about to go",
+            Self::Stop => "stop logging",
+        })
+    }
+}
+
+/// A source that failed, at what, and why.
+#[derive(Debug, Error)]
+#[error("Dirty source {id} cannot {operation}")]
+#[non_exhaustive]
+pub struct SourceError {
+    /// The source's [`DirtySource::id`].
+    pub id: String,
+    /// What it was doing.
+    pub operation: Operation,
+    /// The interface's own error.
+    #[source]
+    pub cause: Box<dyn Error + Send + Sync>,
+}
+
+impl SourceError {
+    /// Names the source and the operation that `cause` stopped.
+    pub fn new(id: &str, operation: Operation, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { id: id.to_owned(), operation, cause: cause.into() }
+    }
+}
+
+/// The pages a source speaks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cover {
+    /// Guest-physical ranges; parts that are not RAM are allowed and ignored.
+    pub ranges: Vec<GpaRange>,
+    /// Whether a bit means a write, rather than only that the device could have written.
+    pub precise: bool,
+}
+
+/// One reporter of dirty pages: a kernel interface, a device's process, the VMM's own bitmap.
+///
+/// Life: `start`, then any number of `collect`, `before_read`, `mapped` and `unmapped`, then `stop`; then perhaps `start`
+/// again. All sources are started before the first full pass.
+pub trait DirtySource: Send {
+    /// A short name, unique among a VM's sources: `kvm-log`, `device-log:net0`.
+    fn id(&self) -> &str;
+
+    /// The pages to mark dirty when this source fails.
+    fn cover(&self) -> Cover;
+
+    /// Switches the log on for the VM's RAM. Pages written after it returns are reported.
+    ///
+    /// # Errors
+    /// The interface refused; the source is off.
+    fn start(&mut self, layout: &Layout, iova: &IovaMap) -> Result<(), SourceError>;
+
+    /// Reports the pages written since they were last reported.
+    ///
+    /// May leave bits set in the kernel until [`DirtySource::before_read`]; a page whose bit still stands from an earlier
+    /// report is not reported again.
+    ///
+    /// # Errors
+    /// The log could not be read, or only in part. What it held may be gone, so the caller marks
+    /// [`DirtySource::cover`] dirty; the source stays usable.
+    fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError>;
+
+    /// Clears the bits of pages whose bytes are about to be read, for sources that left them set in `collect`.
+    ///
+    /// # Errors
+    /// The bits could not be cleared; the caller must not count the read.
+    fn before_read(&mut self, _chunk: &[GpaRange]) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    /// Takes in a mapping that now stands.
+    ///
+    /// # Errors
+    /// The device's writes through it would not be logged.
+    fn mapped(&mut self, _mapping: &Mapping) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    /// Reports the dirty pages of a mapping that is about to go. The caller tears it down whatever the answer.
+    ///
+    /// # Errors
+    /// As [`DirtySource::collect`], for the mapping's pages.
+    fn unmapped(&mut self, _mapping: &Mapping, _sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    /// Switches the log off; bits not collected are lost. Stopping a stopped source does nothing.
+    ///
+    /// # Errors
+    /// The interface refused; the source counts as off.
+    fn stop(&mut self) -> Result<(), SourceError>;
+}
+
+/// A bitmap too short for the range it is said to speak of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("Bitmap of {words} words is too short for {bits} bits")]
+#[non_exhaustive]
+pub struct ShortBitmap {
+    /// Words given.
+    pub words: usize,
+    /// Bits the range takes.
+    pub bits: u64,
+}
+
+/// Where one source's report lands: marks on host pages, in the layout's order.
+///
+/// Marks only add up. Bytes that are not RAM are ignored; a bit that stands for more than a host page marks every host page
+/// it touches, one that stands for less marks the page it lies in.
+#[derive(Debug)]
+pub struct Sink<'a> {
+    layout: &'a Layout,
+    iova: &'a IovaMap,
+    marks: &'a mut Bitmap,
+    repeated: &'a mut Bitmap,
+}
+
+/// What one source reported since the last absorb: the pages, and which of them it had reported before.
+#[derive(Debug, Clone)]
+pub(crate) struct Marks {
+    pub(crate) dirty: Bitmap,
+    pub(crate) repeated: Bitmap,
+}
+
+impl Marks {
+    pub(crate) fn new(layout: &Layout) -> Self {
+        Self { dirty: Bitmap::new(layout.words()), repeated: Bitmap::new(layout.words()) }
+    }
+}
+
+impl<'a> Sink<'a> {
+    pub(crate) fn new(layout: &'a Layout, iova: &'a IovaMap, marks: &'a mut Marks) -> Self {
+        Self { layout, iova, marks: &mut marks.dirty, repeated: &mut marks.repeated }
+    }
+
+    /// The VM's RAM.
+    pub fn layout(&self) -> &'a Layout {
+        self.layout
+    }
+
+    /// Where the source's IOVAs lead.
+    pub fn iova(&self) -> &'a IovaMap {
+        self.iova
+    }
+
+    /// Marks every page that holds a byte of `range`.
+    pub fn gpa_range(&mut self, range: GpaRange) {
+        for bits in self.layout.bits_of(range) {
+            self.marks.set(bits);
+        }
+    }
+
+    /// Marks every page that a byte of `range` leads to.
+    pub fn iova_range(&mut self, range: IovaRange) {
+        for mapping in self.iova.translate(range) {
+            self.gpa_range(mapping.gpa());
+        }
+    }
+
+    /// Marks the pages of the bits set in `words`, whose bit 0 stands for the first granule of `range`.
+    ///
+    /// Bits past the end of `range` are ignored, whatever they say.
+    ///
+    /// # Errors
+    /// `words` does not reach to the end of `range`.
+    pub fn gpa_words(&mut self, range: GpaRange, granule: Granule, words: &[u64]) -> Result<(), ShortBitmap> {
+        let bits = bits_needed(range.len(), granule, words)?;
+        match self.aligned_words(range) {
+            Some(target) if granule == self.layout.host_page() => self.or_words(target, bits, words),
+            _ => self.for_each_run(range.start(), range.len(), granule, words, bits, |sink, start, len| {
+                sink.gpa_range(GpaRange::new(start, len).expect("a run inside a range"));
+            }),
+        }
+        Ok(())
+    }
+
+    /// Marks the pages that the bits set in `words` lead to; bit 0 stands for the first granule of `range`.
+    ///
+    /// # Errors
+    /// As [`Sink::gpa_words`].
+    pub fn iova_words(
+        &mut self,
+        range: IovaRange,
+        granule: Granule,
+        words: &[u64],
+    ) -> Result<(), ShortBitmap> {
+        if *self.iova == IovaMap::Identity {
+            let gpa = Mapping::identity(
+                GpaRange::from_bounds(range.start(), range.end()).expect("same bounds as a range"),
+            );
+            return self.gpa_words(gpa.gpa(), granule, words);
+        }
+        let bits = bits_needed(range.len(), granule, words)?;
+        self.for_each_run(range.start(), range.len(), granule, words, bits, |sink, start, len| {
+            sink.iova_range(IovaRange::new(start, len).expect("a run inside a range"));
+        });
+        Ok(())
+    }
+
+    /// Tells that the bits set in `words` were reported, and counted for their source, before; they were left standing.
+    ///
+    /// # Errors
+    /// As [`Sink::gpa_words`].
+    pub fn counted_before(
+        &mut self,
+        range: GpaRange,
+        granule: Granule,
+        words: &[u64],
+    ) -> Result<(), ShortBitmap> {
+        let mut twin = Sink { marks: &mut *self.repeated, repeated: &mut *self.marks, ..*self };
+        twin.gpa_words(range, granule, words)
+    }
+
+    /// Returns the words that hold just the pages of `range`, if there are such words.
+    fn aligned_words(&self, range: GpaRange) -> Option<std::ops::Range<usize>> {
+        let region = self.layout.region_of(range.start())?;
+        let page = self.layout.host_page();
+        if !region.range().covers(range) || !page.is_aligned(range.start() | range.end()) {
+            return None;
+        }
+        let first = (range.start() - region.range().start()) >> page.shift();
+        let end = (range.end() - region.range().start()) >> page.shift();
+        let word = WORD_BITS as u64;
+        let whole =
+            first.is_multiple_of(word) && (end.is_multiple_of(word) || range.end() == region.range().end());
+        let index = |bit: u64| usize::try_from(bit.div_ceil(word)).ok().map(|w| region.words().start + w);
+        whole.then(|| Some(index(first)?..index(end)?)).flatten()
+    }
+
+    fn or_words(&mut self, target: std::ops::Range<usize>, bits: usize, words: &[u64]) {
+        let last = target.len() - 1;
+        self.marks.or_words(target.start, &words[..last]);
+        let tail = bits - last * WORD_BITS;
+        self.marks.or_word(target.start + last, words[last] & bitmap::low_bits(tail));
+    }
+
+    /// Calls `mark` with the first address and length of each run of set bits, cut to the span's end.
+    fn for_each_run(
+        &mut self,
+        start: u64,
+        len: u64,
+        granule: Granule,
+        words: &[u64],
+        bits: usize,
+        mark: impl Fn(&mut Self, u64, u64),
+    ) {
+        for run in bitmap::runs(words, bits) {
+            let from = (run.start as u64) << granule.shift();
+            let to = ((run.end as u64) << granule.shift()).min(len);
+            mark(self, start + from, to - from);
+        }
+    }
+}
+
+fn bits_needed(bytes: u64, granule: Granule, words: &[u64]) -> Result<usize, ShortBitmap> {
+    let bits = granule.bits_for(bytes);
+    match usize::try_from(bits) {
+        Ok(needed) if needed <= words.len().saturating_mul(WORD_BITS) => Ok(needed),
+        _ => Err(ShortBitmap { words: words.len(), bits }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn layout() -> Layout {
+        let regions = [(0u64, 130u64), (200, 64), (264, 7), (300, 257)];
+        let ranges = regions.map(|(page, pages)| GpaRange::new(page << 12, pages << 12).unwrap());
+        Layout::new(ranges, Granule::KIB_4).unwrap()
+    }
+
+    fn marked(layout: &Layout, marks: &Bitmap) -> BTreeSet<u64> {
+        let pages = layout.regions().iter().flat_map(|region| region.range().pieces(1 << 12));
+        pages
+            .filter(|page| {
+                layout.bits_of(*page).any(|bits| marks.word(bits.start / 64) >> (bits.start % 64) & 1 == 1)
+            })
+            .map(GpaRange::start)
+            .collect()
+    }
+
+    fn marks_outside_ram(layout: &Layout, marks: &Bitmap) -> bool {
+        (0..layout.words()).any(|word| marks.word(word) & !layout.valid_bits(word) != 0)
+    }
+
+    proptest! {
+        #[test]
+        fn widening_equals_a_page_at_a_time_oracle(
+            start in 0..400u64, len in 1..400u64, shift in 9..22u32, host_units in any::<bool>(), seed in prop::collection::vec(any::<u64>(), 64),
+            extra in any::<bool>(),
+        ) {
+            let granule = Granule::new(1 << shift).unwrap();
+            let unit = if host_units { 12 } else { shift };
+            let range = GpaRange::new(start << unit, len << unit).unwrap();
+            let bits = granule.bits_for(range.len());
+            prop_assume!(bits <= 8192);
+            let mut words: Vec<u64> = (0..bits.div_ceil(64)).map(|i| seed[usize::try_from(i).unwrap() % 64]).collect();
+            if extra { words.push(u64::MAX); }
+            let layout = layout();
+            let mut marks = Marks::new(&layout);
+            Sink::new(&layout, &IovaMap::Identity, &mut marks).gpa_words(range, granule, &words).unwrap();
+
+            let mut oracle = BTreeSet::new();
+            for bit in (0..bits).filter(|bit| words[usize::try_from(bit / 64).unwrap()] >> (bit % 64) & 1 == 1) {
+                let from = range.start() + (bit << shift);
+                let to = (from + granule.bytes()).min(range.end());
+                for page in (from >> 12)..to.div_ceil(1 << 12) {
+                    if layout.region_of(page << 12).is_some() { oracle.insert(page << 12); }
+                }
+            }
+            prop_assert_eq!(marked(&layout, &marks.dirty), oracle);
+            prop_assert!(!marks_outside_ram(&layout, &marks.dirty));
+        }
+
+        #[test]
+        fn journalled_iovas_land_where_they_lead(
+            words in prop::collection::vec(any::<u64>(), 2), gpa in 0..300u64, cut in 1..64u64,
+        ) {
+            let layout = layout();
+            let mut map = IovaMap::journal();
+            let at = |iova: u64, gpa: u64, pages: u64| Mapping::new(
+                IovaRange::new(iova << 12, pages << 12).unwrap(), GpaRange::new(gpa << 12, pages << 12).unwrap()).unwrap();
+            map.map(at(1000, gpa, cut)).unwrap();
+            map.map(at(1000 + cut, 7, 20)).unwrap();
+            let mut marks = Marks::new(&layout);
+            let range = IovaRange::new(1000 << 12, 128 << 12).unwrap();
+            Sink::new(&layout, &map, &mut marks).iova_words(range, Granule::KIB_4, &words).unwrap();
+            let mut oracle = BTreeSet::new();
+            for bit in (0..128u64).filter(|bit| words[usize::try_from(bit / 64).unwrap()] >> (bit % 64) & 1 == 1) {
+                let page = if bit < cut { gpa + bit } else if bit < cut + 20 { 7 + bit - cut } else { continue };
+                if layout.region_of(page << 12).is_some() { oracle.insert(page << 12); }
+            }
+            prop_assert_eq!(marked(&layout, &marks.dirty), oracle);
+        }
+    }
+
+    #[test]
+    fn tail_bits_past_the_last_page_are_rejected() {
+        let layout = layout();
+        let mut marks = Marks::new(&layout);
+        let whole = layout.regions()[0].range();
+        let mut sink = Sink::new(&layout, &IovaMap::Identity, &mut marks);
+        sink.gpa_words(whole, Granule::KIB_4, &[0, 0, u64::MAX]).unwrap();
+        sink.gpa_words(layout.regions()[2].range(), Granule::KIB_4, &[u64::MAX]).unwrap();
+        assert!(!marks_outside_ram(&layout, &marks.dirty));
+        assert_eq!(marked(&layout, &marks.dirty).len(), 2 + 7);
+    }
+
+    #[test]
+    fn a_short_bitmap_is_an_error_and_marks_nothing() {
+        let layout = layout();
+        let mut marks = Marks::new(&layout);
+        let whole = layout.regions()[0].range();
+        let short = Sink::new(&layout, &IovaMap::Identity, &mut marks).gpa_words(
+            whole,
+            Granule::KIB_4,
+            &[u64::MAX; 2],
+        );
+        assert_eq!(short, Err(ShortBitmap { words: 2, bits: 130 }));
+        assert!(marked(&layout, &marks.dirty).is_empty());
+    }
+}

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The crate's only unsafe code: one file per uAPI header, for what the rust-vmm crates lack.
+#![expect(unsafe_code, reason = "system calls and ioctls")]
+
+pub(crate) mod ioctl;
+pub(crate) mod kvm;
+
+/// Returns the host's page size in bytes.
+pub(crate) fn host_page_bytes() -> u64 {
+    // SAFETY: sysconf reads no memory of ours.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(bytes).expect("Linux has a page size")
+}

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a migration asks of a VMM.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryBackend;
+use vm_migration::Snapshot;
+
+/// A VMM's own error, whatever it is.
+pub type VmError = Box<dyn Error + Send + Sync>;
+
+/// The VM as its sender sees it. Pass-through devices are the [`crate::migratable::MigratableDevice`]'s business, not its.
+pub trait Vm {
+    /// The VM's guest memory.
+    type Memory: GuestMemoryBackend + Send + Sync + 'static;
+
+    /// The guest memory as it stands; all of it is copied.
+    fn memory(&self) -> Arc<Self::Memory>;
+
+    /// Describes the VM to the receiver, before any page: the JSON text of the Config message.
+    ///
+    /// # Errors
+    /// The VMM cannot describe its VM.
+    fn config(&mut self) -> Result<Vec<u8>, VmError>;
+
+    /// Stops the vCPUs and everything in the VMM that writes guest memory. Pausing a paused VM does nothing.
+    ///
+    /// # Errors
+    /// The VM may be running or paused; [`Vm::resume`] makes it run.
+    fn pause(&mut self) -> Result<(), VmError>;
+
+    /// Lets the vCPUs run again. Resuming a running VM does nothing.
+    ///
+    /// # Errors
+    /// The VM is stuck.
+    fn resume(&mut self) -> Result<(), VmError>;
+
+    /// Captures the paused VM: the State message's tree, with `devices` where the VMM keeps its pass-through devices.
+    ///
+    /// May write guest memory (and marks what it writes).
+    ///
+    /// # Errors
+    /// The VMM cannot capture its VM.
+    fn state(&mut self, devices: Snapshot) -> Result<Snapshot, VmError>;
+
+    /// Whether the vCPUs can be slowed down.
+    fn can_throttle(&self) -> bool;
+
+    /// Takes `percent` of the vCPUs' time away, 0 to 99; does nothing where [`Vm::can_throttle`] says no.
+    fn throttle(&mut self, percent: u8);
+}
