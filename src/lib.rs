@@ -9,6 +9,7 @@ pub mod iova;
 pub mod layout;
 pub mod ledger;
 pub mod range;
+pub mod snapshot;
 pub mod source;
 pub mod table;
 pub mod vm;
