@@ -11,6 +11,7 @@ pub mod ledger;
 pub mod range;
 pub mod source;
 pub mod table;
+pub mod transfer;
 pub mod vm;
 
 mod sys;
