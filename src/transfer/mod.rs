@@ -2,10 +2,12 @@
 
 //! Moving a VM over the wire: Cloud Hypervisor's migration protocol, its sender and its receiver.
 //!
-//! [`frame`] is the protocol's bytes and touches nothing else. `connection` owns the sockets, their deadlines and the
-//! way bytes take between them and guest memory; `tls` puts mutual TLS under it. [`limits`] names every bound that is
+//! [`frame`] is the protocol's bytes and touches nothing else. [`connection`] owns the sockets, their deadlines and the
+//! way bytes take between them and guest memory; [`tls`] puts mutual TLS under it. [`limits`] names every bound that is
 //! put on a peer.
 
+pub mod connection;
 pub mod frame;
 pub mod limits;
+pub mod tls;
 pub mod url;
