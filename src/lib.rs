@@ -12,6 +12,7 @@ pub mod range;
 pub mod snapshot;
 pub mod source;
 pub mod table;
+pub mod transfer;
 pub mod vm;
 
 mod sys;

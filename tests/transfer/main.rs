@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The transfer over real sockets: connections, TLS, and a receiver with sources of every kind.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod captures;
+mod certificates;
+mod connection;
+mod cut_off;
+mod peer;
+mod receive;
+mod tls;
