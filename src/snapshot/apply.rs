@@ -76,8 +76,7 @@ pub fn apply(chain: &Chain, target: &Path, limits: &Limits) -> Result<Digest, Ap
     }
     let aliases = chain.differentials().last().map(Differential::digest);
     let aliases = aliases.map_or_else(|| manifest.aliases.clone(), |alias| vec![alias]);
-    let config = chain.config().text().as_bytes();
-    Ok(writer.finish_as(config, chain.state().text(), aliases)?)
+    Ok(writer.complete(chain.config(), chain.state().clone(), aliases)?)
 }
 
 /// Copies what the new snapshot keeps of a file that holds memory as `placement` says.

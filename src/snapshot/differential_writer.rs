@@ -18,7 +18,7 @@ use super::limits::Limits;
 use super::manifest::{Changes, Manifest};
 use super::placement::Placement;
 use super::staging::{StagedDir, WORK_FILE};
-use super::writer::{Announced, WriteError, complete};
+use super::writer::{Announced, WriteError, publish};
 use crate::layout::Layout;
 use crate::range::GpaRange;
 
@@ -72,6 +72,15 @@ impl DifferentialWriter {
         base: Base,
         limits: Limits,
     ) -> Result<Self, WriteError> {
+        Self::begin(StagedDir::create(target)?, announced, base, limits)
+    }
+
+    pub(super) fn begin(
+        staged: StagedDir,
+        announced: Announced,
+        base: Base,
+        limits: Limits,
+    ) -> Result<Self, WriteError> {
         let (base, chain) = match base {
             Base::Named(digest) => (digest, None),
             Base::Compared(chain) => match chain.digest() {
@@ -80,7 +89,6 @@ impl DifferentialWriter {
             },
         };
         let placement = Placement::of_layout(announced.layout(), &limits)?;
-        let staged = StagedDir::create(target)?;
         let work = staged.make_file(WORK_FILE, 0)?;
         let pages = ChangedPages::new(work, placement, announced.layout().host_page(), chain)
             .map_err(|source| staged.write_error(WORK_FILE, source))?;
@@ -119,9 +127,18 @@ impl DifferentialWriter {
     /// # Errors
     /// Nothing lies under the final name.
     pub fn finish(self, config: &[u8], state: &[u8]) -> Result<Digest, WriteError> {
+        let config = VmConfig::parse(config, &self.limits)?;
+        let state = VmState::parse(state.to_vec(), &self.limits)?;
+        self.complete(&config, state)
+    }
+
+    /// Checks that `state` fits what was announced.
+    pub(super) fn check(&self, state: &VmState) -> Result<(), WriteError> {
+        self.announced.settle(state, self.pages.placement(), &self.limits).map(drop)
+    }
+
+    pub(super) fn complete(self, config: &VmConfig, state: VmState) -> Result<Digest, WriteError> {
         let Self { staged, announced, base, pages, limits } = self;
-        let config = VmConfig::parse(config, &limits)?;
-        let state = VmState::parse(state.to_vec(), &limits)?;
         let memory = announced.settle(&state, pages.placement(), &limits)?;
         let state = state.relist(&memory)?;
         let into = staged.make_file(CHANGES_FILE, 0)?;
@@ -133,7 +150,7 @@ impl DifferentialWriter {
         let changes = Changes { base, runs: settled.runs, zero_runs: settled.zero_runs };
         let page = announced.layout().host_page();
         let changes = Some(changes);
-        let manifest = Manifest { changes, ..Manifest::of_full(page, &config, &state, settled.blocks) };
-        Ok(complete(staged, &config, &state, &manifest)?)
+        let manifest = Manifest { changes, ..Manifest::of_full(page, config, &state, settled.blocks) };
+        Ok(publish(staged, config, &state, &manifest)?)
     }
 }

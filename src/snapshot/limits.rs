@@ -20,8 +20,8 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            config_bytes: 16 << 20,
-            state_bytes: 1 << 30,
+            config_bytes: 64 << 20,
+            state_bytes: 4 << 30,
             manifest_bytes: 2 << 30,
             memory_bytes: 4 << 40,
             ranges: 1 << 20,

@@ -138,8 +138,11 @@ impl SnapshotWriter {
     /// # Errors
     /// `target` is there and not an empty directory, cannot be made, or the RAM exceeds `limits`.
     pub fn create(target: &Path, announced: Announced, limits: Limits) -> Result<Self, WriteError> {
+        Self::begin(StagedDir::create(target)?, announced, limits)
+    }
+
+    pub(super) fn begin(staged: StagedDir, announced: Announced, limits: Limits) -> Result<Self, WriteError> {
         let placement = Placement::of_layout(&announced.layout, &limits)?;
-        let staged = StagedDir::create(target)?;
         let memory = memory_file(&staged, MEMORY_FILE, placement, announced.layout.host_page())?;
         Ok(Self { staged, announced, memory, limits })
     }
@@ -178,19 +181,24 @@ impl SnapshotWriter {
     /// # Errors
     /// Nothing lies under the final name.
     pub fn finish(self, config: &[u8], state: &[u8]) -> Result<Digest, WriteError> {
-        self.finish_as(config, state, Vec::new())
+        let config = VmConfig::parse(config, &self.limits)?;
+        let state = VmState::parse(state.to_vec(), &self.limits)?;
+        self.complete(&config, state, Vec::new())
+    }
+
+    /// Checks that `state` fits what was announced.
+    pub(super) fn check(&self, state: &VmState) -> Result<(), WriteError> {
+        self.announced.settle(state, self.memory.placement(), &self.limits).map(drop)
     }
 
     /// Completes the snapshot; it also answers to the names `aliases`.
-    pub(super) fn finish_as(
+    pub(super) fn complete(
         self,
-        config: &[u8],
-        state: &[u8],
+        config: &VmConfig,
+        state: VmState,
         aliases: Vec<Digest>,
     ) -> Result<Digest, WriteError> {
         let Self { staged, announced, memory, limits } = self;
-        let config = VmConfig::parse(config, &limits)?;
-        let state = VmState::parse(state.to_vec(), &limits)?;
         let placement = announced.settle(&state, memory.placement(), &limits)?;
         let state = state.relist(&placement)?;
         let page = announced.layout.host_page();
@@ -200,13 +208,13 @@ impl SnapshotWriter {
             shrink(&staged, &memory, placement, page)?
         };
         let blocks = memory.finish().map_err(|source| staged.write_error(MEMORY_FILE, source))?;
-        let manifest = Manifest { aliases, ..Manifest::of_full(page, &config, &state, blocks) };
-        Ok(complete(staged, &config, &state, &manifest)?)
+        let manifest = Manifest { aliases, ..Manifest::of_full(page, config, &state, blocks) };
+        Ok(publish(staged, config, &state, &manifest)?)
     }
 }
 
 /// Adds the texts and the manifest to a directory whose pages are on disk already, and moves it to its name.
-pub(super) fn complete(
+pub(super) fn publish(
     staged: StagedDir,
     config: &VmConfig,
     state: &VmState,
