@@ -33,7 +33,7 @@ impl DeviceProcess {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let stream = listener.accept().unwrap().0;
+        let stream = accept(&listener);
         let mut client = Client::connect(stream, "dma0", &options()).unwrap();
         ram.map(&mut client);
         DeviceProcess { child, client: Arc::new(Mutex::new(client)) }
@@ -41,6 +41,19 @@ impl DeviceProcess {
 
     fn status(&self) -> Status {
         control::status(&mut self.client.lock().unwrap()).unwrap()
+    }
+}
+
+/// Waits for the device process, which may have died before it connected.
+fn accept(listener: &UnixListener) -> UnixStream {
+    listener.set_nonblocking(true).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => return stream,
+            Err(error) => assert!(Instant::now() < deadline, "no device process connects: {error}"),
+        }
+        thread::sleep(Duration::from_millis(2));
     }
 }
 
