@@ -11,6 +11,7 @@ pub mod ledger;
 pub mod range;
 pub mod source;
 pub mod table;
+pub mod vfio_user;
 pub mod vm;
 
 mod sys;
