@@ -396,7 +396,8 @@ impl MigratableDevice {
 impl Pausable for MigratableDevice {
     /// Stops all devices, P2P-quiescent first; call it when the vCPUs are paused.
     fn pause(&mut self) -> Result<(), MigratableError> {
-        let stopped = if self.migrating { self.devices.stop_for_copy() } else { self.devices.stop() };
+        let stopped =
+            if self.migrating { self.devices.stop_for_copy().map(drop) } else { self.devices.stop() };
         stopped.map_err(|error| MigratableError::Pause(error.into()))?;
         self.paused = true;
         Ok(())
