@@ -464,3 +464,6 @@ impl Migratable for MigratableDevice {
         self.close_session().map_err(|error| MigratableError::CompleteMigration(error.into()))
     }
 }
+
+#[cfg(test)]
+mod tests;
