@@ -43,7 +43,7 @@ fn two(test: &str, kind: &str) -> Option<[String; 2]> {
     two
 }
 
-/// One of VFIO's ioctls, with a pointer to `argument` or a plain number in its place.
+/// One of VFIO's or iommufd's ioctls, with a pointer to `argument` or a plain number in its place.
 fn vfio<T>(fd: &impl AsRawFd, number: u64, argument: *mut T) -> io::Result<i32> {
     // SAFETY: `argument` is a number, or points to the kernel's structure for this call, whose size it states.
     let ret = unsafe { libc::ioctl(fd.as_raw_fd(), (0x3b00 + number) as _, argument) };
@@ -366,7 +366,7 @@ impl Device {
 
 #[test]
 fn edu_page_stays_dirty_until_its_dma_has_landed() {
-    let Some([name, _]) = two("edu log", "edu") else {
+    let Some([name, _]) = two("edu log", "edu_vfio") else {
         return;
     };
     let device = open_edu(&name);
@@ -387,7 +387,7 @@ fn edu_page_stays_dirty_until_its_dma_has_landed() {
 
 #[test]
 fn edu_is_not_quiescent_before_its_dma_has_landed() {
-    let Some([name, _]) = two("edu quiescence", "edu") else {
+    let Some([name, _]) = two("edu quiescence", "edu_vfio") else {
         return;
     };
     let device = open_edu(&name);
@@ -401,7 +401,7 @@ fn edu_is_not_quiescent_before_its_dma_has_landed() {
 
 #[test]
 fn edu_moves_with_its_registers_and_its_buffer() {
-    let Some([source, destination]) = two("edu migration", "edu") else {
+    let Some([source, destination]) = two("edu migration", "edu_vfio") else {
         return;
     };
     let (source, destination) = (open_edu(&source), open_edu(&destination));
@@ -423,6 +423,53 @@ fn edu_moves_with_its_registers_and_its_buffer() {
     source.set_state(RUNNING);
     source.dma(BUFFER, IOVA + PAGE as u64, BUFFER_BYTES, TO_MEMORY);
     assert!(source.memory()[512..][..buffer.len()] == buffer);
+}
+
+const IOAS_ALLOC: u64 = 0x81;
+const IOAS_MAP: u64 = 0x85;
+const HWPT_ALLOC: u64 = 0x89;
+const HWPT_SET_DIRTY_TRACKING: u64 = 0x8b;
+const HWPT_GET_DIRTY_BITMAP: u64 = 0x8c;
+const TEST_CMD: u64 = 0xa0;
+const TEST_OP_MOCK_DOMAIN: u64 = 2;
+const TEST_OP_MOCK_DOMAIN_REPLACE: u64 = 10;
+const TEST_OP_DIRTY: u64 = 13;
+
+/// A call of iommufd, whose structures all begin with their size; returns the structure it wrote.
+fn iommufd<const N: usize>(iommu: &File, number: u64, mut words: [u64; N]) -> [u64; N] {
+    words[0] |= 8 * N as u64;
+    vfio(iommu, number, words.as_mut_ptr()).unwrap();
+    words
+}
+
+#[test]
+fn mock_domain_tracks_what_the_kernel_pretends_was_written() {
+    let Some(bed) = bed("mock domain") else { return };
+    if bed["kernel"] != "own" || bed["scenario"] == "no-vfio" {
+        eprintln!("SKIPPED mock domain: only the own kernel has it");
+        return;
+    }
+    let iommu = OpenOptions::new().read(true).write(true).open("/dev/iommu").unwrap();
+    let ioas = iommufd(&iommu, IOAS_ALLOC, [0; 2])[1];
+    let mock = iommufd(&iommu, TEST_CMD, [TEST_OP_MOCK_DOMAIN << 32, ioas, 0, 0, 0, 0, 0, 0, 0]);
+    let (mock_device, device) = (mock[2] & 0xffff_ffff, mock[3] & 0xffff_ffff);
+    let hwpt = iommufd(&iommu, HWPT_ALLOC, [2 << 32, device | ioas << 32, 0, 0, 0, 0])[2];
+    let replace = [TEST_OP_MOCK_DOMAIN_REPLACE << 32, mock_device, hwpt, 0, 0, 0, 0, 0, 0];
+    iommufd(&iommu, TEST_CMD, replace);
+    let (memory, size) = (vec![0u8; PAGES * PAGE], (PAGES * PAGE) as u64);
+    iommufd(&iommu, IOAS_MAP, [7 << 32, ioas, memory.as_ptr().addr() as u64, size, IOVA]);
+    iommufd(&iommu, HWPT_SET_DIRTY_TRACKING, [1 << 32, hwpt]);
+
+    // The mock domain's pages are half as large as the machine's.
+    let (half, mut written, mut dirty) = (PAGE as u64 / 2, [0u64; PAGES / 32], [0u64; PAGES / 64]);
+    for page in [0, 1, 6, 100, 511] {
+        written[page / 64] |= 1 << (page % 64);
+    }
+    let written = (&raw mut written).addr() as u64;
+    iommufd(&iommu, TEST_CMD, [TEST_OP_DIRTY << 32, hwpt, 0, IOVA, size, half, written, 0, 0]);
+    let get = [hwpt << 32, 0, IOVA, size, PAGE as u64, (&raw mut dirty).addr() as u64];
+    iommufd(&iommu, HWPT_GET_DIRTY_BITMAP, get);
+    assert_eq!(set_bits(&dirty), [0, 3, 50, 255]);
 }
 
 #[test]
