@@ -558,6 +558,19 @@ static struct file *step(struct fixture *f, enum vfio_device_mig_state next)
 	return ERR_PTR(-EINVAL);
 }
 
+/*
+ * What leads nowhere, but makes vfio_mig_get_next_state() of kernels so far go
+ * round for ever (the first) or complain (the second).
+ */
+static bool is_trap(enum vfio_device_mig_state from,
+		    enum vfio_device_mig_state to)
+{
+	return (from == VFIO_DEVICE_STATE_STOP_COPY &&
+		(to == VFIO_DEVICE_STATE_PRE_COPY ||
+		 to == VFIO_DEVICE_STATE_PRE_COPY_P2P)) ||
+	       from == VFIO_DEVICE_STATE_ERROR;
+}
+
 struct file *fixture_set_state(struct fixture *f,
 			       enum vfio_device_mig_state state)
 {
@@ -566,10 +579,7 @@ struct file *fixture_set_state(struct fixture *f,
 	int ret;
 
 	mutex_lock(&f->state_lock);
-	/* The core's table would send this one round in circles for ever. */
-	if (f->state == VFIO_DEVICE_STATE_STOP_COPY &&
-	    (state == VFIO_DEVICE_STATE_PRE_COPY ||
-	     state == VFIO_DEVICE_STATE_PRE_COPY_P2P))
+	if (is_trap(f->state, state))
 		filp = ERR_PTR(-EINVAL);
 
 	while (!IS_ERR(filp) && state != f->state) {
