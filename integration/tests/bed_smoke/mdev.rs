@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `dirty_mdev`: see resources/modules/dirty_mdev.h.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -127,4 +127,15 @@ fn damaged_image_does_not_leave_resuming() {
     image[middle] ^= 1;
     destination.set_state(RESUMING).unwrap().write_all(&image).unwrap();
     destination.try_set_state(STOP).unwrap_err();
+}
+
+#[test]
+fn mtty_moves_too() {
+    let Some([source, destination]) = two("mtty", "mtty") else { return };
+    let (source, destination) = (Device::open("mdev", &source), Device::open("mdev", &destination));
+    let mut image = Vec::new();
+    source.set_state(STOP_COPY).unwrap().read_to_end(&mut image).unwrap();
+    assert_eq!(image.len() as u64, source.data_size());
+    destination.load(&image);
+    assert_eq!(destination.state(), RUNNING);
 }
