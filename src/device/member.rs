@@ -83,10 +83,10 @@ impl fmt::Debug for Device {
 }
 
 impl Device {
-    /// Takes a device in. `name` is unique in the VM; `kind` says what it is, and its state goes only into one of the same kind.
-    pub fn new(name: impl Into<String>, kind: impl Into<String>, io: Box<dyn DeviceIo>) -> Self {
+    /// Takes a device in under a name that is unique in the VM.
+    pub fn new(name: impl Into<String>, io: Box<dyn DeviceIo>) -> Self {
         Self {
-            identity: Identity { name: name.into(), kind: kind.into() },
+            identity: Identity { name: name.into(), kind: String::new() },
             maps_only_ram: false,
             capabilities: io.capabilities(),
             io,
@@ -96,6 +96,13 @@ impl Device {
             last_state_bytes: None,
             was_reset: false,
         }
+    }
+
+    /// Declares what the device is, as `15b3:101e mlx5`: its state goes only into a device of the same kind.
+    #[must_use]
+    pub fn kind(mut self, kind: impl Into<String>) -> Self {
+        self.identity.kind = kind.into();
+        self
     }
 
     /// Declares that the device can reach RAM only, no other device's registers, so that it needs no P2P-quiescent state.

@@ -18,12 +18,14 @@ mod state;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod vfio_user;
 
 pub use member::{Device, DeviceFailure, UNASKABLE_STATE_BYTES, UNKNOWN_STATE_BYTES};
 pub use saved::{Identity, SavedStateError, SavedVersion};
 pub use set::{Attempt, DeviceSet, DeviceSetError};
 pub use state::{ArcError, next_state, path};
 pub use stream::{CHUNK_BYTES, STATE_LIMIT_BYTES, StreamError};
+pub use vfio_user::{VfioUserDevice, VfioUserDeviceError};
 
 /// States of `enum vfio_device_mig_state` in `linux/vfio.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -125,7 +125,8 @@ fn c06_several_devices_without_p2p_are_refused_unless_they_map_only_ram() {
 
 #[test]
 fn names_are_unique_and_fit_the_saved_state() {
-    let named = |name: &str, kind: &str| Device::new(name, kind, interface(script(P2P), &Arc::default()));
+    let named =
+        |name: &str, kind: &str| Device::new(name, interface(script(P2P), &Arc::default())).kind(kind);
     let twice = DeviceSet::new(vec![named("a", "x"), named("a", "y")]);
     assert!(matches!(twice, Err(DeviceSetError::DuplicateName { name }) if name == "a"));
     let long = "n".repeat(saved::NAME_LIMIT_BYTES + 1);
@@ -391,7 +392,8 @@ fn a_state_of_another_device_is_refused_with_both_names() {
     let node = tree.snapshots.remove("dev0").unwrap();
     tree.add_snapshot("net1".to_owned(), node);
     let world = Arc::default();
-    let mut set = DeviceSet::new(vec![Device::new("net1", "nic", interface(script(P2P), &world))]).unwrap();
+    let mut set =
+        DeviceSet::new(vec![Device::new("net1", interface(script(P2P), &world)).kind("nic")]).unwrap();
     let refused = chain(&set.load(&tree).unwrap_err());
     assert_eq!(
         refused,

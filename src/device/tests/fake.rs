@@ -163,7 +163,7 @@ pub(super) fn devices(scripts: Vec<Script>) -> (Vec<Device>, Arc<Mutex<World>>) 
     let make = |script| {
         let io = interface(script, &world);
         let index = world.lock().unwrap().devices.len() - 1;
-        Device::new(format!("dev{index}"), "fake", io)
+        Device::new(format!("dev{index}"), io).kind("fake")
     };
     let devices = scripts.into_iter().map(make).collect();
     (devices, world)
