@@ -8,6 +8,7 @@ pub mod granule;
 pub mod iova;
 pub mod layout;
 pub mod ledger;
+pub mod precopy;
 pub mod range;
 pub mod source;
 pub mod table;
