@@ -12,6 +12,7 @@ pub mod precopy;
 pub mod range;
 pub mod source;
 pub mod table;
+pub mod transfer;
 pub mod vm;
 
 mod sys;

@@ -268,10 +268,11 @@ pub struct SourceRate<'a> {
 }
 
 /// Whether a migration will come to its switchover, said for people.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Forecast {
     /// Nothing was measured yet.
+    #[default]
     Unmeasured,
     /// It will, in about so long.
     Converges {
