@@ -3,5 +3,6 @@
 //!
 //! Unpublished: nothing here is part of the library's interface.
 
-#[cfg(target_arch = "x86_64")]
+pub mod demo;
+pub mod device;
 pub mod vmm;

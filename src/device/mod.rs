@@ -7,6 +7,10 @@ use std::fmt;
 
 use thiserror::Error;
 
+mod vfio_user;
+
+pub use vfio_user::{VfioUserDevice, VfioUserDeviceError};
+
 /// States of `enum vfio_device_mig_state` in `linux/vfio.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]

@@ -18,9 +18,11 @@ use crate::range::{GpaRange, IovaRange};
 
 mod guest_memory;
 mod kvm_log;
+mod vfio_user;
 
 pub use guest_memory::{GuestMemoryLog, SummaryBitmap, SummarySlice, TakeDirtyWords};
 pub use kvm_log::{KvmLog, KvmLogError, KvmLogMode, KvmSlot};
+pub use vfio_user::{VfioUserSource, VfioUserSourceError};
 
 /// What a source was doing when it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

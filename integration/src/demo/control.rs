@@ -141,6 +141,8 @@ impl Control {
 
     pub(super) fn receive_descriptor(&mut self) -> io::Result<File> {
         let (_, file) = self.stream.recv_with_fd(&mut [0u8]).map_err(io::Error::from)?;
-        file.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "control message without its descriptor"))
+        file.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, "control message without its descriptor")
+        })
     }
 }
