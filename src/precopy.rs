@@ -93,6 +93,8 @@ pub struct Observation {
     pub dirty_rate: u64,
     /// Device state that the downtime will carry.
     pub device: DeviceLeft,
+    /// Device state that its devices want read before they are stopped.
+    pub device_initial_bytes: u64,
     /// Time since the migration began.
     pub elapsed_ms: u64,
     /// Passes over memory that have ended.
@@ -190,11 +192,11 @@ impl Policy {
 
     /// Decides between two rounds, with the VM running.
     ///
-    /// After each back-out the limit aimed at is halved, so that the next switchover has room for surprises.
+    /// A switchover waits for the devices' initial bytes, too. After each back-out the limit aimed at is halved, so that the next switchover has room for surprises.
     pub fn decide(&self, seen: &Observation) -> Decision {
         let expected = seen.expected_downtime_ms();
         let aim_ms = self.downtime_ms >> seen.back_outs.min(Self::MAX_BACK_OUTS);
-        if expected.is_some_and(|ms| ms <= aim_ms) {
+        if expected.is_some_and(|ms| ms <= aim_ms) && seen.device_initial_bytes == 0 {
             return Decision::SwitchOver { expected_downtime_ms: expected };
         }
         match (self.exhausted(seen), self.timeout_strategy) {

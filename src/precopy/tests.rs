@@ -28,10 +28,11 @@ fn observations() -> impl Strategy<Value = Observation> {
         any_or_small().prop_map(DeviceLeft::Estimate),
         Just(DeviceLeft::Unknown),
     ];
-    let bytes = (any_or_small(), any_or_small(), any_or_small(), any_or_small());
+    let initial = prop_oneof![Just(0), any::<u64>()];
+    let bytes = (any_or_small(), any_or_small(), any_or_small(), any_or_small(), initial);
     (bytes, device, 0..150_000u64, 0..50u32, 0..=100u8, 0..5u32).prop_map(
         |(
-            (pending_bytes, in_flight_bytes, bandwidth, dirty_rate),
+            (pending_bytes, in_flight_bytes, bandwidth, dirty_rate, device_initial_bytes),
             device,
             elapsed_ms,
             rounds,
@@ -44,6 +45,7 @@ fn observations() -> impl Strategy<Value = Observation> {
                 bandwidth,
                 dirty_rate,
                 device,
+                device_initial_bytes,
                 elapsed_ms,
                 rounds,
                 throttle_percent,
@@ -80,6 +82,13 @@ proptest! {
         let within = seen.expected_downtime_ms().is_some_and(|ms| ms <= policy.downtime_ms);
         let told = policy.timeout_strategy == TimeoutStrategy::Ignore && policy.exhausted(&seen).is_some();
         prop_assert!(!switches_over(policy.decide(&seen)) || within || told);
+    }
+
+    #[test]
+    fn initial_bytes_are_waited_for(policy in policies(), seen in observations()) {
+        // C37
+        let early = Observation { device_initial_bytes: 1, ..seen };
+        prop_assert!(policy.exhausted(&early).is_some() || !switches_over(policy.decide(&early)));
     }
 
     #[test]

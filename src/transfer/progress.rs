@@ -2,13 +2,13 @@
 
 //! A migration seen, and cancelled, from any thread.
 
+use std::error::Error;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::ledger::Attribution;
 use crate::precopy::Forecast;
-use crate::source::SourceError;
 
 /// Where a migration stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -57,13 +57,22 @@ pub struct SourceProgress {
     pub attribution: Attribution,
 }
 
-/// A source that failed while the migration went on, with all it covers counted as dirty.
+/// Something that failed while the migration went on: a source, whose pages then all count as dirty, or a device's PRE_COPY.
 #[derive(Debug, Clone)]
 pub struct Degradation {
-    /// The last failure of this kind.
-    pub error: Arc<SourceError>,
-    /// How often this source failed at this.
+    /// The failure, as it came the last time.
+    pub error: Arc<dyn Error + Send + Sync>,
+    /// How often it came.
     pub times: u64,
+}
+
+impl fmt::Display for Degradation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.times {
+            1 => self.error.fmt(f),
+            times => write!(f, "{} ({times} times)", self.error),
+        }
+    }
 }
 
 /// One look at a migration. Bytes of memory are guest memory; bytes sent and acknowledged include framing.
@@ -92,7 +101,7 @@ pub struct Progress {
     pub throttle_percent: u8,
     /// Who dirtied what, as of the last round.
     pub sources: Vec<SourceProgress>,
-    /// Sources that failed on the way.
+    /// What failed on the way.
     pub degradations: Vec<Degradation>,
     /// Whether it will come to the switchover; as of the last round.
     pub forecast: Forecast,
@@ -213,19 +222,18 @@ impl Migration {
         self.update(|progress| progress.phase = phase);
     }
 
-    /// Adds failures of sources, one entry for each source and operation.
-    pub(crate) fn degrade(&self, errors: impl IntoIterator<Item = SourceError>) {
+    /// Adds a failure that the migration survives; one with the same message is the same.
+    pub(crate) fn degrade(&self, error: impl Error + Send + Sync + 'static) {
         let mut progress = lock(&self.shared.seen);
-        for error in errors {
-            let same = |known: &&mut Degradation| {
-                known.error.id == error.id && known.error.operation == error.operation
-            };
-            match progress.degradations.iter_mut().find(same) {
-                Some(known) => {
-                    known.times += 1;
-                    known.error = Arc::new(error);
-                }
-                None => progress.degradations.push(Degradation { error: Arc::new(error), times: 1 }),
+        let message = error.to_string();
+        match progress.degradations.iter_mut().find(|known| known.error.to_string() == message) {
+            Some(known) => {
+                known.times += 1;
+                known.error = Arc::new(error);
+            }
+            None => {
+                log::warn!("{message}; the migration goes on");
+                progress.degradations.push(Degradation { error: Arc::new(error), times: 1 });
             }
         }
     }
@@ -250,7 +258,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::source::Operation;
+    use crate::source::{Operation, SourceError};
 
     #[test]
     fn cancel_interrupts_blocking_work() {
@@ -258,7 +266,7 @@ mod tests {
         let (wake, asleep) = mpsc::channel::<()>();
         let canceller = migration.clone();
         let outcome = migration.interruptible(
-            move || drop(wake.send(())),
+            move || wake.send(()).unwrap(),
             || {
                 let thread = thread::spawn(move || canceller.cancel());
                 let woken = asleep.recv_timeout(Duration::from_secs(10));
@@ -284,7 +292,7 @@ mod tests {
     fn repeated_failures_of_a_source_are_one_degradation() {
         let migration = Migration::new();
         for operation in [Operation::Collect, Operation::Collect, Operation::BeforeRead] {
-            migration.degrade([SourceError::new("kvm-log", operation, "broken")]);
+            migration.degrade(SourceError::new("kvm-log", operation, "broken"));
         }
         let times: Vec<_> = migration.progress().degradations.iter().map(|entry| entry.times).collect();
         assert_eq!(times, [2, 1]);
