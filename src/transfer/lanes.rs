@@ -7,14 +7,16 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryBackend;
 
-use super::connection::{Connection, ConnectionError, Interrupt};
+use super::connection::{Connection, ConnectionHandle};
+use super::exchange::{PeerError, read_answer, send_memory};
+use super::frame::{HEADER_BYTES, RANGE_BYTES};
 use super::progress::Migration;
 use crate::ledger::Chunk;
 
@@ -24,7 +26,18 @@ pub(super) enum Event {
     /// The receiver holds this chunk.
     Acknowledged(Chunk),
     /// A connection failed.
-    Failed(ConnectionError),
+    Failed(PeerError),
+    /// A worker ended without a word.
+    Died,
+}
+
+/// How much a connection may have on its way, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pipeline {
+    /// Chunks without an acknowledgement.
+    pub(super) window: usize,
+    /// How long the next acknowledgement may take.
+    pub(super) answer_timeout: Duration,
 }
 
 /// The workers and what is on its way through them.
@@ -32,17 +45,17 @@ pub(super) struct Lanes {
     queue: Arc<Queue>,
     events: Receiver<Event>,
     workers: Vec<JoinHandle<Option<Connection>>>,
-    interrupts: Vec<Interrupt>,
+    handles: Vec<ConnectionHandle>,
     in_flight: usize,
     most_in_flight: usize,
 }
 
 impl Lanes {
-    /// Starts a worker for each connection; each keeps up to `window` chunks unacknowledged.
+    /// Starts a worker for each connection; as many chunks as `pipeline` says may be unacknowledged on each.
     pub(super) fn start<M>(
         connections: Vec<Connection>,
         memory: &Arc<M>,
-        window: usize,
+        pipeline: Pipeline,
         migration: &Migration,
     ) -> io::Result<Self>
     where
@@ -53,20 +66,21 @@ impl Lanes {
             queue: Arc::default(),
             events,
             workers: Vec::with_capacity(connections.len()),
-            interrupts: Vec::with_capacity(connections.len()),
+            handles: Vec::with_capacity(connections.len()),
             in_flight: 0,
-            most_in_flight: connections.len() * (window + 1),
+            most_in_flight: connections.len() * (pipeline.window + 1),
         };
         for (index, connection) in connections.into_iter().enumerate() {
-            lanes.interrupts.push(connection.interrupt()?);
+            lanes.handles.push(connection.handle());
             let worker = Worker {
                 connection,
                 memory: Arc::clone(memory),
                 queue: Arc::clone(&lanes.queue),
                 report: report.clone(),
                 migration: migration.clone(),
-                window,
-                in_flight: VecDeque::with_capacity(window),
+                pipeline,
+                in_flight: VecDeque::with_capacity(pipeline.window),
+                table: Vec::new(),
             };
             let thread = thread::Builder::new().name(format!("migrate-{index}"));
             lanes.workers.push(thread.spawn(move || worker.run())?);
@@ -92,13 +106,14 @@ impl Lanes {
 
     /// Waits for the next event, but no longer than `patience`.
     pub(super) fn next_event(&mut self, patience: Duration) -> Option<Event> {
-        match self.events.recv_timeout(patience) {
-            Ok(event) => {
-                self.in_flight -= usize::from(matches!(event, Event::Acknowledged(_)));
-                Some(event)
-            }
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        let ended = self.workers.iter().any(JoinHandle::is_finished);
+        let event = match self.events.recv_timeout(patience) {
+            Ok(event) => event,
+            Err(_) if ended => Event::Died,
+            Err(_) => return None,
+        };
+        self.in_flight -= usize::from(matches!(event, Event::Acknowledged(_)));
+        Some(event)
     }
 
     /// Ends the workers and returns the connections that are between two requests.
@@ -111,9 +126,9 @@ impl Lanes {
             let _late = self.events.recv_timeout(Duration::from_millis(1));
         }
         let workers = std::mem::take(&mut self.workers);
-        for (worker, interrupt) in workers.iter().zip(&self.interrupts) {
+        for (worker, handle) in workers.iter().zip(&self.handles) {
             if !worker.is_finished() {
-                interrupt.shut_down();
+                handle.close();
             }
         }
         workers.into_iter().filter_map(|worker| worker.join().ok().flatten()).collect()
@@ -125,7 +140,7 @@ impl Drop for Lanes {
     fn drop(&mut self) {
         self.queue.close();
         if !self.workers.is_empty() {
-            self.interrupts.iter().for_each(Interrupt::shut_down);
+            self.handles.iter().for_each(ConnectionHandle::close);
         }
         for worker in self.workers.drain(..) {
             let _ended = worker.join();
@@ -183,9 +198,10 @@ struct Worker<M> {
     queue: Arc<Queue>,
     report: Sender<Event>,
     migration: Migration,
-    window: usize,
+    pipeline: Pipeline,
     /// Written, oldest first: acknowledgements come in order.
     in_flight: VecDeque<Chunk>,
+    table: Vec<u8>,
 }
 
 impl<M: GuestMemoryBackend> Worker<M> {
@@ -201,11 +217,11 @@ impl<M: GuestMemoryBackend> Worker<M> {
         }
     }
 
-    fn work(&mut self) -> Result<(), ConnectionError> {
+    fn work(&mut self) -> Result<(), PeerError> {
         loop {
             let next = match self.in_flight.len() {
                 0 => self.queue.pop(),
-                sent if sent < self.window => self.queue.try_pop(),
+                sent if sent < self.pipeline.window => self.queue.try_pop(),
                 _ => None,
             };
             match next {
@@ -216,15 +232,15 @@ impl<M: GuestMemoryBackend> Worker<M> {
         }
     }
 
-    fn write(&mut self, chunk: Chunk) -> Result<(), ConnectionError> {
-        self.connection.send_guest(&*self.memory, chunk.ranges())?;
+    fn write(&mut self, chunk: Chunk) -> Result<(), PeerError> {
+        send_memory(&mut self.connection, &*self.memory, chunk.ranges(), &mut self.table)?;
         self.migration.count_sent(wire_bytes(&chunk));
         self.in_flight.push_back(chunk);
         Ok(())
     }
 
-    fn read_acknowledgement(&mut self) -> Result<(), ConnectionError> {
-        self.connection.read_acknowledgement()?;
+    fn read_acknowledgement(&mut self) -> Result<(), PeerError> {
+        read_answer(&mut self.connection, self.pipeline.answer_timeout)?;
         if let Some(chunk) = self.in_flight.pop_front() {
             self.migration.count_acknowledged(wire_bytes(&chunk));
             let _engine_gone = self.report.send(Event::Acknowledged(chunk));
@@ -235,5 +251,5 @@ impl<M: GuestMemoryBackend> Worker<M> {
 
 /// Bytes a chunk's Memory message takes: header, table and pages.
 pub(super) fn wire_bytes(chunk: &Chunk) -> u64 {
-    16 + 16 * chunk.ranges().len() as u64 + chunk.bytes()
+    (HEADER_BYTES + RANGE_BYTES * chunk.ranges().len()) as u64 + chunk.bytes()
 }

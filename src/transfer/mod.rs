@@ -9,7 +9,9 @@
 //! A [`Sender`] goes through `phases`: `control` is its first connection, `lanes` the ones that carry memory, `rounds` what
 //! it measures, `progress` what it shows.
 
+pub mod connection;
 mod control;
+mod exchange;
 pub mod frame;
 mod lanes;
 pub mod limits;
@@ -17,7 +19,9 @@ mod phases;
 mod progress;
 mod rounds;
 mod send;
+pub mod tls;
 pub mod url;
 
+pub use exchange::PeerError;
 pub use progress::{Degradation, Migration, Phase, Progress, SourceProgress};
 pub use send::{SendError, SendOptions, SendOptionsError, Sender, Sent, SourceVm, Step, VmOperation};

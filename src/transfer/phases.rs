@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::control::Control;
-use super::lanes::{Event, Lanes};
+use super::exchange::PeerError;
+use super::lanes::{Event, Lanes, Pipeline};
 use super::progress::{Migration, Phase, Progress, SourceProgress};
 use super::rounds::{Bandwidth, Pace, SourceRates, rate};
 use super::send::{SendError, SendOptions, Sent, SourceVm, Step, VmOperation};
-use crate::device::Basis;
+use crate::device::{Basis, Estimate};
 use crate::ledger::{Attribution, Chunk, ChunkLimits, CursorId, Outstanding, Start};
 use crate::migratable::MigratableDevice;
-use crate::precopy::{Decision, DeviceLeft, Forecast, Observation, Policy, TimeoutStrategy};
+use crate::precopy::{CancelReason, Decision, DeviceLeft, Forecast, Observation, Policy, TimeoutStrategy};
 use crate::vm::{Vm, VmError};
 
 /// How often a waiting engine looks whether it was cancelled or its time is up.
@@ -105,7 +106,6 @@ impl<'a, V: Vm> Session<'a, V> {
     /// Moves the VM, or leaves it as it was.
     pub(super) fn migrate(mut self) -> Result<Sent, SendError> {
         let outcome = self.attempt();
-        let outcome = outcome.or_else(|failure| self.recover(failure));
         self.migration.enter(match outcome.as_ref().map_err(SendError::source_vm) {
             Ok(_) => Phase::Completed,
             Err(SourceVm::PausedForSafety) => Phase::OutcomeUnknown,
@@ -119,7 +119,7 @@ impl<'a, V: Vm> Session<'a, V> {
         self.migration.update(|progress| progress.ram_bytes = ram_bytes);
         self.migration.enter(Phase::Connecting);
         let mut control = Control::connect(self.options, self.migration)?;
-        let outcome = self.converse(&mut control);
+        let outcome = self.converse(&mut control).or_else(|failure| self.recover(failure));
         if outcome.is_err() {
             control.abandon();
         }
@@ -153,10 +153,13 @@ impl<'a, V: Vm> Session<'a, V> {
 
     /// Copies all memory on all connections; the VM runs at first, and stands still at the end.
     fn copy_memory(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
-        let connections = control.lane_connections(self.options)?;
-        let mut lanes = Lanes::start(connections, &self.memory, self.options.window, self.migration)?;
+        let connections = control.open_lanes()?;
+        let SendOptions { window, ref limits, .. } = *self.options;
+        let pipeline = Pipeline { window, answer_timeout: limits.answer_timeout };
+        let lanes = Lanes::start(connections, &self.memory, pipeline, self.migration);
+        let mut lanes = lanes.map_err(SendError::Thread)?;
         let copied = self.copy_until_stopped(&mut lanes);
-        control.take_back(lanes.stop(GRACE), copied.is_ok());
+        control.take_back(lanes.stop(GRACE));
         copied
     }
 
@@ -254,7 +257,7 @@ impl<'a, V: Vm> Session<'a, V> {
         self.check_time()
     }
 
-    fn peer_failed(&self, source: super::connection::ConnectionError) -> SendError {
+    fn peer_failed(&self, source: PeerError) -> SendError {
         match self.migration.check() {
             Err(cancelled) => cancelled.into(),
             Ok(()) => SendError::Peer { step: Step::Memory, source },
@@ -266,7 +269,7 @@ impl<'a, V: Vm> Session<'a, V> {
         match self.time_is_up() && self.policy.timeout_strategy == TimeoutStrategy::Cancel {
             true => {
                 let timeout_ms = self.policy.timeout_ms;
-                Err(SendError::GivenUp(crate::precopy::CancelReason::TimedOut { timeout_ms }))
+                Err(SendError::GivenUp(CancelReason::TimedOut { timeout_ms }))
             }
             false => Ok(()),
         }
@@ -327,7 +330,7 @@ impl<'a, V: Vm> Session<'a, V> {
         Ok(self.machine.devices().start_precopy()?)
     }
 
-    fn observe(&mut self, estimate: crate::device::Estimate) -> Observation {
+    fn observe(&mut self, estimate: Estimate) -> Observation {
         let Outstanding { pending_bytes, in_flight_bytes } = self.left();
         Observation {
             pending_bytes,
@@ -344,7 +347,7 @@ impl<'a, V: Vm> Session<'a, V> {
     }
 
     /// What the State message will carry of the devices. All their state is in it, what PRE_COPY brought too, as base64.
-    fn device_left(&mut self, estimate: crate::device::Estimate) -> DeviceLeft {
+    fn device_left(&mut self, estimate: Estimate) -> DeviceLeft {
         let bytes = self.machine.devices().precopy_bytes().saturating_add(estimate.stop_copy_bytes);
         let encoded = bytes.div_ceil(3).saturating_mul(4);
         match estimate.basis {

@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::connection::ConnectionError;
+use super::exchange::PeerError;
+use super::limits::{ConnectionCount, Limits};
 use super::phases::Session;
 use super::progress::{Cancelled, Degradation, Migration, SourceProgress};
-use super::url::Url;
+use super::tls::ClientTls;
+use super::url::{Endpoint, Url};
 use crate::device::DeviceSetError;
 use crate::migratable::{MigratableDevice, MigratableDeviceError};
 use crate::precopy::{CancelReason, Policy, TimeoutStrategy};
@@ -24,8 +26,8 @@ use crate::vm::{Vm, VmError};
 pub struct SendOptions {
     /// The receiver.
     pub url: Url,
-    /// Connections that carry memory: 1, or 2 to 128 beside the first one (TCP only).
-    pub connections: usize,
+    /// Connections that carry memory: one, or several beside the first one (TCP only).
+    pub connections: ConnectionCount,
     /// Chunks that may await their acknowledgement on each connection.
     pub window: usize,
     /// Guest memory in one chunk, in bytes; at most 64 MiB.
@@ -44,8 +46,10 @@ pub struct SendOptions {
     pub throttle: bool,
     /// The VM is paused, stays so if this fails, and is to stay so at the receiver.
     pub complete_paused: bool,
-    /// How long the receiver may take to answer State, and Complete, each.
-    pub answer_timeout: Duration,
+    /// Mutual TLS over TCP.
+    pub tls: Option<ClientTls>,
+    /// How long the receiver may take, and more.
+    pub limits: Limits,
 }
 
 impl SendOptions {
@@ -53,7 +57,7 @@ impl SendOptions {
     pub fn new(url: Url) -> Self {
         Self {
             url,
-            connections: 1,
+            connections: ConnectionCount::ONE,
             window: 4,
             chunk_bytes: 4 << 20,
             bandwidth: None,
@@ -63,7 +67,8 @@ impl SendOptions {
             max_rounds: None,
             throttle: false,
             complete_paused: false,
-            answer_timeout: Duration::from_secs(60),
+            tls: None,
+            limits: Limits::default(),
         }
     }
 
@@ -82,11 +87,10 @@ impl SendOptions {
             true => Ok(()),
             false => Err(SendOptionsError::OutOfBounds { option, value, bounds }),
         };
-        in_bounds("connections", self.connections as u64, 1..=128)?;
         in_bounds("window", self.window as u64, 1..=64)?;
         in_bounds("chunk_bytes", self.chunk_bytes, 4096..=64 << 20)?;
         in_bounds("bandwidth", self.bandwidth.unwrap_or(u64::MAX), 1..=u64::MAX)?;
-        if self.connections > 1 && !self.url.is_tcp() {
+        if self.connections != ConnectionCount::ONE && matches!(self.url.endpoint(), Endpoint::Unix(_)) {
             return Err(SendOptionsError::OneConnectionOnly {
                 connections: self.connections,
                 url: self.url.clone(),
@@ -114,7 +118,7 @@ pub enum SendOptionsError {
     #[error("{connections} connections take a TCP address, not {url}")]
     OneConnectionOnly {
         /// How many were asked for.
-        connections: usize,
+        connections: ConnectionCount,
         /// The address.
         url: Url,
     },
@@ -195,7 +199,7 @@ pub enum SendError {
         /// What was being done.
         step: Step,
         /// What went wrong.
-        source: ConnectionError,
+        source: PeerError,
     },
     /// The VM failed.
     #[error("VM cannot {operation}")]
@@ -207,10 +211,10 @@ pub enum SendError {
     },
     /// A source could not be switched on or cleared.
     #[error("Dirty pages cannot be tracked")]
-    Tracking(#[from] MigratableDeviceError),
+    Tracking(#[source] Box<MigratableDeviceError>),
     /// A device failed.
     #[error("Devices cannot be moved")]
-    Devices(#[from] DeviceSetError),
+    Devices(#[source] Box<DeviceSetError>),
     /// The State message could not be written down.
     #[error("VM state is no JSON")]
     State(#[from] serde_json::Error),
@@ -227,7 +231,7 @@ pub enum SendError {
     )]
     OutcomeUnknown {
         /// How the answer failed to come.
-        source: ConnectionError,
+        source: PeerError,
     },
     /// The migration failed, and the VM could not be set going again.
     #[error("VM is not running as before: {recovery}; the migration had failed: {failure}")]
@@ -243,6 +247,18 @@ pub enum SendError {
 impl From<Cancelled> for SendError {
     fn from(_: Cancelled) -> Self {
         Self::Cancelled
+    }
+}
+
+impl From<MigratableDeviceError> for SendError {
+    fn from(error: MigratableDeviceError) -> Self {
+        Self::Tracking(error.into())
+    }
+}
+
+impl From<DeviceSetError> for SendError {
+    fn from(error: DeviceSetError) -> Self {
+        Self::Devices(error.into())
     }
 }
 
