@@ -2,8 +2,8 @@
 
 //! Moving a VM over the wire: Cloud Hypervisor's migration protocol, its sender and its receiver.
 //!
-//! [`frame`] is the protocol's bytes and touches nothing else. `connection` owns the sockets, their deadlines and the
-//! way bytes take between them and guest memory; `tls` puts mutual TLS under it. [`limits`] names every bound that is
+//! [`frame`] is the protocol's bytes and touches nothing else. [`connection`] owns the sockets, their deadlines and the
+//! way bytes take between them and guest memory; [`tls`] puts mutual TLS under it. [`limits`] names every bound that is
 //! put on a peer.
 //!
 //! A [`Sender`] goes through `phases`: `control` is its first connection, `lanes` the ones that carry memory, `rounds` what
