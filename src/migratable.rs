@@ -25,7 +25,7 @@ pub enum MigratableDeviceError {
     Source(#[from] SourceError),
     /// Devices could not be moved, saved or restored.
     #[error("Cannot move the devices' state")]
-    Devices(#[from] DeviceSetError),
+    Devices(#[source] Box<DeviceSetError>),
     /// The IOVA map refuses a change.
     #[error("Cannot change the IOVA map")]
     Iova(#[from] IovaError),
@@ -44,6 +44,12 @@ pub enum MigratableDeviceError {
     /// No dirty log runs.
     #[error("Dirty log is not running")]
     NotLogging,
+}
+
+impl From<DeviceSetError> for MigratableDeviceError {
+    fn from(error: DeviceSetError) -> Self {
+        Self::Devices(Box::new(error))
+    }
 }
 
 /// Names one IOVA address space of a [`MigratableDevice`].
@@ -396,7 +402,8 @@ impl MigratableDevice {
 impl Pausable for MigratableDevice {
     /// Stops all devices, P2P-quiescent first; call it when the vCPUs are paused.
     fn pause(&mut self) -> Result<(), MigratableError> {
-        let stopped = if self.migrating { self.devices.stop_for_copy() } else { self.devices.stop() };
+        let stopped =
+            if self.migrating { self.devices.stop_for_copy().map(drop) } else { self.devices.stop() };
         stopped.map_err(|error| MigratableError::Pause(error.into()))?;
         self.paused = true;
         Ok(())

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use vfio_migration::migratable::MigratableDevice;
+use vfio_migration::source::KvmLogMode;
 use vfio_migration::transfer::{Listener, Migration, Receiver as MigrationReceiver, SendOptions, Sender, Sent};
 use vm_migration::Pausable;
 
@@ -21,7 +22,7 @@ use super::report::{DeviceReport, MigrationFigures, Progress, SourceReport};
 use super::side::Side;
 use super::vm::{DestinationVm, SourceVm};
 use crate::device::{DeviceConfig, DmaDevice};
-use crate::vmm::Phase;
+use crate::vmm::{Phase, RamLayout, Split};
 
 /// How often a source tells how far it is.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(10);
@@ -71,7 +72,8 @@ struct Child {
 impl Child {
     /// Sets the process up; what goes wrong, the parent is told.
     fn new(setup: MachineSetup, mut control: Control) -> anyhow::Result<Self> {
-        let made = Side::receive(setup, &mut control).and_then(|side| Ok((side.migratable()?, side)));
+        let made = receive(setup, &mut control)
+            .and_then(|side| Ok((side.migratable(KvmLogMode::ManualAtRead)?, side)));
         let (devices, side) = match made {
             Ok(made) => made,
             Err(error) => {
@@ -166,6 +168,15 @@ impl Child {
         self.side.machine.start()?;
         Ok(Event::Running { resume_us: micros(started.elapsed()) })
     }
+}
+
+/// Takes the descriptors that follow the role: the device's socket, then RAM.
+fn receive(setup: MachineSetup, control: &mut Control) -> anyhow::Result<Side> {
+    let socket = control.receive_descriptor().context("Cannot receive the device's socket")?;
+    let regions = RamLayout::new(setup.memory_bytes, Split::default())?.regions().len();
+    let files = (0..regions).map(|_| control.receive_descriptor()).collect::<Result<_, _>>();
+    let files = files.context("Cannot receive the guest's RAM")?;
+    Side::new(setup, UnixStream::from(OwnedFd::from(socket)), files)
 }
 
 /// Hands on the parent's commands; a Cancel reaches the migration under way at once. Ends the process with its parent.

@@ -3,14 +3,13 @@
 //! What a source and a destination process have in common: a machine, its device, and the library over both.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use vfio_migration::device::Device;
-use vfio_migration::device::vfio_user::VfioUserDevice;
+use vfio_migration::device::{Device, VfioUserDevice};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::{GpaRange, IovaRange};
 use vfio_migration::source::{
@@ -19,10 +18,11 @@ use vfio_migration::source::{
 use vfio_migration::vfio_user::{Client, DmaRegion, Options, SharedClient};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::control::{Control, Health, MachineSetup};
+use super::control::{Health, MachineSetup};
 use super::forget::Forgetful;
 use super::vm::{PASS_THROUGH, layout_of};
-use crate::device::{self, PAGE_BYTES as STREAM_PAGE_BYTES, Stream, Window};
+use crate::device::control as device;
+use crate::device::{PAGE_BYTES as STREAM_PAGE_BYTES, Stream, Window};
 use crate::vmm::{AreaKind, CpuKind, Machine, MachineConfig, Memory, RamLayout, Rate, Split};
 
 /// Name of the one device.
@@ -34,30 +34,27 @@ const DEVICE_LOG: &str = "device-log";
 const PASS_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A machine and its device, connected.
-pub(super) struct Side {
-    pub(super) machine: Arc<Machine>,
-    pub(super) client: SharedClient,
+pub struct Side {
+    /// The machine.
+    pub machine: Arc<Machine>,
+    /// The device's client.
+    pub client: SharedClient,
     stream: Stream,
     setup: MachineSetup,
 }
 
 impl Side {
-    /// Takes the descriptors that follow the role, makes the machine and connects its device.
-    pub(super) fn receive(setup: MachineSetup, control: &mut Control) -> anyhow::Result<Self> {
-        let socket = control.receive_descriptor().context("Cannot receive the device's socket")?;
+    /// Makes the machine over `files`, one memfd a region, and connects its device behind `socket`.
+    ///
+    /// # Errors
+    /// RAM, KVM or the device refuse.
+    pub fn new(setup: MachineSetup, socket: UnixStream, files: Vec<File>) -> anyhow::Result<Self> {
         let layout = RamLayout::new(setup.memory_bytes, Split::default())?;
-        let files: Vec<File> = layout
-            .regions()
-            .iter()
-            .map(|_| control.receive_descriptor())
-            .collect::<Result<_, _>>()
-            .context("Cannot receive the guest's RAM")?;
         let cpu = if setup.kvm { CpuKind::Kvm { dirty_ring_bytes: None } } else { CpuKind::Software };
         let mut config = MachineConfig::new(Memory::adopt(&layout, files)?, cpu);
         config.guest_rate = Rate::PagesPerSecond(setup.guest_rate);
         config.seed = setup.seed;
         let machine = Arc::new(Machine::new(config)?);
-        let socket = UnixStream::from(OwnedFd::from(socket));
         let client = connect(socket, &machine).context("Cannot connect the device")?;
         let windows: Option<Vec<_>> = machine
             .map()
@@ -69,7 +66,10 @@ impl Side {
     }
 
     /// Boots the guest, programs the device, and lets both run.
-    pub(super) fn start(&self) -> anyhow::Result<()> {
+    ///
+    /// # Errors
+    /// The guest or the device do not start.
+    pub fn start(&self) -> anyhow::Result<()> {
         self.machine.boot()?;
         let mut client = self.client();
         device::program(&mut client, &self.stream, self.setup.device_rate.into())?;
@@ -78,11 +78,14 @@ impl Side {
         Ok(())
     }
 
-    /// Puts the machine's sources of dirty pages and its device under one roof.
-    pub(super) fn migratable(&self) -> anyhow::Result<MigratableDevice> {
+    /// Puts the machine's sources of dirty pages and its device under one roof; `mode` says how KVM's log is driven.
+    ///
+    /// # Errors
+    /// A source or the device lacks something, or the source to forget is not there.
+    pub fn migratable(&self, mode: KvmLogMode) -> anyhow::Result<MigratableDevice> {
         let mut builder = MigratableDevice::builder(PASS_THROUGH, layout_of(&self.machine)?);
         let mut forget = self.setup.forget.clone();
-        for source in self.sources()? {
+        for source in self.sources(mode)? {
             let forgotten = forget.take_if(|name| *name == source.id());
             builder = builder.source(match forgotten {
                 Some(_) => Box::new(Forgetful::new(source)),
@@ -96,10 +99,9 @@ impl Side {
         Ok(builder.device(Device::new(DEVICE, Box::new(device))).build()?)
     }
 
-    fn sources(&self) -> anyhow::Result<Vec<Box<dyn DirtySource>>> {
+    fn sources(&self, mode: KvmLogMode) -> anyhow::Result<Vec<Box<dyn DirtySource>>> {
         let mut sources: Vec<Box<dyn DirtySource>> = Vec::new();
         if let Some(vm) = self.machine.vm_fd() {
-            let mode = KvmLogMode::ManualAtRead;
             sources.push(Box::new(KvmLog::new(Arc::clone(vm), self.slots()?, mode)));
         }
         sources.push(Box::new(GuestMemoryLog::new(Arc::new(self.machine.memory().clone()))));
@@ -119,8 +121,11 @@ impl Side {
         slots.collect()
     }
 
-    /// Lets the guest make `passes` more passes at full speed, then looks at everything while all stands still.
-    pub(super) fn check(&self, passes: u64) -> anyhow::Result<Health> {
+    /// Lets the guest make `passes` more passes at full speed, then looks at what guest, VMM and device wrote.
+    ///
+    /// # Errors
+    /// The guest makes no progress, or the device does not answer.
+    pub fn check(&self, passes: u64) -> anyhow::Result<Health> {
         let until = self.machine.passes()? + passes;
         self.machine.limit_guest(Rate::Unlimited);
         let deadline = Instant::now() + PASS_PATIENCE * u32::try_from(passes)?;
@@ -169,7 +174,7 @@ fn connect(socket: UnixStream, machine: &Machine) -> anyhow::Result<SharedClient
     let mut client = Client::connect(socket, DEVICE, &Options::default())?;
     for region in machine.regions() {
         let iova = IovaRange::new(region.gpa, region.len)?;
-        let dma = DmaRegion { iova, offset: region.offset, readable: true, writable: true };
+        let dma = DmaRegion { iova, file_offset: region.offset, writeable: true };
         client.dma_map(&dma, Some(region.as_fd()))?;
     }
     Ok(Arc::new(Mutex::new(client)))
