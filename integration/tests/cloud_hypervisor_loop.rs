@@ -56,7 +56,12 @@ fn all_ram(memory: &Memory) -> MemoryRangeTable {
 
 fn assert_sorted_disjoint_coalesced(table: &MemoryRangeTable) {
     for pair in table.regions().windows(2) {
-        assert!(pair[0].gpa + pair[0].length < pair[1].gpa, "{:#x} and {:#x} touch", pair[0].gpa, pair[1].gpa);
+        assert!(
+            pair[0].gpa + pair[0].length < pair[1].gpa,
+            "{:#x} and {:#x} touch",
+            pair[0].gpa,
+            pair[1].gpa
+        );
     }
 }
 

@@ -6,15 +6,17 @@
 //! way bytes take between them and guest memory; [`tls`] puts mutual TLS under it. [`limits`] names every bound that is
 //! put on a peer.
 //!
-//! A [`Sender`] goes through `phases`: `control` is its first connection, `lanes` the ones that carry memory, `rounds` what
-//! it measures, `progress` what it shows.
+//! A [`Sender`] goes through `phases`, the longest of which is `copying`: `control` is its first connection, `lanes` the ones
+//! that carry memory; `measuring` turns what happens into numbers, `progress` shows them to other threads.
 
 pub mod connection;
 mod control;
+mod copying;
 mod exchange;
 pub mod frame;
 mod lanes;
 pub mod limits;
+mod measuring;
 mod phases;
 mod progress;
 mod rounds;

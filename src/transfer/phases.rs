@@ -6,70 +6,38 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::control::Control;
-use super::exchange::PeerError;
-use super::lanes::{Event, Lanes, Pipeline};
-use super::progress::{Migration, Phase, Progress, SourceProgress};
-use super::rounds::{Bandwidth, Pace, SourceRates, rate};
-use super::send::{SendError, SendOptions, Sent, SourceVm, Step, VmOperation};
-use crate::device::{Basis, Estimate};
-use crate::ledger::{Attribution, Chunk, ChunkLimits, CursorId, Outstanding, Start};
+use super::lanes::{Lanes, Pipeline};
+use super::measuring::Measured;
+use super::progress::{Migration, Phase};
+use super::send::{SendError, SendOptions, Sent, SourceVm, VmOperation};
+use crate::ledger::{CursorId, Start};
 use crate::migratable::MigratableDevice;
-use crate::precopy::{CancelReason, Decision, DeviceLeft, Forecast, Observation, Policy, TimeoutStrategy};
+use crate::precopy::{Decision, Policy};
 use crate::vm::{Vm, VmError};
-
-/// How often a waiting engine looks whether it was cancelled or its time is up.
-const TICK: Duration = Duration::from_millis(20);
 
 /// How long chunks on their way may still be acknowledged after a failure or a cancellation.
 const GRACE: Duration = Duration::from_millis(400);
 
-/// Bytes of device state read in one round while the devices run.
-const DEVICE_BUDGET_BYTES: u64 = 64 << 20;
-
-/// Ranges in one chunk's table.
-const CHUNK_RANGES: usize = 1 << 16;
-
-/// Chunks a bandwidth cap is spread over in a second.
-const PACED_CHUNKS_PER_SECOND: u64 = 20;
-
-/// Dirty bytes under which another round at once would be a waste.
-const IDLE_BYTES: u64 = 1 << 20;
-
-/// The pause between two rounds when there is next to nothing to send and the switchover waits for something else.
-const IDLE_PAUSE: Duration = Duration::from_millis(10);
-
 /// One attempt to move a VM: who takes part, what was changed of them, what was measured.
 pub(super) struct Session<'a, V: Vm> {
-    options: &'a SendOptions,
-    policy: Policy,
-    vm: &'a mut V,
-    machine: &'a mut MigratableDevice,
-    migration: &'a Migration,
+    pub(super) options: &'a SendOptions,
+    pub(super) policy: Policy,
+    pub(super) vm: &'a mut V,
+    pub(super) machine: &'a mut MigratableDevice,
+    pub(super) migration: &'a Migration,
     memory: Arc<V::Memory>,
-    undo: Undo,
-    measured: Measured,
-    began: Instant,
+    pub(super) undo: Undo,
+    pub(super) measured: Measured,
+    pub(super) began: Instant,
 }
 
 /// What has to be undone when the migration fails.
 #[derive(Debug, Default)]
-struct Undo {
-    cursor: Option<CursorId>,
-    devices_touched: bool,
-    vm_paused: Option<Instant>,
-    throttle_percent: u8,
-}
-
-#[derive(Debug)]
-struct Measured {
-    rounds: u32,
-    back_outs: u32,
-    bandwidth: Bandwidth,
-    dirty_rate: u64,
-    collected: Instant,
-    source_rates: SourceRates,
-    attribution_before: Vec<Attribution>,
-    pace: Option<Pace>,
+pub(super) struct Undo {
+    pub(super) cursor: Option<CursorId>,
+    pub(super) devices_touched: bool,
+    pub(super) vm_paused: Option<Instant>,
+    pub(super) throttle_percent: u8,
 }
 
 impl<'a, V: Vm> Session<'a, V> {
@@ -79,17 +47,8 @@ impl<'a, V: Vm> Session<'a, V> {
         machine: &'a mut MigratableDevice,
         migration: &'a Migration,
     ) -> Self {
-        let began = Instant::now();
-        let measured = Measured {
-            rounds: 0,
-            back_outs: 0,
-            bandwidth: Bandwidth::default(),
-            dirty_rate: 0,
-            collected: began,
-            source_rates: SourceRates::default(),
-            attribution_before: machine.attribution().map(|(_, attribution)| attribution).collect(),
-            pace: options.bandwidth.map(Pace::new),
-        };
+        let attribution = machine.attribution().map(|(_, attribution)| attribution).collect();
+        let measured = Measured::new(attribution, options.bandwidth);
         Self {
             options,
             policy: options.policy(vm.can_throttle()),
@@ -99,7 +58,7 @@ impl<'a, V: Vm> Session<'a, V> {
             migration,
             undo: Undo::default(),
             measured,
-            began,
+            began: Instant::now(),
         }
     }
 
@@ -146,8 +105,7 @@ impl<'a, V: Vm> Session<'a, V> {
     /// Switches every source on, before the first page is copied (C1), and lets devices begin to hand out their state.
     fn arm(&mut self) -> Result<(), SendError> {
         self.undo.cursor = Some(self.machine.begin(Start::Empty)?);
-        self.measured.collected = Instant::now();
-        self.look_at_sources(Duration::ZERO);
+        self.start_measuring();
         self.start_device_precopy()
     }
 
@@ -171,227 +129,6 @@ impl<'a, V: Vm> Session<'a, V> {
             }
             self.run_on()?;
         }
-    }
-
-    /// Makes passes over memory while the VM runs, until it may be stopped.
-    fn precopy(&mut self, lanes: &mut Lanes) -> Result<(), SendError> {
-        self.migration.enter(Phase::Precopy);
-        loop {
-            self.round(lanes)?;
-            let seen = self.take_stock();
-            if self.options.complete_paused {
-                return Ok(());
-            }
-            match self.policy.decide(&seen) {
-                Decision::SwitchOver { .. } => return Ok(()),
-                Decision::Cancel { reason } => return Err(SendError::GivenUp(reason)),
-                Decision::ContinueThrottled(percent) => self.throttle(percent),
-                Decision::Continue if seen.pending_bytes < IDLE_BYTES => self.heed(lanes, IDLE_PAUSE)?,
-                Decision::Continue => {}
-            }
-        }
-    }
-
-    /// Makes one pass: sends every page pending now, and waits for the last acknowledgement.
-    fn round(&mut self, lanes: &mut Lanes) -> Result<(), SendError> {
-        let Some(cursor) = self.undo.cursor else { return Ok(()) };
-        let began = Instant::now();
-        self.measured.rounds += 1;
-        let round = self.measured.rounds;
-        self.migration.update(|progress| progress.round = round);
-        self.machine.begin_round(cursor);
-        let mut bytes = 0;
-        while !self.is_cut_short() {
-            self.await_room(lanes)?;
-            let Some(chunk) = self.machine.take(cursor, self.chunk_limits())? else { break };
-            bytes += chunk.bytes();
-            self.dispatch(lanes, chunk);
-        }
-        while !lanes.is_drained() {
-            self.heed(lanes, TICK)?;
-        }
-        self.measured.bandwidth.record(bytes, began.elapsed());
-        Ok(())
-    }
-
-    fn chunk_limits(&self) -> ChunkLimits {
-        let paced = self.options.bandwidth.filter(|_| self.undo.vm_paused.is_none());
-        let slice = paced.map_or(u64::MAX, |cap| cap / PACED_CHUNKS_PER_SECOND);
-        ChunkLimits { bytes: self.options.chunk_bytes.min(slice), ranges: CHUNK_RANGES }
-    }
-
-    fn dispatch(&mut self, lanes: &mut Lanes, chunk: Chunk) {
-        if let Some(pace) = &mut self.measured.pace {
-            pace.spend(chunk.bytes(), Instant::now());
-        }
-        lanes.send(chunk);
-    }
-
-    /// Waits until another chunk may be taken: for the window, and while the VM runs for the bandwidth cap.
-    fn await_room(&mut self, lanes: &mut Lanes) -> Result<(), SendError> {
-        loop {
-            let pace = self.measured.pace.as_ref().filter(|_| self.undo.vm_paused.is_none());
-            let wait = pace.map_or(Duration::ZERO, |pace| pace.wait(Instant::now()));
-            match lanes.has_room() {
-                true if wait.is_zero() => return self.heed(lanes, Duration::ZERO),
-                true => self.heed(lanes, wait.min(TICK))?,
-                false => self.heed(lanes, TICK)?,
-            }
-        }
-    }
-
-    /// Takes in what the connections have to tell, waiting no longer than `patience`, and looks whether to go on at all.
-    fn heed(&mut self, lanes: &mut Lanes, patience: Duration) -> Result<(), SendError> {
-        let mut event = lanes.next_event(patience);
-        while let Some(told) = event {
-            match told {
-                Event::Acknowledged(chunk) => self.machine.commit(chunk),
-                Event::Failed(source) => return Err(self.peer_failed(source)),
-                Event::Died => return Err(SendError::ThreadDied),
-            }
-            event = lanes.next_event(Duration::ZERO);
-        }
-        let left_bytes = self.left().pending_bytes + self.left().in_flight_bytes;
-        self.migration.update(|progress| progress.left_bytes = left_bytes);
-        self.migration.check()?;
-        self.check_time()
-    }
-
-    fn peer_failed(&self, source: PeerError) -> SendError {
-        match self.migration.check() {
-            Err(cancelled) => cancelled.into(),
-            Ok(()) => SendError::Peer { step: Step::Memory, source },
-        }
-    }
-
-    /// Gives up in the middle of a round when the time is up and the VM still runs.
-    fn check_time(&self) -> Result<(), SendError> {
-        match self.time_is_up() && self.policy.timeout_strategy == TimeoutStrategy::Cancel {
-            true => {
-                let timeout_ms = self.policy.timeout_ms;
-                Err(SendError::GivenUp(CancelReason::TimedOut { timeout_ms }))
-            }
-            false => Ok(()),
-        }
-    }
-
-    fn time_is_up(&self) -> bool {
-        self.undo.vm_paused.is_none() && self.elapsed_ms() >= self.policy.timeout_ms
-    }
-
-    /// Whether to end a round early, because the switchover comes whatever is left.
-    fn is_cut_short(&self) -> bool {
-        self.policy.timeout_strategy == TimeoutStrategy::Ignore && self.time_is_up()
-    }
-
-    fn elapsed_ms(&self) -> u64 {
-        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-
-    fn left(&self) -> Outstanding {
-        self.undo.cursor.and_then(|cursor| self.machine.outstanding(cursor)).unwrap_or_default()
-    }
-
-    /// Collects between two rounds, reads what devices hand out, and measures.
-    fn take_stock(&mut self) -> Observation {
-        let left_over = self.left().pending_bytes;
-        self.collect();
-        let since = self.measured.collected.elapsed();
-        self.measured.collected = Instant::now();
-        self.measured.dirty_rate = rate(self.left().pending_bytes - left_over, since);
-        self.look_at_sources(since);
-        self.step_device_precopy();
-        let estimate = self.machine.devices().estimate();
-        let seen = self.observe(estimate);
-        self.publish(&seen);
-        seen
-    }
-
-    fn collect(&mut self) {
-        for error in self.machine.collect() {
-            self.migration.degrade(error);
-        }
-    }
-
-    fn look_at_sources(&mut self, since: Duration) {
-        let page_bytes = self.machine.layout().host_page().bytes();
-        self.measured.source_rates.look(self.machine.attribution(), page_bytes, since);
-    }
-
-    /// A device whose PRE_COPY fails hands out its whole state in the downtime.
-    fn step_device_precopy(&mut self) {
-        if let Err(error) = self.machine.devices().precopy_step(DEVICE_BUDGET_BYTES) {
-            self.migration.degrade(error);
-        }
-    }
-
-    fn start_device_precopy(&mut self) -> Result<(), SendError> {
-        self.undo.devices_touched = true;
-        Ok(self.machine.devices().start_precopy()?)
-    }
-
-    fn observe(&mut self, estimate: Estimate) -> Observation {
-        let Outstanding { pending_bytes, in_flight_bytes } = self.left();
-        Observation {
-            pending_bytes,
-            in_flight_bytes,
-            bandwidth: self.measured.bandwidth.rate(),
-            dirty_rate: self.measured.dirty_rate,
-            device: self.device_left(estimate),
-            device_initial_bytes: estimate.initial_bytes,
-            elapsed_ms: self.elapsed_ms(),
-            rounds: self.measured.rounds,
-            throttle_percent: self.undo.throttle_percent,
-            back_outs: self.measured.back_outs,
-        }
-    }
-
-    /// What the State message will carry of the devices. All their state is in it, what PRE_COPY brought too, as base64.
-    fn device_left(&mut self, estimate: Estimate) -> DeviceLeft {
-        let bytes = self.machine.devices().precopy_bytes().saturating_add(estimate.stop_copy_bytes);
-        let encoded = bytes.div_ceil(3).saturating_mul(4);
-        match estimate.basis {
-            Basis::Told => DeviceLeft::Exact(encoded),
-            Basis::Guessed => DeviceLeft::Estimate(encoded),
-            Basis::Unknown => DeviceLeft::Unknown,
-        }
-    }
-
-    fn publish(&mut self, seen: &Observation) {
-        let forecast = Forecast::new(&self.policy, seen, &self.measured.source_rates.rates());
-        let sources = self.attribution();
-        self.migration.update(|progress| {
-            *progress = Progress {
-                left_bytes: seen.pending_bytes + seen.in_flight_bytes,
-                bandwidth: seen.bandwidth,
-                dirty_rate: seen.dirty_rate,
-                expected_downtime_ms: seen.expected_downtime_ms(),
-                throttle_percent: seen.throttle_percent,
-                sources,
-                forecast,
-                ..std::mem::take(progress)
-            };
-        });
-    }
-
-    /// What each source reported since this attempt began.
-    fn attribution(&self) -> Vec<SourceProgress> {
-        let before = &self.measured.attribution_before;
-        let sources = self.machine.attribution().zip(before);
-        sources
-            .map(|((id, now), before)| SourceProgress {
-                id: id.to_owned(),
-                attribution: Attribution {
-                    pages: now.pages - before.pages,
-                    exclusive_pages: now.exclusive_pages - before.exclusive_pages,
-                },
-            })
-            .collect()
-    }
-
-    fn throttle(&mut self, percent: u8) {
-        self.undo.throttle_percent = percent;
-        self.vm.throttle(percent);
     }
 
     /// Stops the vCPUs, then all devices, and collects what both wrote until then (C3, C5).

@@ -314,7 +314,17 @@ pub struct Sent {
 
 /// Sends VMs.
 ///
-/// See the crate's first page for an example.
+/// ```
+/// use vfio_migration::migratable::MigratableDevice;
+/// use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+/// use vfio_migration::vm::Vm;
+///
+/// fn move_away(vm: &mut impl Vm, devices: &mut MigratableDevice, migration: &Migration) -> Result<Sent, SendError> {
+///     let mut options = SendOptions::new("tcp:destination:4444".parse().expect("a URL"));
+///     options.downtime_ms = 100;
+///     Sender::new(options).send(vm, devices, migration)
+/// }
+/// ```
 #[derive(Debug, Clone)]
 pub struct Sender {
     options: SendOptions,

@@ -76,7 +76,7 @@ fn a_quiet_vm_is_sent_byte_for_byte_as_described() {
         let bytes: Vec<u8> = pages.flat_map(|page| vm.page(page)).collect();
         [message(MEMORY, &table.collect::<Vec<_>>()), bytes].concat()
     };
-    // Page 3 is written while the state is captured, after it went over for the first time.
+    // C4: page 3 is written while the state is captured, after it went over for the first time.
     let mut first = memory(&[vm::LOW, vm::HIGH], 0..PAGES);
     let page_3 = 16 + 32 + 3 * PAGE as usize;
     first[page_3..page_3 + 8].copy_from_slice(&(3u64 ^ 0x5eed).to_le_bytes());
@@ -166,6 +166,7 @@ fn a_busy_vm_moves_over_four_tcp_connections() {
 
 #[test]
 fn a_receiver_that_goes_away_at_any_request_costs_nothing() {
+    // C23: what one receiver acknowledged counts for nothing with the next.
     let mut vm = FakeVm::new(5);
     let mut machine = vm.machine();
     let mut outcomes = Vec::new();
@@ -420,6 +421,7 @@ fn a_source_that_cannot_clear_ends_the_migration_and_a_retry_loses_nothing() {
     }
 }
 
+/// C1.
 #[test]
 fn sources_are_on_before_the_first_page_and_off_at_the_end() {
     let mut vm = FakeVm::new(0);
@@ -454,6 +456,54 @@ fn devices_stop_after_the_vcpus_and_hand_out_all_their_state() {
     let (transcript, _) = peer.end();
     let state = String::from_utf8(transcript.of(STATE)[0].payload.clone()).unwrap();
     assert!(state.contains("c2l4dGVlbiBieXRlcywgYQ=="), "the device's stream in base64: {state}");
+}
+
+#[test]
+fn what_a_device_writes_while_it_stops_arrives() {
+    // C3: the last collect comes after vCPUs and devices have stopped.
+    let mut vm = FakeVm::new(5);
+    let memory = vm.memory.clone();
+    let mut machine = with_device(&vm, |io| io.writes = Some((memory, 7)));
+    let peer = Peer::unix(Fault::None);
+    send(&peer, &mut vm, &mut machine).unwrap();
+    let (transcript, _) = peer.end();
+    assert_eq!(transcript.pages[&page_gpa(7)][..4], (DeviceState::StopCopy as u32).to_le_bytes());
+    transcript.assert_equals(&vm);
+}
+
+#[test]
+fn pages_of_an_imprecise_source_go_over_once_in_the_last_round() {
+    let mut vm = FakeVm::new(0);
+    let mut source = ScriptedSource::new(&vm.log, [Report::Pages(0..512)]);
+    source.precise = false;
+    let mut machine = vm.builder().source(Box::new(source)).build().unwrap();
+    let peer = Peer::unix(Fault::None);
+    let mut options = options(&peer);
+    options.downtime_ms = 5000;
+    let sent = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap();
+    assert_eq!((sent.rounds, sent.back_outs), (2, 0));
+    let (transcript, _) = peer.end();
+    let bytes: u64 = transcript.of(MEMORY).iter().flat_map(|seen| &seen.table).map(|range| range.1).sum();
+    assert_eq!(
+        bytes,
+        (PAGES + 512 + 1) * PAGE,
+        "all RAM, what the device may have written, what the capture wrote"
+    );
+    transcript.assert_equals(&vm);
+}
+
+#[test]
+fn an_imprecise_source_that_covers_more_than_the_limit_allows_never_stops_the_vm() {
+    let mut vm = FakeVm::new(0);
+    let mut source = ScriptedSource::new(&vm.log, []);
+    source.precise = false;
+    let mut machine = vm.builder().source(Box::new(source)).build().unwrap();
+    let peer = Peer::unix(Fault::Slow(Duration::from_millis(20)));
+    let mut options = options(&peer);
+    (options.downtime_ms, options.timeout_s) = (20, 1);
+    let error = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap_err();
+    assert!(matches!(error, SendError::GivenUp(_)), "{error}");
+    assert!(!log_of(&vm.log).contains(&"pause".to_owned()));
 }
 
 #[test]

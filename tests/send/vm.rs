@@ -192,6 +192,7 @@ pub(crate) enum Report {
 /// A source that says what its script says, and nothing once that is over.
 pub(crate) struct ScriptedSource {
     pub(crate) script: VecDeque<Report>,
+    pub(crate) precise: bool,
     pub(crate) fail_start: bool,
     /// Fails this often, after so many chunks that it let pass.
     pub(crate) fail_before_read: Option<u32>,
@@ -201,7 +202,7 @@ pub(crate) struct ScriptedSource {
 impl ScriptedSource {
     pub(crate) fn new(log: &Log, script: impl IntoIterator<Item = Report>) -> Self {
         let script = script.into_iter().collect();
-        Self { script, fail_start: false, fail_before_read: None, log: Arc::clone(log) }
+        Self { script, precise: true, fail_start: false, fail_before_read: None, log: Arc::clone(log) }
     }
 
     fn broken(operation: Operation) -> SourceError {
@@ -215,7 +216,7 @@ impl DirtySource for ScriptedSource {
     }
 
     fn cover(&self) -> Cover {
-        Cover { ranges: vec![GpaRange::new(LOW.0, LOW.1).unwrap()], precise: true }
+        Cover { ranges: vec![GpaRange::new(LOW.0, LOW.1).unwrap()], precise: self.precise }
     }
 
     fn start(&mut self, _layout: &Layout, _iova: &IovaMap) -> Result<(), SourceError> {
@@ -261,6 +262,8 @@ pub(crate) struct FakeDevice {
     pub(crate) data: Vec<u8>,
     pub(crate) read: usize,
     pub(crate) size: Option<u64>,
+    /// Writes the state's number to this page in each move but to STOP, as a device does that has work to finish.
+    pub(crate) writes: Option<(Arc<Memory>, u64)>,
     /// Fails the next move to this state.
     pub(crate) fail: Option<DeviceState>,
 }
@@ -268,7 +271,7 @@ pub(crate) struct FakeDevice {
 impl FakeDevice {
     pub(crate) fn new(log: &Log, data: &[u8]) -> Self {
         let (state, data) = (DeviceState::Running, data.to_vec());
-        Self { log: Arc::clone(log), state, data, read: 0, size: Some(0), fail: None }
+        Self { log: Arc::clone(log), state, data, read: 0, size: Some(0), writes: None, fail: None }
     }
 
     /// Bytes handed out in PRE_COPY.
@@ -294,6 +297,9 @@ impl DeviceIo for FakeDevice {
         note(&self.log, state.to_string());
         if matches!(state, DeviceState::PreCopy | DeviceState::Running) {
             self.read = 0;
+        }
+        if let (Some((memory, page)), true) = (&self.writes, state != DeviceState::Stop) {
+            memory.write_obj(state as u32, GuestAddress(page_gpa(*page))).unwrap();
         }
         self.state = state;
         Ok(())

@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::source::KvmLogMode;
-use vfio_migration::transfer::{Listener, Migration, Receiver as MigrationReceiver, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{
+    Listener, Migration, Receiver as MigrationReceiver, SendOptions, Sender, Sent,
+};
 use vm_migration::Pausable;
 
 use super::control::{Command, Control, Event, MachineSetup, Role};

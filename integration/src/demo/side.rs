@@ -12,9 +12,7 @@ use anyhow::Context;
 use vfio_migration::device::{Device, VfioUserDevice};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::{GpaRange, IovaRange};
-use vfio_migration::source::{
-    DirtySource, GuestMemoryLog, KvmLog, KvmLogMode, KvmSlot, VfioUserSource,
-};
+use vfio_migration::source::{DirtySource, GuestMemoryLog, KvmLog, KvmLogMode, KvmSlot, VfioUserSource};
 use vfio_migration::vfio_user::{Client, DmaRegion, Options, SharedClient};
 use vm_memory::{Bytes, GuestAddress};
 

@@ -98,9 +98,7 @@ impl Vm for SourceVm {
 
 /// The memory manager's state: all RAM mappings, and the ranges whose bytes a snapshot holds.
 fn memory_manager(regions: &[RegionBacking], saved: &[RegionBacking]) -> Value {
-    let mapping = |region: &RegionBacking| {
-        json!({ "slot": region.slot, "gpa": region.gpa, "size": region.len, "zone_id": "mem0", "virtio_mem": false, "file_offset": region.offset })
-    };
+    let mapping = |region: &RegionBacking| json!({ "slot": region.slot, "gpa": region.gpa, "size": region.len, "zone_id": "mem0", "virtio_mem": false, "file_offset": region.offset });
     let range = |region: &RegionBacking| json!({ "gpa": region.gpa, "length": region.len });
     let end = regions.last().map_or(0, |region| region.gpa + region.len);
     json!({
@@ -153,10 +151,10 @@ impl Destination for DestinationVm<'_> {
 
     fn state(&mut self, state: &[u8]) -> Result<(), VmError> {
         let root: Snapshot = serde_json::from_slice(state)?;
-        let machine: MachineState = state_from_id(Some(&root), CPU_MANAGER)?
-            .ok_or(VmMessageError::Missing(CPU_MANAGER))?;
-        let device_manager = snapshot_from_id(Some(&root), DEVICE_MANAGER)
-            .ok_or(VmMessageError::Missing(DEVICE_MANAGER))?;
+        let machine: MachineState =
+            state_from_id(Some(&root), CPU_MANAGER)?.ok_or(VmMessageError::Missing(CPU_MANAGER))?;
+        let device_manager =
+            snapshot_from_id(Some(&root), DEVICE_MANAGER).ok_or(VmMessageError::Missing(DEVICE_MANAGER))?;
         self.devices.restore_child(device_manager)?;
         self.machine.restore(&machine)?;
         self.restored = true;
