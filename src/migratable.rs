@@ -473,3 +473,6 @@ impl Migratable for MigratableDevice {
         self.close_session().map_err(|error| MigratableError::CompleteMigration(error.into()))
     }
 }
+
+#[cfg(test)]
+mod tests;
