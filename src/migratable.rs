@@ -213,6 +213,15 @@ impl MigratableDevice {
         self.collect_from(|_| true)
     }
 
+    /// Bytes that only [`MigratableDevice::collect_final`] makes pending: the RAM imprecise sources cover, rather too much.
+    pub fn imprecise_bytes(&self) -> u64 {
+        let layout = self.ledger.layout();
+        let imprecise = self.sources.iter().filter(|attached| !attached.precise);
+        let covers = imprecise.flat_map(|attached| attached.source.cover().ranges);
+        let in_ram = |range| layout.parts(range).map(|(_, part)| part.len()).sum::<u64>();
+        covers.map(in_ram).sum::<u64>().min(layout.bytes())
+    }
+
     /// How much a cursor's receiver still lacks; `None` once it is closed.
     pub fn outstanding(&self, cursor: CursorId) -> Option<Outstanding> {
         self.ledger.outstanding(cursor)

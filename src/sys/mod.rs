@@ -5,6 +5,7 @@
 
 pub(crate) mod ioctl;
 pub(crate) mod kvm;
+pub(crate) mod socket;
 
 /// Returns the host's page size in bytes.
 pub(crate) fn host_page_bytes() -> u64 {
