@@ -21,8 +21,8 @@ use vfio_migration::transfer::{Migration, SendOptions, Sender, Sent};
 use vm_migration::Pausable;
 
 use super::control::{Command, Control, Event, MachineSetup, Role};
-use super::run::chain;
 use super::report::{DeviceReport, MigrationFigures, Progress, SourceReport};
+use super::run::chain;
 use super::side::Side;
 use super::vm::{DestinationVm, SourceVm};
 use crate::device::{DeviceConfig, DmaDevice};

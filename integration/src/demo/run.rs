@@ -105,7 +105,10 @@ impl<'a> Demo<'a> {
         if let Some(Inject::Forget(source)) = &options.inject
             && !source_names(kvm).contains(&source.as_str())
         {
-            return Err(DemoError::NoSuchSource { source_name: source.clone(), known: source_names(kvm).join(", ") });
+            return Err(DemoError::NoSuchSource {
+                source_name: source.clone(),
+                known: source_names(kvm).join(", "),
+            });
         }
         let (sender, events) = mpsc::channel();
         let folder = tempfile::tempdir().map_err(DemoError::Folder)?;
