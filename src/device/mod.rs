@@ -7,6 +7,8 @@ use std::fmt;
 
 use thiserror::Error;
 
+pub mod kernel;
+
 /// States of `enum vfio_device_mig_state` in `linux/vfio.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]

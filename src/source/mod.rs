@@ -16,10 +16,17 @@ use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
 use crate::range::{GpaRange, IovaRange};
 
+mod container;
+mod device_log;
 mod guest_memory;
+mod hwpt;
 mod kvm_log;
+mod mapped;
 
+pub use container::{ContainerInfo, ContainerLog, ContainerLogError, DirtyBitmapInfo, Meaning};
+pub use device_log::{Coverage, DeviceLog, DeviceLogError};
 pub use guest_memory::{GuestMemoryLog, SummaryBitmap, SummarySlice, TakeDirtyWords};
+pub use hwpt::{HwptLog, HwptLogError};
 pub use kvm_log::{KvmLog, KvmLogError, KvmLogMode, KvmSlot};
 
 /// What a source was doing when it failed.
