@@ -21,6 +21,7 @@ mod device_log;
 mod guest_memory;
 mod hwpt;
 mod kvm_log;
+mod kvm_ring;
 mod mapped;
 
 pub use container::{ContainerInfo, ContainerLog, ContainerLogError, DirtyBitmapInfo, Meaning};
@@ -28,6 +29,7 @@ pub use device_log::{Coverage, DeviceLog, DeviceLogError};
 pub use guest_memory::{GuestMemoryLog, SummaryBitmap, SummarySlice, TakeDirtyWords};
 pub use hwpt::{HwptLog, HwptLogError};
 pub use kvm_log::{KvmLog, KvmLogError, KvmLogMode, KvmSlot};
+pub use kvm_ring::{Harvester, KvmRing, KvmRingError, RingSize};
 
 /// What a source was doing when it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
