@@ -25,6 +25,7 @@ const MODES: [KvmLogMode; 3] = [KvmLogMode::AtReport, KvmLogMode::ManualAtReport
 
 fn started(mode: KvmLogMode) -> Option<(Guest, KvmLog<Arc<VmFd>>, Ledger)> {
     let guest = Guest::new(&RAM, None)?;
+    assert!(guest.ring.is_none(), "a VM has a log or rings");
     let mut source = KvmLog::new(Arc::clone(&guest.vm), guest.slots(), mode);
     let ledger = Ledger::new(guest.layout(), 1);
     source.start(&guest.layout(), &IovaMap::Identity).unwrap();

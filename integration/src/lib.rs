@@ -4,4 +4,5 @@
 //! Unpublished: nothing here is part of the library's interface.
 
 pub mod demo;
+pub mod device;
 pub mod vmm;

@@ -23,6 +23,7 @@ mod hwpt;
 mod kvm_log;
 mod kvm_ring;
 mod mapped;
+mod vfio_user;
 
 pub use container::{ContainerInfo, ContainerLog, ContainerLogError, DirtyBitmapInfo, Meaning};
 pub use device_log::{Coverage, DeviceLog, DeviceLogError};
@@ -30,6 +31,7 @@ pub use guest_memory::{GuestMemoryLog, SummaryBitmap, SummarySlice, TakeDirtyWor
 pub use hwpt::{HwptLog, HwptLogError};
 pub use kvm_log::{KvmLog, KvmLogError, KvmLogMode, KvmSlot};
 pub use kvm_ring::{Harvester, KvmRing, KvmRingError, RingSize};
+pub use vfio_user::{VfioUserSource, VfioUserSourceError};
 
 /// What a source was doing when it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

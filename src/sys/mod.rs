@@ -7,6 +7,7 @@ pub(crate) mod ioctl;
 pub(crate) mod iommufd;
 pub(crate) mod kvm;
 pub(crate) mod kvm_ring;
+pub(crate) mod socket;
 pub(crate) mod vfio;
 
 /// Returns the host's page size in bytes.

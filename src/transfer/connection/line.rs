@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A socket whose waits are bounded and whose bytes are counted.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use socket2::Socket;
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
+use super::pace::Stopwatch;
+use crate::sys::socket::{receive_slices, send_slices};
+use crate::transfer::limits::Pace;
+
+#[derive(Debug)]
+struct Shared {
+    socket: Socket,
+    received: AtomicU64,
+    sent: AtomicU64,
+    closed: AtomicBool,
+}
+
+/// Measures and closes a connection from any thread.
+#[derive(Debug, Clone)]
+pub struct ConnectionHandle(Arc<Shared>);
+
+impl ConnectionHandle {
+    /// Closes the connection at once; whoever waits on it gets a [`io::ErrorKind::ConnectionAborted`].
+    pub fn close(&self) {
+        self.0.closed.store(true, Ordering::Release);
+        // It fails where the peer closed first, which is as good.
+        let _ = self.0.socket.shutdown(Shutdown::Both);
+    }
+
+    /// Bytes that came from the socket, those of TLS and of refused messages included.
+    pub fn received_bytes(&self) -> u64 {
+        self.0.received.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that the socket took, those of TLS included.
+    pub fn sent_bytes(&self) -> u64 {
+        self.0.sent.load(Ordering::Relaxed)
+    }
+}
+
+/// One end of a socket, under TLS if there is TLS.
+#[derive(Debug)]
+pub(super) struct Line {
+    shared: Arc<Shared>,
+    stopwatch: Stopwatch,
+}
+
+impl Line {
+    pub(super) fn new(socket: Socket, pace: Pace) -> io::Result<Self> {
+        let stopwatch = Stopwatch::new(pace);
+        socket.set_nonblocking(false)?;
+        socket.set_read_timeout(Some(stopwatch.tick()))?;
+        socket.set_write_timeout(Some(stopwatch.tick()))?;
+        let closed = AtomicBool::new(false);
+        let shared = Shared { socket, received: AtomicU64::new(0), sent: AtomicU64::new(0), closed };
+        Ok(Self { shared: Arc::new(shared), stopwatch })
+    }
+
+    pub(super) fn handle(&self) -> ConnectionHandle {
+        ConnectionHandle(Arc::clone(&self.shared))
+    }
+
+    /// Lets reads and writes take until `within` from now.
+    pub(super) fn wait_until(&mut self, within: Duration) {
+        self.stopwatch.wait_until(Instant::now(), within);
+    }
+
+    /// Asks reads and writes to keep the pace.
+    pub(super) fn keep_pace(&mut self) {
+        self.stopwatch.keep_pace();
+    }
+
+    pub(super) fn send_slices<B: BitmapSlice>(
+        &mut self,
+        slices: &[VolatileSlice<'_, B>],
+    ) -> io::Result<usize> {
+        self.send(|socket| send_slices(socket, slices))
+    }
+
+    pub(super) fn receive_slices<B: BitmapSlice>(
+        &mut self,
+        slices: &[VolatileSlice<'_, B>],
+    ) -> io::Result<usize> {
+        self.receive(|socket| receive_slices(socket, slices))
+    }
+
+    /// Says that nothing more will be sent, and throws away what comes until the peer says the same or `within` is over.
+    pub(super) fn hang_up(&mut self, within: Duration) {
+        if self.shared.socket.shutdown(Shutdown::Write).is_err() {
+            return;
+        }
+        self.wait_until(within);
+        let mut rest = [0; 16 << 10];
+        while self.read(&mut rest).is_ok_and(|bytes| bytes > 0) {}
+    }
+
+    fn receive(&mut self, operation: impl FnMut(&Socket) -> io::Result<usize>) -> io::Result<usize> {
+        let bytes = self.attempt(operation)?;
+        self.shared.received.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok(bytes)
+    }
+
+    fn send(&mut self, operation: impl FnMut(&Socket) -> io::Result<usize>) -> io::Result<usize> {
+        let bytes = self.attempt(operation)?;
+        self.shared.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok(bytes)
+    }
+
+    /// Repeats `operation`, which the socket breaks off at every tick, until it moves bytes, fails or took too long.
+    fn attempt(&mut self, mut operation: impl FnMut(&Socket) -> io::Result<usize>) -> io::Result<usize> {
+        loop {
+            let begun = Instant::now();
+            self.stopwatch.check(begun)?;
+            let outcome = operation(&self.shared.socket);
+            let bytes = outcome.as_ref().map_or(0, |&bytes| bytes);
+            self.stopwatch.note(begun.elapsed(), bytes);
+            if bytes == 0 && self.shared.closed.load(Ordering::Acquire) {
+                return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "Connection was closed here"));
+            }
+            match outcome {
+                Err(error) if is_tick(&error) => {}
+                outcome => return outcome,
+            }
+        }
+    }
+}
+
+/// Whether an operation only has to be tried again.
+fn is_tick(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+impl Read for Line {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.receive(|mut socket| socket.read(bytes))
+    }
+}
+
+impl Write for Line {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.send(|socket| socket.send_with_flags(bytes, libc::MSG_NOSIGNAL))
+    }
+
+    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.send(|socket| socket.send_vectored_with_flags(pieces, libc::MSG_NOSIGNAL))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Where peers connect to.
+
+use std::fs;
+use std::io;
+use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use socket2::{SockAddr, Socket};
+
+use super::{Connection, ConnectionError};
+use crate::transfer::limits::Limits;
+use crate::transfer::url::{Endpoint, Url};
+
+/// A socket that peers connect to; the file of a UNIX socket goes when it is dropped.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    url: Url,
+    #[expect(dead_code, reason = "is dropped with the listener")]
+    file: Option<SocketFile>,
+}
+
+impl Listener {
+    /// Listens on `url`; with TCP port 0 on a free port, which [`Listener::url`] tells.
+    ///
+    /// # Errors
+    /// The name has no address of this host, the port or the path is taken, or may not be used.
+    pub fn bind(url: &Url) -> Result<Self, ConnectionError> {
+        Self::try_bind(url).map_err(|source| ConnectionError::Listen { url: url.clone(), source })
+    }
+
+    fn try_bind(url: &Url) -> io::Result<Self> {
+        match url.endpoint() {
+            Endpoint::Unix(path) => {
+                let socket = UnixListener::bind(path)?.into();
+                Ok(Self { socket, url: url.clone(), file: Some(SocketFile::new(path)?) })
+            }
+            Endpoint::Tcp { host, port } => {
+                let listener = TcpListener::bind((host, port))?;
+                let port = listener.local_addr()?.port();
+                let url = Url::tcp(host, port).map_err(io::Error::other)?;
+                Ok(Self { socket: listener.into(), url, file: None })
+            }
+        }
+    }
+
+    /// Where peers connect to.
+    pub fn url(&self) -> &Url {
+        &self.url
+    }
+
+    /// Waits up to `within` for a peer; `None` where none comes. TLS is up to [`Connection::secure_server`].
+    ///
+    /// # Errors
+    /// The socket failed, or this process has no descriptor left.
+    pub fn accept(&self, within: Duration, limits: &Limits) -> Result<Option<Connection>, ConnectionError> {
+        let accepted = self.try_accept(within);
+        let accepted =
+            accepted.map_err(|source| ConnectionError::Accept { url: self.url.clone(), source })?;
+        accepted.map(|(socket, address)| Connection::new(socket, self.name_of(&address), limits)).transpose()
+    }
+
+    fn try_accept(&self, within: Duration) -> io::Result<Option<(Socket, SockAddr)>> {
+        let begun = Instant::now();
+        loop {
+            // The kernel takes no timeout for none at all.
+            let left = within.saturating_sub(begun.elapsed()).max(Duration::from_millis(1));
+            self.socket.set_read_timeout(Some(left))?;
+            match self.socket.accept() {
+                Ok(accepted) => return Ok(Some(accepted)),
+                Err(error) if is_transient(&error) && begun.elapsed() < within => {}
+                Err(error) if is_transient(&error) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn name_of(&self, peer: &SockAddr) -> String {
+        peer.as_socket().map_or_else(|| format!("a peer on {}", self.url), |address| address.to_string())
+    }
+}
+
+/// Whether only this attempt failed: nobody came, or went away before being let in.
+fn is_transient(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
+    matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | WouldBlock)
+}
+
+/// The file a UNIX socket is bound to.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn new(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), identity: identity(path)? })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Somebody may have put another file there.
+        if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let file = fs::symlink_metadata(path)?;
+    Ok((file.dev(), file.ino()))
+}

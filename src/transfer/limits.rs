@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a peer may ask of this process: bytes, connections and time.
+
+use std::fmt;
+use std::num::NonZeroU8;
+use std::time::Duration;
+
+use thiserror::Error;
+
+/// A number of additional connections the protocol does not know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("{connections} connections are not between 1 and {}", ConnectionCount::MAX)]
+#[non_exhaustive]
+pub struct ConnectionCountError {
+    /// What was asked for.
+    pub connections: u64,
+}
+
+/// How many connections carry memory: 1 to 128.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnectionCount(NonZeroU8);
+
+impl ConnectionCount {
+    /// The least: the main connection carries everything.
+    pub const ONE: Self = Self(NonZeroU8::MIN);
+
+    /// The most the protocol knows.
+    pub const MAX: Self = Self(NonZeroU8::MIN.saturating_add(127));
+
+    /// Makes a number of connections.
+    ///
+    /// # Errors
+    /// `connections` is not between 1 and 128.
+    pub fn new(connections: u64) -> Result<Self, ConnectionCountError> {
+        u8::try_from(connections)
+            .ok()
+            .and_then(NonZeroU8::new)
+            .map(Self)
+            .filter(|&count| count <= Self::MAX)
+            .ok_or(ConnectionCountError { connections })
+    }
+
+    /// The number.
+    pub fn count(self) -> usize {
+        self.0.get().into()
+    }
+}
+
+impl fmt::Display for ConnectionCount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The slowest peer that is not called stalled: in the middle of a message, `bytes` move in every `window` spent waiting.
+///
+/// Only time spent waiting for the peer counts, so a slow disk here does not make the peer look slow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    /// How long the waits may last together until `bytes` have moved.
+    pub window: Duration,
+    /// Bytes that have to move in it.
+    pub bytes: u64,
+}
+
+/// Every limit on what a peer may ask for; each can be set by itself.
+///
+/// No limit costs memory by itself: buffers grow as bytes arrive, never by what a peer claims.
+///
+/// ```
+/// use vfio_migration::transfer::limits::Limits;
+/// let limits = Limits { state_bytes: 8 << 30, ..Limits::default() };
+/// assert_eq!(limits.config_bytes, Limits::default().config_bytes);
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of JSON in a Config; 64 MiB.
+    pub config_bytes: u64,
+    /// Bytes of JSON in a State; 4 GiB, for a device's state is in it in base64.
+    pub state_bytes: u64,
+    /// Bytes of table in one Memory; 1 GiB, which is 64 Mi ranges. Tables of a large, fragmented VM are legal.
+    pub table_bytes: u64,
+    /// Bytes of guest memory a sender puts in one Memory on an additional connection; 64 MiB.
+    pub chunk_bytes: u64,
+    /// Additional connections a receiver accepts; 128.
+    pub connections: ConnectionCount,
+    /// Callers that do not come as far as a Start before a receiver gives up; 64.
+    pub turned_away: u32,
+    /// How long a receiver waits for a source; one day.
+    pub source_wait: Duration,
+    /// How long connecting may take, for each address of the peer; 10 s.
+    pub connect_timeout: Duration,
+    /// How long a new connection may take for its TLS handshake and its first message; 10 s.
+    pub handshake_timeout: Duration,
+    /// How long a receiver waits for the next message while nothing arrives on any connection; 120 s.
+    pub idle_timeout: Duration,
+    /// How long a sender waits for the answer to any message but the last; 300 s.
+    pub answer_timeout: Duration,
+    /// How long a sender waits for the answer to a Complete, which a receiver may write everything to disk before; 1 h.
+    pub complete_timeout: Duration,
+    /// The slowest peer tolerated in the middle of a message; 64 KiB in 30 s.
+    pub pace: Pace,
+    /// How long a failed connection is read on, so that the peer finds the answer that says so; 500 ms.
+    pub linger: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            config_bytes: 64 << 20,
+            state_bytes: 4 << 30,
+            table_bytes: 1 << 30,
+            chunk_bytes: 64 << 20,
+            connections: ConnectionCount::MAX,
+            turned_away: 64,
+            source_wait: Duration::from_secs(24 * 60 * 60),
+            connect_timeout: Duration::from_secs(10),
+            handshake_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(120),
+            answer_timeout: Duration::from_secs(300),
+            complete_timeout: Duration::from_secs(60 * 60),
+            pace: Pace { window: Duration::from_secs(30), bytes: 64 << 10 },
+            linger: Duration::from_millis(500),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_are_one_to_128() {
+        for connections in [0, 129, 255, 256, 257, u64::MAX] {
+            assert_eq!(ConnectionCount::new(connections), Err(ConnectionCountError { connections }));
+        }
+        assert_eq!(ConnectionCount::new(1), Ok(ConnectionCount::ONE));
+        assert_eq!(ConnectionCount::new(128), Ok(ConnectionCount::MAX));
+        assert_eq!(ConnectionCount::MAX.count(), 128);
+        let text = ConnectionCount::new(129).unwrap_err().to_string();
+        assert_eq!(text, "129 connections are not between 1 and 128");
+    }
+
+    #[test]
+    fn a_state_holds_a_device_of_a_gibibyte_in_base64() {
+        assert!(Limits::default().state_bytes > (1 << 30) / 3 * 4);
+    }
+}

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Moving a VM over the wire: Cloud Hypervisor's migration protocol, its sender and its receiver.
+//!
+//! [`frame`] is the protocol's bytes and touches nothing else. [`connection`] owns the sockets, their deadlines and the
+//! way bytes take between them and guest memory; [`tls`] puts mutual TLS under it. [`limits`] names every bound that is
+//! put on a peer.
+//!
+//! A [`Sender`] goes through `phases`, the longest of which is `copying`: `control` is its first connection, `lanes` the ones
+//! that carry memory; `measuring` turns what happens into numbers, `progress` shows them to other threads.
+
+pub mod connection;
+mod control;
+mod copying;
+mod exchange;
+pub mod frame;
+mod lanes;
+pub mod limits;
+mod measuring;
+mod phases;
+mod progress;
+mod rounds;
+mod send;
+pub mod tls;
+pub mod url;
+
+pub use exchange::PeerError;
+pub use progress::{Degradation, Migration, Phase, Progress, SourceProgress};
+pub use send::{SendError, SendOptions, SendOptionsError, Sender, Sent, SourceVm, Step, VmOperation};

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Mutual TLS with the file names Cloud Hypervisor uses.
+//!
+//! | file | who has it |
+//! |---|---|
+//! | `ca-cert.pem` | both: whoever it signed is trusted |
+//! | `server-cert.pem`, `server-key.pem` | the destination |
+//! | `client-cert.pem`, `client-key.pem` | the source |
+//!
+//! The cryptography is `ring`'s: it builds with a C compiler alone, where rustls' own choice asks for more.
+//! Sessions are not resumed: every connection shows its certificate.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::client::Resumption;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
+use rustls::{
+    AlertDescription, ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection,
+};
+use thiserror::Error;
+
+/// Bytes a certificate or key file may have.
+const FILE_BYTES: u64 = 1 << 20;
+
+/// Why certificates cannot be used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TlsError {
+    /// A file cannot be read.
+    #[error("Cannot read {}", .file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A private key that is not private.
+    #[error("Private key {} can be read by others than its owner (mode {mode:04o})", .file.display())]
+    ReadableByOthers {
+        /// The file.
+        file: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// A file that is not what its name says.
+    #[error("Cannot find a {kind} in {}", .file.display())]
+    Pem {
+        /// The file.
+        file: PathBuf,
+        /// What was looked for.
+        kind: &'static str,
+        /// Why it was not found.
+        source: pem::Error,
+    },
+    /// An authority, certificate or key that TLS cannot use; also a certificate that is not for the key.
+    #[error("Cannot use {}", .file.display())]
+    Unusable {
+        /// The file.
+        file: PathBuf,
+        /// Why not.
+        source: rustls::Error,
+    },
+    /// The authority cannot check certificates.
+    #[error("Cannot check certificates against {}", .file.display())]
+    Authority {
+        /// The file.
+        file: PathBuf,
+        /// Why not.
+        source: VerifierBuilderError,
+    },
+    /// The peer did not accept what this side showed it.
+    #[error("Peer refuses this side's certificate or TLS: alert {alert:?}")]
+    Refused {
+        /// What the peer said.
+        alert: AlertDescription,
+    },
+}
+
+/// What the source of a migration shows and trusts.
+#[derive(Debug, Clone)]
+pub struct ClientTls(Arc<ClientConfig>);
+
+impl ClientTls {
+    /// Reads `ca-cert.pem`, `client-cert.pem` and `client-key.pem` from `directory`.
+    ///
+    /// # Errors
+    /// A file is missing, is not what its name says, or lets others read the key.
+    pub fn from_directory(directory: &Path) -> Result<Self, TlsError> {
+        let identity = Identity::read(directory, "client")?;
+        let unusable = |source| TlsError::Unusable { file: identity.certificate_file.clone(), source };
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(unusable)?
+            .with_root_certificates(authority(directory)?)
+            .with_client_auth_cert(identity.chain, identity.key)
+            .map_err(unusable)?;
+        config.resumption = Resumption::disabled();
+        Ok(Self(Arc::new(config)))
+    }
+
+    /// Begins a session with `host`; `None` where no certificate can be for it.
+    pub(super) fn session(&self, host: &str) -> Option<Result<ClientConnection, rustls::Error>> {
+        // A zone says which interface leads there, not who is there.
+        let host = host.split_once('%').map_or(host, |(address, _)| address);
+        let name = ServerName::try_from(host.to_owned()).ok()?;
+        Some(ClientConnection::new(Arc::clone(&self.0), name))
+    }
+}
+
+/// What the destination of a migration shows and trusts; it talks to nobody without a certificate.
+#[derive(Debug, Clone)]
+pub struct ServerTls(Arc<ServerConfig>);
+
+impl ServerTls {
+    /// Reads `ca-cert.pem`, `server-cert.pem` and `server-key.pem` from `directory`.
+    ///
+    /// # Errors
+    /// A file is missing, is not what its name says, or lets others read the key.
+    pub fn from_directory(directory: &Path) -> Result<Self, TlsError> {
+        let identity = Identity::read(directory, "server")?;
+        let roots = Arc::new(authority(directory)?);
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
+            .build()
+            .map_err(|source| TlsError::Authority { file: authority_file(directory), source })?;
+        let unusable = |source| TlsError::Unusable { file: identity.certificate_file.clone(), source };
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(unusable)?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(identity.chain, identity.key)
+            .map_err(unusable)?;
+        config.send_tls13_tickets = 0;
+        Ok(Self(Arc::new(config)))
+    }
+
+    /// Begins a session.
+    pub(super) fn session(&self) -> Result<ServerConnection, rustls::Error> {
+        ServerConnection::new(Arc::clone(&self.0))
+    }
+}
+
+/// Names the certificate as what the peer complains of, where that is what it says.
+pub(super) fn explain(error: io::Error) -> io::Error {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+    match inner {
+        Some(&rustls::Error::AlertReceived(alert)) => {
+            io::Error::new(io::ErrorKind::PermissionDenied, TlsError::Refused { alert })
+        }
+        _ => error,
+    }
+}
+
+/// A certificate chain and its key.
+struct Identity {
+    certificate_file: PathBuf,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+}
+
+impl Identity {
+    /// Reads `<side>-cert.pem` and `<side>-key.pem`.
+    fn read(directory: &Path, side: &str) -> Result<Self, TlsError> {
+        let certificate_file = directory.join(format!("{side}-cert.pem"));
+        let chain = certificates(&certificate_file)?;
+        let key = private_key(&directory.join(format!("{side}-key.pem")))?;
+        Ok(Self { certificate_file, chain, key })
+    }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+fn authority_file(directory: &Path) -> PathBuf {
+    directory.join("ca-cert.pem")
+}
+
+fn authority(directory: &Path) -> Result<RootCertStore, TlsError> {
+    let file = authority_file(directory);
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(&file)? {
+        roots.add(certificate).map_err(|source| TlsError::Unusable { file: file.clone(), source })?;
+    }
+    Ok(roots)
+}
+
+/// Reads every certificate in `file`, at least one.
+fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let bytes = contents(file, &open(file)?)?;
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
+    let chain =
+        chain.and_then(|chain| if chain.is_empty() { Err(pem::Error::NoItemsFound) } else { Ok(chain) });
+    chain.map_err(|source| TlsError::Pem { file: file.to_owned(), kind: "certificate", source })
+}
+
+/// Reads the key in `file`, which only its owner may be able to read.
+fn private_key(file: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    let opened = open(file)?;
+    let read_error = |source| TlsError::Read { file: file.to_owned(), source };
+    let mode = opened.metadata().map_err(read_error)?.permissions().mode() & 0o7777;
+    if mode & 0o077 != 0 {
+        return Err(TlsError::ReadableByOthers { file: file.to_owned(), mode });
+    }
+    PrivateKeyDer::from_pem_slice(&contents(file, &opened)?).map_err(|source| TlsError::Pem {
+        file: file.to_owned(),
+        kind: "private key",
+        source,
+    })
+}
+
+fn open(file: &Path) -> Result<File, TlsError> {
+    File::open(file).map_err(|source| TlsError::Read { file: file.to_owned(), source })
+}
+
+fn contents(file: &Path, opened: &File) -> Result<Vec<u8>, TlsError> {
+    let mut bytes = Vec::new();
+    let read = opened.take(FILE_BYTES).read_to_end(&mut bytes);
+    read.map_err(|source| TlsError::Read { file: file.to_owned(), source })?;
+    Ok(bytes)
+}
