@@ -16,12 +16,21 @@ use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
 use crate::range::{GpaRange, IovaRange};
 
+mod container;
+mod device_log;
 mod guest_memory;
+mod hwpt;
 mod kvm_log;
+mod kvm_ring;
+mod mapped;
 mod vfio_user;
 
+pub use container::{ContainerInfo, ContainerLog, ContainerLogError, DirtyBitmapInfo, Meaning};
+pub use device_log::{Coverage, DeviceLog, DeviceLogError};
 pub use guest_memory::{GuestMemoryLog, SummaryBitmap, SummarySlice, TakeDirtyWords};
+pub use hwpt::{HwptLog, HwptLogError};
 pub use kvm_log::{KvmLog, KvmLogError, KvmLogMode, KvmSlot};
+pub use kvm_ring::{Harvester, KvmRing, KvmRingError, RingSize};
 pub use vfio_user::{VfioUserSource, VfioUserSourceError};
 
 /// What a source was doing when it failed.
