@@ -90,7 +90,9 @@ impl DirtySource for Scripted {
     fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
         let dirty = std::mem::take(&mut self.script().dirty);
         self.step(Operation::Collect)?;
-        dirty.into_iter().for_each(|page| sink.iova_range(crate::range::IovaRange::new(page << 12, 1).unwrap()));
+        dirty
+            .into_iter()
+            .for_each(|page| sink.iova_range(crate::range::IovaRange::new(page << 12, 1).unwrap()));
         Ok(())
     }
 
@@ -108,7 +110,9 @@ impl DirtySource for Scripted {
             self.script().dirty.iter().copied().filter(|page| iova.contains(page << 12)).collect();
         going.iter().for_each(|page| assert!(self.script().dirty.remove(page)));
         self.step(Operation::Unmapped)?;
-        going.into_iter().for_each(|page| sink.iova_range(crate::range::IovaRange::new(page << 12, 1).unwrap()));
+        going
+            .into_iter()
+            .for_each(|page| sink.iova_range(crate::range::IovaRange::new(page << 12, 1).unwrap()));
         Ok(())
     }
 

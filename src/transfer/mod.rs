@@ -26,4 +26,4 @@ pub mod url;
 
 pub use exchange::PeerError;
 pub use progress::{Degradation, Migration, Phase, Progress, SourceProgress};
-pub use send::{SendError, SendOptions, SendOptionsError, Sender, Sent, SourceVm, Step, VmOperation};
+pub use send::{SendError, SendOptions, SendOptionsError, SendStep, Sender, Sent, SourceVm, VmOperation};

@@ -16,7 +16,7 @@ use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::precopy::{CancelReason, TimeoutStrategy};
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{
-    Migration, Phase, SendError, SendOptions, SendOptionsError, Sender, Sent, SourceVm, Step,
+    Migration, Phase, SendError, SendOptions, SendOptionsError, SendStep, Sender, Sent, SourceVm,
 };
 use vm::{FakeDevice, FakeVm, Log, PAGE, PAGES, Report, ScriptedSource, note, page_gpa};
 
@@ -228,11 +228,11 @@ fn a_refusal_at_any_command_lets_the_vm_run_on() {
     let mut vm = FakeVm::new(5);
     let mut machine = vm.machine();
     let steps = [
-        (START, Step::Start),
-        (CONFIG, Step::Config),
-        (MEMORY, Step::Memory),
-        (STATE, Step::State),
-        (COMPLETE, Step::Complete),
+        (START, SendStep::Start),
+        (CONFIG, SendStep::Config),
+        (MEMORY, SendStep::Memory),
+        (STATE, SendStep::State),
+        (COMPLETE, SendStep::Complete),
     ];
     for (command, expected) in steps {
         let peer = Peer::unix(Fault::Refuse(command));
@@ -631,7 +631,7 @@ fn a_receiver_that_is_not_there_is_named() {
     let mut machine = vm.machine();
     let options = SendOptions::new("unix:/nonexistent/socket".parse().unwrap());
     let error = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap_err();
-    assert!(matches!(error, SendError::Peer { step: Step::Connect, .. }), "{error}");
+    assert!(matches!(error, SendError::Peer { step: SendStep::Connect, .. }), "{error}");
     note(&vm.log, "untouched");
     assert_eq!(log_of(&vm.log), ["untouched"]);
     assert_eq!(page_gpa(PAGES - 1) + PAGE, vm::HIGH.0 + vm::HIGH.1);
