@@ -435,7 +435,7 @@ fn sources_are_on_before_the_first_page_and_off_at_the_end() {
 fn with_device(vm: &FakeVm, adjust: impl FnOnce(&mut FakeDevice)) -> MigratableDevice {
     let mut io = FakeDevice::new(&vm.log, b"sixteen bytes, a");
     adjust(&mut io);
-    let device = Device::new("net0", "fake", Box::new(io));
+    let device = Device::new("net0", Box::new(io));
     vm.builder().device(device).build().unwrap()
 }
 
