@@ -4,10 +4,11 @@
 //!
 //! [`frame`] is the protocol's bytes and touches nothing else. [`connection`] owns the sockets, their deadlines and the
 //! way bytes take between them and guest memory; [`tls`] puts mutual TLS under it. [`limits`] names every bound that is
-//! put on a peer.
+//! put on a peer. [`receive`] takes a VM in.
 
 pub mod connection;
 pub mod frame;
 pub mod limits;
+pub mod receive;
 pub mod tls;
 pub mod url;
