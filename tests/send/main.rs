@@ -4,6 +4,10 @@
 
 #![expect(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "tests, on a 64-bit host")]
 
+mod both_ends;
+#[path = "../transfer/certificates.rs"]
+#[expect(dead_code, reason = "certificates that fail are for the tests of TLS")]
+mod certificates;
 mod peer;
 mod vm;
 
