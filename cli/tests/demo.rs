@@ -38,13 +38,16 @@ impl Run {
     /// Processes of this run whose command line has `role`; every one for an empty role.
     fn processes(&self, role: &str) -> Vec<u32> {
         let entry = format!("{MARK}={}", self.mark);
-        let numbers = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        let numbers = std::fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
         numbers
             .filter(|pid: &u32| {
                 let environ = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
                 let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
                 environ.split(|&byte| byte == 0).any(|variable| variable == entry.as_bytes())
-                    && (role.is_empty() || command.split(|&byte| byte == 0).any(|word| word == role.as_bytes()))
+                    && (role.is_empty()
+                        || command.split(|&byte| byte == 0).any(|word| word == role.as_bytes()))
             })
             .collect()
     }
@@ -119,8 +122,10 @@ fn the_report_has_every_documented_field() {
         assert!(report["total_ms"].as_f64().unwrap() > report["downtime_ms"].as_f64().unwrap());
         assert!(report["device"]["state_bytes"].as_u64().unwrap() >= 1 << 20);
         assert!(report["device"]["precopy_bytes"].as_u64().unwrap() > 0);
-        let ids: Vec<_> = report["sources"].as_array().unwrap().iter().map(|s| s["id"].as_str().unwrap()).collect();
-        let expected: &[_] = if kvm { &["kvm-log", "vmm-writes", "device-log"] } else { &["vmm-writes", "device-log"] };
+        let ids: Vec<_> =
+            report["sources"].as_array().unwrap().iter().map(|s| s["id"].as_str().unwrap()).collect();
+        let expected: &[_] =
+            if kvm { &["kvm-log", "vmm-writes", "device-log"] } else { &["vmm-writes", "device-log"] };
         assert_eq!(ids, expected);
         for source in report["sources"].as_array().unwrap() {
             assert!(source["pages"].as_u64() >= source["exclusive_pages"].as_u64());
@@ -182,7 +187,11 @@ fn the_first_signal_abandons_and_the_guest_runs_on() {
     kill(run.child.id(), "-TERM");
     let output = run.finish();
     assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
-    assert!(stderr(&output).contains("abandoned on request; the source's guest runs on"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("abandoned on request; the source's guest runs on"),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[test]
