@@ -110,11 +110,11 @@ impl Observation {
     pub fn expected_downtime_ms(&self) -> Option<u64> {
         let memory = u128::from(self.pending_bytes) + u128::from(self.in_flight_bytes);
         let bytes = memory + u128::from(self.device.bytes()?);
-        if bytes == 0 {
-            return Some(0);
+        match (bytes, self.bandwidth) {
+            (0, _) => Some(0),
+            (_, 0) => None,
+            (bytes, bandwidth) => Some(ms_for(bytes, bandwidth)),
         }
-        let ms = (bytes * 1000).checked_div(u128::from(self.bandwidth))?;
-        Some(u64::try_from(ms).unwrap_or(u64::MAX))
     }
 }
 
@@ -334,7 +334,7 @@ impl Forecast {
         match (above_limit, seen.bandwidth.saturating_sub(seen.dirty_rate)) {
             (0, _) => Self::Converges { in_ms: 0 },
             (_, 0) => Self::Stuck(blame(seen, sources)),
-            (bytes, gain) => Self::Converges { in_ms: ms_for(bytes, gain) },
+            (bytes, gain) => Self::Converges { in_ms: ms_for(bytes.into(), gain) },
         }
     }
 }
@@ -356,8 +356,8 @@ fn bytes_in(ms: u64, rate: u64) -> u64 {
     u64::try_from(u128::from(ms) * u128::from(rate) / 1000).unwrap_or(u64::MAX)
 }
 
-fn ms_for(bytes: u64, rate: u64) -> u64 {
-    u64::try_from(u128::from(bytes) * 1000 / u128::from(rate)).unwrap_or(u64::MAX)
+fn ms_for(bytes: u128, rate: u64) -> u64 {
+    u64::try_from((bytes * 1000).div_ceil(u128::from(rate))).unwrap_or(u64::MAX)
 }
 
 impl fmt::Display for Forecast {

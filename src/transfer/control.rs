@@ -15,7 +15,7 @@ use super::frame::{Command, ConnectionRole, HEADER_BYTES, Request};
 use super::lanes::wire_bytes;
 use super::limits::ConnectionCount;
 use super::progress::{Migration, Phase};
-use super::send::{SendError, SendOptions, Step};
+use super::send::{SendError, SendOptions, SendStep};
 use crate::ledger::Chunk;
 
 /// How often somebody who waits for a connection looks whether the migration was cancelled.
@@ -36,23 +36,23 @@ pub(super) struct Control<'a> {
 impl<'a> Control<'a> {
     /// Connects to the receiver.
     pub(super) fn connect(options: &'a SendOptions, migration: &'a Migration) -> Result<Self, SendError> {
-        let connection = Some(dial(options, migration, Step::Connect)?);
+        let connection = Some(dial(options, migration, SendStep::Connect)?);
         Ok(Self { options, migration, connection, completing: false })
     }
 
     /// Agrees on the protocol.
     pub(super) fn start(&mut self) -> Result<(), SendError> {
-        self.request(Step::Start, Request::start(), &[])
+        self.request(SendStep::Start, Request::start(), &[])
     }
 
     /// Describes the VM: JSON text.
     pub(super) fn config(&mut self, json: &[u8]) -> Result<(), SendError> {
-        self.request(Step::Config, Request::new(Command::Config, json.len() as u64), json)
+        self.request(SendStep::Config, Request::new(Command::Config, json.len() as u64), json)
     }
 
     /// Hands over the stopped VM's state: JSON text.
     pub(super) fn state(&mut self, json: &[u8]) -> Result<(), SendError> {
-        self.request(Step::State, Request::new(Command::State, json.len() as u64), json)
+        self.request(SendStep::State, Request::new(Command::State, json.len() as u64), json)
     }
 
     /// Copies one chunk, and waits for its acknowledgement.
@@ -61,7 +61,7 @@ impl<'a> Control<'a> {
         memory: &M,
         chunk: &Chunk,
     ) -> Result<(), SendError> {
-        self.exchange(Step::Memory, wire_bytes(chunk), |connection| {
+        self.exchange(SendStep::Memory, wire_bytes(chunk), |connection| {
             send_memory(connection, memory, chunk.ranges(), &mut Vec::new())
         })
     }
@@ -73,7 +73,7 @@ impl<'a> Control<'a> {
     pub(super) fn complete(&mut self, paused: bool) -> Result<(), SendError> {
         let command = if paused { Command::CompletePaused } else { Command::Complete };
         self.migration.pass_return()?;
-        let mut connection = self.take(Step::Complete)?;
+        let mut connection = self.take(SendStep::Complete)?;
         self.completing = true;
         self.migration.enter(Phase::Completing);
         let sent = send(&mut connection, Request::new(command, 0), &[]);
@@ -84,7 +84,7 @@ impl<'a> Control<'a> {
                 close_behind(vec![connection]);
                 Ok(())
             }
-            Err(source @ PeerError::Refused) => Err(SendError::Peer { step: Step::Complete, source }),
+            Err(source @ PeerError::Refused) => Err(SendError::Peer { step: SendStep::Complete, source }),
             Err(source) => Err(SendError::OutcomeUnknown { source }),
         }
     }
@@ -92,15 +92,15 @@ impl<'a> Control<'a> {
     /// Returns the connections that are to carry precopied memory: this one, or so many more.
     pub(super) fn open_lanes(&mut self) -> Result<Vec<Connection>, SendError> {
         if self.options.connections == ConnectionCount::ONE {
-            return Ok(vec![self.take(Step::Memory)?]);
+            return Ok(vec![self.take(SendStep::Memory)?]);
         }
         (0..self.options.connections.count()).map(|_| self.open_lane()).collect()
     }
 
     fn open_lane(&self) -> Result<Connection, SendError> {
-        let mut lane = dial(self.options, self.migration, Step::Memory)?;
+        let mut lane = dial(self.options, self.migration, SendStep::Memory)?;
         let announced = lane.write_all(&ConnectionRole::PrecopyMemory.to_bytes()).and_then(|()| lane.flush());
-        announced.map_err(|error| failed(Step::Memory)(error.into()))?;
+        announced.map_err(|error| failed(SendStep::Memory)(error.into()))?;
         Ok(lane)
     }
 
@@ -121,7 +121,7 @@ impl<'a> Control<'a> {
         }
     }
 
-    fn request(&mut self, step: Step, request: Request, payload: &[u8]) -> Result<(), SendError> {
+    fn request(&mut self, step: SendStep, request: Request, payload: &[u8]) -> Result<(), SendError> {
         let bytes = (HEADER_BYTES + payload.len()) as u64;
         self.exchange(step, bytes, |connection| send(connection, request, payload))
     }
@@ -129,7 +129,7 @@ impl<'a> Control<'a> {
     /// Makes an exchange that a cancellation cuts short. The connection is kept only if the receiver may be asked again.
     fn exchange(
         &mut self,
-        step: Step,
+        step: SendStep,
         bytes: u64,
         say: impl FnOnce(&mut Connection) -> Result<(), PeerError>,
     ) -> Result<(), SendError> {
@@ -154,17 +154,17 @@ impl<'a> Control<'a> {
         Ok(())
     }
 
-    fn take(&mut self, step: Step) -> Result<Connection, SendError> {
+    fn take(&mut self, step: SendStep) -> Result<Connection, SendError> {
         self.connection.take().ok_or_else(|| failed(step)(PeerError::Closed))
     }
 }
 
-fn failed(step: Step) -> impl FnOnce(PeerError) -> SendError {
+fn failed(step: SendStep) -> impl FnOnce(PeerError) -> SendError {
     move |source| SendError::Peer { step, source }
 }
 
 /// Connects, in a thread that a cancellation leaves behind: resolving a name cannot be cut short.
-fn dial(options: &SendOptions, migration: &Migration, step: Step) -> Result<Connection, SendError> {
+fn dial(options: &SendOptions, migration: &Migration, step: SendStep) -> Result<Connection, SendError> {
     migration.check()?;
     let (url, tls, limits) = (options.url.clone(), options.tls.clone(), options.limits.clone());
     let (report, dialled) = mpsc::sync_channel(1);

@@ -8,7 +8,7 @@ use super::exchange::PeerError;
 use super::lanes::{Event, Lanes};
 use super::phases::Session;
 use super::progress::Phase;
-use super::send::{SendError, Step};
+use super::send::{SendError, SendStep};
 use crate::ledger::{Chunk, ChunkLimits};
 use crate::precopy::{CancelReason, Decision, TimeoutStrategy};
 use crate::vm::Vm;
@@ -113,7 +113,7 @@ impl<V: Vm> Session<'_, V> {
     fn peer_failed(&self, source: PeerError) -> SendError {
         match self.migration.check() {
             Err(cancelled) => cancelled.into(),
-            Ok(()) => SendError::Peer { step: Step::Memory, source },
+            Ok(()) => SendError::Peer { step: SendStep::Memory, source },
         }
     }
 

@@ -4,7 +4,7 @@
 //!
 //! [`frame`] is the protocol's bytes and touches nothing else. [`connection`] owns the sockets, their deadlines and the
 //! way bytes take between them and guest memory; [`tls`] puts mutual TLS under it. [`limits`] names every bound that is
-//! put on a peer.
+//! put on a peer. [`receive`] takes a VM in.
 //!
 //! A [`Sender`] goes through `phases`, the longest of which is `copying`: `control` is its first connection, `lanes` the ones
 //! that carry memory; `measuring` turns what happens into numbers, `progress` shows them to other threads.
@@ -19,6 +19,7 @@ pub mod limits;
 mod measuring;
 mod phases;
 mod progress;
+pub mod receive;
 mod rounds;
 mod send;
 pub mod tls;
@@ -26,4 +27,4 @@ pub mod url;
 
 pub use exchange::PeerError;
 pub use progress::{Degradation, Migration, Phase, Progress, SourceProgress};
-pub use send::{SendError, SendOptions, SendOptionsError, Sender, Sent, SourceVm, Step, VmOperation};
+pub use send::{SendError, SendOptions, SendOptionsError, SendStep, Sender, Sent, SourceVm, VmOperation};

@@ -127,7 +127,7 @@ pub enum SendOptionsError {
 /// What the sender was doing with its peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Step {
+pub enum SendStep {
     /// Reaching it.
     Connect,
     /// Agreeing on the protocol.
@@ -142,7 +142,7 @@ pub enum Step {
     Complete,
 }
 
-impl fmt::Display for Step {
+impl fmt::Display for SendStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Connect => "connect to the receiver",
@@ -197,7 +197,7 @@ pub enum SendError {
     #[error("Cannot {step}")]
     Peer {
         /// What was being done.
-        step: Step,
+        step: SendStep,
         /// What went wrong.
         source: PeerError,
     },

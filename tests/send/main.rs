@@ -4,6 +4,10 @@
 
 #![expect(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "tests, on a 64-bit host")]
 
+mod both_ends;
+#[path = "../transfer/certificates.rs"]
+#[expect(dead_code, reason = "certificates that fail are for the tests of TLS")]
+mod certificates;
 mod peer;
 mod vm;
 
@@ -16,7 +20,7 @@ use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::precopy::{CancelReason, TimeoutStrategy};
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{
-    Migration, Phase, SendError, SendOptions, SendOptionsError, Sender, Sent, SourceVm, Step,
+    Migration, Phase, SendError, SendOptions, SendOptionsError, SendStep, Sender, Sent, SourceVm,
 };
 use vm::{FakeDevice, FakeVm, Log, PAGE, PAGES, Report, ScriptedSource, note, page_gpa};
 
@@ -228,11 +232,11 @@ fn a_refusal_at_any_command_lets_the_vm_run_on() {
     let mut vm = FakeVm::new(5);
     let mut machine = vm.machine();
     let steps = [
-        (START, Step::Start),
-        (CONFIG, Step::Config),
-        (MEMORY, Step::Memory),
-        (STATE, Step::State),
-        (COMPLETE, Step::Complete),
+        (START, SendStep::Start),
+        (CONFIG, SendStep::Config),
+        (MEMORY, SendStep::Memory),
+        (STATE, SendStep::State),
+        (COMPLETE, SendStep::Complete),
     ];
     for (command, expected) in steps {
         let peer = Peer::unix(Fault::Refuse(command));
@@ -435,7 +439,7 @@ fn sources_are_on_before_the_first_page_and_off_at_the_end() {
 fn with_device(vm: &FakeVm, adjust: impl FnOnce(&mut FakeDevice)) -> MigratableDevice {
     let mut io = FakeDevice::new(&vm.log, b"sixteen bytes, a");
     adjust(&mut io);
-    let device = Device::new("net0", "fake", Box::new(io));
+    let device = Device::new("net0", Box::new(io));
     vm.builder().device(device).build().unwrap()
 }
 
@@ -631,7 +635,7 @@ fn a_receiver_that_is_not_there_is_named() {
     let mut machine = vm.machine();
     let options = SendOptions::new("unix:/nonexistent/socket".parse().unwrap());
     let error = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap_err();
-    assert!(matches!(error, SendError::Peer { step: Step::Connect, .. }), "{error}");
+    assert!(matches!(error, SendError::Peer { step: SendStep::Connect, .. }), "{error}");
     note(&vm.log, "untouched");
     assert_eq!(log_of(&vm.log), ["untouched"]);
     assert_eq!(page_gpa(PAGES - 1) + PAGE, vm::HIGH.0 + vm::HIGH.1);

@@ -40,6 +40,17 @@ pub(crate) fn page_gpa(index: u64) -> u64 {
     if index < low_pages { index * PAGE } else { HIGH.0 + (index - low_pages) * PAGE }
 }
 
+pub(crate) fn empty_memory() -> Memory {
+    let regions = [LOW, HIGH].map(|(start, len)| (GuestAddress(start), usize::try_from(len).unwrap()));
+    Memory::from_ranges(&regions).unwrap()
+}
+
+pub(crate) fn read_page(memory: &Memory, index: u64) -> Vec<u8> {
+    let mut bytes = vec![0; PAGE as usize];
+    memory.read_slice(&mut bytes, GuestAddress(page_gpa(index))).unwrap();
+    bytes
+}
+
 /// A VM whose one vCPU writes at random, `writes_per_ms` times.
 pub(crate) struct FakeVm {
     pub(crate) memory: Arc<Memory>,
@@ -54,8 +65,7 @@ pub(crate) struct FakeVm {
 
 impl FakeVm {
     pub(crate) fn new(writes_per_ms: u64) -> Self {
-        let regions = [LOW, HIGH].map(|(start, len)| (GuestAddress(start), usize::try_from(len).unwrap()));
-        let memory = Arc::new(Memory::from_ranges(&regions).unwrap());
+        let memory = Arc::new(empty_memory());
         for page in 0..PAGES {
             memory.write_obj(page ^ 0x5eed, GuestAddress(page_gpa(page))).unwrap();
         }
@@ -124,9 +134,7 @@ impl FakeVm {
     }
 
     pub(crate) fn page(&self, index: u64) -> Vec<u8> {
-        let mut bytes = vec![0; PAGE as usize];
-        self.memory.read_slice(&mut bytes, GuestAddress(page_gpa(index))).unwrap();
-        bytes
+        read_page(&self.memory, index)
     }
 }
 

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::transfer::connection::ConnectionError;
+use crate::transfer::frame::{Command, FrameError};
+use crate::transfer::limits::ConnectionCount;
+use crate::vm::VmError;
+
+/// How far a migration has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing was taken yet.
+    Nothing,
+    /// Start was taken.
+    Start,
+    /// Config was taken, and perhaps memory.
+    Config,
+    /// State was taken: memory is complete.
+    State,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nothing => "before Start",
+            Self::Start => "after Start",
+            Self::Config => "after Config",
+            Self::State => "after State",
+        })
+    }
+}
+
+/// A part of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The 16 bytes at its head.
+    Head,
+    /// The role of an additional connection.
+    Role,
+    /// The JSON text of a Config or State.
+    Payload(Command),
+    /// The table of a Memory.
+    Table,
+    /// The guest memory after the table of a Memory.
+    Pages,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Head => f.write_str("the head of a message"),
+            Self::Role => f.write_str("the role of a connection"),
+            Self::Payload(command) => write!(f, "the payload of {command}"),
+            Self::Table => f.write_str("the table of Memory"),
+            Self::Pages => f.write_str("the pages of Memory"),
+        }
+    }
+}
+
+/// Why no VM was received.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ReceiveError {
+    /// Listening, accepting or a TLS handshake failed.
+    #[error("Cannot receive a migration")]
+    Connection {
+        /// What failed.
+        #[from]
+        source: ConnectionError,
+    },
+    /// Nobody began a migration in time.
+    #[error("No source began a migration in {:.0} s", .waited.as_secs_f64())]
+    NoSource {
+        /// How long one was waited for.
+        waited: Duration,
+    },
+    /// Too many callers were no source.
+    #[error("{callers} callers were turned away, none of them began a migration")]
+    Strangers {
+        /// How many.
+        callers: u32,
+        /// Why the last one was.
+        source: Box<ReceiveError>,
+    },
+    /// A caller came while another source's VM was being received.
+    #[error("Another source's migration is under way")]
+    Occupied,
+    /// More callers at a time than connections and strangers together may be.
+    #[error("{callers} callers at a time are too many")]
+    Crowd {
+        /// How many there were.
+        callers: usize,
+    },
+    /// A caller was silent.
+    #[error("Caller said nothing for {:.1} s", .waited.as_secs_f64())]
+    Silent {
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// Nothing came on any connection for too long.
+    #[error("Source was silent for {:.1} s {step}", .waited.as_secs_f64())]
+    Idle {
+        /// How long it was waited for.
+        waited: Duration,
+        /// How far it came.
+        step: Step,
+    },
+    /// The source closed the connection before the migration was complete.
+    #[error("Source closed the connection {step}")]
+    Closed {
+        /// How far it came.
+        step: Step,
+    },
+    /// The source gave the migration up.
+    #[error("Source abandoned the migration {step}")]
+    Abandoned {
+        /// How far it came.
+        step: Step,
+    },
+    /// The migration was stopped on this side.
+    #[error("Migration was stopped here")]
+    Stopped,
+    /// A message could not be read to its end: it was cut off, or the peer stalled.
+    #[error("Cannot read {part}")]
+    Read {
+        /// What was being read.
+        part: Part,
+        /// Why not.
+        source: io::Error,
+    },
+    /// An answer could not be sent.
+    #[error("Cannot answer {command}")]
+    Answer {
+        /// What was to be answered.
+        command: Command,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The source's bytes are not the protocol's.
+    #[error("Cannot make sense of {part}")]
+    Frame {
+        /// What was being read.
+        part: Part,
+        /// What is wrong with it.
+        source: FrameError,
+    },
+    /// The source does not begin as this side can go on.
+    #[error("Cannot begin a migration with this source")]
+    Start {
+        /// What is wrong.
+        source: FrameError,
+    },
+    /// A message that has no place here.
+    #[error("{command} came {step}")]
+    OutOfOrder {
+        /// The message.
+        command: Command,
+        /// How far the migration had come.
+        step: Step,
+    },
+    /// Another message than Memory on an additional connection.
+    #[error("{command} came on a connection for Memory")]
+    NotMemory {
+        /// The message.
+        command: Command,
+    },
+    /// A message that has no payload announces one.
+    #[error("{command} announces a payload of {length} bytes and may have none")]
+    Payload {
+        /// The message.
+        command: Command,
+        /// Bytes announced.
+        length: u64,
+    },
+    /// A message announces more bytes than its limit.
+    #[error("{command} announces {length} bytes, more than the limit {name} = {limit}")]
+    TooLong {
+        /// The message.
+        command: Command,
+        /// Bytes announced.
+        length: u64,
+        /// The field of [`Limits`](crate::transfer::limits::Limits).
+        name: &'static str,
+        /// Its value.
+        limit: u64,
+    },
+    /// The source opened more connections than the protocol knows.
+    #[error("Source opened more than {limit} additional connections")]
+    Connections {
+        /// The most there may be.
+        limit: ConnectionCount,
+    },
+    /// The source passes guest memory as descriptors.
+    #[error("Source passes guest memory as descriptors (local=on), which is not taken here")]
+    LocalMemory,
+    /// The source wants to send memory when it is asked for.
+    #[error(
+        "Source wants postcopy, which is not taken here: the DMA of pass-through devices cannot wait for a page"
+    )]
+    Postcopy,
+    /// The destination did not take a message.
+    #[error("Destination cannot take {command}")]
+    Destination {
+        /// The message.
+        command: Command,
+        /// Why not.
+        source: VmError,
+    },
+    /// The destination could not keep guest memory.
+    #[error("Destination cannot keep the pages of Memory")]
+    Store {
+        /// Why not.
+        source: io::Error,
+    },
+    /// The destination took a table and left pages of it unread.
+    #[error("Destination left {bytes} bytes of Memory unread")]
+    Unread {
+        /// How many.
+        bytes: u64,
+    },
+    /// The system gives no more threads.
+    #[error("Cannot start a thread for a connection")]
+    Thread {
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl ReceiveError {
+    /// Whether it was the destination that could not complete the VM.
+    pub(super) fn is_of_completing(&self) -> bool {
+        let complete = [Command::Complete, Command::CompletePaused];
+        matches!(self, Self::Destination { command, .. } if complete.contains(command))
+    }
+
+    /// The whole error in one line, causes last.
+    pub(super) fn in_full(&self) -> String {
+        let causes = std::iter::successors(self.source(), |&error| error.source());
+        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
+    }
+}

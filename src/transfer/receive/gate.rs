@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the connections of one migration know of each other.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::error::{ReceiveError, Step};
+use super::store::PageStore;
+use crate::transfer::frame::Command;
+use crate::transfer::limits::ConnectionCount;
+
+/// What additional connections may do.
+#[derive(Default)]
+enum Phase {
+    /// No source has begun.
+    #[default]
+    Waiting,
+    /// A source has begun, and its memory is not laid out.
+    Begun,
+    /// Memory may come.
+    Open(Arc<dyn PageStore>),
+    /// All memory has come.
+    Sealed,
+    /// The migration is over, one way or the other.
+    Over,
+}
+
+#[derive(Default)]
+struct State {
+    phase: Phase,
+    /// Memory messages under way on additional connections.
+    under_way: usize,
+    /// Additional connections that were ever opened.
+    connections: usize,
+    failure: Option<ReceiveError>,
+    memory: MemoryCount,
+}
+
+/// Memory that came so far.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct MemoryCount {
+    pub(super) messages: u64,
+    pub(super) ranges: u64,
+    pub(super) bytes: u64,
+}
+
+/// Who a new caller can be.
+pub(super) enum Caller {
+    /// The source, on its main connection.
+    Source,
+    /// The source, on an additional connection.
+    Additional,
+}
+
+/// Lets Memory in between Config and State, and State in when no Memory is under way.
+#[derive(Default)]
+pub(super) struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Gate {
+    /// Who somebody who calls now can be.
+    ///
+    /// # Errors
+    /// Nobody: the migration is over.
+    pub(super) fn caller(&self) -> Result<Caller, ReceiveError> {
+        match self.lock().phase {
+            Phase::Waiting | Phase::Begun => Ok(Caller::Source),
+            Phase::Open(_) | Phase::Sealed => Ok(Caller::Additional),
+            Phase::Over => Err(ReceiveError::Occupied),
+        }
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.lock().phase, Phase::Over)
+    }
+
+    /// Notes that a source has begun; `false` where another one has.
+    pub(super) fn begin(&self) -> bool {
+        let mut state = self.lock();
+        let first = matches!(state.phase, Phase::Waiting);
+        if first {
+            state.phase = Phase::Begun;
+        }
+        first
+    }
+
+    /// Lets Memory go to `store` from now on.
+    pub(super) fn open(&self, store: Arc<dyn PageStore>) {
+        self.lock().phase = Phase::Open(store);
+    }
+
+    /// Counts an additional connection in.
+    ///
+    /// # Errors
+    /// There are `limit` already.
+    pub(super) fn connect(&self, limit: ConnectionCount) -> Result<(), ReceiveError> {
+        let mut state = self.lock();
+        if state.connections == limit.count() {
+            return Err(ReceiveError::Connections { limit });
+        }
+        state.connections += 1;
+        Ok(())
+    }
+
+    /// Lets a Memory of an additional connection in, which is under way until what is returned is dropped.
+    ///
+    /// # Errors
+    /// State has come, or the migration is over.
+    pub(super) fn enter(&self) -> Result<Ticket<'_>, ReceiveError> {
+        let mut state = self.lock();
+        let Phase::Open(store) = &state.phase else {
+            return Err(ReceiveError::OutOfOrder { command: Command::Memory, step: Step::State });
+        };
+        let store = Arc::clone(store);
+        state.under_way += 1;
+        Ok(Ticket { gate: self, store })
+    }
+
+    /// Waits until no Memory is under way on an additional connection.
+    ///
+    /// Each of them keeps the pace or fails, so the wait ends.
+    ///
+    /// # Errors
+    /// One of them failed.
+    pub(super) fn drain(&self) -> Result<(), ReceiveError> {
+        self.wait_drained(self.lock())
+    }
+
+    /// Lets no more Memory in, and waits until none is under way.
+    ///
+    /// # Errors
+    /// As [`Gate::drain`].
+    pub(super) fn seal(&self) -> Result<(), ReceiveError> {
+        let mut state = self.lock();
+        state.phase = Phase::Sealed;
+        self.wait_drained(state)
+    }
+
+    fn wait_drained(&self, state: MutexGuard<'_, State>) -> Result<(), ReceiveError> {
+        let under_way = |state: &mut State| state.under_way > 0 && state.failure.is_none();
+        let drained = self.changed.wait_while(state, under_way);
+        take_failure(&mut drained.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Keeps the first failure of an additional connection, for the main one to find.
+    pub(super) fn fail(&self, error: ReceiveError) {
+        let mut state = self.lock();
+        if matches!(state.phase, Phase::Over) {
+            return;
+        }
+        state.failure.get_or_insert(error);
+        self.changed.notify_all();
+    }
+
+    /// Returns the failure of an additional connection, once.
+    pub(super) fn check(&self) -> Result<(), ReceiveError> {
+        take_failure(&mut self.lock())
+    }
+
+    pub(super) fn count(&self, ranges: usize, bytes: u64) {
+        let memory = &mut self.lock().memory;
+        memory.messages += 1;
+        memory.ranges += ranges as u64;
+        memory.bytes = memory.bytes.saturating_add(bytes);
+    }
+
+    pub(super) fn memory(&self) -> MemoryCount {
+        self.lock().memory
+    }
+
+    pub(super) fn connections(&self) -> usize {
+        self.lock().connections
+    }
+
+    pub(super) fn end(&self) {
+        self.lock().phase = Phase::Over;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The state holds together after every statement, so also after a panic of one who held it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn take_failure(state: &mut State) -> Result<(), ReceiveError> {
+    state.failure.take().map_or(Ok(()), Err)
+}
+
+/// A Memory that is under way.
+pub(super) struct Ticket<'a> {
+    gate: &'a Gate,
+    pub(super) store: Arc<dyn PageStore>,
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        self.gate.lock().under_way -= 1;
+        self.gate.changed.notify_all();
+    }
+}

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Messages off a connection, each length against its limit first, and their answers.
+
+use std::io::Write;
+use std::time::Duration;
+
+use super::error::{Part, ReceiveError};
+use super::gate::Gate;
+use super::store::{PageStore, Pages};
+use crate::transfer::connection::Connection;
+use crate::transfer::frame::{Command, HEADER_BYTES, MemoryTable, Request, Response, Status};
+use crate::transfer::limits::Limits;
+
+pub(super) fn decode(head: [u8; HEADER_BYTES]) -> Result<Request, ReceiveError> {
+    Request::from_bytes(head).map_err(|source| ReceiveError::Frame { part: Part::Head, source })
+}
+
+/// Checks that a message without a payload announces none.
+pub(super) fn check_empty(request: Request) -> Result<(), ReceiveError> {
+    let (command, length) = (request.command(), request.length());
+    if length == 0 { Ok(()) } else { Err(ReceiveError::Payload { command, length }) }
+}
+
+/// Reads the JSON text of a Config or State.
+pub(super) fn read_text(
+    connection: &mut Connection,
+    request: Request,
+    limits: &Limits,
+) -> Result<Vec<u8>, ReceiveError> {
+    let (name, limit) = match request.command() {
+        Command::Config => ("config_bytes", limits.config_bytes),
+        _ => ("state_bytes", limits.state_bytes),
+    };
+    check_length(request, name, limit)?;
+    let mut text = Vec::new();
+    let part = Part::Payload(request.command());
+    let read = connection.read_payload(request.length(), &mut text);
+    read.map_err(|source| ReceiveError::Read { part, source })?;
+    Ok(text)
+}
+
+/// Takes one Memory: its table into `buffer`, its pages into `store`.
+pub(super) fn take_memory(
+    connection: &mut Connection,
+    request: Request,
+    store: &dyn PageStore,
+    gate: &Gate,
+    limits: &Limits,
+    buffer: &mut Vec<u8>,
+) -> Result<(), ReceiveError> {
+    let bad_table = |source| ReceiveError::Frame { part: Part::Table, source };
+    check_length(request, "table_bytes", limits.table_bytes)?;
+    MemoryTable::check_length(request.length()).map_err(bad_table)?;
+    let read = connection.read_payload(request.length(), buffer);
+    read.map_err(|source| ReceiveError::Read { part: Part::Table, source })?;
+    let table = MemoryTable::parse(std::mem::take(buffer), store.layout()).map_err(bad_table)?;
+    take_pages(connection, &table, store)?;
+    gate.count(table.ranges().len(), table.memory_bytes());
+    *buffer = table.into_buffer();
+    Ok(())
+}
+
+fn take_pages(
+    connection: &mut Connection,
+    table: &MemoryTable,
+    store: &dyn PageStore,
+) -> Result<(), ReceiveError> {
+    let mut pages = Pages::new(connection, table.memory_bytes());
+    match store.fill(table, &mut pages) {
+        Err(source) if pages.failed() => Err(ReceiveError::Read { part: Part::Pages, source }),
+        Err(source) => Err(ReceiveError::Store { source }),
+        Ok(()) if pages.left() > 0 => Err(ReceiveError::Unread { bytes: pages.left() }),
+        Ok(()) => Ok(()),
+    }
+}
+
+pub(super) fn answer(
+    connection: &mut Connection,
+    command: Command,
+    answer: Response,
+) -> Result<(), ReceiveError> {
+    let sent = connection.write_all(&answer.to_bytes()).and_then(|()| connection.flush());
+    sent.map_err(|source| ReceiveError::Answer { command, source })
+}
+
+/// Answers a request with Error; where that cannot be sent, the peer learns from the end of the connection.
+///
+/// A peer that stalled before has spent its time, so this gets some of its own: `within`.
+pub(super) fn refuse(connection: &mut Connection, within: Duration) {
+    let _ = connection.send_within(&Response::new(Status::Error).to_bytes(), within);
+}
+
+fn check_length(request: Request, name: &'static str, limit: u64) -> Result<(), ReceiveError> {
+    let (command, length) = (request.command(), request.length());
+    if length <= limit { Ok(()) } else { Err(ReceiveError::TooLong { command, length, name, limit }) }
+}

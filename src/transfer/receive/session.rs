@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The main connection of a migration, from Start to Complete.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::error::{Part, ReceiveError, Step};
+use super::gate::Gate;
+use super::message::{answer, check_empty, decode, read_text, refuse, take_memory};
+use super::roster::{Entry, ReceiverHandle};
+use super::store::PageStore;
+use super::{Destination, Received};
+use crate::transfer::connection::{Connection, Head};
+use crate::transfer::frame::{Command, Features, HEADER_BYTES, Request, Response, Status};
+use crate::transfer::limits::Limits;
+use crate::vm::VmError;
+
+/// How often a wait looks whether the migration has ended elsewhere.
+pub(super) const TICK: Duration = Duration::from_millis(50);
+
+/// Features this side has.
+const FEATURES: Features = Features::NONE;
+
+/// What all connections of a migration share.
+#[derive(Clone, Copy)]
+pub(super) struct Context<'a> {
+    pub(super) gate: &'a Gate,
+    pub(super) roster: &'a ReceiverHandle,
+    pub(super) limits: &'a Limits,
+}
+
+/// A source on its main connection, with the first request it made.
+pub(super) struct Source {
+    pub(super) connection: Connection,
+    pub(super) entry: Entry,
+    pub(super) first: Request,
+}
+
+/// Receives the VM of `source` into `destination`, and answers what fails with Error.
+pub(super) fn receive(
+    source: Source,
+    destination: &mut dyn Destination,
+    context: Context<'_>,
+) -> Result<Received, ReceiveError> {
+    let Source { connection, entry, first } = source;
+    let mut session = Session { connection, context, step: Step::Nothing, answered: false };
+    let outcome = session.run(first, destination);
+    drop(entry);
+    let linger = context.limits.linger;
+    match outcome {
+        Err(error) if context.roster.is_stopped() => {
+            log::debug!("Stopped in the middle of the migration: {}", error.in_full());
+            session.connection.close(Duration::ZERO);
+            Err(ReceiveError::Stopped)
+        }
+        outcome => {
+            if !session.answered {
+                refuse(&mut session.connection, linger);
+            }
+            session.connection.close(linger);
+            Ok(Received { received_bytes: context.roster.received_bytes(), ..outcome? })
+        }
+    }
+}
+
+struct Session<'a> {
+    connection: Connection,
+    context: Context<'a>,
+    step: Step,
+    /// Whether no request waits for its answer.
+    answered: bool,
+}
+
+impl Session<'_> {
+    fn run(&mut self, first: Request, destination: &mut dyn Destination) -> Result<Received, ReceiveError> {
+        let features = self.start(first)?;
+        let store = self.config(destination)?;
+        let state = self.memory(store.as_ref())?;
+        self.state(state, destination)?;
+        let (paused, confirmed) = self.complete(destination)?;
+
+        let memory = self.context.gate.memory();
+        Ok(Received {
+            received_bytes: 0,
+            memory_messages: memory.messages,
+            memory_ranges: memory.ranges,
+            memory_bytes: memory.bytes,
+            connections: self.context.gate.connections(),
+            features,
+            paused,
+            confirmed,
+        })
+    }
+
+    /// Takes the Start, and agrees to what both ends know.
+    fn start(&mut self, first: Request) -> Result<Option<Features>, ReceiveError> {
+        let first = self.admit(first)?;
+        first.version().map_err(|source| ReceiveError::Start { source })?;
+        check_empty(first)?;
+        let features = first.offered().map(|offered| offered & FEATURES);
+        let response = features.map_or(Response::new(Status::Ok), Response::ok_agreeing);
+        self.answer(first, response)?;
+        self.step = Step::Start;
+        Ok(features)
+    }
+
+    /// Hands the Config over, and lets additional connections come before the source knows.
+    fn config(&mut self, destination: &mut dyn Destination) -> Result<Arc<dyn PageStore>, ReceiveError> {
+        let request = self.next_of(&[Command::Config])?;
+        let text = read_text(&mut self.connection, request, self.context.limits)?;
+        let store = destination.config(&text).map_err(|source| refused(request, source))?;
+        self.context.gate.open(Arc::clone(&store));
+        self.step = Step::Config;
+        self.answer_ok(request)?;
+        Ok(store)
+    }
+
+    /// Takes Memory until State comes.
+    ///
+    /// What came on other connections before the source sent Memory here is older, so it goes first.
+    fn memory(&mut self, store: &dyn PageStore) -> Result<Request, ReceiveError> {
+        let Context { gate, limits, .. } = self.context;
+        let mut buffer = Vec::new();
+        loop {
+            let request = self.next_of(&[Command::Memory, Command::State])?;
+            if request.command() == Command::State {
+                return Ok(request);
+            }
+            gate.drain()?;
+            take_memory(&mut self.connection, request, store, gate, limits, &mut buffer)?;
+            self.answer_ok(request)?;
+        }
+    }
+
+    /// Hands the State over when the last page of every connection is in place.
+    fn state(&mut self, request: Request, destination: &mut dyn Destination) -> Result<(), ReceiveError> {
+        self.context.gate.seal()?;
+        let text = read_text(&mut self.connection, request, self.context.limits)?;
+        destination.state(&text).map_err(|source| refused(request, source))?;
+        self.step = Step::State;
+        self.answer_ok(request)
+    }
+
+    /// Completes the VM; returns whether it stays paused, and whether the source was told.
+    fn complete(&mut self, destination: &mut dyn Destination) -> Result<(bool, bool), ReceiveError> {
+        let request = self.next_of(&[Command::Complete, Command::CompletePaused])?;
+        check_empty(request)?;
+        if !self.context.roster.commit() {
+            return Err(ReceiveError::Stopped);
+        }
+        let paused = request.command() == Command::CompletePaused;
+        destination.complete(paused).map_err(|source| refused(request, source))?;
+        // Even where another connection has failed meanwhile: the VM is here.
+        let told = answer(&mut self.connection, request.command(), Response::new(Status::Ok));
+        if let Err(error) = &told {
+            log::warn!("The VM runs here, but its source may not know: {}", error.in_full());
+        }
+        self.answered = true;
+        Ok((paused, told.is_ok()))
+    }
+
+    /// Waits for the next request, which has to be one of `commands`.
+    fn next_of(&mut self, commands: &[Command]) -> Result<Request, ReceiveError> {
+        let request = decode(self.await_head()?)?;
+        let request = self.admit(request)?;
+        let command = request.command();
+        match command {
+            _ if commands.contains(&command) => Ok(request),
+            Command::MemoryFd => Err(ReceiveError::LocalMemory),
+            Command::PageFault => Err(ReceiveError::Postcopy),
+            _ => Err(ReceiveError::OutOfOrder { command, step: self.step }),
+        }
+    }
+
+    /// Waits for a request's head as long as bytes arrive on any connection.
+    fn await_head(&mut self) -> Result<[u8; HEADER_BYTES], ReceiveError> {
+        let Context { gate, roster, limits } = self.context;
+        let (mut bytes, mut since) = (roster.received_bytes(), Instant::now());
+        loop {
+            let head = self.connection.await_head(TICK);
+            self.answered = matches!(head, Ok(Head::Silence | Head::End));
+            // Where another connection has failed, that is why this one ends.
+            gate.check()?;
+            match head.map_err(|source| ReceiveError::Read { part: Part::Head, source })? {
+                Head::Bytes(head) => return Ok(head),
+                Head::End => return Err(ReceiveError::Closed { step: self.step }),
+                Head::Silence => {}
+            }
+            let now = roster.received_bytes();
+            if now != bytes {
+                (bytes, since) = (now, Instant::now());
+            } else if since.elapsed() >= limits.idle_timeout {
+                return Err(ReceiveError::Idle { waited: since.elapsed(), step: self.step });
+            }
+        }
+    }
+
+    /// Lets every request pass but Abandon, which may come at any point.
+    fn admit(&mut self, request: Request) -> Result<Request, ReceiveError> {
+        if request.command() == Command::Abandon {
+            check_empty(request)?;
+            self.answer_ok(request)?;
+            return Err(ReceiveError::Abandoned { step: self.step });
+        }
+        Ok(request)
+    }
+
+    fn answer_ok(&mut self, request: Request) -> Result<(), ReceiveError> {
+        self.answer(request, Response::new(Status::Ok))
+    }
+
+    fn answer(&mut self, request: Request, response: Response) -> Result<(), ReceiveError> {
+        // Where another connection has failed, this is the answer that can say so.
+        self.context.gate.check()?;
+        self.answered = true;
+        answer(&mut self.connection, request.command(), response)
+    }
+}
+
+fn refused(request: Request, source: VmError) -> ReceiveError {
+    ReceiveError::Destination { command: request.command(), source }
+}

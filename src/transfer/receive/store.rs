@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Where the pages go.
+
+use std::io::{self, Read};
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryBackend;
+
+use crate::layout::{Layout, LayoutError};
+use crate::range::GpaRange;
+use crate::transfer::connection::Connection;
+use crate::transfer::frame::MemoryTable;
+
+/// Takes the pages of the VM, from several connections at a time.
+pub trait PageStore: Send + Sync {
+    /// The VM's RAM; a table that names anything else is refused before [`PageStore::fill`].
+    fn layout(&self) -> &Layout;
+
+    /// Puts the bytes that `pages` brings into the ranges of `table`, in the table's order, all of them.
+    ///
+    /// Ranges may overlap and repeat, within a table and across tables: the bytes that come last stay.
+    ///
+    /// # Errors
+    /// The pages cannot be kept, or `pages` failed. Part of them may be in place.
+    fn fill(&self, table: &MemoryTable, pages: &mut Pages<'_>) -> io::Result<()>;
+}
+
+/// The bytes of one Memory's ranges, as they come off the connection: never more of them, and an end before the last one is
+/// an error.
+#[derive(Debug)]
+pub struct Pages<'a> {
+    connection: &'a mut Connection,
+    left: u64,
+    failed: bool,
+}
+
+impl<'a> Pages<'a> {
+    pub(super) fn new(connection: &'a mut Connection, bytes: u64) -> Self {
+        Self { connection, left: bytes, failed: false }
+    }
+
+    /// Bytes that were not read yet.
+    pub fn left(&self) -> u64 {
+        self.left
+    }
+
+    /// Whether it was the connection that failed, and not what was done with its bytes.
+    pub(super) fn failed(&self) -> bool {
+        self.failed
+    }
+
+    /// Reads the bytes of `ranges` straight into guest memory, in their order.
+    ///
+    /// # Errors
+    /// A range is not in `memory`, they are longer than what is left, or the connection failed, stalled or ended.
+    pub fn read_guest<M: GuestMemoryBackend>(
+        &mut self,
+        memory: &M,
+        ranges: impl Iterator<Item = GpaRange> + Clone,
+    ) -> io::Result<()> {
+        let bytes = ranges.clone().fold(0_u64, |bytes, range| bytes.saturating_add(range.len()));
+        if bytes > self.left {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "The ranges are longer than what is left",
+            ));
+        }
+        let outcome = self.connection.receive_guest(memory, ranges);
+        self.failed = outcome.is_err();
+        self.left -= outcome?;
+        Ok(())
+    }
+}
+
+impl Read for Pages<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let wanted = bytes.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        if wanted == 0 {
+            return Ok(0);
+        }
+        let outcome = match self.connection.read(&mut bytes[..wanted]) {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            outcome => outcome,
+        };
+        self.failed = outcome.is_err();
+        self.left -= *outcome.as_ref().unwrap_or(&0) as u64;
+        outcome
+    }
+}
+
+/// Keeps the pages in a VMM's guest memory.
+#[derive(Debug, Clone)]
+pub struct GuestPages<M> {
+    memory: Arc<M>,
+    layout: Layout,
+}
+
+impl<M: GuestMemoryBackend> GuestPages<M> {
+    /// Keeps the pages in `memory`, all of which is the VM's RAM.
+    ///
+    /// # Errors
+    /// `memory` has no region, or one that is not aligned to this host's pages.
+    pub fn new(memory: Arc<M>) -> Result<Self, LayoutError> {
+        let layout = Layout::from_guest_memory(memory.as_ref())?;
+        Ok(Self { memory, layout })
+    }
+}
+
+impl<M: GuestMemoryBackend + Send + Sync> PageStore for GuestPages<M> {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn fill(&self, table: &MemoryTable, pages: &mut Pages<'_>) -> io::Result<()> {
+        pages.read_guest(self.memory.as_ref(), table.ranges())
+    }
+}
