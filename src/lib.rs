@@ -74,6 +74,7 @@ pub mod layout;
 pub mod ledger;
 pub mod migratable;
 pub mod precopy;
+pub mod probe;
 pub mod range;
 pub mod source;
 pub mod table;

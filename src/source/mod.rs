@@ -16,6 +16,7 @@ use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
 use crate::range::{GpaRange, IovaRange};
 
+pub mod choose;
 mod container;
 mod device_log;
 mod guest_memory;
