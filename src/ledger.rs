@@ -98,6 +98,9 @@ struct Cursor {
     pending_pages: u64,
     in_flight: Bitmap,
     in_flight_pages: u64,
+    /// Pages reported since the cursor was opened.
+    dirtied: Bitmap,
+    dirtied_pages: u64,
     /// Bits below were offered to this round.
     position: usize,
     spare: Vec<Vec<GpaRange>>,
@@ -155,6 +158,8 @@ impl Ledger {
             pending_pages: 0,
             in_flight: Bitmap::new(words),
             in_flight_pages: 0,
+            dirtied: Bitmap::new(words),
+            dirtied_pages: 0,
             position: 0,
             spare: Vec::new(),
         };
@@ -170,6 +175,11 @@ impl Ledger {
     /// Closes a cursor; its chunks may still be committed or rolled back, to no effect.
     pub fn close(&mut self, cursor: CursorId) {
         self.cursors.retain(|open| open.id != cursor);
+    }
+
+    /// Whether any cursor is open.
+    pub fn has_cursors(&self) -> bool {
+        !self.cursors.is_empty()
     }
 
     /// Returns where source number `source` reports to, until the next [`Ledger::absorb`].
@@ -240,6 +250,12 @@ impl Ledger {
         })
     }
 
+    /// Bytes of pages reported dirty at least once since the cursor was opened; `None` once it is closed.
+    pub fn dirtied_bytes(&self, cursor: CursorId) -> Option<u64> {
+        let cursor = self.cursors.iter().find(|open| open.id == cursor)?;
+        Some(cursor.dirtied_pages << self.layout.host_page().shift())
+    }
+
     /// Begins a round: the next [`Ledger::take`] starts again at the lowest page.
     pub fn begin_round(&mut self, cursor: CursorId) {
         if let Some(cursor) = self.cursors.iter_mut().find(|open| open.id == cursor) {
@@ -296,6 +312,10 @@ impl Cursor {
         for (pending, dirty) in self.pending.block_mut(block).iter_mut().zip(dirty) {
             self.pending_pages += u64::from((dirty & !*pending).count_ones());
             *pending |= dirty;
+        }
+        for (dirtied, dirty) in self.dirtied.block_mut(block).iter_mut().zip(dirty) {
+            self.dirtied_pages += u64::from((dirty & !*dirtied).count_ones());
+            *dirtied |= dirty;
         }
     }
 

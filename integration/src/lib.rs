@@ -1,1 +1,8 @@
-//! Placeholder.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The machinery that whole-VM tests and the demo run on: a minimal VMM with a real KVM guest.
+//!
+//! Unpublished: nothing here is part of the library's interface.
+
+pub mod demo;
+pub mod device;
+pub mod vmm;

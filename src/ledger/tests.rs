@@ -109,6 +109,7 @@ proptest! {
             naive.pending = pages_of(&layout, 0, 2000).collect();
         }
         let mut flying: Vec<Chunk> = Vec::new();
+        let mut dirtied = BTreeSet::new();
         let mut reports = [Attribution::default(); SOURCES];
         let mut this_round: BTreeSet<u64> = BTreeSet::new();
         for step in steps {
@@ -123,6 +124,7 @@ proptest! {
                     }
                     ledger.absorb();
                     for (page, sources) in by_page {
+                        dirtied.insert(page);
                         naive.pending.insert(page);
                         for &source in &sources {
                             reports[source].pages += 1;
@@ -167,6 +169,7 @@ proptest! {
             }
             let expected = Outstanding { pending_bytes: (naive.pending.len() as u64) << 12, in_flight_bytes: (naive.in_flight.len() as u64) << 12 };
             prop_assert_eq!(ledger.outstanding(cursor), Some(expected));
+            prop_assert_eq!(ledger.dirtied_bytes(cursor), Some((dirtied.len() as u64) << 12));
         }
     }
 
