@@ -69,12 +69,13 @@ pub(crate) struct DemoArguments {
     pub(crate) inject: Option<Inject>,
 }
 
-/// Parses a number of bytes with K, M, G or nothing behind it.
+/// Parses a number of bytes with K, M, G, T or nothing behind it.
 fn size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.trim_end_matches(['i', 'B']) {
         t if t.ends_with(['K', 'k']) => (&t[..t.len() - 1], 10),
         t if t.ends_with(['M', 'm']) => (&t[..t.len() - 1], 20),
         t if t.ends_with(['G', 'g']) => (&t[..t.len() - 1], 30),
+        t if t.ends_with(['T', 't']) => (&t[..t.len() - 1], 40),
         t => (t, 0),
     };
     let number: u64 = digits.parse().map_err(|_| "not a number of bytes such as 64M".to_owned())?;

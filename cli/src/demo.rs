@@ -136,7 +136,10 @@ fn fail(error: &DemoError, json: bool) -> ExitCode {
     }
     eprintln!("error: {}", chain(error));
     let exit = match error {
-        DemoError::Contradiction(_) | DemoError::HostTooSmall { .. } | DemoError::Memory(_) => Exit::Usage,
+        DemoError::Contradiction(_)
+        | DemoError::NoSuchSource { .. }
+        | DemoError::HostTooSmall { .. }
+        | DemoError::Memory(_) => Exit::Usage,
         DemoError::Migration { .. } | DemoError::Survived { .. } | DemoError::TooEarly { .. } => Exit::Peer,
         DemoError::Different { .. } | DemoError::Unwell { .. } | DemoError::SourceUnwell { .. } => {
             Exit::Verification

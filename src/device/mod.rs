@@ -11,6 +11,7 @@ use std::fmt;
 
 use thiserror::Error;
 
+mod kernel;
 mod member;
 pub mod saved;
 mod set;
@@ -20,6 +21,7 @@ mod stream;
 mod tests;
 mod vfio_user;
 
+pub use kernel::{KernelDevice, KernelDeviceError};
 pub use member::{Device, DeviceFailure, UNASKABLE_STATE_BYTES, UNKNOWN_STATE_BYTES};
 pub use saved::{Identity, SavedStateError, SavedVersion};
 pub use set::{Attempt, DeviceSet, DeviceSetError};

@@ -14,13 +14,15 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::source::KvmLogMode;
-use vfio_migration::transfer::{
-    Listener, Migration, Receiver as MigrationReceiver, SendOptions, Sender, Sent,
-};
+use vfio_migration::transfer::connection::Listener;
+use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::receive::Receiver as MigrationReceiver;
+use vfio_migration::transfer::{Migration, SendOptions, Sender, Sent};
 use vm_migration::Pausable;
 
 use super::control::{Command, Control, Event, MachineSetup, Role};
 use super::report::{DeviceReport, MigrationFigures, Progress, SourceReport};
+use super::run::chain;
 use super::side::Side;
 use super::vm::{DestinationVm, SourceVm};
 use crate::device::{DeviceConfig, DmaDevice};
@@ -35,8 +37,8 @@ pub fn process_main() -> ExitCode {
         let stdin = std::io::stdin().as_fd().try_clone_to_owned().context("No standard input")?;
         let mut control = Control::new(UnixStream::from(stdin));
         match control.receive()?.context("The parent is gone")? {
-            Role::Source(setup) => Child::new(setup, control)?.be_source(),
-            Role::Destination(setup) => Child::new(setup, control)?.be_destination(),
+            Role::Source(setup) => Child::new(setup, control)?.map_or(Ok(()), Child::be_source),
+            Role::Destination(setup) => Child::new(setup, control)?.map_or(Ok(()), Child::be_destination),
             Role::Device(setup) => {
                 let socket = control.receive_descriptor()?;
                 exit_with_parent(control);
@@ -72,20 +74,20 @@ struct Child {
 }
 
 impl Child {
-    /// Sets the process up; what goes wrong, the parent is told.
-    fn new(setup: MachineSetup, mut control: Control) -> anyhow::Result<Self> {
+    /// Sets the process up; what goes wrong, the parent is told, and there is none.
+    fn new(setup: MachineSetup, mut control: Control) -> anyhow::Result<Option<Self>> {
         let made = receive(setup, &mut control)
             .and_then(|side| Ok((side.migratable(KvmLogMode::ManualAtRead)?, side)));
         let (devices, side) = match made {
             Ok(made) => made,
             Err(error) => {
                 control.send(&Event::Failed { error: format!("{error:#}"), guest_runs: false })?;
-                return Err(error);
+                return Ok(None);
             }
         };
         let migration = Arc::new(Mutex::new(Migration::new()));
         let commands = listen(control.try_clone()?, Arc::clone(&migration));
-        Ok(Self { side, devices, events: Arc::new(Mutex::new(control)), commands, migration })
+        Ok(Some(Self { side, devices, events: Arc::new(Mutex::new(control)), commands, migration }))
     }
 
     fn be_source(mut self) -> anyhow::Result<()> {
@@ -160,8 +162,8 @@ impl Child {
         let listener = Listener::bind(&url.parse()?)?;
         self.tell(&Event::Listening { url: listener.url().to_string() })?;
         let mut vm = DestinationVm::new(&self.side.machine, &mut self.devices);
-        let received = MigrationReceiver::default().receive(&listener, &mut vm)?;
-        Ok(Event::Received { socket_bytes: received.bytes })
+        let received = MigrationReceiver::new(Limits::default(), None).receive(&listener, &mut vm)?;
+        Ok(Event::Received { socket_bytes: received.received_bytes })
     }
 
     fn run(&mut self) -> anyhow::Result<Event> {
@@ -228,8 +230,12 @@ fn figures_of(sent: &Sent) -> MigrationFigures {
             state_bytes: sent.device_state_bytes,
             precopy_bytes: sent.device_precopy_bytes,
         },
-        degradations: sent.degradations.iter().map(ToString::to_string).collect(),
+        degradations: sent.degradations.iter().map(degradation).collect(),
     }
+}
+
+fn degradation(degradation: &vfio_migration::transfer::Degradation) -> String {
+    format!("{} ({} times)", chain(&*degradation.error), degradation.times)
 }
 
 fn micros(duration: Duration) -> u64 {

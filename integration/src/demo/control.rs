@@ -21,6 +21,17 @@ pub(super) enum Role {
     Device(DeviceSetup),
 }
 
+impl Role {
+    /// What a list of processes shows.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Source(_) => "source",
+            Self::Destination(_) => "destination",
+            Self::Device(_) => "device",
+        }
+    }
+}
+
 /// The machine of a source or destination process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MachineSetup {

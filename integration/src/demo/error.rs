@@ -17,6 +17,14 @@ pub enum DemoError {
     /// Options that contradict each other.
     #[error("Contradictory options: {0}")]
     Contradiction(&'static str),
+    /// The source to forget is not there.
+    #[error("No dirty source is named {source_name} here; there are {known}")]
+    NoSuchSource {
+        /// What was asked for.
+        source_name: String,
+        /// What there is.
+        known: String,
+    },
     /// RAM of that size cannot be made.
     #[error("Cannot make the guest's RAM")]
     Memory(#[from] MemoryError),

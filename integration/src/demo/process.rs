@@ -38,7 +38,7 @@ impl Process {
     ) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         let child = Program::new(program)
-            .arg(super::PROCESS_ARGUMENT)
+            .args([super::PROCESS_ARGUMENT, role.name()])
             .env(super::LOG_VARIABLE, log_level)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())

@@ -15,6 +15,7 @@ use super::options::{DemoOptions, Inject, Transport};
 use super::process::{Process, Who};
 use super::proxy::flip_a_bit;
 use super::report::{MigrationFigures, Progress, Report};
+use super::side::source_names;
 use crate::vmm::{AreaKind, Map, Memory, PAGE_BYTES, RamLayout, Split, probe_kvm};
 
 /// Passes the guest makes over its pages, after it moved, before it is believed to be well.
@@ -101,6 +102,14 @@ impl<'a> Demo<'a> {
         let layout = RamLayout::new(options.memory_bytes, Split::default())?;
         check_host_memory(options)?;
         let kvm = !options.no_kvm && kvm_or_why_not(notify);
+        if let Some(Inject::Forget(source)) = &options.inject
+            && !source_names(kvm).contains(&source.as_str())
+        {
+            return Err(DemoError::NoSuchSource {
+                source_name: source.clone(),
+                known: source_names(kvm).join(", "),
+            });
+        }
         let (sender, events) = mpsc::channel();
         let folder = tempfile::tempdir().map_err(DemoError::Folder)?;
         Ok(Self { options, notify, stop, layout, kvm, source: None, events, sender, folder, attempts: 0 })

@@ -28,6 +28,12 @@ const DEVICE: &str = "dma0";
 /// Name of its DMA log among the sources.
 const DEVICE_LOG: &str = "device-log";
 
+/// Names of the sources a machine has, in the order of the report.
+pub(super) fn source_names(kvm: bool) -> &'static [&'static str] {
+    let names = &["kvm-log", "vmm-writes", DEVICE_LOG];
+    if kvm { names } else { &names[1..] }
+}
+
 /// How long the guest may take over one of the passes it is asked for.
 const PASS_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -82,16 +88,9 @@ impl Side {
     /// A source or the device lacks something, or the source to forget is not there.
     pub fn migratable(&self, mode: KvmLogMode) -> anyhow::Result<MigratableDevice> {
         let mut builder = MigratableDevice::builder(PASS_THROUGH, layout_of(&self.machine)?);
-        let mut forget = self.setup.forget.clone();
         for source in self.sources(mode)? {
-            let forgotten = forget.take_if(|name| *name == source.id());
-            builder = builder.source(match forgotten {
-                Some(_) => Box::new(Forgetful::new(source)),
-                None => source,
-            });
-        }
-        if let Some(name) = forget {
-            anyhow::bail!("No dirty source is named {name} here");
+            let forgotten = self.setup.forget.as_deref() == Some(source.id());
+            builder = builder.source(if forgotten { Box::new(Forgetful::new(source)) } else { source });
         }
         let device = VfioUserDevice::new(Arc::clone(&self.client))?;
         Ok(builder.device(Device::new(DEVICE, Box::new(device))).build()?)

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use vfio_migration::layout::{Layout, LayoutError};
 use vfio_migration::migratable::MigratableDevice;
-use vfio_migration::transfer::{Destination, GuestPages, PageStore};
+use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore};
 use vfio_migration::vm::{Vm, VmError};
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
