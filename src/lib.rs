@@ -1,6 +1,70 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Live migration and snapshots of VMs with pass-through devices.
+//!
+//! Whoever moves a running VM has to know every page that changed. The vCPUs' writes are in KVM's dirty log, the VMM's own in
+//! vm-memory's bitmap, and the devices' DMA is known only to the VFIO container, the device or the IOMMU. This crate unites what
+//! they report, exactly, and moves the devices' own state beside it.
+//!
+//! ```text
+//!  source                  granule
+//!   kvm log, ring  GPA     host page  ─┐
+//!   VMM's writes   GPA     host page   │
+//!   container      IOVA    smallest    ├─► iova ─► LEDGER ─► runs ─► chunks ─► transfer ─► receiver
+//!   device log     IOVA    negotiated  │   map     one bit per host page,          ◄── commit on ACK
+//!   hwpt           IOVA    chosen      │           one cursor per receiver
+//!   vfio-user      IOVA    negotiated ─┘
+//!
+//!  device state, beside it:  all P2P-quiescent, then all stopped ─► stream ─► Snapshot tree ─► receiver
+//! ```
+//!
+//! The modules, in the order the data flows:
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`range`], [`granule`], [`layout`] | checked half-open ranges; bytes per bit; the VM's RAM and where each page's bit lives |
+//! | [`source`] | [`source::DirtySource`], one file per kernel or wire interface, and the sink they report to |
+//! | [`iova`] | where a device's addresses lead |
+//! | [`ledger`] | who still needs which page: pending, in flight, committed; who reported what |
+//! | [`table`] | ranges as the `vm-migration` crate's table |
+//! | [`device`] | [`device::DeviceIo`]; states, streams, order across devices, the saved form |
+//! | [`migratable`] | [`migratable::MigratableDevice`]: all of the above under the `vm-migration` traits |
+//! | [`precopy`] | when to go on, slow down, switch over or give up: a pure function |
+//! | [`transfer`] | frames, connections, sender and receiver of Cloud Hypervisor's protocol |
+//! | [`vm`] | what a sender asks of a VMM |
+//! | [`vfio_user`] | client for devices in another process |
+//!
+//! Words used throughout: a *granule* is the bytes one bit stands for; to *collect* is to read a source's log, which may clear it; to
+//! *absorb* is to add what was collected to every *cursor*; a cursor is what one receiver, or one snapshot base, still lacks; pages
+//! *taken* are *in flight* until they are *committed* or *rolled back*; *precopy* is copying while the VM runs, *switchover* the moment it
+//! stops for good, *downtime* the time from pausing it here to running it there.
+//!
+//! # Example
+//!
+//! The VMM's own writes, one receiver, one round:
+//!
+//! ```
+//! use std::sync::Arc;
+//! use vfio_migration::layout::Layout;
+//! use vfio_migration::ledger::{ChunkLimits, Start};
+//! use vfio_migration::migratable::MigratableDevice;
+//! use vfio_migration::source::GuestMemoryLog;
+//! use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, bitmap::AtomicBitmap};
+//!
+//! let memory = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&[(GuestAddress(0), 1 << 20)])?);
+//! let mut vm = MigratableDevice::builder("vm", Layout::from_guest_memory(&*memory)?)
+//!     .source(Box::new(GuestMemoryLog::new(memory.clone())))
+//!     .build()?;
+//! let receiver = vm.begin(Start::Copied)?;
+//! memory.write_obj(7u32, GuestAddress(0x5004))?;
+//! assert!(vm.collect().is_empty(), "no source failed");
+//! let chunk = vm.take(receiver, ChunkLimits::NONE)?.expect("a page was written");
+//! assert!(chunk.ranges()[0].contains(0x5004));
+//! // ... its bytes go to the receiver, which acknowledges them ...
+//! vm.commit(chunk);
+//! vm.end(receiver)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod bitmap;
 pub mod device;
@@ -8,11 +72,15 @@ pub mod granule;
 pub mod iova;
 pub mod layout;
 pub mod ledger;
+pub mod migratable;
+pub mod precopy;
+pub mod probe;
 pub mod range;
 pub mod snapshot;
 pub mod source;
 pub mod table;
 pub mod transfer;
+pub mod vfio_user;
 pub mod vm;
 
 mod sys;

@@ -25,7 +25,7 @@ pub enum MigratableDeviceError {
     Source(#[from] SourceError),
     /// Devices could not be moved, saved or restored.
     #[error("Cannot move the devices' state")]
-    Devices(#[from] DeviceSetError),
+    Devices(#[source] Box<DeviceSetError>),
     /// The IOVA map refuses a change.
     #[error("Cannot change the IOVA map")]
     Iova(#[from] IovaError),
@@ -44,6 +44,12 @@ pub enum MigratableDeviceError {
     /// No dirty log runs.
     #[error("Dirty log is not running")]
     NotLogging,
+}
+
+impl From<DeviceSetError> for MigratableDeviceError {
+    fn from(error: DeviceSetError) -> Self {
+        Self::Devices(Box::new(error))
+    }
 }
 
 /// Names one IOVA address space of a [`MigratableDevice`].
@@ -205,6 +211,15 @@ impl MigratableDevice {
     #[must_use = "each error is a degradation to report"]
     pub fn collect_final(&mut self) -> Vec<SourceError> {
         self.collect_from(|_| true)
+    }
+
+    /// Bytes that only [`MigratableDevice::collect_final`] makes pending: the RAM imprecise sources cover, rather too much.
+    pub fn imprecise_bytes(&self) -> u64 {
+        let layout = self.ledger.layout();
+        let imprecise = self.sources.iter().filter(|attached| !attached.precise);
+        let covers = imprecise.flat_map(|attached| attached.source.cover().ranges);
+        let in_ram = |range| layout.parts(range).map(|(_, part)| part.len()).sum::<u64>();
+        covers.map(in_ram).sum::<u64>().min(layout.bytes())
     }
 
     /// How much a cursor's receiver still lacks; `None` once it is closed.
@@ -396,7 +411,8 @@ impl MigratableDevice {
 impl Pausable for MigratableDevice {
     /// Stops all devices, P2P-quiescent first; call it when the vCPUs are paused.
     fn pause(&mut self) -> Result<(), MigratableError> {
-        let stopped = if self.migrating { self.devices.stop_for_copy() } else { self.devices.stop() };
+        let stopped =
+            if self.migrating { self.devices.stop_for_copy().map(drop) } else { self.devices.stop() };
         stopped.map_err(|error| MigratableError::Pause(error.into()))?;
         self.paused = true;
         Ok(())
@@ -457,3 +473,6 @@ impl Migratable for MigratableDevice {
         self.close_session().map_err(|error| MigratableError::CompleteMigration(error.into()))
     }
 }
+
+#[cfg(test)]
+mod tests;

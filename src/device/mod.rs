@@ -1,11 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Device state: moving a device through VFIO migration v2, and its state from one host to the other.
+//!
+//! A back end implements [`DeviceIo`] for one device. A [`DeviceSet`] moves all devices of a VM in the order they need,
+//! reads their states in bounded pieces, sees to it that they run again when something fails, and turns their states into
+//! a Snapshot tree and back.
 
 use std::error::Error;
 use std::fmt;
 
 use thiserror::Error;
+
+mod kernel;
+mod member;
+pub mod saved;
+mod set;
+mod state;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod vfio_user;
+
+pub use kernel::{KernelDevice, KernelDeviceError};
+pub use member::{Device, DeviceFailure, UNASKABLE_STATE_BYTES, UNKNOWN_STATE_BYTES};
+pub use saved::{Identity, SavedStateError, SavedVersion};
+pub use set::{Attempt, DeviceSet, DeviceSetError};
+pub use state::{ArcError, next_state, path};
+pub use stream::{CHUNK_BYTES, STATE_LIMIT_BYTES, StreamError};
+pub use vfio_user::{VfioUserDevice, VfioUserDeviceError};
 
 /// States of `enum vfio_device_mig_state` in `linux/vfio.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -92,6 +114,50 @@ pub struct PrecopyInfo {
     pub dirty_bytes: u64,
 }
 
+/// What reading running devices' state brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrecopyStep {
+    /// Bytes read.
+    pub bytes: u64,
+    /// Whether no device had more for now.
+    pub drained: bool,
+}
+
+/// How well an [`Estimate`] is founded; the least of its parts counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Basis {
+    /// The devices told it.
+    Told,
+    /// A device's interface has no such question; this is guessed from what was read of its state before.
+    Guessed,
+    /// A device failed to tell; so much is assumed that nobody switches over on it.
+    Unknown,
+}
+
+/// What devices have still to hand over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Estimate {
+    /// Bytes to read once the devices are stopped, in the downtime; rather too many than too few.
+    pub stop_copy_bytes: u64,
+    /// Of these, bytes that should be read before PRE_COPY is left. May grow again.
+    pub initial_bytes: u64,
+    /// How well this is known.
+    pub basis: Basis,
+}
+
+impl Estimate {
+    /// Nothing is left.
+    pub const NOTHING: Self = Self { stop_copy_bytes: 0, initial_bytes: 0, basis: Basis::Told };
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            stop_copy_bytes: self.stop_copy_bytes.saturating_add(other.stop_copy_bytes),
+            initial_bytes: self.initial_bytes.saturating_add(other.initial_bytes),
+            basis: self.basis.max(other.basis),
+        }
+    }
+}
+
 /// What a device was asked to do when it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -161,7 +227,8 @@ pub trait DeviceIo: Send {
     /// Moves the device to `state`, through whatever lies between; returns when it is there.
     ///
     /// # Errors
-    /// The device stopped somewhere on the way: ask [`DeviceIo::state`] where.
+    /// The device stopped somewhere on the way: ask [`DeviceIo::state`] where. Also when a move within the saving group
+    /// began a new data session, where the old one should have gone on: a reset came in between.
     fn set_state(&mut self, state: DeviceState) -> Result<(), DeviceError>;
 
     /// Reads the next bytes of the device's state into `buffer`, which is not empty. For PRE_COPY and STOP_COPY.
@@ -193,4 +260,17 @@ pub trait DeviceIo: Send {
     /// # Errors
     /// The device cannot be helped.
     fn reset(&mut self) -> Result<(), DeviceError>;
+}
+
+/// An error and all its sources on one line, for the log.
+struct Chain<'a>(&'a dyn Error);
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        match self.0.source() {
+            Some(source) => write!(f, ": {}", Chain(source)),
+            None => Ok(()),
+        }
+    }
 }

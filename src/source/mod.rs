@@ -16,11 +16,23 @@ use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
 use crate::range::{GpaRange, IovaRange};
 
+pub mod choose;
+mod container;
+mod device_log;
 mod guest_memory;
+mod hwpt;
 mod kvm_log;
+mod kvm_ring;
+mod mapped;
+mod vfio_user;
 
+pub use container::{ContainerInfo, ContainerLog, ContainerLogError, DirtyBitmapInfo, Meaning};
+pub use device_log::{Coverage, DeviceLog, DeviceLogError};
 pub use guest_memory::{GuestMemoryLog, SummaryBitmap, SummarySlice, TakeDirtyWords};
+pub use hwpt::{HwptLog, HwptLogError};
 pub use kvm_log::{KvmLog, KvmLogError, KvmLogMode, KvmSlot};
+pub use kvm_ring::{Harvester, KvmRing, KvmRingError, RingSize};
+pub use vfio_user::{VfioUserSource, VfioUserSourceError};
 
 /// What a source was doing when it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -317,14 +329,21 @@ mod tests {
 
     use super::*;
 
-    fn layout() -> Layout {
+    /// Four regions, two of them adjacent, in units of `page`.
+    fn layout_of(page: Granule) -> Layout {
         let regions = [(0u64, 130u64), (200, 64), (264, 7), (300, 257)];
-        let ranges = regions.map(|(page, pages)| GpaRange::new(page << 12, pages << 12).unwrap());
-        Layout::new(ranges, Granule::KIB_4).unwrap()
+        let bytes = |units: u64| units << page.shift();
+        let ranges = regions.map(|(first, pages)| GpaRange::new(bytes(first), bytes(pages)).unwrap());
+        Layout::new(ranges, page).unwrap()
+    }
+
+    fn layout() -> Layout {
+        layout_of(Granule::KIB_4)
     }
 
     fn marked(layout: &Layout, marks: &Bitmap) -> BTreeSet<u64> {
-        let pages = layout.regions().iter().flat_map(|region| region.range().pieces(1 << 12));
+        let page = layout.host_page().bytes();
+        let pages = layout.regions().iter().flat_map(|region| region.range().pieces(page));
         pages
             .filter(|page| {
                 layout.bits_of(*page).any(|bits| marks.word(bits.start / 64) >> (bits.start % 64) & 1 == 1)
@@ -340,17 +359,18 @@ mod tests {
     proptest! {
         #[test]
         fn widening_equals_a_page_at_a_time_oracle(
-            start in 0..400u64, len in 1..400u64, shift in 9..22u32, host_units in any::<bool>(), seed in prop::collection::vec(any::<u64>(), 64),
-            extra in any::<bool>(),
+            start in 0..400u64, len in 1..400u64, shift in prop_oneof![Just(12u32), Just(16), Just(21), 9..22u32],
+            host_shift in prop_oneof![Just(12u32), Just(16), Just(21)], host_units in any::<bool>(),
+            seed in prop::collection::vec(any::<u64>(), 64), extra in any::<bool>(),
         ) {
-            let granule = Granule::new(1 << shift).unwrap();
-            let unit = if host_units { 12 } else { shift };
+            let (granule, page) = (Granule::new(1 << shift).unwrap(), Granule::new(1 << host_shift).unwrap());
+            let unit = if host_units { host_shift } else { shift };
             let range = GpaRange::new(start << unit, len << unit).unwrap();
             let bits = granule.bits_for(range.len());
             prop_assume!(bits <= 8192);
             let mut words: Vec<u64> = (0..bits.div_ceil(64)).map(|i| seed[usize::try_from(i).unwrap() % 64]).collect();
             if extra { words.push(u64::MAX); }
-            let layout = layout();
+            let layout = layout_of(page);
             let mut marks = Marks::new(&layout);
             Sink::new(&layout, &IovaMap::Identity, &mut marks).gpa_words(range, granule, &words).unwrap();
 
@@ -358,12 +378,31 @@ mod tests {
             for bit in (0..bits).filter(|bit| words[usize::try_from(bit / 64).unwrap()] >> (bit % 64) & 1 == 1) {
                 let from = range.start() + (bit << shift);
                 let to = (from + granule.bytes()).min(range.end());
-                for page in (from >> 12)..to.div_ceil(1 << 12) {
-                    if layout.region_of(page << 12).is_some() { oracle.insert(page << 12); }
+                for number in (from >> host_shift)..to.div_ceil(page.bytes()) {
+                    if layout.region_of(number << host_shift).is_some() { oracle.insert(number << host_shift); }
                 }
             }
             prop_assert_eq!(marked(&layout, &marks.dirty), oracle);
             prop_assert!(!marks_outside_ram(&layout, &marks.dirty));
+        }
+
+        #[test]
+        fn marking_is_a_union(
+            first in prop::collection::vec((0..600u64, 1..40u64), 0..8), second in prop::collection::vec((0..600u64, 1..40u64), 0..8),
+        ) {
+            let layout = layout();
+            let mark = |order: &[&[(u64, u64)]]| {
+                let mut marks = Marks::new(&layout);
+                for &(page, pages) in order.iter().copied().flatten() {
+                    Sink::new(&layout, &IovaMap::Identity, &mut marks).gpa_range(GpaRange::new(page << 12, pages << 12).unwrap());
+                }
+                marked(&layout, &marks.dirty)
+            };
+            let both = mark(&[&first, &second]);
+            prop_assert_eq!(&both, &mark(&[&second, &first]), "commutative");
+            prop_assert_eq!(&both, &mark(&[&first, &second, &first]), "idempotent");
+            prop_assert!(both.is_superset(&mark(&[&first])), "monotone");
+            prop_assert_eq!(both, mark(&[&first]).union(&mark(&[&second])).copied().collect::<BTreeSet<_>>(), "exact");
         }
 
         #[test]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `asm-generic/ioctl.h`: opcodes, and the three ways to issue one.
+//! `asm-generic/ioctl.h`: opcodes, and the ways to issue one.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -42,6 +42,20 @@ pub(crate) unsafe fn with_val(fd: &impl AsRawFd, opcode: Opcode, value: libc::c_
 pub(crate) unsafe fn with_ref<T>(fd: &impl AsRawFd, opcode: Opcode, argument: &T) -> io::Result<i32> {
     // SAFETY: `argument` lives through the call; the caller vouches for the rest.
     answer(unsafe { libc::ioctl(fd.as_raw_fd(), opcode, std::ptr::from_ref(argument)) })
+}
+
+/// Issues an ioctl that reads and writes its argument, which may be a slice.
+///
+/// # Safety
+/// `opcode` reads and writes no more than `argument`, leaves it a valid `T`, and what it does through pointers in it is sound.
+pub(crate) unsafe fn with_mut<T: ?Sized>(
+    fd: &impl AsRawFd,
+    opcode: Opcode,
+    argument: &mut T,
+) -> io::Result<i32> {
+    let argument = std::ptr::from_mut(argument).cast::<libc::c_void>();
+    // SAFETY: the borrow lives through the call; the caller vouches for the rest.
+    answer(unsafe { libc::ioctl(fd.as_raw_fd(), opcode, argument) })
 }
 
 fn answer(returned: i32) -> io::Result<i32> {

@@ -4,8 +4,11 @@
 #![expect(unsafe_code, reason = "system calls and ioctls")]
 
 pub(crate) mod ioctl;
+pub(crate) mod iommufd;
 pub(crate) mod kvm;
+pub(crate) mod kvm_ring;
 pub(crate) mod socket;
+pub(crate) mod vfio;
 
 /// Returns the host's page size in bytes.
 pub(crate) fn host_page_bytes() -> u64 {

@@ -5,10 +5,26 @@
 //! [`frame`] is the protocol's bytes and touches nothing else. [`connection`] owns the sockets, their deadlines and the
 //! way bytes take between them and guest memory; [`tls`] puts mutual TLS under it. [`limits`] names every bound that is
 //! put on a peer. [`receive`] takes a VM in.
+//!
+//! A [`Sender`] goes through `phases`, the longest of which is `copying`: `control` is its first connection, `lanes` the ones
+//! that carry memory; `measuring` turns what happens into numbers, `progress` shows them to other threads.
 
 pub mod connection;
+mod control;
+mod copying;
+mod exchange;
 pub mod frame;
+mod lanes;
 pub mod limits;
+mod measuring;
+mod phases;
+mod progress;
 pub mod receive;
+mod rounds;
+mod send;
 pub mod tls;
 pub mod url;
+
+pub use exchange::PeerError;
+pub use progress::{Degradation, Migration, Phase, Progress, SourceProgress};
+pub use send::{SendError, SendOptions, SendOptionsError, SendStep, Sender, Sent, SourceVm, VmOperation};

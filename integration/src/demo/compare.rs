@@ -35,8 +35,13 @@ const BLOCK_PAGES: usize = 256;
 /// A memfd cannot be read.
 pub fn compare(first: &Memory, second: &Memory) -> io::Result<Comparison> {
     assert_eq!(first.layout(), second.layout(), "machines of one layout");
-    let mut found =
-        Comparison { pages: 0, wrong: Vec::new(), wrong_pages: 0, first_digest: String::new(), second_digest: String::new() };
+    let mut found = Comparison {
+        pages: 0,
+        wrong: Vec::new(),
+        wrong_pages: 0,
+        first_digest: String::new(),
+        second_digest: String::new(),
+    };
     let (mut first_hash, mut second_hash) = (blake3::Hasher::new(), blake3::Hasher::new());
     let (mut a, mut b) = (vec![0; BLOCK_PAGES * PAGE_LEN], vec![0; BLOCK_PAGES * PAGE_LEN]);
     for (left, right) in first.regions().iter().zip(second.regions()) {

@@ -21,16 +21,32 @@ pub(super) enum Role {
     Device(DeviceSetup),
 }
 
+impl Role {
+    /// What a list of processes shows.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Source(_) => "source",
+            Self::Destination(_) => "destination",
+            Self::Device(_) => "device",
+        }
+    }
+}
+
 /// The machine of a source or destination process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct MachineSetup {
-    pub(super) memory_bytes: u64,
-    pub(super) kvm: bool,
-    pub(super) guest_rate: u32,
-    pub(super) device_rate: u32,
-    pub(super) seed: u64,
+pub struct MachineSetup {
+    /// Guest RAM.
+    pub memory_bytes: u64,
+    /// Whether KVM runs the guest, or a software vCPU.
+    pub kvm: bool,
+    /// Pages a second that the guest stamps.
+    pub guest_rate: u32,
+    /// Pages a second that the device writes.
+    pub device_rate: u32,
+    /// What memory content and the device's stream depend on.
+    pub seed: u64,
     /// A source whose reports are thrown away, for a demo that must fail.
-    pub(super) forget: Option<String>,
+    pub forget: Option<String>,
 }
 
 /// The device of a device process.
@@ -141,6 +157,8 @@ impl Control {
 
     pub(super) fn receive_descriptor(&mut self) -> io::Result<File> {
         let (_, file) = self.stream.recv_with_fd(&mut [0u8]).map_err(io::Error::from)?;
-        file.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "control message without its descriptor"))
+        file.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, "control message without its descriptor")
+        })
     }
 }

@@ -85,9 +85,17 @@ pub struct Report {
     /// First address where the two sides differed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wrong_gpa: Option<u64>,
+    /// Pages that differed.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub wrong_pages: u64,
     /// Sources that failed on the way and were counted as having written all they cover.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub degradations: Vec<String>,
     /// Attempts, the ones that were made to fail included.
     pub attempts: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }

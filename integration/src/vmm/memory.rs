@@ -279,7 +279,7 @@ fn create_memfd(range: &Range<u64>) -> Result<File, MemoryError> {
 }
 
 /// Bytes that the host can give without swapping, if it says so.
-fn host_available_bytes() -> Option<u64> {
+pub(crate) fn host_available_bytes() -> Option<u64> {
     let report = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = report.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

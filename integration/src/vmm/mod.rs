@@ -38,6 +38,7 @@ pub use kvm_cpu::VcpuState;
 pub use kvm_vm::{KvmError, probe_kvm};
 pub use machine::{CpuKind, Machine, MachineConfig, MachineError, MachineState, Phase};
 pub use map::{Area, AreaKind, Map, SHARED_BYTES};
+pub(crate) use memory::host_available_bytes;
 pub use memory::{
     HOLE_END, HOLE_START, MAX_RAM_BYTES, MIN_RAM_BYTES, Memory, MemoryError, PAGE_BYTES, PAGE_LEN, RamLayout,
     RegionBacking, Split,

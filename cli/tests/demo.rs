@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The demo as its user runs it: what it prints, how it fails, and what it leaves behind.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Marks the processes of one run: inherited through the environment by all of them.
+const MARK: &str = "VFIO_MIGRATE_TEST_RUN";
+
+/// A run of the demo, and the processes that belong to it.
+struct Run {
+    mark: String,
+    child: Child,
+}
+
+impl Run {
+    fn start(arguments: &[&str]) -> Self {
+        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let mark = format!("{}-{number}", std::process::id());
+        let child = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"))
+            .arg("demo")
+            .args(arguments)
+            .env(MARK, &mark)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self { mark, child }
+    }
+
+    /// Processes of this run whose command line has `role`; every one for an empty role.
+    fn processes(&self, role: &str) -> Vec<u32> {
+        let entry = format!("{MARK}={}", self.mark);
+        let numbers = std::fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        numbers
+            .filter(|pid: &u32| {
+                let environ = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+                let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                environ.split(|&byte| byte == 0).any(|variable| variable == entry.as_bytes())
+                    && (role.is_empty()
+                        || command.split(|&byte| byte == 0).any(|word| word == role.as_bytes()))
+            })
+            .collect()
+    }
+
+    fn wait_for(&self, role: &str, count: usize) -> Vec<u32> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let found = self.processes(role);
+            if found.len() == count {
+                return found;
+            }
+            assert!(Instant::now() < deadline, "{} {role} processes instead of {count}", found.len());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Waits for the end, and checks that no process is left.
+    fn finish(self) -> Output {
+        let mark = self.mark.clone();
+        let output = self.child.wait_with_output().unwrap();
+        let left = Run { mark, child: Command::new("true").spawn().unwrap() };
+        left.wait_for("", 0);
+        output
+    }
+}
+
+fn demo(arguments: &[&str]) -> Output {
+    Run::start(arguments).finish()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn report(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", stderr(output));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn kill(pid: u32, signal: &str) {
+    let status = Command::new("kill").args([signal, &pid.to_string()]).status().unwrap();
+    assert!(status.success());
+}
+
+fn has_kvm(test: &str) -> bool {
+    let usable = vfio_migration_integration::vmm::probe_kvm();
+    if let Err(error) = &usable {
+        vfio_migration_integration::skip(test, error);
+    }
+    usable.is_ok()
+}
+
+#[test]
+fn the_report_has_every_documented_field() {
+    let mut runs = vec![("--no-kvm", false)];
+    if has_kvm("the_report_has_every_documented_field, its half with KVM") {
+        runs.push(("--log-level=warn", true));
+    }
+    for (flag, kvm) in runs {
+        let report = report(&demo(&[flag, "--json", "--memory", "32M", "--seed", "5"]));
+        assert_eq!(report["kvm"], kvm);
+        assert_eq!(report["verified"], true);
+        assert_eq!(report["pages_compared"], 8192);
+        assert_eq!(report["ram_bytes"], 32 << 20);
+        assert_eq!(report["source_digest"], report["destination_digest"]);
+        assert_eq!(report["source_digest"].as_str().unwrap().len(), 64);
+        assert!(report["rounds"].as_u64().unwrap() >= 2);
+        assert!(report["bytes_sent"].as_u64().unwrap() >= 32 << 20);
+        assert!(report["unique_dirty_bytes"].as_u64().unwrap() > 0);
+        assert!(report["downtime_ms"].as_f64().unwrap() > 0.0);
+        assert!(report["total_ms"].as_f64().unwrap() > report["downtime_ms"].as_f64().unwrap());
+        assert!(report["device"]["state_bytes"].as_u64().unwrap() >= 1 << 20);
+        assert!(report["device"]["precopy_bytes"].as_u64().unwrap() > 0);
+        let ids: Vec<_> =
+            report["sources"].as_array().unwrap().iter().map(|s| s["id"].as_str().unwrap()).collect();
+        let expected: &[_] =
+            if kvm { &["kvm-log", "vmm-writes", "device-log"] } else { &["vmm-writes", "device-log"] };
+        assert_eq!(ids, expected);
+        for source in report["sources"].as_array().unwrap() {
+            assert!(source["pages"].as_u64() >= source["exclusive_pages"].as_u64());
+        }
+    }
+}
+
+#[test]
+fn every_injected_fault_is_found_for_ten_of_ten_seeds() {
+    let mut faults = vec!["corrupt-page", "forget-vmm-writes", "forget-device-log"];
+    let kvm = has_kvm("every_injected_fault_is_found_for_ten_of_ten_seeds, its half with KVM");
+    if kvm {
+        faults.push("forget-kvm-log");
+    }
+    for fault in faults {
+        for seed in 1..=10 {
+            let output = demo(&["--memory", "16M", "--inject", fault, "--seed", &seed.to_string()]);
+            assert_eq!(output.status.code(), Some(5), "{fault}, seed {seed}: {}", stderr(&output));
+            assert!(stderr(&output).contains("differ, the first one at GPA 0x"), "{}", stderr(&output));
+        }
+    }
+}
+
+#[test]
+fn a_killed_destination_leaves_the_source_running_for_a_second_attempt() {
+    let output = demo(&["--memory", "64M", "--inject", "kill-destination@round=2", "--json"]);
+    let report = report(&output);
+    assert_eq!(report["attempts"], 2);
+    assert_eq!(report["verified"], true);
+    assert!(stderr(&output).contains("The source's guest runs on"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_device_process_that_dies_is_named() {
+    let run = Run::start(&["--no-kvm", "--memory", "1G", "--device-state", "64M"]);
+    for device in run.wait_for("device", 2) {
+        kill(device, "-KILL");
+    }
+    let output = run.finish();
+    assert!(!output.status.success());
+    assert!(stderr(&output).contains("dma0"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_destination_killed_from_outside_leaves_the_guest_running() {
+    let run = Run::start(&["--no-kvm", "--memory", "1G"]);
+    let destination = run.wait_for("destination", 1);
+    std::thread::sleep(Duration::from_millis(100));
+    kill(destination[0], "-KILL");
+    let output = run.finish();
+    assert_eq!(output.status.code().map(|code| code == 3 || code == 4), Some(true), "{}", stderr(&output));
+}
+
+#[test]
+fn the_first_signal_abandons_and_the_guest_runs_on() {
+    let run = Run::start(&["--no-kvm", "--memory", "2G"]);
+    run.wait_for("destination", 1);
+    std::thread::sleep(Duration::from_millis(200));
+    kill(run.child.id(), "-TERM");
+    let output = run.finish();
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("abandoned on request; the source's guest runs on"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn a_killed_demo_leaves_no_process_behind() {
+    let run = Run::start(&["--no-kvm", "--memory", "1G"]);
+    run.wait_for("destination", 1);
+    kill(run.child.id(), "-KILL");
+    run.finish();
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let transport = format!("tcp:{}", taken.local_addr().unwrap().port());
+    let output = demo(&["--no-kvm", "--memory", "16M", "--transport", &transport]);
+    assert_eq!(output.status.code(), Some(4));
+    let named = format!("{}: Address already in use", taken.local_addr().unwrap());
+    assert!(stderr(&output).contains(&named), "{}", stderr(&output));
+}
+
+#[test]
+fn bad_options_are_named_and_start_nothing() {
+    let cases: [(&[&str], &str); 7] = [
+        (&["--memory", "100T"], "RAM"),
+        (&["--memory", "120G"], "need"),
+        (&["--memory", "lots"], "64M"),
+        (&["--transport", "carrier-pigeon"], "carrier-pigeon"),
+        (&["--inject", "everything"], "everything"),
+        (&["--inject", "corrupt-page", "--transport", "unix"], "corrupt-page needs --transport tcp"),
+        (&["--inject", "forget-nobody", "--memory", "16M"], "nobody"),
+    ];
+    for (arguments, named) in cases {
+        let output = demo(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(named), "{arguments:?}: {}", stderr(&output));
+    }
+}

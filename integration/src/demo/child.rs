@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the demo's processes do. Each ends when its parent is gone.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use vfio_migration::migratable::MigratableDevice;
+use vfio_migration::source::KvmLogMode;
+use vfio_migration::transfer::connection::Listener;
+use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::receive::Receiver as MigrationReceiver;
+use vfio_migration::transfer::{Migration, SendOptions, Sender, Sent};
+use vm_migration::Pausable;
+
+use super::control::{Command, Control, Event, MachineSetup, Role};
+use super::report::{DeviceReport, MigrationFigures, Progress, SourceReport};
+use super::run::chain;
+use super::side::Side;
+use super::vm::{DestinationVm, SourceVm};
+use crate::device::{DeviceConfig, DmaDevice};
+use crate::vmm::{Phase, RamLayout, Split};
+
+/// How often a source tells how far it is.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(10);
+
+/// Becomes the process that the parent, behind standard input, says it is to be.
+pub fn process_main() -> ExitCode {
+    let run = || -> anyhow::Result<()> {
+        let stdin = std::io::stdin().as_fd().try_clone_to_owned().context("No standard input")?;
+        let mut control = Control::new(UnixStream::from(stdin));
+        match control.receive()?.context("The parent is gone")? {
+            Role::Source(setup) => Child::new(setup, control)?.map_or(Ok(()), Child::be_source),
+            Role::Destination(setup) => Child::new(setup, control)?.map_or(Ok(()), Child::be_destination),
+            Role::Device(setup) => {
+                let socket = control.receive_descriptor()?;
+                exit_with_parent(control);
+                let config = DeviceConfig { state_bytes: setup.state_bytes, ..DeviceConfig::default() };
+                Ok(DmaDevice::serve(UnixStream::from(OwnedFd::from(socket)), config)?)
+            }
+        }
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Ends this process when the other end of `control` is closed.
+fn exit_with_parent(mut control: Control) {
+    thread::spawn(move || {
+        while let Ok(Some(_)) = control.receive::<serde_json::Value>() {}
+        std::process::exit(0);
+    });
+}
+
+/// A source or destination process.
+struct Child {
+    side: Side,
+    devices: MigratableDevice,
+    events: Arc<Mutex<Control>>,
+    commands: Receiver<Command>,
+    migration: Arc<Mutex<Migration>>,
+}
+
+impl Child {
+    /// Sets the process up; what goes wrong, the parent is told, and there is none.
+    fn new(setup: MachineSetup, mut control: Control) -> anyhow::Result<Option<Self>> {
+        let made = receive(setup, &mut control)
+            .and_then(|side| Ok((side.migratable(KvmLogMode::ManualAtRead)?, side)));
+        let (devices, side) = match made {
+            Ok(made) => made,
+            Err(error) => {
+                control.send(&Event::Failed { error: format!("{error:#}"), guest_runs: false })?;
+                return Ok(None);
+            }
+        };
+        let migration = Arc::new(Mutex::new(Migration::new()));
+        let commands = listen(control.try_clone()?, Arc::clone(&migration));
+        Ok(Some(Self { side, devices, events: Arc::new(Mutex::new(control)), commands, migration }))
+    }
+
+    fn be_source(mut self) -> anyhow::Result<()> {
+        self.answer(|child| child.side.start().map(|()| Event::Ready))?;
+        while let Ok(command) = self.commands.recv() {
+            self.answer(|child| match command {
+                Command::Migrate { url, downtime_ms, timeout_s, bandwidth_bytes_per_s } => {
+                    let mut options = SendOptions::new(url.parse()?);
+                    options.downtime_ms = downtime_ms;
+                    options.timeout_s = timeout_s;
+                    options.bandwidth = bandwidth_bytes_per_s;
+                    child.migrate(options)
+                }
+                Command::Check { passes } => child.side.check(passes).map(Event::Health),
+                other => anyhow::bail!("A source cannot {other:?}"),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn be_destination(mut self) -> anyhow::Result<()> {
+        while let Ok(command) = self.commands.recv() {
+            self.answer(|child| match command {
+                Command::Listen { url } => child.receive(&url),
+                Command::Run => child.run(),
+                Command::Check { passes } => child.side.check(passes).map(Event::Health),
+                other => anyhow::bail!("A destination cannot {other:?}"),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Tells the parent how a command ended.
+    fn answer(&mut self, command: impl FnOnce(&mut Self) -> anyhow::Result<Event>) -> anyhow::Result<()> {
+        let event = command(self).unwrap_or_else(|error| Event::Failed {
+            error: format!("{error:#}"),
+            guest_runs: self.side.machine.phase() == Phase::Running,
+        });
+        self.tell(&event)
+    }
+
+    fn tell(&self, event: &Event) -> anyhow::Result<()> {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        events.send(event).context("The parent is gone")
+    }
+
+    fn migrate(&mut self, options: SendOptions) -> anyhow::Result<Event> {
+        let migration = Migration::new();
+        *self.migration.lock().unwrap_or_else(PoisonError::into_inner) = migration.clone();
+        let mut vm = SourceVm::new(Arc::clone(&self.side.machine));
+        let (over, events) = (AtomicBool::new(false), &self.events);
+        let sent = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::SeqCst) {
+                    let event = Event::Progress(progress_of(&migration));
+                    let mut events = events.lock().unwrap_or_else(PoisonError::into_inner);
+                    if events.send(&event).is_err() {
+                        return;
+                    }
+                    drop(events);
+                    thread::sleep(PROGRESS_PERIOD);
+                }
+            });
+            let sent = Sender::new(options).send(&mut vm, &mut self.devices, &migration);
+            over.store(true, Ordering::SeqCst);
+            sent
+        })?;
+        Ok(Event::Migrated(figures_of(&sent)))
+    }
+
+    fn receive(&mut self, url: &str) -> anyhow::Result<Event> {
+        let listener = Listener::bind(&url.parse()?)?;
+        self.tell(&Event::Listening { url: listener.url().to_string() })?;
+        let mut vm = DestinationVm::new(&self.side.machine, &mut self.devices);
+        let received = MigrationReceiver::new(Limits::default(), None).receive(&listener, &mut vm)?;
+        Ok(Event::Received { socket_bytes: received.received_bytes })
+    }
+
+    fn run(&mut self) -> anyhow::Result<Event> {
+        let started = Instant::now();
+        self.devices.resume()?;
+        self.side.machine.start()?;
+        Ok(Event::Running { resume_us: micros(started.elapsed()) })
+    }
+}
+
+/// Takes the descriptors that follow the role: the device's socket, then RAM.
+fn receive(setup: MachineSetup, control: &mut Control) -> anyhow::Result<Side> {
+    let socket = control.receive_descriptor().context("Cannot receive the device's socket")?;
+    let regions = RamLayout::new(setup.memory_bytes, Split::default())?.regions().len();
+    let files = (0..regions).map(|_| control.receive_descriptor()).collect::<Result<_, _>>();
+    let files = files.context("Cannot receive the guest's RAM")?;
+    Side::new(setup, UnixStream::from(OwnedFd::from(socket)), files)
+}
+
+/// Hands on the parent's commands; a Cancel reaches the migration under way at once. Ends the process with its parent.
+fn listen(mut control: Control, migration: Arc<Mutex<Migration>>) -> Receiver<Command> {
+    let (sender, commands) = mpsc::channel();
+    thread::spawn(move || {
+        while let Ok(Some(command)) = control.receive() {
+            match command {
+                Command::Cancel => {
+                    migration.lock().unwrap_or_else(PoisonError::into_inner).cancel();
+                }
+                command => {
+                    let _process_is_ending = sender.send(command);
+                }
+            }
+        }
+        std::process::exit(0);
+    });
+    commands
+}
+
+fn progress_of(migration: &Migration) -> Progress {
+    let progress = migration.progress();
+    Progress {
+        round: progress.round,
+        sent_bytes: progress.sent_bytes,
+        acknowledged_bytes: progress.acknowledged_bytes,
+        left_bytes: progress.left_bytes,
+        bytes_per_second: progress.bandwidth,
+        expected_downtime_ms: progress.expected_downtime_ms,
+    }
+}
+
+fn figures_of(sent: &Sent) -> MigrationFigures {
+    let source = |source: &vfio_migration::transfer::SourceProgress| SourceReport {
+        id: source.id.clone(),
+        pages: source.attribution.pages,
+        exclusive_pages: source.attribution.exclusive_pages,
+    };
+    MigrationFigures {
+        rounds: sent.rounds,
+        unique_dirty_bytes: sent.unique_dirty_bytes,
+        downtime_us: micros(sent.downtime),
+        total_us: micros(sent.total),
+        sources: sent.sources.iter().map(source).collect(),
+        device: DeviceReport {
+            state_bytes: sent.device_state_bytes,
+            precopy_bytes: sent.device_precopy_bytes,
+        },
+        degradations: sent.degradations.iter().map(degradation).collect(),
+    }
+}
+
+fn degradation(degradation: &vfio_migration::transfer::Degradation) -> String {
+    format!("{} ({} times)", chain(&*degradation.error), degradation.times)
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

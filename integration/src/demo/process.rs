@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Child processes of the demo: started with a control channel, ended whatever happens.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command as Program, Stdio};
+use std::sync::mpsc::Sender;
+use std::thread;
+
+use super::control::{Command, Control, Event, Role};
+
+/// Which process an event came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Who {
+    Source,
+    /// The destination of this attempt.
+    Destination(u32),
+}
+
+/// A child process. Killed and reaped when dropped.
+#[derive(Debug)]
+pub(super) struct Process {
+    child: Child,
+    control: Control,
+}
+
+impl Process {
+    /// Starts a process with its role and descriptors. In a group of its own: a terminal's signals go to the demo alone.
+    pub(super) fn spawn(
+        program: &Path,
+        log_level: &str,
+        role: &Role,
+        descriptors: &[&dyn AsRawFd],
+    ) -> io::Result<Self> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let child = Program::new(program)
+            .args([super::PROCESS_ARGUMENT, role.name()])
+            .env(super::LOG_VARIABLE, log_level)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        let mut process = Self { child, control: Control::new(ours) };
+        process.control.send(role)?;
+        for descriptor in descriptors {
+            process.control.send_descriptor(&descriptor.as_raw_fd())?;
+        }
+        Ok(process)
+    }
+
+    /// Forwards the process's events to `events`, ending with `None` when it is gone.
+    pub(super) fn listen(&self, who: Who, events: Sender<(Who, Option<Event>)>) -> io::Result<()> {
+        let mut control = self.control.try_clone()?;
+        thread::spawn(move || {
+            loop {
+                let event = control.receive::<Event>().unwrap_or_else(|error| {
+                    log::debug!("Control channel of {who:?} broke: {error}");
+                    None
+                });
+                let last = event.is_none();
+                if events.send((who, event)).is_err() || last {
+                    return;
+                }
+            }
+        });
+        Ok(())
+    }
+
+    pub(super) fn send(&mut self, command: &Command) -> io::Result<()> {
+        self.control.send(command)
+    }
+
+    /// Kills the process as `kill -9` would.
+    pub(super) fn kill(&mut self) -> io::Result<()> {
+        self.child.kill()?;
+        self.child.wait().map(drop)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Err(error) = self.kill() {
+            log::warn!("Cannot end process {}: {error}", self.child.id());
+        }
+    }
+}

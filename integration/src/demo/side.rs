@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a source and a destination process have in common: a machine, its device, and the library over both.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use vfio_migration::device::{Device, VfioUserDevice};
+use vfio_migration::migratable::MigratableDevice;
+use vfio_migration::range::{GpaRange, IovaRange};
+use vfio_migration::source::{DirtySource, GuestMemoryLog, KvmLog, KvmLogMode, KvmSlot, VfioUserSource};
+use vfio_migration::vfio_user::{Client, DmaRegion, Options, SharedClient};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::control::{Health, MachineSetup};
+use super::forget::Forgetful;
+use super::vm::{PASS_THROUGH, layout_of};
+use crate::device::control as device;
+use crate::device::{PAGE_BYTES as STREAM_PAGE_BYTES, Stream, Window};
+use crate::vmm::{AreaKind, CpuKind, Machine, MachineConfig, Memory, RamLayout, Rate, Split};
+
+/// Name of the one device.
+const DEVICE: &str = "dma0";
+/// Name of its DMA log among the sources.
+const DEVICE_LOG: &str = "device-log";
+
+/// Names of the sources a machine has, in the order of the report.
+pub(super) fn source_names(kvm: bool) -> &'static [&'static str] {
+    let names = &["kvm-log", "vmm-writes", DEVICE_LOG];
+    if kvm { names } else { &names[1..] }
+}
+
+/// How long the guest may take over one of the passes it is asked for.
+const PASS_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A machine and its device, connected.
+pub struct Side {
+    /// The machine.
+    pub machine: Arc<Machine>,
+    /// The device's client.
+    pub client: SharedClient,
+    stream: Stream,
+    setup: MachineSetup,
+}
+
+impl Side {
+    /// Makes the machine over `files`, one memfd a region, and connects its device behind `socket`.
+    ///
+    /// # Errors
+    /// RAM, KVM or the device refuse.
+    pub fn new(setup: MachineSetup, socket: UnixStream, files: Vec<File>) -> anyhow::Result<Self> {
+        let layout = RamLayout::new(setup.memory_bytes, Split::default())?;
+        let cpu = if setup.kvm { CpuKind::Kvm { dirty_ring_bytes: None } } else { CpuKind::Software };
+        let mut config = MachineConfig::new(Memory::adopt(&layout, files)?, cpu);
+        config.guest_rate = Rate::PagesPerSecond(setup.guest_rate);
+        config.seed = setup.seed;
+        let machine = Arc::new(Machine::new(config)?);
+        let client = connect(socket, &machine).context("Cannot connect the device")?;
+        let windows: Option<Vec<_>> = machine
+            .map()
+            .ranges(AreaKind::Device)
+            .map(|range| Window::new(range.start, range.end - range.start))
+            .collect();
+        let stream = Stream { seed: setup.seed, windows: windows.context("Device areas are whole pages")? };
+        Ok(Self { machine, client, stream, setup })
+    }
+
+    /// Boots the guest, programs the device, and lets both run.
+    ///
+    /// # Errors
+    /// The guest or the device do not start.
+    pub fn start(&self) -> anyhow::Result<()> {
+        self.machine.boot()?;
+        let mut client = self.client();
+        device::program(&mut client, &self.stream, self.setup.device_rate.into())?;
+        self.machine.start()?;
+        device::run(&mut client, true)?;
+        Ok(())
+    }
+
+    /// Puts the machine's sources of dirty pages and its device under one roof; `mode` says how KVM's log is driven.
+    ///
+    /// # Errors
+    /// A source or the device lacks something, or the source to forget is not there.
+    pub fn migratable(&self, mode: KvmLogMode) -> anyhow::Result<MigratableDevice> {
+        let mut builder = MigratableDevice::builder(PASS_THROUGH, layout_of(&self.machine)?);
+        for source in self.sources(mode)? {
+            let forgotten = self.setup.forget.as_deref() == Some(source.id());
+            builder = builder.source(if forgotten { Box::new(Forgetful::new(source)) } else { source });
+        }
+        let device = VfioUserDevice::new(Arc::clone(&self.client))?;
+        Ok(builder.device(Device::new(DEVICE, Box::new(device))).build()?)
+    }
+
+    fn sources(&self, mode: KvmLogMode) -> anyhow::Result<Vec<Box<dyn DirtySource>>> {
+        let mut sources: Vec<Box<dyn DirtySource>> = Vec::new();
+        if let Some(vm) = self.machine.vm_fd() {
+            sources.push(Box::new(KvmLog::new(Arc::clone(vm), self.slots()?, mode)));
+        }
+        sources.push(Box::new(GuestMemoryLog::new(Arc::new(self.machine.memory().clone()))));
+        sources.push(Box::new(VfioUserSource::new(DEVICE_LOG, Arc::clone(&self.client))?));
+        Ok(sources)
+    }
+
+    #[expect(unsafe_code, reason = "the slots are described once more")]
+    fn slots(&self) -> anyhow::Result<Vec<KvmSlot>> {
+        let regions = self.machine.regions().iter();
+        let slots = regions.map(|region| {
+            let gpa = GpaRange::new(region.gpa, region.len)?;
+            // SAFETY: the machine registered its regions with these numbers and keeps them until it is dropped, and the log
+            // does not outlive its VM descriptor.
+            anyhow::Ok(unsafe { KvmSlot::new(region.slot, gpa, region.userspace_addr, 0) })
+        });
+        slots.collect()
+    }
+
+    /// Lets the guest make `passes` more passes at full speed, then looks at what guest, VMM and device wrote.
+    ///
+    /// # Errors
+    /// The guest makes no progress, or the device does not answer.
+    pub fn check(&self, passes: u64) -> anyhow::Result<Health> {
+        let until = self.machine.passes()? + passes;
+        self.machine.limit_guest(Rate::Unlimited);
+        let deadline = Instant::now() + PASS_PATIENCE * u32::try_from(passes)?;
+        while self.machine.passes()? < until && self.machine.wrong_pages()? == 0 {
+            self.machine.health()?;
+            anyhow::ensure!(Instant::now() < deadline, "The guest makes no progress");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.machine.limit_guest(Rate::PagesPerSecond(self.setup.guest_rate));
+        let (device_position, wrong_device_pages) = self.check_device()?;
+        Ok(Health {
+            passes: self.machine.passes()?,
+            wrong_pages: self.machine.faults(),
+            wrong_records: self.machine.writer_faults(),
+            device_position,
+            wrong_device_pages,
+        })
+    }
+
+    /// Compares every page the device owns with what its stream, from its first word on, says was written there last.
+    fn check_device(&self) -> anyhow::Result<(u64, Vec<u64>)> {
+        let mut client = self.client();
+        device::run(&mut client, false)?;
+        let status = device::status(&mut client)?;
+        let expected = self.stream.last_writes(status.position);
+        let mut wrong = Vec::new();
+        for window in &self.stream.windows {
+            for iova in (window.iova()..window.iova() + window.length()).step_by(STREAM_PAGE_BYTES) {
+                let mut page = [0; STREAM_PAGE_BYTES];
+                self.machine.memory().read_slice(&mut page, GuestAddress(iova))?;
+                if self.stream.check_page(iova, &page) != Ok(expected.get(&iova).copied()) {
+                    wrong.push(iova);
+                }
+            }
+        }
+        device::run(&mut client, true)?;
+        Ok((status.position, wrong))
+    }
+
+    fn client(&self) -> std::sync::MutexGuard<'_, Client> {
+        self.client.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+fn connect(socket: UnixStream, machine: &Machine) -> anyhow::Result<SharedClient> {
+    let mut client = Client::connect(socket, DEVICE, &Options::default())?;
+    for region in machine.regions() {
+        let iova = IovaRange::new(region.gpa, region.len)?;
+        let dma = DmaRegion { iova, file_offset: region.offset, writeable: true };
+        client.dma_map(&dma, Some(region.as_fd()))?;
+    }
+    Ok(Arc::new(Mutex::new(client)))
+}

@@ -1,0 +1,394 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One device of a set: its moves, one at a time, and what it read of its state.
+
+use std::fmt;
+
+use log::{error, warn};
+use thiserror::Error;
+
+use super::saved::{Identity, SavedVersion, to_snapshot};
+use super::state::{Recovery, quiescent_state, recovery};
+use super::stream::{PrecopyRead, STATE_LIMIT_BYTES, StateStream, write_all};
+use super::{
+    ArcError, Basis, Capabilities, Chain, DeviceError, DeviceIo, DeviceState, Estimate, PrecopyInfo,
+    SavedStateError, StreamError, next_state,
+};
+
+/// Bytes of state a device is taken to have when it fails to tell: so many that no downtime limit is met by ignorance.
+pub const UNKNOWN_STATE_BYTES: u64 = 100 << 30;
+
+/// Bytes of state a device is taken to have when its interface has no way to ask and none was read from it yet.
+pub const UNASKABLE_STATE_BYTES: u64 = 16 << 20;
+
+/// What went wrong with one device.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DeviceFailure {
+    /// It could not do what it was asked.
+    #[error(transparent)]
+    Io(#[from] DeviceError),
+    /// It is in a state from which it must not be asked.
+    #[error(transparent)]
+    Arc(#[from] ArcError),
+    /// Its state could not be read or written.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// Its saved state could not be put together or taken apart.
+    #[error(transparent)]
+    Saved(#[from] SavedStateError),
+    /// It runs, and its state can only be saved once it is stopped.
+    #[error("Device is in {state} and was not stopped")]
+    NotStopped {
+        /// Where it is.
+        state: DeviceState,
+    },
+    /// Something outside this library reset it or moved it, and so ended its session.
+    #[error("Device left its data session for {state} unasked")]
+    SessionLost {
+        /// Where it is.
+        state: DeviceState,
+    },
+    /// It holds a part of a saved state.
+    #[error("Device is in RESUMING with an unfinished state")]
+    Unfinished,
+    /// It runs again, but only after a reset: its state is lost, its PCI command register and interrupts are to be set up anew.
+    #[error("Device was reset, its state is lost")]
+    Reset,
+}
+
+/// A pass-through device: who it is, and its migration interface.
+pub struct Device {
+    identity: Identity,
+    maps_only_ram: bool,
+    io: Box<dyn DeviceIo>,
+    capabilities: Capabilities,
+    stream: StateStream,
+    /// Whether the device's saving session is the one that `stream` was read from.
+    in_session: bool,
+    /// Whether the device holds a loaded state that has not run yet.
+    holds_loaded: bool,
+    last_state_bytes: Option<u64>,
+    was_reset: bool,
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device")
+            .field("identity", &self.identity)
+            .field("maps_only_ram", &self.maps_only_ram)
+            .field("capabilities", &self.capabilities)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Device {
+    /// Takes a device in under a name that is unique in the VM.
+    pub fn new(name: impl Into<String>, io: Box<dyn DeviceIo>) -> Self {
+        Self {
+            identity: Identity { name: name.into(), kind: String::new() },
+            maps_only_ram: false,
+            capabilities: io.capabilities(),
+            io,
+            stream: StateStream::new(STATE_LIMIT_BYTES),
+            in_session: false,
+            holds_loaded: false,
+            last_state_bytes: None,
+            was_reset: false,
+        }
+    }
+
+    /// Declares what the device is, as `15b3:101e mlx5`: its state goes only into a device of the same kind.
+    #[must_use]
+    pub fn kind(mut self, kind: impl Into<String>) -> Self {
+        self.identity.kind = kind.into();
+        self
+    }
+
+    /// Declares that the device can reach RAM only, no other device's registers, so that it needs no P2P-quiescent state.
+    #[must_use]
+    pub fn maps_only_ram(self) -> Self {
+        Self { maps_only_ram: true, ..self }
+    }
+
+    /// Who the device is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// What the device offers.
+    pub fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    /// Whether the device can be at rest while others still run.
+    pub(super) fn is_quiescible(&self) -> bool {
+        self.capabilities.p2p || self.maps_only_ram
+    }
+
+    pub(super) fn in_session(&self) -> bool {
+        self.in_session
+    }
+
+    pub(super) fn precopy_bytes(&self) -> u64 {
+        self.stream.precopy_bytes() as u64
+    }
+
+    pub(super) fn state_bytes(&self) -> u64 {
+        self.stream.state_bytes() as u64
+    }
+
+    /// Tells whether the device was reset since this was last asked.
+    pub(super) fn take_was_reset(&mut self) -> bool {
+        std::mem::take(&mut self.was_reset)
+    }
+
+    /// Asks where the device is.
+    ///
+    /// Notices when something else moved it: what was read in a session that is over is dropped.
+    ///
+    /// # Errors
+    /// The device does not answer, or lost a loaded state.
+    pub(super) fn state(&mut self) -> Result<DeviceState, DeviceFailure> {
+        let state = self.io.state()?;
+        if self.in_session && !state.is_saving() {
+            warn!("Device {:?} left its saving session for {state} unasked", self.identity.name);
+            self.end_session();
+        }
+        if self.holds_loaded && state.is_running() {
+            return Err(DeviceFailure::SessionLost { state });
+        }
+        Ok(state)
+    }
+
+    /// Moves the device to `target`, unless it is there. Leaving the saving group drops what was read.
+    ///
+    /// # Errors
+    /// The device is somewhere on the way, or in ERROR.
+    pub(super) fn go(&mut self, target: DeviceState) -> Result<(), DeviceFailure> {
+        let now = self.state()?;
+        if now == target {
+            return Ok(());
+        }
+        next_state(now, target, self.capabilities)?;
+        if !(now.is_saving() && target.is_saving()) {
+            self.end_session();
+        }
+        self.io.set_state(target)?;
+        if target.is_saving() && !now.is_saving() {
+            self.stream.restart();
+            self.in_session = true;
+        }
+        self.holds_loaded = target == DeviceState::Resuming || (self.holds_loaded && !target.is_running());
+        Ok(())
+    }
+
+    fn end_session(&mut self) {
+        self.in_session = false;
+        self.stream.release();
+    }
+
+    /// Enters PRE_COPY if the device offers it and runs; otherwise does nothing.
+    pub(super) fn start_precopy(&mut self) -> Result<(), DeviceFailure> {
+        if !self.capabilities.pre_copy {
+            return Ok(());
+        }
+        match self.state()? {
+            DeviceState::Running => self.go(DeviceState::PreCopy),
+            DeviceState::PreCopy if !self.in_session => {
+                self.go(DeviceState::Running)?;
+                self.go(DeviceState::PreCopy)
+            }
+            DeviceState::Error => Err(ArcError::NeedsReset { to: DeviceState::PreCopy }.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads what the device has in PRE_COPY, at most `budget` bytes.
+    ///
+    /// # Errors
+    /// The session is over and what was read is dropped; the device is out of PRE_COPY, or recovered as far as it can be.
+    pub(super) fn read_precopy(&mut self, budget: u64) -> Result<PrecopyRead, DeviceFailure> {
+        self.try_read_precopy(budget).inspect_err(|_| {
+            self.end_session();
+            if let Err(second) = self.recover() {
+                error!("Device {:?} is not as it was: {}", self.identity.name, Chain(&second));
+            }
+        })
+    }
+
+    fn try_read_precopy(&mut self, budget: u64) -> Result<PrecopyRead, DeviceFailure> {
+        let state = self.state()?;
+        if !self.in_session {
+            return Err(DeviceFailure::SessionLost { state });
+        }
+        Ok(self.stream.read_precopy(self.io.as_mut(), budget)?)
+    }
+
+    /// Estimates what the device has still to hand over once it is stopped. Never fails: ignorance is an estimate too.
+    pub(super) fn estimate(&mut self) -> Estimate {
+        let info = match self.precopy_info() {
+            Ok(info) => info,
+            Err(failure) => return self.unknown(&failure),
+        };
+        if self.in_session && self.stream.is_complete() {
+            return Estimate::NOTHING;
+        }
+        let initial_bytes = info.map_or(0, |info| info.initial_bytes);
+        let precopy_bytes = info.map_or(0, |info| info.initial_bytes.saturating_add(info.dirty_bytes));
+        match self.io.data_size() {
+            Ok(Some(size)) => Estimate {
+                stop_copy_bytes: size.saturating_add(precopy_bytes),
+                initial_bytes,
+                basis: Basis::Told,
+            },
+            Ok(None) => {
+                let stop_copy_bytes = precopy_bytes.max(self.guess());
+                Estimate { stop_copy_bytes, initial_bytes, basis: Basis::Guessed }
+            }
+            Err(failure) => self.unknown(&failure.into()),
+        }
+    }
+
+    /// Asks what PRE_COPY still has to bring; `None` outside it, or where the interface has no such question.
+    fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceFailure> {
+        match self.state()? {
+            DeviceState::PreCopy | DeviceState::PreCopyP2p if self.in_session => {
+                Ok(self.io.precopy_info()?)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn unknown(&self, failure: &DeviceFailure) -> Estimate {
+        warn!("Device {:?} does not tell the size of its state: {}", self.identity.name, Chain(failure));
+        Estimate { stop_copy_bytes: UNKNOWN_STATE_BYTES, initial_bytes: 0, basis: Basis::Unknown }
+    }
+
+    /// What changed between the last two pauses is taken to change again; else the state is taken to be as long as last time.
+    fn guess(&self) -> u64 {
+        let last_batch = self.stream.last_batch().map(|bytes| bytes as u64);
+        last_batch.filter(|_| self.in_session).or(self.last_state_bytes).unwrap_or(UNASKABLE_STATE_BYTES)
+    }
+
+    /// Brings a running device to rest before any is stopped on the way to `goal`, if it has a state for that.
+    pub(super) fn quiesce(&mut self, goal: DeviceState) -> Result<(), DeviceFailure> {
+        let now = self.state()?;
+        match quiescent_state(now, goal, self.capabilities) {
+            Some(quiescent) => self.go(quiescent),
+            None => Ok(()),
+        }
+    }
+
+    /// Brings a stopped device to the P2P-quiescent state in which it waits for the others, if it has one.
+    pub(super) fn wake(&mut self) -> Result<(), DeviceFailure> {
+        match self.state()? {
+            DeviceState::Resuming => Err(DeviceFailure::Unfinished),
+            now if now.is_stopped() && self.capabilities.p2p => self.go(DeviceState::RunningP2p),
+            _ => Ok(()),
+        }
+    }
+
+    /// Forgets that the device holds a loaded state, so that it may be found without.
+    pub(super) fn give_up_loaded(&mut self) {
+        self.holds_loaded = false;
+    }
+
+    /// Makes the device run whatever it takes: asks again, through a named state, and resets it in the end.
+    ///
+    /// # Errors
+    /// The device was reset, or is lost.
+    pub(super) fn recover(&mut self) -> Result<(), DeviceFailure> {
+        for attempts in 0.. {
+            let state = self.state();
+            let attempt = match recovery(state.as_ref().ok().copied(), attempts) {
+                Recovery::Settled => return Ok(()),
+                Recovery::Reset => break,
+                Recovery::Move(target) => state.and_then(|_| self.go(target)).map(|()| target),
+            };
+            match attempt {
+                Ok(DeviceState::Running) => return Ok(()),
+                Ok(_) => {}
+                Err(failure) => {
+                    warn!("Device {:?} does not run on yet: {}", self.identity.name, Chain(&failure));
+                }
+            }
+        }
+        self.reset()?;
+        Err(DeviceFailure::Reset)
+    }
+
+    /// Resets the device; it is RUNNING afterwards, with its state lost.
+    fn reset(&mut self) -> Result<(), DeviceFailure> {
+        error!("Resetting device {:?}: its state is lost", self.identity.name);
+        self.end_session();
+        self.holds_loaded = false;
+        // Even a reset that fails may have wiped the device.
+        self.was_reset = true;
+        Ok(self.io.reset()?)
+    }
+
+    /// Reads the stopped device's state to its end, in STOP_COPY; what PRE_COPY brought stays in front.
+    ///
+    /// # Errors
+    /// The state is not complete; the device stays stopped, and the next call begins anew.
+    pub(super) fn read_state(&mut self) -> Result<(), DeviceFailure> {
+        let state = self.state()?;
+        match state {
+            DeviceState::StopCopy if self.in_session => {}
+            DeviceState::StopCopy => {
+                self.go(DeviceState::Stop)?;
+                self.go(DeviceState::StopCopy)?;
+            }
+            DeviceState::Stop => self.go(DeviceState::StopCopy)?,
+            _ => return Err(DeviceFailure::NotStopped { state }),
+        }
+        if !self.stream.is_complete() {
+            let read = self.stream.read_to_end(self.io.as_mut());
+            read.inspect_err(|_| self.end_session())?;
+            self.last_state_bytes = Some(self.state_bytes());
+        }
+        Ok(())
+    }
+
+    /// Makes the device's node of the Snapshot tree from the state read.
+    pub(super) fn to_snapshot(&self, version: SavedVersion) -> Result<vm_migration::Snapshot, DeviceFailure> {
+        Ok(to_snapshot(&self.identity, self.stream.bytes(), self.precopy_bytes(), version)?)
+    }
+
+    /// Makes ready for [`Device::write_state`] a device that earlier attempts left anywhere.
+    pub(super) fn prepare_to_load(&mut self) -> Result<(), DeviceFailure> {
+        self.give_up_loaded();
+        match self.state()? {
+            DeviceState::Error | DeviceState::Resuming => self.reset(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives the stopped device a saved state; it checks that and is in STOP afterwards.
+    ///
+    /// # Errors
+    /// The state was refused, and the device holds a part of it: it has to be reset.
+    pub(super) fn write_state(&mut self, state: &[u8]) -> Result<(), DeviceFailure> {
+        self.go(DeviceState::Resuming)?;
+        write_all(self.io.as_mut(), state)?;
+        self.go(DeviceState::Stop)?;
+        self.last_state_bytes = Some(state.len() as u64);
+        Ok(())
+    }
+
+    /// Drops a state loaded, whole or in part.
+    pub(super) fn discard_loaded(&mut self) {
+        if let Err(failure) = self.reset() {
+            error!("Device {:?} keeps a state it was to drop: {}", self.identity.name, Chain(&failure));
+        }
+    }
+
+    /// Ends the saving session of a stopped device, whose state another one goes on with.
+    pub(super) fn retire(&mut self) -> Result<(), DeviceFailure> {
+        match self.state()? {
+            DeviceState::StopCopy => self.go(DeviceState::Stop),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! All devices of a VM, moved together and in order.
+//!
+//! vCPUs are paused first and resumed last; that is the caller's part. In between, no device is stopped before every
+//! device is P2P-quiescent, and none runs without restraint while another is still stopped: so no device starts DMA to one
+//! that cannot answer.
+
+use log::{error, warn};
+use thiserror::Error;
+use vm_migration::{Snapshot, snapshot_from_id};
+
+use super::member::{Device, DeviceFailure};
+use super::saved::{NAME_LIMIT_BYTES, STATE_CHILD, SavedState, SavedStateError, SavedVersion};
+use super::{Chain, DeviceState, Estimate, PrecopyStep};
+
+/// Why the devices of a VM could not be taken together, or moved.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DeviceSetError {
+    /// One device failed.
+    #[error("Cannot {attempt} device {name:?}")]
+    Device {
+        /// Its name.
+        name: String,
+        /// What was being done with it.
+        attempt: Attempt,
+        /// What went wrong.
+        source: DeviceFailure,
+    },
+    /// A device reaches others' registers and cannot be kept from it, and there are others.
+    #[error(
+        "Device {name:?} cannot be made P2P-quiescent and maps more than RAM, so it cannot move together with others"
+    )]
+    PeerToPeer {
+        /// Its name.
+        name: String,
+    },
+    /// Two devices have one name.
+    #[error("Two devices are named {name:?}")]
+    DuplicateName {
+        /// That name.
+        name: String,
+    },
+    /// A device's name or kind is longer than its saved state can hold, or it has no name.
+    #[error("Name or kind of device {name:?} is not of 1 to {NAME_LIMIT_BYTES} bytes")]
+    Name {
+        /// Its name.
+        name: String,
+    },
+    /// A snapshot has no state for a device of this VM.
+    #[error("Snapshot has no state for device {name:?}")]
+    Missing {
+        /// Its name.
+        name: String,
+    },
+    /// A snapshot has a state for a device that this VM does not have.
+    #[error("Snapshot has a state for device {name:?}, which this VM does not have")]
+    Unclaimed {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// What was being done with a device that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Attempt {
+    /// Entering PRE_COPY.
+    StartPrecopy,
+    /// Reading its state while it runs.
+    Precopy,
+    /// Stopping it.
+    Stop,
+    /// Saving its state.
+    Save,
+    /// Loading a saved state.
+    Load,
+    /// Setting it going.
+    Run,
+    /// Ending its session after the move.
+    Retire,
+}
+
+impl std::fmt::Display for Attempt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::StartPrecopy => "start precopy of",
+            Self::Precopy => "read state of running",
+            Self::Stop => "stop",
+            Self::Save => "save state of",
+            Self::Load => "load state of",
+            Self::Run => "run",
+            Self::Retire => "retire",
+        })
+    }
+}
+
+/// What the devices were last brought to, and so should go back to when an operation fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Phase {
+    #[default]
+    Running,
+    Stopped,
+    /// Stopped, with a loaded state in them that has not run yet.
+    Loaded,
+}
+
+/// The devices of one VM. Empty, all its operations succeed and do nothing.
+#[derive(Debug, Default)]
+pub struct DeviceSet {
+    devices: Vec<Device>,
+    phase: Phase,
+}
+
+impl DeviceSet {
+    /// Takes the devices of one VM together. They run, or have not been touched yet.
+    ///
+    /// # Errors
+    /// Two have one name, a name is empty or too long, or one of several can reach another's registers and has no
+    /// P2P-quiescent state.
+    pub fn new(devices: Vec<Device>) -> Result<Self, DeviceSetError> {
+        for (index, device) in devices.iter().enumerate() {
+            let (name, kind) = (&device.identity().name, &device.identity().kind);
+            if name.is_empty() || name.len().max(kind.len()) > NAME_LIMIT_BYTES {
+                return Err(DeviceSetError::Name { name: name.clone() });
+            }
+            if devices[..index].iter().any(|other| other.identity().name == *name) {
+                return Err(DeviceSetError::DuplicateName { name: name.clone() });
+            }
+            if devices.len() > 1 && !device.is_quiescible() {
+                return Err(DeviceSetError::PeerToPeer { name: name.clone() });
+            }
+        }
+        Ok(Self { devices, phase: Phase::Running })
+    }
+
+    /// Whether there is no device.
+    pub fn is_empty(&self) -> bool {
+        self.devices.is_empty()
+    }
+
+    /// The devices' names, in the order in which they were given.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.devices.iter().map(|device| device.identity().name.as_str())
+    }
+
+    /// Bytes of state the devices handed over while they ran, in the latest session.
+    pub fn precopy_bytes(&self) -> u64 {
+        self.devices.iter().map(Device::precopy_bytes).sum()
+    }
+
+    /// Bytes of state the devices handed over in all, in the latest session.
+    pub fn state_bytes(&self) -> u64 {
+        self.devices.iter().map(Device::state_bytes).sum()
+    }
+
+    /// Drains the names of devices reset since the last call: their PCI command register and interrupts are to be set up anew.
+    pub fn drain_resets(&mut self) -> Vec<String> {
+        let reset = self.devices.iter_mut().filter_map(|device| {
+            let was_reset = device.take_was_reset();
+            was_reset.then(|| device.identity().name.clone())
+        });
+        reset.collect()
+    }
+
+    /// Moves the running devices that offer it to PRE_COPY; the others stay as they are. Again, it changes nothing.
+    ///
+    /// # Errors
+    /// A device failed. All run again outside PRE_COPY, unless they had been stopped before.
+    pub fn start_precopy(&mut self) -> Result<(), DeviceSetError> {
+        let started = self.each(Attempt::StartPrecopy, Device::start_precopy);
+        self.or_run_on(started)
+    }
+
+    /// Reads what the devices in PRE_COPY have now, at most `budget_bytes` in all, shared evenly among those that have more.
+    ///
+    /// Once the devices are stopped there is nothing to read here.
+    ///
+    /// # Errors
+    /// A device failed, or something else moved it. What it handed over is dropped and it runs outside PRE_COPY; its
+    /// whole state follows in STOP_COPY, and the next call goes on with the others.
+    pub fn precopy_step(&mut self, budget_bytes: u64) -> Result<PrecopyStep, DeviceSetError> {
+        let mut step = PrecopyStep { bytes: 0, drained: true };
+        if self.phase != Phase::Running {
+            return Ok(step);
+        }
+        let mut waiting = self.devices.iter().filter(|device| device.in_session()).count() as u64;
+        for device in self.devices.iter_mut().filter(|device| device.in_session()) {
+            let share = (budget_bytes - step.bytes) / waiting;
+            waiting -= 1;
+            let read = device.read_precopy(share).map_err(failed(device, Attempt::Precopy))?;
+            step.bytes += read.bytes;
+            step.drained &= read.drained;
+        }
+        Ok(step)
+    }
+
+    /// Estimates what the devices have still to hand over once they are stopped, by asking each anew.
+    ///
+    /// Ask again right before the switchover: `initial_bytes` may have grown again by then.
+    pub fn estimate(&mut self) -> Estimate {
+        self.devices.iter_mut().map(Device::estimate).fold(Estimate::NOTHING, Estimate::plus)
+    }
+
+    /// Moves all devices to STOP, for a pause. Ends PRE_COPY and drops what was read in it.
+    ///
+    /// # Errors
+    /// A device failed. All run again, unless they had been stopped before.
+    pub fn stop(&mut self) -> Result<(), DeviceSetError> {
+        self.stop_all(DeviceState::Stop).map(drop)
+    }
+
+    /// Moves all devices to STOP_COPY, for the switchover, and returns what they estimate is left to read.
+    ///
+    /// The estimate is made when all are P2P-quiescent and none is stopped yet.
+    ///
+    /// # Errors
+    /// A device failed. All run again, unless they had been stopped before.
+    pub fn stop_for_copy(&mut self) -> Result<Estimate, DeviceSetError> {
+        self.stop_all(DeviceState::StopCopy)
+    }
+
+    /// Sets the devices going, from wherever they are.
+    ///
+    /// # Errors
+    /// A device failed. After [`DeviceSet::load`] all are stopped again and hold what was loaded, as far as that can be
+    /// had. Else all run that can be made to, one perhaps only after a reset: see [`DeviceSet::drain_resets`].
+    pub fn run(&mut self) -> Result<(), DeviceSetError> {
+        match (self.try_run(), self.phase) {
+            (Ok(()), _) => {
+                self.phase = Phase::Running;
+                Ok(())
+            }
+            (Err(failure), Phase::Loaded) => {
+                self.stop_again();
+                Err(failure)
+            }
+            (Err(failure), Phase::Running | Phase::Stopped) => {
+                warn!("{}; trying harder", Chain(&failure));
+                self.abort_to_running()
+            }
+        }
+    }
+
+    /// Makes every device run, whatever state a failed migration left it in, and drops what was read of its state.
+    ///
+    /// Asks a device again, and resets it where nothing else helps. Goes on with the others when one is lost.
+    ///
+    /// # Errors
+    /// A device had to be reset (see [`DeviceSet::drain_resets`]), or is lost; all others run.
+    pub fn abort_to_running(&mut self) -> Result<(), DeviceSetError> {
+        self.phase = Phase::Running;
+        self.devices.iter_mut().for_each(Device::give_up_loaded);
+        let (mut stuck, mut awake) = (Vec::new(), Vec::new());
+        for device in &mut self.devices {
+            match device.wake() {
+                Ok(()) => awake.push(device),
+                Err(_) => stuck.push(device),
+            }
+        }
+        let mut outcome = Ok(());
+        // Those that are still stopped go first: the awake ones are quiescent meanwhile.
+        for device in stuck.into_iter().chain(awake) {
+            if let Err(failure) = device.recover().map_err(failed(device, Attempt::Run)) {
+                error!("{}", Chain(&failure));
+                outcome = outcome.and(Err(failure));
+            }
+        }
+        outcome
+    }
+
+    /// Saves the stopped devices' states as [`DeviceSet::save_as`] does, in the latest version.
+    ///
+    /// # Errors
+    /// As [`DeviceSet::save_as`].
+    pub fn save(&mut self) -> Result<Snapshot, DeviceSetError> {
+        self.save_as(SavedVersion::LATEST)
+    }
+
+    /// Saves the stopped devices' states: a tree with a node for each device, by name.
+    ///
+    /// Devices in STOP go to STOP_COPY first. All are left there, so that the way back is no part of the downtime:
+    /// [`DeviceSet::run`] or [`DeviceSet::retire`] ends it. Saving again gives the same again.
+    ///
+    /// # Errors
+    /// A device is not stopped, or failed. None was set going.
+    pub fn save_as(&mut self, version: SavedVersion) -> Result<Snapshot, DeviceSetError> {
+        self.each(Attempt::Save, Device::read_state)?;
+        let mut tree = Snapshot::default();
+        for device in &self.devices {
+            let node = device.to_snapshot(version).map_err(failed(device, Attempt::Save))?;
+            tree.add_snapshot(device.identity().name.clone(), node);
+        }
+        Ok(tree)
+    }
+
+    /// Loads saved states into the devices of a VM that does not run; they are in STOP afterwards, each having accepted its own.
+    ///
+    /// Everything is decoded and checked before any device is touched.
+    ///
+    /// # Errors
+    /// The snapshot is malformed, lacks a device or knows another, and no device was touched; or a device failed, and all
+    /// that hold a part of it were reset.
+    pub fn load(&mut self, tree: &Snapshot) -> Result<(), DeviceSetError> {
+        let states = self.decode(tree)?;
+        self.each(Attempt::Load, Device::prepare_to_load)?;
+        self.try_stop(DeviceState::Stop)?;
+        self.phase = Phase::Loaded;
+        for (index, state) in states.iter().enumerate() {
+            let device = &mut self.devices[index];
+            if let Err(failure) = device.write_state(state).map_err(failed(device, Attempt::Load)) {
+                self.devices[..=index].iter_mut().for_each(Device::discard_loaded);
+                self.phase = Phase::Stopped;
+                return Err(failure);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the devices' saving sessions once another VM goes on with their states. Others are left as they are.
+    ///
+    /// # Errors
+    /// A device failed; the rest were not asked.
+    pub fn retire(&mut self) -> Result<(), DeviceSetError> {
+        self.each(Attempt::Retire, Device::retire)
+    }
+
+    fn each(
+        &mut self,
+        attempt: Attempt,
+        mut act: impl FnMut(&mut Device) -> Result<(), DeviceFailure>,
+    ) -> Result<(), DeviceSetError> {
+        self.devices.iter_mut().try_for_each(|device| act(device).map_err(failed(device, attempt)))
+    }
+
+    fn stop_all(&mut self, goal: DeviceState) -> Result<Estimate, DeviceSetError> {
+        let stopped = self.try_stop(goal);
+        let estimate = self.or_run_on(stopped)?;
+        if self.phase == Phase::Running {
+            self.phase = Phase::Stopped;
+        }
+        Ok(estimate)
+    }
+
+    fn try_stop(&mut self, goal: DeviceState) -> Result<Estimate, DeviceSetError> {
+        self.each(Attempt::Stop, |device| device.quiesce(goal))?;
+        let estimate = if goal.is_saving() { self.estimate() } else { Estimate::NOTHING };
+        self.each(Attempt::Stop, |device| device.go(goal))?;
+        Ok(estimate)
+    }
+
+    fn try_run(&mut self) -> Result<(), DeviceSetError> {
+        self.each(Attempt::Run, Device::wake)?;
+        self.each(Attempt::Run, |device| device.go(DeviceState::Running))
+    }
+
+    /// Passes a success on; after a failure sets all devices going again, unless they were at rest before.
+    fn or_run_on<T>(&mut self, result: Result<T, DeviceSetError>) -> Result<T, DeviceSetError> {
+        result.inspect_err(|_| {
+            if self.phase == Phase::Running
+                && let Err(second) = self.abort_to_running()
+            {
+                error!("Not all is as it was: {}", Chain(&second));
+            }
+        })
+    }
+
+    /// Stops whatever of a loaded set had been set going, as far as possible.
+    fn stop_again(&mut self) {
+        for device in &mut self.devices {
+            let _ = device.quiesce(DeviceState::Stop);
+        }
+        for device in &mut self.devices {
+            if let Err(failure) = device.go(DeviceState::Stop).map_err(failed(device, Attempt::Stop)) {
+                error!("{}", Chain(&failure));
+            }
+        }
+    }
+
+    /// Reads the devices' states from `tree`, in the order of the devices.
+    fn decode(&self, tree: &Snapshot) -> Result<Vec<Vec<u8>>, DeviceSetError> {
+        let claimed = |name: &str| self.names().any(|own| own == name);
+        let mut with_state =
+            tree.snapshots.iter().filter(|(_, node)| node.snapshots.contains_key(STATE_CHILD));
+        if let Some((name, _)) = with_state.find(|(name, _)| !claimed(name)) {
+            return Err(DeviceSetError::Unclaimed { name: name.clone() });
+        }
+        self.devices.iter().map(|device| decode(device, tree)).collect()
+    }
+}
+
+fn decode(device: &Device, tree: &Snapshot) -> Result<Vec<u8>, DeviceSetError> {
+    let name = &device.identity().name;
+    let node =
+        snapshot_from_id(Some(tree), name).ok_or_else(|| DeviceSetError::Missing { name: name.clone() })?;
+    let state = match SavedState::from_snapshot(node) {
+        Err(SavedStateError::NoState) => return Err(DeviceSetError::Missing { name: name.clone() }),
+        other => other.and_then(|state| state.check_identity(device.identity()).map(|()| state)),
+    };
+    match state {
+        Ok(state) => Ok(state.stream),
+        Err(failure) => Err(failed(device, Attempt::Load)(failure.into())),
+    }
+}
+
+/// Makes an error that names `device`.
+fn failed(device: &Device, attempt: Attempt) -> impl FnOnce(DeviceFailure) -> DeviceSetError + use<> {
+    let name = device.identity().name.clone();
+    move |source| DeviceSetError::Device { name, attempt, source }
+}

@@ -1,0 +1,376 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A device's state as a stream of bytes: read in bounded pieces, written back in order.
+//!
+//! How a device cuts its stream into reads means nothing; only the order of the bytes does.
+
+use thiserror::Error;
+
+use super::{DataRead, DeviceError, DeviceIo};
+
+/// Most bytes asked of a device, or given to it, at once.
+pub const CHUNK_BYTES: usize = 1 << 20;
+
+/// Most bytes asked of a device as long as little is known of its state; then as many as it handed over before.
+const FIRST_CHUNK_BYTES: usize = 1 << 16;
+
+/// Most bytes one device's state may have.
+pub const STATE_LIMIT_BYTES: usize = 4 << 30;
+
+/// Why a device's state could not be read or written.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StreamError {
+    /// The device failed.
+    #[error("Cannot read the device's state beyond byte {read_bytes}")]
+    Read {
+        /// Bytes read before.
+        read_bytes: usize,
+        /// The device's own error.
+        source: DeviceError,
+    },
+    /// The stream ended in PRE_COPY, where only a pause may come: a reset has ended the session.
+    #[error("Device ended its state in PRE_COPY after {read_bytes} bytes")]
+    EarlyEnd {
+        /// Bytes read before.
+        read_bytes: usize,
+    },
+    /// The stream paused in STOP_COPY, where only its end may come.
+    #[error("Device paused its state in STOP_COPY after {read_bytes} bytes")]
+    Pause {
+        /// Bytes read before.
+        read_bytes: usize,
+    },
+    /// The interface says it brought a number of bytes that it cannot have brought.
+    #[error("Device claims to have read {claimed_bytes} bytes into {offered_bytes}")]
+    Miscounted {
+        /// Bytes it says it brought.
+        claimed_bytes: usize,
+        /// Bytes there was room for.
+        offered_bytes: usize,
+    },
+    /// The state is longer than allowed.
+    #[error("Device state is longer than {limit_bytes} bytes")]
+    TooLong {
+        /// Most bytes allowed.
+        limit_bytes: usize,
+    },
+    /// The device refused a part of a saved state.
+    #[error("Cannot write the device's state beyond byte {written_bytes}")]
+    Write {
+        /// Bytes it took before.
+        written_bytes: usize,
+        /// The device's own error.
+        source: DeviceError,
+    },
+}
+
+/// What one turn of reading in PRE_COPY brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PrecopyRead {
+    /// Bytes read.
+    pub(super) bytes: u64,
+    /// Whether the device has no more for now.
+    pub(super) drained: bool,
+}
+
+/// The state of one device as far as it was read in one session.
+#[derive(Debug)]
+pub(super) struct StateStream {
+    /// State up to `filled`, then room that is already zeroed.
+    buffer: Vec<u8>,
+    filled: usize,
+    limit: usize,
+    complete: bool,
+    precopy_bytes: usize,
+    state_bytes: usize,
+    /// Bytes since the device last paused, and between the two pauses before.
+    since_pause: usize,
+    last_batch: Option<usize>,
+}
+
+impl StateStream {
+    /// Makes an empty stream that will hold at most `limit` bytes.
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            buffer: Vec::new(),
+            filled: 0,
+            limit,
+            complete: false,
+            precopy_bytes: 0,
+            state_bytes: 0,
+            since_pause: 0,
+            last_batch: None,
+        }
+    }
+
+    /// Begins anew for a new session.
+    pub(super) fn restart(&mut self) {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.truncate(FIRST_CHUNK_BYTES);
+        *self = Self { buffer, ..Self::new(self.limit) };
+    }
+
+    /// Frees the bytes of a session that is over; how many there were is still known.
+    pub(super) fn release(&mut self) {
+        self.buffer.truncate(FIRST_CHUNK_BYTES);
+        self.buffer.shrink_to_fit();
+        self.filled = 0;
+        self.complete = false;
+    }
+
+    /// Bytes read, in order.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.buffer[..self.filled]
+    }
+
+    /// Whether the device said that this is all.
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// Bytes of the latest session that came in PRE_COPY.
+    pub(super) fn precopy_bytes(&self) -> usize {
+        self.precopy_bytes
+    }
+
+    /// Bytes of the latest session.
+    pub(super) fn state_bytes(&self) -> usize {
+        self.state_bytes
+    }
+
+    /// Bytes that came between the last two pauses in PRE_COPY, the session's begin counted as one.
+    pub(super) fn last_batch(&self) -> Option<usize> {
+        self.last_batch
+    }
+
+    /// Reads what a device in PRE_COPY has now, at most `budget` bytes.
+    ///
+    /// PRE_COPY may fill half the limit only, so that a device that never comes to rest leaves room for the rest of its state.
+    ///
+    /// # Errors
+    /// The session is over, and what was read of it worthless.
+    pub(super) fn read_precopy(
+        &mut self,
+        io: &mut dyn DeviceIo,
+        budget: u64,
+    ) -> Result<PrecopyRead, StreamError> {
+        let room = (self.limit / 2).saturating_sub(self.filled);
+        let mut left = usize::try_from(budget).unwrap_or(usize::MAX).min(room);
+        let before = self.filled;
+        let mut drained = false;
+        while left > 0 && !drained {
+            match self.read(io, left)? {
+                DataRead::Bytes(count) => left -= count,
+                DataRead::NothingNow => drained = true,
+                DataRead::End => return Err(StreamError::EarlyEnd { read_bytes: self.filled }),
+            }
+        }
+        let bytes = self.filled - before;
+        self.precopy_bytes = self.filled;
+        self.since_pause += bytes;
+        if drained {
+            self.last_batch = Some(std::mem::take(&mut self.since_pause));
+        }
+        Ok(PrecopyRead { bytes: bytes as u64, drained })
+    }
+
+    /// Reads all that a device in STOP_COPY still has.
+    ///
+    /// # Errors
+    /// The state is not complete and never will be.
+    pub(super) fn read_to_end(&mut self, io: &mut dyn DeviceIo) -> Result<(), StreamError> {
+        loop {
+            let offered = self.limit.saturating_add(1) - self.filled;
+            match self.read(io, offered)? {
+                DataRead::Bytes(_) if self.filled > self.limit => {
+                    return Err(StreamError::TooLong { limit_bytes: self.limit });
+                }
+                DataRead::Bytes(_) => {}
+                DataRead::NothingNow => return Err(StreamError::Pause { read_bytes: self.filled }),
+                DataRead::End => break,
+            }
+        }
+        self.complete = true;
+        Ok(())
+    }
+
+    /// Reads once, at most `most` bytes, which is not 0.
+    fn read(&mut self, io: &mut dyn DeviceIo, most: usize) -> Result<DataRead, StreamError> {
+        let offered = most.min(self.filled.clamp(FIRST_CHUNK_BYTES, CHUNK_BYTES));
+        let end = self.filled + offered;
+        if self.buffer.len() < end {
+            self.buffer.resize(end, 0);
+        }
+        let room = &mut self.buffer[self.filled..end];
+        let read =
+            io.read_data(room).map_err(|source| StreamError::Read { read_bytes: self.filled, source })?;
+        if let DataRead::Bytes(count) = read {
+            if count == 0 || count > offered {
+                return Err(StreamError::Miscounted { claimed_bytes: count, offered_bytes: offered });
+            }
+            self.filled += count;
+            self.state_bytes = self.filled;
+        }
+        Ok(read)
+    }
+}
+
+/// Writes a whole saved state to a device in RESUMING.
+///
+/// # Errors
+/// The device refused a part; only a reset leads out of RESUMING then.
+pub(super) fn write_all(io: &mut dyn DeviceIo, state: &[u8]) -> Result<(), StreamError> {
+    for (index, chunk) in state.chunks(CHUNK_BYTES).enumerate() {
+        io.write_data(chunk)
+            .map_err(|source| StreamError::Write { written_bytes: index * CHUNK_BYTES, source })?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+    use crate::device::{Capabilities, DeviceOperation, DeviceState, PrecopyInfo};
+
+    /// An interface of which only the data counts: each read answers with the next of the list, filled with its number.
+    struct Reads(VecDeque<DataRead>, u8, Vec<usize>);
+
+    fn reads(answers: impl IntoIterator<Item = DataRead>) -> Reads {
+        Reads(answers.into_iter().collect(), 0, Vec::new())
+    }
+
+    impl DeviceIo for Reads {
+        fn capabilities(&self) -> Capabilities {
+            Capabilities::default()
+        }
+
+        fn state(&mut self) -> Result<DeviceState, DeviceError> {
+            unreachable!("a stream asks for data only")
+        }
+
+        fn set_state(&mut self, _: DeviceState) -> Result<(), DeviceError> {
+            unreachable!("a stream asks for data only")
+        }
+
+        fn read_data(&mut self, buffer: &mut [u8]) -> Result<DataRead, DeviceError> {
+            assert!(!buffer.is_empty() && buffer.len() <= CHUNK_BYTES);
+            self.1 += 1;
+            let answer = self
+                .0
+                .pop_front()
+                .ok_or_else(|| DeviceError::new(DeviceOperation::ReadData, "session is over"))?;
+            if let DataRead::Bytes(count) = answer {
+                let count = count.min(buffer.len());
+                buffer[..count].fill(self.1);
+            }
+            Ok(answer)
+        }
+
+        fn write_data(&mut self, data: &[u8]) -> Result<(), DeviceError> {
+            self.2.push(data.len());
+            match self.2.len() {
+                0..4 => Ok(()),
+                _ => Err(DeviceError::new(DeviceOperation::WriteData, "no more")),
+            }
+        }
+
+        fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
+            unreachable!("a stream asks for data only")
+        }
+
+        fn data_size(&mut self) -> Result<Option<u64>, DeviceError> {
+            unreachable!("a stream asks for data only")
+        }
+
+        fn reset(&mut self) -> Result<(), DeviceError> {
+            unreachable!("a stream asks for data only")
+        }
+    }
+
+    use DataRead::{Bytes, End, NothingNow};
+
+    #[test]
+    fn c29_a_pause_is_no_end_and_an_end_is_no_pause() {
+        let mut stream = StateStream::new(100);
+        let mut io = reads([Bytes(3), NothingNow, Bytes(1), NothingNow, Bytes(2), End]);
+        assert_eq!(stream.read_precopy(&mut io, 50).unwrap(), PrecopyRead { bytes: 3, drained: true });
+        assert_eq!(stream.last_batch(), Some(3));
+        assert_eq!(stream.read_precopy(&mut io, 1).unwrap(), PrecopyRead { bytes: 1, drained: false });
+        assert_eq!(stream.last_batch(), Some(3));
+        assert_eq!(stream.read_precopy(&mut io, 1).unwrap(), PrecopyRead { bytes: 0, drained: true });
+        assert_eq!(stream.last_batch(), Some(1));
+        assert!(!stream.is_complete());
+        stream.read_to_end(&mut io).unwrap();
+        assert_eq!(stream.bytes(), [1, 1, 1, 3, 5, 5]);
+        assert!(stream.is_complete());
+        assert_eq!((stream.precopy_bytes(), stream.state_bytes()), (4, 6));
+
+        let early = StateStream::new(100).read_precopy(&mut reads([Bytes(3), End]), 50);
+        assert!(matches!(early, Err(StreamError::EarlyEnd { read_bytes: 3 })));
+        let pause = StateStream::new(100).read_to_end(&mut reads([Bytes(3), NothingNow, Bytes(3), End]));
+        assert!(matches!(pause, Err(StreamError::Pause { read_bytes: 3 })));
+    }
+
+    #[test]
+    fn a_state_of_exactly_the_limit_is_taken_and_a_longer_one_is_not() {
+        let mut stream = StateStream::new(10);
+        stream.read_to_end(&mut reads([Bytes(4), Bytes(6), End])).unwrap();
+        assert_eq!(stream.bytes().len(), 10);
+        let mut stream = StateStream::new(10);
+        let long = stream.read_to_end(&mut reads([Bytes(4), Bytes(7), End]));
+        assert!(matches!(long, Err(StreamError::TooLong { limit_bytes: 10 })));
+    }
+
+    #[test]
+    fn precopy_fills_half_the_limit_at_most() {
+        let mut stream = StateStream::new(11);
+        let mut io = reads([Bytes(5), Bytes(5), End]);
+        assert_eq!(stream.read_precopy(&mut io, 50).unwrap(), PrecopyRead { bytes: 5, drained: false });
+        assert_eq!(stream.read_precopy(&mut io, 50).unwrap(), PrecopyRead { bytes: 0, drained: false });
+        stream.read_to_end(&mut io).unwrap();
+        assert_eq!(stream.bytes().len(), 10);
+    }
+
+    #[test]
+    fn an_interface_that_miscounts_is_neither_believed_nor_asked_forever() {
+        for claimed in [0, 12, usize::MAX] {
+            let answers = std::iter::repeat_n(Bytes(claimed), 3);
+            let error = StateStream::new(10).read_to_end(&mut reads(answers)).unwrap_err();
+            assert!(
+                matches!(error, StreamError::Miscounted { claimed_bytes, offered_bytes: 11 } if claimed_bytes == claimed)
+            );
+        }
+        let error = StateStream::new(10).read_precopy(&mut reads([Bytes(0)]), 5).unwrap_err();
+        assert!(matches!(error, StreamError::Miscounted { .. }));
+    }
+
+    #[test]
+    fn memory_grows_with_what_arrives_and_is_freed_with_the_session() {
+        let mut stream = StateStream::new(STATE_LIMIT_BYTES);
+        let pieces = (0..100).map(|_| Bytes(FIRST_CHUNK_BYTES));
+        stream.read_to_end(&mut reads(pieces.chain([Bytes(1), End]))).unwrap();
+        assert_eq!(stream.state_bytes(), 100 * FIRST_CHUNK_BYTES + 1);
+        assert!(stream.buffer.len() <= 100 * FIRST_CHUNK_BYTES + 1 + CHUNK_BYTES);
+        stream.release();
+        assert!(stream.bytes().is_empty() && !stream.is_complete());
+        assert!(stream.buffer.capacity() <= FIRST_CHUNK_BYTES);
+        assert_eq!(stream.state_bytes(), 100 * FIRST_CHUNK_BYTES + 1);
+        let room = stream.buffer.as_ptr();
+        stream.restart();
+        stream.read_to_end(&mut reads([Bytes(2), End])).unwrap();
+        assert_eq!((stream.bytes(), stream.state_bytes()), ([1, 1].as_slice(), 2));
+        assert_eq!(stream.buffer.as_ptr(), room);
+    }
+
+    #[test]
+    fn a_state_is_written_in_bounded_pieces_and_a_refusal_says_where() {
+        let mut io = reads([]);
+        write_all(&mut io, &vec![0; 2 * CHUNK_BYTES + 1]).unwrap();
+        assert_eq!(io.2, [CHUNK_BYTES, CHUNK_BYTES, 1]);
+        let refused = write_all(&mut io, b"more").unwrap_err();
+        assert_eq!(refused.to_string(), "Cannot write the device's state beyond byte 0");
+    }
+}

@@ -1,0 +1,523 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Device sets against scripted devices, with a fault at any call.
+
+use std::error::Error;
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+use vm_migration::Snapshot;
+
+use super::saved::SavedState;
+use super::*;
+use DeviceState::{PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
+
+mod fake;
+
+use fake::{Effect, Script, Turn, World, devices, interface};
+
+const ALL: Capabilities = Capabilities { p2p: true, pre_copy: true };
+const P2P: Capabilities = Capabilities { p2p: true, pre_copy: false };
+const PLAIN: Capabilities = Capabilities { p2p: false, pre_copy: false };
+
+fn script(capabilities: Capabilities) -> Script {
+    Script {
+        capabilities,
+        turns: vec![Turn::Bytes(vec![1; 24]), Turn::Pause, Turn::Bytes(vec![2; 8])],
+        rest: vec![3; 36],
+        segment: 7,
+        tells: true,
+    }
+}
+
+/// The kernel's sample serial device: 24 bytes in PRE_COPY, then 36 in STOP_COPY.
+fn mtty() -> Script {
+    Script {
+        turns: vec![Turn::Bytes(vec![0xaa; 24])],
+        rest: vec![0xbb; 36],
+        segment: usize::MAX,
+        ..script(ALL)
+    }
+}
+
+/// A set of scripted devices, of which those that cannot be P2P-quiescent map only RAM.
+fn set(scripts: Vec<Script>) -> (DeviceSet, Arc<Mutex<World>>) {
+    let (devices, world) = devices(scripts);
+    let declare = |device: Device| if device.capabilities().p2p { device } else { device.maps_only_ram() };
+    (DeviceSet::new(devices.into_iter().map(declare).collect()).unwrap(), world)
+}
+
+fn states(world: &Mutex<World>) -> Vec<DeviceState> {
+    world.lock().unwrap().states()
+}
+
+fn fail_at_next_call(world: &Mutex<World>, effect: Effect) {
+    let mut world = world.lock().unwrap();
+    world.fault = Some((world.calls, effect));
+}
+
+/// The error and all its sources, as a user sees them.
+fn chain(error: &dyn Error) -> String {
+    Chain(error).to_string()
+}
+
+/// The stream of each device of a saved tree.
+fn streams(tree: &Snapshot) -> Vec<Vec<u8>> {
+    tree.snapshots.values().map(|node| SavedState::from_snapshot(node).unwrap().stream).collect()
+}
+
+/// A whole migration on the source, up to its saved state.
+fn migrate(set: &mut DeviceSet) -> Result<Snapshot, DeviceSetError> {
+    set.start_precopy()?;
+    for _ in 0..3 {
+        set.precopy_step(20)?;
+        set.estimate();
+    }
+    set.stop_for_copy()?;
+    set.save()
+}
+
+#[test]
+fn an_empty_set_does_nothing_and_succeeds() {
+    let mut set = DeviceSet::default();
+    let tree = migrate(&mut set).unwrap();
+    assert!(set.is_empty() && tree.snapshots.is_empty());
+    assert_eq!(set.estimate(), Estimate::NOTHING);
+    set.load(&tree).unwrap();
+    set.run().unwrap();
+}
+
+#[test]
+fn c05_all_are_quiescent_before_any_is_stopped_and_reversed_on_resume() {
+    let (mut set, world) = set(vec![script(P2P), script(P2P)]);
+    set.stop().unwrap();
+    set.run().unwrap();
+    let log = std::mem::take(&mut world.lock().unwrap().log);
+    let expected = [
+        (0, RunningP2p),
+        (1, RunningP2p),
+        (0, Stop),
+        (1, Stop),
+        (0, RunningP2p),
+        (1, RunningP2p),
+        (0, Running),
+        (1, Running),
+    ];
+    assert_eq!(log, expected);
+}
+
+#[test]
+fn c05_the_order_check_of_these_tests_notices_a_wrong_order() {
+    let (mut devices, world) = devices(vec![script(P2P), script(P2P)]);
+    devices[0].go(Stop).unwrap();
+    assert!(!world.lock().unwrap().violations.is_empty());
+}
+
+#[test]
+fn c06_several_devices_without_p2p_are_refused_unless_they_map_only_ram() {
+    let two = || devices(vec![script(PLAIN), script(PLAIN)]).0;
+    let refused = DeviceSet::new(two()).unwrap_err();
+    assert!(matches!(&refused, DeviceSetError::PeerToPeer { name } if name == "dev0"), "{refused}");
+    assert!(DeviceSet::new(two().into_iter().map(Device::maps_only_ram).collect()).is_ok());
+    assert!(DeviceSet::new(devices(vec![script(PLAIN)]).0).is_ok());
+    assert!(DeviceSet::new(devices(vec![script(P2P), script(ALL)]).0).is_ok());
+}
+
+#[test]
+fn names_are_unique_and_fit_the_saved_state() {
+    let named =
+        |name: &str, kind: &str| Device::new(name, interface(script(P2P), &Arc::default())).kind(kind);
+    let twice = DeviceSet::new(vec![named("a", "x"), named("a", "y")]);
+    assert!(matches!(twice, Err(DeviceSetError::DuplicateName { name }) if name == "a"));
+    let long = "n".repeat(saved::NAME_LIMIT_BYTES + 1);
+    for (name, kind) in [("", "x"), (&*long, "x"), ("a", &*long)] {
+        assert!(matches!(DeviceSet::new(vec![named(name, kind)]), Err(DeviceSetError::Name { .. })));
+    }
+}
+
+#[test]
+fn c29_a_pause_is_not_the_end_and_precopy_bytes_stay_in_front() {
+    let (mut set, world) = set(vec![mtty()]);
+    set.start_precopy().unwrap();
+    assert_eq!(set.precopy_step(u64::MAX).unwrap(), PrecopyStep { bytes: 24, drained: true });
+    assert_eq!(set.precopy_step(u64::MAX).unwrap(), PrecopyStep { bytes: 0, drained: true });
+    set.stop_for_copy().unwrap();
+    let tree = set.save().unwrap();
+    assert_eq!(streams(&tree), [[[0xaa; 24].as_slice(), &[0xbb; 36]].concat()]);
+    assert_eq!((set.precopy_bytes(), set.state_bytes()), (24, 60));
+    let log = world.lock().unwrap().log.clone();
+    assert_eq!(log, [(0, PreCopy), (0, PreCopyP2p), (0, StopCopy)]);
+}
+
+#[test]
+fn c29_a_device_that_never_entered_precopy_hands_over_all_at_once() {
+    let (mut set, _) = set(vec![mtty()]);
+    set.stop().unwrap();
+    assert_eq!(streams(&set.save().unwrap())[0].len(), 60);
+    assert_eq!((set.precopy_bytes(), set.state_bytes()), (0, 60));
+}
+
+#[test]
+fn a_budget_is_shared_and_never_exceeded() {
+    let (mut set, _) = set(vec![script(ALL), script(P2P), script(ALL)]);
+    set.start_precopy().unwrap();
+    assert_eq!(set.precopy_step(20).unwrap(), PrecopyStep { bytes: 20, drained: false });
+    assert_eq!(set.precopy_step(0).unwrap(), PrecopyStep { bytes: 0, drained: false });
+    assert_eq!(set.precopy_step(1000).unwrap(), PrecopyStep { bytes: 28, drained: true });
+    assert_eq!(set.precopy_step(1000).unwrap(), PrecopyStep { bytes: 16, drained: true });
+}
+
+#[test]
+fn saving_twice_gives_the_same_and_saving_a_running_device_is_refused() {
+    let (mut set, world) = set(vec![script(ALL), script(PLAIN)]);
+    let refused = set.save().err().unwrap();
+    assert_eq!(
+        chain(&refused),
+        "Cannot save state of device \"dev0\": Device is in RUNNING and was not stopped"
+    );
+    assert_eq!(states(&world), [Running; 2]);
+    set.start_precopy().unwrap();
+    set.stop_for_copy().unwrap();
+    assert_eq!(set.precopy_step(100).unwrap(), PrecopyStep { bytes: 0, drained: true });
+    let once = set.save().unwrap();
+    assert_eq!(streams(&once), streams(&set.save().unwrap()));
+}
+
+#[test]
+fn c33_stop_copy_is_left_only_on_retire_or_run() {
+    let (mut set, world) = set(vec![script(ALL), script(P2P)]);
+    migrate(&mut set).unwrap();
+    assert_eq!(states(&world), [StopCopy; 2]);
+    set.retire().unwrap();
+    assert_eq!(states(&world), [Stop; 2]);
+    assert_eq!(set.state_bytes(), 2 * 68);
+    set.run().unwrap();
+    assert_eq!(states(&world), [Running; 2]);
+}
+
+#[test]
+fn c28_a_size_that_cannot_be_had_is_huge_and_one_that_cannot_be_asked_is_guessed() {
+    let (mut set, world) = set(vec![script(ALL), Script { tells: false, ..script(ALL) }]);
+    let told = 68;
+    let guessed = |bytes| Estimate { stop_copy_bytes: told + bytes, initial_bytes: 0, basis: Basis::Guessed };
+    assert_eq!(set.estimate(), guessed(UNASKABLE_STATE_BYTES));
+    set.start_precopy().unwrap();
+    set.precopy_step(u64::MAX).unwrap();
+    // Told in PRE_COPY: what is left there in addition. Guessed: what came before the last pause.
+    let after_first = Estimate { stop_copy_bytes: told + 8 + 24, initial_bytes: 8, basis: Basis::Guessed };
+    assert_eq!(set.estimate(), after_first);
+    set.precopy_step(u64::MAX).unwrap();
+    assert_eq!(set.estimate(), guessed(8));
+    fail_at_next_call(&world, Effect::Fails);
+    assert_eq!(set.estimate().stop_copy_bytes, UNKNOWN_STATE_BYTES + 8);
+    assert_eq!(set.estimate(), guessed(8));
+    set.stop_for_copy().unwrap();
+    set.save().unwrap();
+    assert_eq!(set.estimate(), Estimate::NOTHING);
+    set.run().unwrap();
+    assert_eq!(set.estimate(), guessed(68));
+}
+
+#[test]
+fn c28_a_failing_size_query_keeps_no_downtime_promise() {
+    for calls_before in 0..3 {
+        let (mut set, world) = set(vec![script(ALL)]);
+        set.start_precopy().unwrap();
+        {
+            let mut world = world.lock().unwrap();
+            world.fault = Some((world.calls + calls_before, Effect::Fails));
+        }
+        let estimate = set.estimate();
+        assert_eq!((estimate.stop_copy_bytes, estimate.basis), (UNKNOWN_STATE_BYTES, Basis::Unknown));
+    }
+}
+
+#[test]
+fn c37_initial_bytes_that_grow_again_are_reported_again() {
+    let (mut set, _) = set(vec![script(ALL)]);
+    set.start_precopy().unwrap();
+    assert_eq!(set.estimate().initial_bytes, 24);
+    set.precopy_step(24).unwrap();
+    assert_eq!(set.estimate().initial_bytes, 0);
+    set.precopy_step(u64::MAX).unwrap();
+    assert_eq!(set.estimate().initial_bytes, 8);
+}
+
+#[test]
+fn c38_the_switchover_asks_once_more_when_all_are_quiescent() {
+    let (mut set, _) = set(vec![script(ALL), script(P2P)]);
+    set.start_precopy().unwrap();
+    set.precopy_step(u64::MAX).unwrap();
+    set.precopy_step(u64::MAX).unwrap();
+    let last = set.stop_for_copy().unwrap();
+    assert_eq!(last, Estimate { stop_copy_bytes: 2 * 68, initial_bytes: 0, basis: Basis::Told });
+}
+
+#[test]
+fn c30_a_device_reset_in_precopy_is_noticed_and_its_whole_state_follows_later() {
+    let (mut set, world) = set(vec![script(ALL), script(ALL)]);
+    set.start_precopy().unwrap();
+    set.precopy_step(u64::MAX).unwrap();
+    fail_at_next_call(&world, Effect::IsReset);
+    let lost = set.precopy_step(u64::MAX).unwrap_err();
+    assert_eq!(
+        chain(&lost),
+        "Cannot read state of running device \"dev0\": Device left its data session for RUNNING unasked"
+    );
+    assert_eq!(states(&world), [Running, PreCopy]);
+    set.precopy_step(u64::MAX).unwrap();
+    set.stop_for_copy().unwrap();
+    assert_eq!(streams(&set.save().unwrap()), [script(ALL).stream(), script(ALL).stream()]);
+    assert_eq!(set.precopy_bytes(), 32);
+}
+
+#[test]
+fn c30_a_device_reset_while_a_state_is_loaded_into_it_is_noticed() {
+    let (mut source, _) = set(vec![script(P2P)]);
+    let tree = migrate(&mut source).unwrap();
+    let mut noticed = 0;
+    for call in 0.. {
+        let (mut set, world) = set(vec![script(P2P)]);
+        world.lock().unwrap().fault = Some((call, Effect::IsReset));
+        let outcome = set.load(&tree).and_then(|()| set.run());
+        let world = world.lock().unwrap();
+        if world.calls <= call {
+            break;
+        }
+        // A reset after the last move is one of a running device.
+        let last = world.calls == call + 1;
+        assert!(outcome.is_err() || last || world.devices[0].loaded.is_some(), "reset at call {call}");
+        noticed += usize::from(outcome.is_err());
+    }
+    assert!(noticed > 3, "{noticed}");
+}
+
+#[test]
+fn c31_a_broken_device_is_reset_and_named() {
+    let (mut set, world) = set(vec![script(ALL), script(ALL)]);
+    migrate(&mut set).unwrap();
+    world.lock().unwrap().devices[1].state = DeviceState::Error;
+    let error = set.abort_to_running().unwrap_err();
+    assert_eq!(chain(&error), "Cannot run device \"dev1\": Device was reset, its state is lost");
+    assert_eq!(states(&world), [Running; 2]);
+    assert_eq!(set.drain_resets(), ["dev1"]);
+    assert!(set.drain_resets().is_empty());
+}
+
+#[test]
+fn c31_a_device_that_fails_once_is_not_reset() {
+    for effect in [Effect::Fails, Effect::FailsHalfway] {
+        for call in 0..12 {
+            let (mut set, world) = set(vec![script(ALL), script(ALL)]);
+            migrate(&mut set).unwrap();
+            {
+                let mut world = world.lock().unwrap();
+                world.fault = Some((world.calls + call, effect));
+            }
+            set.run().unwrap();
+            assert_eq!(states(&world), [Running; 2]);
+            assert!(set.drain_resets().is_empty());
+        }
+    }
+}
+
+#[test]
+fn c32_a_refused_state_ends_in_a_reset_and_the_next_may_be_taken() {
+    let (mut source, _) = set(vec![script(P2P), script(P2P)]);
+    let good = migrate(&mut source).unwrap();
+    let (mut set, world) = set(vec![script(P2P), script(P2P)]);
+    world.lock().unwrap().devices[1].expects = Some(b"another".to_vec());
+    let refused = chain(&set.load(&good).unwrap_err());
+    assert!(
+        refused.starts_with("Cannot load state of device \"dev1\": Device cannot move to STOP"),
+        "{refused}"
+    );
+    assert_eq!(states(&world), [Running; 2]);
+    assert_eq!(set.drain_resets(), ["dev0", "dev1"]);
+    world.lock().unwrap().devices[1].expects = None;
+    set.load(&good).unwrap();
+    assert_eq!(states(&world), [Stop; 2]);
+    set.run().unwrap();
+}
+
+#[test]
+fn c39_a_failed_stop_leaves_a_paused_vm_paused_and_a_running_one_running() {
+    let (mut set, world) = set(vec![script(P2P), script(P2P)]);
+    set.stop().unwrap();
+    {
+        let mut world = world.lock().unwrap();
+        // Two questions on the way to quiescence, four for the estimate, one before the first move.
+        world.fault = Some((world.calls + 7, Effect::Fails));
+    }
+    assert!(set.stop_for_copy().is_err());
+    assert_eq!(states(&world), [Stop; 2]);
+    set.run().unwrap();
+    {
+        let mut world = world.lock().unwrap();
+        world.fault = Some((world.calls + 9, Effect::Fails));
+    }
+    assert!(set.stop().is_err());
+    assert_eq!(states(&world), [Running; 2]);
+}
+
+#[test]
+fn a_paused_vm_skips_precopy() {
+    let (mut set, world) = set(vec![script(ALL)]);
+    set.stop().unwrap();
+    set.start_precopy().unwrap();
+    assert_eq!(states(&world), [Stop]);
+    assert_eq!(set.precopy_step(100).unwrap(), PrecopyStep { bytes: 0, drained: true });
+}
+
+#[test]
+fn a_snapshot_with_too_few_or_too_many_devices_is_refused_untouched() {
+    let (mut one, _) = set(vec![script(P2P)]);
+    let (mut two, _) = set(vec![script(P2P), script(P2P)]);
+    let (of_one, mut of_two) = (migrate(&mut one).unwrap(), migrate(&mut two).unwrap());
+    let (mut one, world) = set(vec![script(P2P)]);
+    assert!(matches!(one.load(&of_two), Err(DeviceSetError::Unclaimed { name }) if name == "dev1"));
+    let (mut two, _) = set(vec![script(P2P), script(P2P)]);
+    assert!(matches!(two.load(&of_one), Err(DeviceSetError::Missing { name }) if name == "dev1"));
+    // A node without a device's state is somebody else's.
+    of_two.snapshots.get_mut("dev1").unwrap().snapshots.clear();
+    assert!(matches!(two.load(&of_two), Err(DeviceSetError::Missing { name }) if name == "dev1"));
+    assert_eq!(world.lock().unwrap().calls, 0);
+    one.load(&of_two).unwrap();
+}
+
+#[test]
+fn a_state_of_another_device_is_refused_with_both_names() {
+    let (mut source, _) = set(vec![script(P2P)]);
+    let mut tree = migrate(&mut source).unwrap();
+    let node = tree.snapshots.remove("dev0").unwrap();
+    tree.add_snapshot("net1".to_owned(), node);
+    let world = Arc::default();
+    let mut set =
+        DeviceSet::new(vec![Device::new("net1", interface(script(P2P), &world)).kind("nic")]).unwrap();
+    let refused = chain(&set.load(&tree).unwrap_err());
+    assert_eq!(
+        refused,
+        "Cannot load state of device \"net1\": Saved state is of device \"dev0\" of kind \"fake\", \
+         not of device \"net1\" of kind \"nic\""
+    );
+    assert_eq!(states(&world), [Running]);
+}
+
+fn capability_sets() -> impl Strategy<Value = Vec<Script>> {
+    let bytes = || prop::collection::vec(any::<u8>(), 0..40);
+    let turn = prop_oneof![3 => bytes().prop_map(Turn::Bytes), 1 => Just(Turn::Pause)];
+    let one =
+        (any::<bool>(), any::<bool>(), prop::collection::vec(turn, 0..6), bytes(), 1..50usize, any::<bool>());
+    let one = one.prop_map(|(p2p, pre_copy, turns, rest, segment, tells)| Script {
+        capabilities: Capabilities { p2p, pre_copy },
+        turns,
+        rest,
+        segment,
+        tells,
+    });
+    prop::collection::vec(one, 1..4)
+}
+
+fn effects() -> impl Strategy<Value = Effect> {
+    prop::sample::select(vec![Effect::Fails, Effect::FailsHalfway, Effect::Breaks, Effect::IsReset])
+}
+
+/// What every device of `scripts` has to say.
+fn whole(scripts: &[Script]) -> Vec<Vec<u8>> {
+    scripts.iter().map(Script::stream).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn c39_after_any_single_fault_the_source_runs_on_and_a_second_attempt_is_whole(
+        scripts in capability_sets(), call in 0..150usize, effect in effects(), plain_pause in any::<bool>(),
+    ) {
+        let (mut set, world) = set(scripts.clone());
+        world.lock().unwrap().fault = Some((call, effect));
+        let outcome = if plain_pause { set.stop().and_then(|()| set.save()) } else { migrate(&mut set) };
+        match &outcome {
+            Ok(tree) => prop_assert_eq!(streams(tree), whole(&scripts)),
+            Err(DeviceSetError::Device { attempt: Attempt::Save, .. }) => {}
+            // Not even asked to, everything runs again.
+            Err(error) => prop_assert!(states(&world).iter().all(|state| state.is_running()), "{error}: {:?}", states(&world)),
+        }
+        let aborted = set.abort_to_running();
+        prop_assert_eq!(states(&world), vec![Running; scripts.len()]);
+        if aborted.is_err() {
+            prop_assert!(effect == Effect::Breaks && set.drain_resets().len() == 1);
+        }
+        let again = migrate(&mut set);
+        // The fault may have been due only now.
+        if let Ok(tree) = again {
+            prop_assert_eq!(streams(&tree), whole(&scripts));
+        }
+        let world = world.lock().unwrap();
+        prop_assert!(world.violations.is_empty(), "{:?}", world.violations);
+    }
+
+    #[test]
+    fn c39_after_any_single_fault_in_a_resume_the_source_runs(
+        scripts in capability_sets(), call in 0..40usize, effect in effects(),
+    ) {
+        let (mut set, world) = set(scripts.clone());
+        migrate(&mut set).unwrap();
+        {
+            let mut world = world.lock().unwrap();
+            world.fault = Some((world.calls + call, effect));
+        }
+        let outcome = set.run();
+        prop_assert_eq!(states(&world), vec![Running; scripts.len()]);
+        prop_assert_eq!(outcome.is_err(), !set.drain_resets().is_empty());
+        let world = world.lock().unwrap();
+        prop_assert!(world.violations.is_empty(), "{:?}", world.violations);
+    }
+
+    #[test]
+    fn what_was_saved_is_loaded_byte_for_byte_whatever_the_segmentation(
+        scripts in capability_sets(), segment in 1..50usize,
+    ) {
+        let (mut source, _) = set(scripts.clone());
+        let tree = migrate(&mut source).unwrap();
+        let (mut target, world) = set(scripts.iter().map(|s| Script { segment, ..s.clone() }).collect());
+        target.load(&tree).unwrap();
+        prop_assert_eq!(states(&world), vec![Stop; scripts.len()]);
+        target.run().unwrap();
+        prop_assert_eq!(states(&world), vec![Running; scripts.len()]);
+        let world = world.lock().unwrap();
+        let loaded: Vec<_> = world.devices.iter().map(|device| device.loaded.clone().unwrap()).collect();
+        prop_assert_eq!(loaded, whole(&scripts));
+        prop_assert!(world.violations.is_empty(), "{:?}", world.violations);
+    }
+
+    #[test]
+    fn c32_after_any_single_fault_the_target_runs_with_all_that_was_saved_or_not_at_all(
+        scripts in capability_sets(), call in 0..80usize, effect in effects(),
+    ) {
+        let (mut source, _) = set(scripts.clone());
+        let tree = migrate(&mut source).unwrap();
+        let (mut target, world) = set(scripts.clone());
+        world.lock().unwrap().fault = Some((call, effect));
+        if target.load(&tree).is_err() {
+            prop_assert!(!states(&world).contains(&Resuming));
+            target.load(&tree).unwrap();
+        }
+        if target.run().is_err() {
+            let runs = |device: &fake::Inside| device.state.is_running() && !device.excused;
+            prop_assert!(!world.lock().unwrap().devices.iter().any(runs), "{:?}", states(&world));
+            let kept = effect != Effect::Breaks && effect != Effect::IsReset;
+            prop_assert_eq!(target.run().is_ok(), kept);
+            if !kept {
+                target.load(&tree).unwrap();
+                target.run().unwrap();
+            }
+        }
+        prop_assert_eq!(states(&world), vec![Running; scripts.len()]);
+        let world = world.lock().unwrap();
+        for (device, stream) in world.devices.iter().zip(whole(&scripts)) {
+            prop_assert!(device.loaded.as_ref() == Some(&stream) || device.excused);
+        }
+        prop_assert!(world.violations.is_empty(), "{:?}", world.violations);
+    }
+}

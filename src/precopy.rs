@@ -1,0 +1,402 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Convergence: when to go on copying a running VM, when to stop it, and when to give up.
+//!
+//! Numbers in, decision out. No clock, no socket, no thread: the sender measures, asks, and does what it is told.
+//!
+//! ```
+//! use vfio_migration::precopy::*;
+//! let policy = Policy { downtime_ms: 300, ..Policy::default() };
+//! let mut seen = Observation { pending_bytes: 1 << 30, bandwidth: 1 << 30, rounds: 1, ..Observation::default() };
+//! assert_eq!(policy.decide(&seen), Decision::Continue);
+//! seen.pending_bytes = 100 << 20;
+//! assert_eq!(policy.decide(&seen), Decision::SwitchOver { expected_downtime_ms: Some(98) });
+//! ```
+
+use std::fmt;
+
+/// What to do when the timeout, or the last round allowed, comes before the downtime limit can be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TimeoutStrategy {
+    /// Give up; the VM runs on at the source.
+    #[default]
+    Cancel,
+    /// Switch over all the same; the downtime limit is broken.
+    Ignore,
+}
+
+/// What the caller asked for; does not change during a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Policy {
+    /// How long the VM may stand still.
+    pub downtime_ms: u64,
+    /// How long the whole migration may take until the VM is stopped.
+    pub timeout_ms: u64,
+    /// What happens when it takes longer.
+    pub timeout_strategy: TimeoutStrategy,
+    /// Passes over memory after which the timeout counts as reached; `None`: as many as fit the timeout.
+    pub max_rounds: Option<u32>,
+    /// Whether the vCPUs may be, and can be, slowed down.
+    pub can_throttle: bool,
+}
+
+impl Default for Policy {
+    /// 300 ms of downtime, an hour, then cancel; no cap on rounds; no throttling.
+    fn default() -> Self {
+        Self {
+            downtime_ms: 300,
+            timeout_ms: 3_600_000,
+            timeout_strategy: TimeoutStrategy::default(),
+            max_rounds: None,
+            can_throttle: false,
+        }
+    }
+}
+
+/// How much device state the downtime will have to carry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceLeft {
+    /// So many bytes.
+    Exact(u64),
+    /// About so many bytes.
+    Estimate(u64),
+    /// Nobody can tell: counts as more than any limit allows.
+    Unknown,
+}
+
+impl DeviceLeft {
+    /// Bytes, where they are known at least roughly.
+    pub fn bytes(self) -> Option<u64> {
+        match self {
+            Self::Exact(bytes) | Self::Estimate(bytes) => Some(bytes),
+            Self::Unknown => None,
+        }
+    }
+}
+
+impl Default for DeviceLeft {
+    fn default() -> Self {
+        Self::Exact(0)
+    }
+}
+
+/// What the sender measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Observation {
+    /// Bytes of guest memory changed since the receiver's copy.
+    pub pending_bytes: u64,
+    /// Bytes of guest memory on their way.
+    pub in_flight_bytes: u64,
+    /// Bytes per second that the connections carry; 0 while nothing was measured.
+    pub bandwidth: u64,
+    /// Bytes per second that become pending.
+    pub dirty_rate: u64,
+    /// Device state that the downtime will carry.
+    pub device: DeviceLeft,
+    /// Device state that its devices want read before they are stopped.
+    pub device_initial_bytes: u64,
+    /// Time since the migration began.
+    pub elapsed_ms: u64,
+    /// Passes over memory that have ended.
+    pub rounds: u32,
+    /// Share of their time that the vCPUs have lost.
+    pub throttle_percent: u8,
+    /// Switchovers begun and taken back because more was left than expected.
+    pub back_outs: u32,
+}
+
+impl Observation {
+    /// How long the VM would stand still if it were stopped now; `None` where that cannot be told.
+    pub fn expected_downtime_ms(&self) -> Option<u64> {
+        let memory = u128::from(self.pending_bytes) + u128::from(self.in_flight_bytes);
+        let bytes = memory + u128::from(self.device.bytes()?);
+        match (bytes, self.bandwidth) {
+            (0, _) => Some(0),
+            (_, 0) => None,
+            (bytes, bandwidth) => Some(ms_for(bytes, bandwidth)),
+        }
+    }
+}
+
+/// What to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Make another pass.
+    Continue,
+    /// Slow the vCPUs down to lose so many percent of their time, then make another pass.
+    ContinueThrottled(u8),
+    /// Stop the VM and send the rest.
+    SwitchOver {
+        /// How long it will stand still; `None` where that cannot be told (and [`TimeoutStrategy::Ignore`] wants it all the same).
+        expected_downtime_ms: Option<u64>,
+    },
+    /// Give up; the VM runs on.
+    Cancel {
+        /// Why.
+        reason: CancelReason,
+    },
+}
+
+/// Why a migration is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CancelReason {
+    /// The timeout came first.
+    TimedOut {
+        /// The timeout.
+        timeout_ms: u64,
+    },
+    /// The cap on rounds came first.
+    OutOfRounds {
+        /// The cap.
+        max_rounds: u32,
+    },
+    /// Each time the VM was stopped, more was left than had been expected.
+    SwitchoverTooLong {
+        /// Times the VM was stopped and let run again.
+        back_outs: u32,
+        /// The downtime expected the last time; `None` where it could not be told.
+        expected_downtime_ms: Option<u64>,
+    },
+}
+
+impl fmt::Display for CancelReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TimedOut { timeout_ms } => {
+                write!(f, "not converged within the timeout of {timeout_ms} ms")
+            }
+            Self::OutOfRounds { max_rounds } => write!(f, "not converged within {max_rounds} rounds"),
+            Self::SwitchoverTooLong { back_outs, expected_downtime_ms: Some(ms) } => {
+                write!(f, "stopped VM {back_outs} times, and {ms} ms of downtime were still to come")
+            }
+            Self::SwitchoverTooLong { back_outs, expected_downtime_ms: None } => {
+                write!(f, "stopped VM {back_outs} times, and the downtime still could not be told")
+            }
+        }
+    }
+}
+
+/// Rounds that must have ended before a dirty rate is trusted enough to slow anybody down.
+const ROUNDS_BEFORE_THROTTLE: u32 = 2;
+const FIRST_THROTTLE_PERCENT: u8 = 20;
+const THROTTLE_STEP_PERCENT: u8 = 10;
+const MAX_THROTTLE_PERCENT: u8 = 99;
+
+impl Policy {
+    /// Times a VM is stopped and let run again because more was left than expected.
+    pub const MAX_BACK_OUTS: u32 = 3;
+
+    /// How far beyond the limit the stopped VM's downtime must be before it is let run again.
+    const BACK_OUT_FACTOR: u64 = 2;
+
+    /// Decides between two rounds, with the VM running.
+    ///
+    /// A switchover waits for the devices' initial bytes, too. After each back-out the limit aimed at is halved, so that the next switchover has room for surprises.
+    pub fn decide(&self, seen: &Observation) -> Decision {
+        let expected = seen.expected_downtime_ms();
+        let aim_ms = self.downtime_ms >> seen.back_outs.min(Self::MAX_BACK_OUTS);
+        if expected.is_some_and(|ms| ms <= aim_ms) && seen.device_initial_bytes == 0 {
+            return Decision::SwitchOver { expected_downtime_ms: expected };
+        }
+        match (self.exhausted(seen), self.timeout_strategy) {
+            (Some(reason), TimeoutStrategy::Cancel) => Decision::Cancel { reason },
+            (Some(_), TimeoutStrategy::Ignore) => Decision::SwitchOver { expected_downtime_ms: expected },
+            (None, _) => self.throttle(seen).map_or(Decision::Continue, Decision::ContinueThrottled),
+        }
+    }
+
+    /// Decides again once the VM and its devices stand still and the last size query is in.
+    ///
+    /// `SwitchOver`: go through with it; `Continue`: let the VM run and go on copying, because the downtime would exceed the
+    /// limit by far; `Cancel`: that has happened [`Policy::MAX_BACK_OUTS`] times.
+    pub fn confirm(&self, seen: &Observation) -> Decision {
+        let expected = seen.expected_downtime_ms();
+        let bearable =
+            expected.is_some_and(|ms| ms <= self.downtime_ms.saturating_mul(Self::BACK_OUT_FACTOR));
+        let strict = self.timeout_strategy == TimeoutStrategy::Cancel;
+        if bearable || (!strict && self.exhausted(seen).is_some()) {
+            return Decision::SwitchOver { expected_downtime_ms: expected };
+        }
+        match self.exhausted(seen) {
+            Some(reason) => Decision::Cancel { reason },
+            None if seen.back_outs >= Self::MAX_BACK_OUTS => {
+                self.after_last_back_out(seen.back_outs, expected)
+            }
+            None => Decision::Continue,
+        }
+    }
+
+    /// Whether the timeout, or the last round allowed, has been reached, and which.
+    pub fn exhausted(&self, seen: &Observation) -> Option<CancelReason> {
+        if seen.elapsed_ms >= self.timeout_ms {
+            return Some(CancelReason::TimedOut { timeout_ms: self.timeout_ms });
+        }
+        let max_rounds = self.max_rounds.filter(|&max| seen.rounds >= max)?;
+        Some(CancelReason::OutOfRounds { max_rounds })
+    }
+
+    fn after_last_back_out(&self, back_outs: u32, expected_downtime_ms: Option<u64>) -> Decision {
+        match self.timeout_strategy {
+            TimeoutStrategy::Ignore => Decision::SwitchOver { expected_downtime_ms },
+            TimeoutStrategy::Cancel => {
+                let reason = CancelReason::SwitchoverTooLong { back_outs, expected_downtime_ms };
+                Decision::Cancel { reason }
+            }
+        }
+    }
+
+    /// Returns the next throttle where a round no longer halves what is left.
+    fn throttle(&self, seen: &Observation) -> Option<u8> {
+        let measured = seen.bandwidth > 0 && seen.rounds >= ROUNDS_BEFORE_THROTTLE;
+        let losing = seen.dirty_rate > seen.bandwidth / 2;
+        if !(self.can_throttle && measured && losing) || seen.throttle_percent >= MAX_THROTTLE_PERCENT {
+            return None;
+        }
+        let next = seen.throttle_percent.saturating_add(THROTTLE_STEP_PERCENT);
+        Some(next.clamp(FIRST_THROTTLE_PERCENT, MAX_THROTTLE_PERCENT))
+    }
+}
+
+/// How fast one source dirties memory, in bytes per second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SourceRate<'a> {
+    /// The source's id.
+    pub id: &'a str,
+    /// What it reports.
+    pub dirty_rate: u64,
+    /// What only it reports.
+    pub exclusive_dirty_rate: u64,
+}
+
+/// Whether a migration will come to its switchover, said for people.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Forecast {
+    /// Nothing was measured yet.
+    #[default]
+    Unmeasured,
+    /// It will, in about so long.
+    Converges {
+        /// Time to the switchover.
+        in_ms: u64,
+    },
+    /// It will not while this goes on.
+    Stuck(Blame),
+}
+
+/// What keeps a migration from converging.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Blame {
+    /// The device state alone takes longer than the downtime limit.
+    DeviceState {
+        /// Its bytes.
+        bytes: u64,
+        /// Bytes that the limit allows.
+        allowed_bytes: u64,
+    },
+    /// Nobody can tell the device state's size.
+    DeviceSizeUnknown,
+    /// Without the pages that only this source reports it would converge.
+    Source {
+        /// The source's id.
+        id: String,
+        /// What only it dirties, in bytes per second.
+        exclusive_dirty_rate: u64,
+        /// Bytes per second that the connections carry.
+        bandwidth: u64,
+    },
+    /// No source alone is to blame.
+    Together {
+        /// What all dirty, in bytes per second.
+        dirty_rate: u64,
+        /// Bytes per second that the connections carry.
+        bandwidth: u64,
+    },
+}
+
+impl Forecast {
+    /// Judges from the rates of each source; where several could be to blame, names the one that dirties most.
+    pub fn new(policy: &Policy, seen: &Observation, sources: &[SourceRate<'_>]) -> Self {
+        if seen.bandwidth == 0 {
+            return Self::Unmeasured;
+        }
+        let Some(device_bytes) = seen.device.bytes() else {
+            return Self::Stuck(Blame::DeviceSizeUnknown);
+        };
+        let allowed_bytes = bytes_in(policy.downtime_ms, seen.bandwidth);
+        if device_bytes > allowed_bytes {
+            return Self::Stuck(Blame::DeviceState { bytes: device_bytes, allowed_bytes });
+        }
+        let memory = seen.pending_bytes.saturating_add(seen.in_flight_bytes);
+        let above_limit = memory.saturating_sub(allowed_bytes - device_bytes);
+        match (above_limit, seen.bandwidth.saturating_sub(seen.dirty_rate)) {
+            (0, _) => Self::Converges { in_ms: 0 },
+            (_, 0) => Self::Stuck(blame(seen, sources)),
+            (bytes, gain) => Self::Converges { in_ms: ms_for(bytes.into(), gain) },
+        }
+    }
+}
+
+fn blame(seen: &Observation, sources: &[SourceRate<'_>]) -> Blame {
+    let needed = seen.dirty_rate.saturating_sub(seen.bandwidth);
+    let culprits = sources.iter().filter(|source| source.exclusive_dirty_rate > needed);
+    match culprits.max_by_key(|source| source.exclusive_dirty_rate) {
+        Some(source) => Blame::Source {
+            id: source.id.to_owned(),
+            exclusive_dirty_rate: source.exclusive_dirty_rate,
+            bandwidth: seen.bandwidth,
+        },
+        None => Blame::Together { dirty_rate: seen.dirty_rate, bandwidth: seen.bandwidth },
+    }
+}
+
+fn bytes_in(ms: u64, rate: u64) -> u64 {
+    u64::try_from(u128::from(ms) * u128::from(rate) / 1000).unwrap_or(u64::MAX)
+}
+
+fn ms_for(bytes: u128, rate: u64) -> u64 {
+    u64::try_from((bytes * 1000).div_ceil(u128::from(rate))).unwrap_or(u64::MAX)
+}
+
+impl fmt::Display for Forecast {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unmeasured => f.write_str("nothing measured yet"),
+            Self::Converges { in_ms: 0 } => f.write_str("ready to switch over"),
+            Self::Converges { in_ms } => write!(f, "switches over in about {} s", in_ms.div_ceil(1000)),
+            Self::Stuck(blame) => write!(f, "does not converge: {blame}"),
+        }
+    }
+}
+
+impl fmt::Display for Blame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: &u64| bytes >> 20;
+        match self {
+            Self::DeviceState { bytes, allowed_bytes } => write!(
+                f,
+                "device state of {} MiB does not fit the downtime limit, which carries {} MiB",
+                mib(bytes),
+                mib(allowed_bytes)
+            ),
+            Self::DeviceSizeUnknown => f.write_str("size of the device state is unknown"),
+            Self::Source { id, exclusive_dirty_rate, bandwidth } => write!(
+                f,
+                "{id} alone dirties {} MiB/s, and {} MiB/s can be sent",
+                mib(exclusive_dirty_rate),
+                mib(bandwidth)
+            ),
+            Self::Together { dirty_rate, bandwidth } => write!(
+                f,
+                "all sources together dirty {} MiB/s, and {} MiB/s can be sent",
+                mib(dirty_rate),
+                mib(bandwidth)
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

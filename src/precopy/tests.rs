@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn policies() -> impl Strategy<Value = Policy> {
+    let strategy = prop_oneof![Just(TimeoutStrategy::Cancel), Just(TimeoutStrategy::Ignore)];
+    let cap = prop::option::of(0..40u32);
+    (0..2000u64, 0..100_000u64, strategy, cap, any::<bool>()).prop_map(
+        |(downtime_ms, timeout_ms, timeout_strategy, max_rounds, can_throttle)| Policy {
+            downtime_ms,
+            timeout_ms,
+            timeout_strategy,
+            max_rounds,
+            can_throttle,
+        },
+    )
+}
+
+fn any_or_small() -> impl Strategy<Value = u64> {
+    prop_oneof![Just(0), 0..1u64 << 32, any::<u64>()]
+}
+
+fn observations() -> impl Strategy<Value = Observation> {
+    let device = prop_oneof![
+        any_or_small().prop_map(DeviceLeft::Exact),
+        any_or_small().prop_map(DeviceLeft::Estimate),
+        Just(DeviceLeft::Unknown),
+    ];
+    let initial = prop_oneof![Just(0), any::<u64>()];
+    let bytes = (any_or_small(), any_or_small(), any_or_small(), any_or_small(), initial);
+    (bytes, device, 0..150_000u64, 0..50u32, 0..=100u8, 0..5u32).prop_map(
+        |(
+            (pending_bytes, in_flight_bytes, bandwidth, dirty_rate, device_initial_bytes),
+            device,
+            elapsed_ms,
+            rounds,
+            throttle_percent,
+            back_outs,
+        )| {
+            Observation {
+                pending_bytes,
+                in_flight_bytes,
+                bandwidth,
+                dirty_rate,
+                device,
+                device_initial_bytes,
+                elapsed_ms,
+                rounds,
+                throttle_percent,
+                back_outs,
+            }
+        },
+    )
+}
+
+fn switches_over(decision: Decision) -> bool {
+    matches!(decision, Decision::SwitchOver { .. })
+}
+
+fn goes_on(decision: Decision) -> bool {
+    matches!(decision, Decision::Continue | Decision::ContinueThrottled(_))
+}
+
+proptest! {
+    #[test]
+    fn more_bandwidth_never_delays_a_switchover(policy in policies(), seen in observations(), more in any_or_small()) {
+        let faster = Observation { bandwidth: seen.bandwidth.saturating_add(more), ..seen };
+        prop_assert!(!switches_over(policy.decide(&seen)) || switches_over(policy.decide(&faster)));
+        prop_assert!(!switches_over(policy.confirm(&seen)) || switches_over(policy.confirm(&faster)));
+    }
+
+    #[test]
+    fn fewer_bytes_never_delay_a_switchover(policy in policies(), seen in observations(), fewer in any_or_small()) {
+        let lighter = Observation { pending_bytes: seen.pending_bytes.saturating_sub(fewer), ..seen };
+        prop_assert!(!switches_over(policy.decide(&seen)) || switches_over(policy.decide(&lighter)));
+    }
+
+    #[test]
+    fn an_estimate_above_the_limit_switches_over_only_when_told_to_ignore_it(policy in policies(), seen in observations()) {
+        let within = seen.expected_downtime_ms().is_some_and(|ms| ms <= policy.downtime_ms);
+        let told = policy.timeout_strategy == TimeoutStrategy::Ignore && policy.exhausted(&seen).is_some();
+        prop_assert!(!switches_over(policy.decide(&seen)) || within || told);
+    }
+
+    #[test]
+    fn initial_bytes_are_waited_for(policy in policies(), seen in observations()) {
+        // C37
+        let early = Observation { device_initial_bytes: 1, ..seen };
+        prop_assert!(policy.exhausted(&early).is_some() || !switches_over(policy.decide(&early)));
+    }
+
+    #[test]
+    fn a_stopped_vm_goes_on_only_within_twice_the_limit_unless_told(policy in policies(), seen in observations()) {
+        let bearable = seen.expected_downtime_ms().is_some_and(|ms| ms <= policy.downtime_ms * 2);
+        prop_assert!(!bearable || switches_over(policy.confirm(&seen)));
+        if policy.timeout_strategy == TimeoutStrategy::Cancel {
+            prop_assert_eq!(bearable, switches_over(policy.confirm(&seen)));
+        }
+    }
+
+    #[test]
+    fn the_timeout_and_the_round_cap_always_end_precopy(policy in policies(), seen in observations()) {
+        let late = Observation { elapsed_ms: policy.timeout_ms, ..seen };
+        prop_assert!(!goes_on(policy.decide(&late)) && !goes_on(policy.confirm(&late)));
+        if let Some(rounds) = policy.max_rounds {
+            let capped = Observation { rounds, ..seen };
+            prop_assert!(!goes_on(policy.decide(&capped)) && !goes_on(policy.confirm(&capped)));
+        }
+        if policy.timeout_strategy == TimeoutStrategy::Ignore {
+            prop_assert!(switches_over(policy.decide(&late)), "ignore never cancels");
+        }
+    }
+
+    #[test]
+    fn back_outs_are_bounded(policy in policies(), seen in observations()) {
+        let last = Observation { back_outs: Policy::MAX_BACK_OUTS, ..seen };
+        prop_assert!(!goes_on(policy.confirm(&last)));
+    }
+
+    #[test]
+    fn an_unknown_device_size_counts_as_huge(policy in policies(), seen in observations()) {
+        // C28
+        let blind = Observation { device: DeviceLeft::Unknown, ..seen };
+        prop_assert_eq!(blind.expected_downtime_ms(), None);
+        prop_assert!(policy.exhausted(&blind).is_some() || !switches_over(policy.decide(&blind)));
+    }
+
+    #[test]
+    fn no_bandwidth_divides_nothing(policy in policies(), seen in observations()) {
+        let silent = Observation { bandwidth: 0, ..seen };
+        let nothing = silent.pending_bytes == 0 && silent.in_flight_bytes == 0 && silent.device.bytes() == Some(0);
+        prop_assert_eq!(silent.expected_downtime_ms(), nothing.then_some(0));
+        prop_assert!(!matches!(policy.decide(&silent), Decision::ContinueThrottled(_)));
+        prop_assert_eq!(Forecast::new(&policy, &silent, &[]), Forecast::Unmeasured);
+    }
+
+    #[test]
+    fn throttling_only_tightens_and_only_where_allowed(policy in policies(), seen in observations()) {
+        if let Decision::ContinueThrottled(percent) = policy.decide(&seen) {
+            prop_assert!(policy.can_throttle && percent > seen.throttle_percent && percent <= 99);
+            prop_assert!(seen.dirty_rate > seen.bandwidth / 2);
+        }
+    }
+
+    #[test]
+    fn forecasts_never_fail(policy in policies(), seen in observations(), rates in prop::collection::vec((any_or_small(), any_or_small()), 0..4)) {
+        let sources: Vec<_> = rates
+            .iter()
+            .map(|&(dirty_rate, exclusive_dirty_rate)| SourceRate { id: "a", dirty_rate, exclusive_dirty_rate })
+            .collect();
+        prop_assert!(!Forecast::new(&policy, &seen, &sources).to_string().is_empty());
+    }
+}
+
+const GIB: u64 = 1 << 30;
+
+fn losing() -> Observation {
+    Observation {
+        pending_bytes: 4 * GIB,
+        bandwidth: GIB,
+        dirty_rate: 2 * GIB,
+        rounds: 2,
+        ..Observation::default()
+    }
+}
+
+#[test]
+fn throttling_starts_at_twenty_and_ends_at_ninety_nine() {
+    let policy = Policy { can_throttle: true, ..Policy::default() };
+    let mut seen = losing();
+    let mut steps = Vec::new();
+    while let Decision::ContinueThrottled(percent) = policy.decide(&seen) {
+        steps.push(percent);
+        seen.throttle_percent = percent;
+    }
+    assert_eq!(steps, [20, 30, 40, 50, 60, 70, 80, 90, 99]);
+    assert_eq!(policy.decide(&seen), Decision::Continue);
+}
+
+#[test]
+fn the_source_that_alone_keeps_it_from_converging_is_named() {
+    let rate = |id, dirty_rate, exclusive_dirty_rate| SourceRate { id, dirty_rate, exclusive_dirty_rate };
+    let sources = [rate("kvm-log", GIB, GIB / 2), rate("device-log:net0", 3 * GIB / 2, 5 * GIB / 4)];
+    let forecast = Forecast::new(&Policy::default(), &losing(), &sources);
+    let Forecast::Stuck(Blame::Source { id, .. }) = &forecast else { panic!("{forecast}") };
+    assert_eq!(id, "device-log:net0");
+    assert_eq!(
+        forecast.to_string(),
+        "does not converge: device-log:net0 alone dirties 1280 MiB/s, and 1024 MiB/s can be sent"
+    );
+}
+
+#[test]
+fn sources_that_share_the_blame_are_named_together() {
+    let sources = [SourceRate { id: "kvm-log", dirty_rate: 2 * GIB, exclusive_dirty_rate: 0 }; 2];
+    let forecast = Forecast::new(&Policy::default(), &losing(), &sources);
+    assert_eq!(forecast, Forecast::Stuck(Blame::Together { dirty_rate: 2 * GIB, bandwidth: GIB }));
+}
+
+#[test]
+fn a_device_state_beyond_the_limit_is_to_blame_before_any_source() {
+    let seen = Observation { device: DeviceLeft::Estimate(GIB), dirty_rate: 0, ..losing() };
+    let forecast = Forecast::new(&Policy::default(), &seen, &[]);
+    assert!(matches!(forecast, Forecast::Stuck(Blame::DeviceState { bytes: GIB, .. })), "{forecast}");
+}
+
+#[test]
+fn a_converging_migration_tells_when() {
+    let seen = Observation { pending_bytes: 2 * GIB, dirty_rate: GIB / 2, ..losing() };
+    let policy = Policy { downtime_ms: 1000, ..Policy::default() };
+    assert_eq!(Forecast::new(&policy, &seen, &[]), Forecast::Converges { in_ms: 2000 });
+}
+
+#[test]
+fn each_back_out_halves_the_aim() {
+    let policy = Policy { downtime_ms: 400, ..Policy::default() };
+    let seen = Observation { pending_bytes: GIB / 4, bandwidth: GIB, back_outs: 0, ..losing() };
+    assert!(switches_over(policy.decide(&seen)));
+    assert_eq!(policy.decide(&Observation { back_outs: 1, ..seen }), Decision::Continue);
+}

@@ -1,0 +1,418 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `VFIO_IOMMU_DIRTY_PAGES`: what was written through the mappings of a type1 container.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use thiserror::Error;
+use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
+
+use super::mapped::{Mapped, spans, zeroed};
+use super::{Cover, DirtySource, Operation, Sink, SourceError};
+use crate::bitmap::WORD_BITS;
+use crate::granule::{Granule, GranuleError};
+use crate::iova::{IovaMap, Mapping};
+use crate::layout::Layout;
+use crate::range::IovaRange;
+use crate::sys::vfio::container as sys;
+
+mod info;
+
+pub use info::{ContainerInfo, DirtyBitmapInfo};
+
+/// What a set bit of a container's bitmap means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meaning {
+    /// A device wrote there: every device in the container is a mediated one, whose writes the kernel performs itself.
+    Written,
+    /// The page is mapped: the container holds a pass-through device, whose writes nobody sees, so every read reports every
+    /// mapped page.
+    Mapped,
+}
+
+/// What a container refused, or cannot do.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ContainerLogError {
+    /// The container has another model than type 1 version 2; there the ioctl would mean something else.
+    #[error("Container of IOMMU model {model} has no dirty bitmap; only model 3 (type 1 version 2) has")]
+    Model {
+        /// What the container was given with `VFIO_SET_IOMMU`.
+        model: u32,
+    },
+    /// The container does not tell what it can do.
+    #[error("Cannot read the container's information")]
+    Info(#[source] io::Error),
+    /// The container has no migration capability: an old kernel, or an iommufd that poses as a container.
+    #[error("Container has no dirty bitmap")]
+    NoDirtyBitmap,
+    /// The bitmap's smallest page size is none.
+    #[error("Container's dirty bitmap offers page sizes {page_sizes:#x}")]
+    PageSizes {
+        /// One bit per size.
+        page_sizes: u64,
+        /// What is wrong with the smallest.
+        source: GranuleError,
+    },
+    /// One mapping's bitmap exceeds what the container reads at once, and a mapping cannot be read in parts.
+    #[error("Mapping at IOVA {iova} takes a bitmap larger than the container's limit of {max_bytes} bytes")]
+    MappingTooLarge {
+        /// The mapping.
+        iova: IovaRange,
+        /// The limit.
+        max_bytes: u64,
+    },
+    /// The log could not be switched on.
+    #[error("Cannot start the container's dirty log")]
+    Start(#[source] io::Error),
+    /// The bits of a span could not be read; what they said is gone. The log was started anew.
+    #[error("Cannot read the dirty bitmap of IOVA {iova}")]
+    Read {
+        /// What was asked for.
+        iova: IovaRange,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Mappings could not be taken down.
+    #[error("Cannot unmap IOVA {iova}")]
+    Unmap {
+        /// What was asked for.
+        iova: IovaRange,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The log could not be switched off.
+    #[error("Cannot stop the container's dirty log")]
+    Stop(#[source] io::Error),
+}
+
+/// The dirty bitmap of a type1 container, over any container descriptor.
+///
+/// Without a virtual IOMMU it takes for granted that the VM's RAM is mapped region by region, each by one mapping or by several.
+#[derive(Debug)]
+pub struct ContainerLog<F> {
+    id: String,
+    container: F,
+    meaning: Meaning,
+    limits: Limits,
+    mapped: Mapped,
+    /// What one GET each reads; empty when it is to be worked out anew.
+    requests: Vec<IovaRange>,
+    words: Vec<u64>,
+    on: bool,
+}
+
+impl<F: AsRawFd + Send> ContainerLog<F> {
+    /// Makes the source `id` for `container`, which was given `model` with `VFIO_SET_IOMMU`; its log is off until
+    /// [`DirtySource::start`].
+    ///
+    /// # Errors
+    /// The model is not type 1 version 2, or the container has no dirty bitmap.
+    pub fn new(
+        id: impl Into<String>,
+        container: F,
+        model: u32,
+        meaning: Meaning,
+    ) -> Result<Self, ContainerLogError> {
+        if model != VFIO_TYPE1v2_IOMMU {
+            return Err(ContainerLogError::Model { model });
+        }
+        let info = sys::iommu_info(&container).map_err(ContainerLogError::Info)?;
+        let limits = Limits::new(ContainerInfo::parse(&info))?;
+        let (mapped, requests, words) = (Mapped::default(), Vec::new(), Vec::new());
+        Ok(Self { id: id.into(), container, meaning, limits, mapped, requests, words, on: false })
+    }
+
+    /// Bytes per bit.
+    pub fn granule(&self) -> Granule {
+        self.limits.granule
+    }
+
+    /// Takes the mappings in `iova` down, which may be many but must be whole, and reports their dirty pages as it goes;
+    /// returns the bytes unmapped.
+    ///
+    /// Replaces [`DirtySource::unmapped`] and the VMM's own unmap, with one lock held over both in the kernel. That closes the
+    /// gap for the kernel's own writes; a pass-through device may still write between the two. Where the log is off it only
+    /// unmaps.
+    ///
+    /// # Errors
+    /// What the bitmap said is lost, so their pages must be marked dirty; the mappings are gone all the same, unless the cause is
+    /// [`ContainerLogError::Unmap`].
+    pub fn unmap_with_bitmap(&mut self, iova: IovaRange, sink: &mut Sink<'_>) -> Result<u64, SourceError> {
+        let result = self.try_unmap(iova, sink);
+        result.map_err(|cause| SourceError::new(&self.id, Operation::Unmapped, cause))
+    }
+
+    fn try_unmap(&mut self, iova: IovaRange, sink: &mut Sink<'_>) -> Result<u64, ContainerLogError> {
+        if !self.on {
+            return sys::unmap(&self.container, iova)
+                .map_err(|source| ContainerLogError::Unmap { iova, source });
+        }
+        let inside = self.mapped.iter().map(|mapping| mapping.iova()).filter(|mapping| iova.covers(*mapping));
+        let requests = self.limits.requests(inside)?;
+        let (mut bytes, mut lost) = (0, None);
+        for request in requests {
+            match self.unmap_request(request, sink) {
+                Ok(unmapped) => bytes += unmapped,
+                Err(source) => {
+                    bytes += sys::unmap(&self.container, request)
+                        .map_err(|source| ContainerLogError::Unmap { iova: request, source })?;
+                    lost = lost.or(Some(ContainerLogError::Read { iova: request, source }));
+                }
+            }
+            self.mapped.remove(request);
+            self.requests.clear();
+        }
+        lost.map_or(Ok(bytes), Err)
+    }
+
+    fn unmap_request(&mut self, request: IovaRange, sink: &mut Sink<'_>) -> io::Result<u64> {
+        let granule = self.limits.granule;
+        let words = zeroed(&mut self.words, self.limits.words(request));
+        let bytes = sys::unmap_with_bitmap(&self.container, request, granule, words)?;
+        sink.iova_words(request, granule, words).expect(COUNTED);
+        Ok(bytes)
+    }
+
+    fn try_collect(&mut self, sink: &mut Sink<'_>) -> Result<(), ContainerLogError> {
+        if self.requests.is_empty() {
+            self.requests = self.limits.requests(self.mapped.iter().map(|mapping| mapping.iova()))?;
+        }
+        for index in 0..self.requests.len() {
+            self.read(self.requests[index], sink)?;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, iova: IovaRange, sink: &mut Sink<'_>) -> Result<(), ContainerLogError> {
+        let granule = self.limits.granule;
+        let words = zeroed(&mut self.words, self.limits.words(iova));
+        sys::dirty_pages_bitmap(&self.container, iova, granule, words)
+            .map_err(|source| ContainerLogError::Read { iova, source })?;
+        sink.iova_words(iova, granule, words).expect(COUNTED);
+        Ok(())
+    }
+
+    /// Starts a log anew that a failed read may have left damaged; the caller takes every page for dirty.
+    fn rearm(&self) -> io::Result<()> {
+        sys::dirty_pages_stop(&self.container)?;
+        sys::dirty_pages_start(&self.container)
+    }
+}
+
+const COUNTED: &str = "the words were counted for this range";
+
+/// How the container's bitmap may be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Limits {
+    granule: Granule,
+    max_bytes: u64,
+}
+
+impl Limits {
+    /// Words of zeros worth reading to save a request.
+    const GAP_WORDS: u64 = 64;
+
+    fn new(info: ContainerInfo) -> Result<Self, ContainerLogError> {
+        let bitmap = info.dirty_bitmap.ok_or(ContainerLogError::NoDirtyBitmap)?;
+        let page_sizes = bitmap.page_sizes;
+        let smallest = page_sizes & page_sizes.wrapping_neg();
+        let granule =
+            Granule::new(smallest).map_err(|source| ContainerLogError::PageSizes { page_sizes, source })?;
+        Ok(Self { granule, max_bytes: bitmap.max_bytes })
+    }
+
+    /// Groups mappings, ascending, into what one GET each may read: none bisected, no bitmap over the limit.
+    fn requests(
+        self,
+        mappings: impl Iterator<Item = IovaRange>,
+    ) -> Result<Vec<IovaRange>, ContainerLogError> {
+        let gap = (Self::GAP_WORDS * WORD_BITS as u64) << self.granule.shift();
+        let requests = spans(mappings, gap, self.max_span());
+        match requests.iter().find(|request| request.len() > self.max_span()) {
+            Some(&iova) => Err(ContainerLogError::MappingTooLarge { iova, max_bytes: self.max_bytes }),
+            None => Ok(requests),
+        }
+    }
+
+    /// Bytes of IOVA space whose bitmap, in whole words, is within the limit.
+    fn max_span(self) -> u64 {
+        let bits = (self.max_bytes / 8).saturating_mul(WORD_BITS as u64);
+        bits.saturating_mul(self.granule.bytes())
+    }
+
+    fn words(self, iova: IovaRange) -> usize {
+        usize::try_from(self.granule.bits_for(iova.len())).expect("mapped here").div_ceil(WORD_BITS)
+    }
+}
+
+impl<F: AsRawFd + Send> DirtySource for ContainerLog<F> {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn cover(&self) -> Cover {
+        Cover { ranges: self.mapped.gpa_ranges(), precise: self.meaning == Meaning::Written }
+    }
+
+    fn start(&mut self, layout: &Layout, iova: &IovaMap) -> Result<(), SourceError> {
+        if self.on {
+            return Ok(());
+        }
+        self.mapped = Mapped::at_start(layout, iova);
+        self.requests.clear();
+        let mappings = self.mapped.iter().map(|mapping| mapping.iova());
+        let readable = self.limits.requests(mappings).map(drop);
+        readable
+            .and_then(|()| sys::dirty_pages_start(&self.container).map_err(ContainerLogError::Start))
+            .map_err(|cause| SourceError::new(&self.id, Operation::Start, cause))?;
+        self.on = true;
+        Ok(())
+    }
+
+    fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        let result = self.try_collect(sink);
+        if let Err(ContainerLogError::Read { .. }) = result {
+            // Where this fails too, so does the next read: it is tried again there.
+            let _told_by_the_read = self.rearm();
+        }
+        result.map_err(|cause| SourceError::new(&self.id, Operation::Collect, cause))
+    }
+
+    fn mapped(&mut self, mapping: &Mapping) -> Result<(), SourceError> {
+        self.mapped.add(*mapping);
+        self.requests.clear();
+        Ok(())
+    }
+
+    fn unmapped(&mut self, mapping: &Mapping, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        let result = if self.on { self.read(mapping.iova(), sink) } else { Ok(()) };
+        self.mapped.remove(mapping.iova());
+        self.requests.clear();
+        result.map_err(|cause| SourceError::new(&self.id, Operation::Unmapped, cause))
+    }
+
+    fn stop(&mut self) -> Result<(), SourceError> {
+        if !std::mem::take(&mut self.on) {
+            return Ok(());
+        }
+        sys::dirty_pages_stop(&self.container)
+            .map_err(|source| SourceError::new(&self.id, Operation::Stop, ContainerLogError::Stop(source)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::range::GpaRange;
+    use crate::source::Marks;
+
+    fn range(start: u64, len: u64) -> IovaRange {
+        IovaRange::new(start, len).unwrap()
+    }
+
+    fn limits(max_bytes: u64) -> Limits {
+        Limits { granule: Granule::KIB_4, max_bytes }
+    }
+
+    /// A source whose every ioctl fails: what stands behind it is no container.
+    fn broken() -> ContainerLog<File> {
+        ContainerLog {
+            id: "container".to_owned(),
+            container: File::open("/dev/null").unwrap(),
+            meaning: Meaning::Written,
+            limits: limits(256 << 20),
+            mapped: Mapped::default(),
+            requests: Vec::new(),
+            words: Vec::new(),
+            on: false,
+        }
+    }
+
+    fn layout() -> Layout {
+        Layout::new([GpaRange::new(0, 8 << 20).unwrap()], Granule::KIB_4).unwrap()
+    }
+
+    #[test]
+    fn only_a_type1v2_container_is_asked_anything() {
+        for model in [1, 2, 4, 6, 7, 8] {
+            let log = ContainerLog::new("c", File::open("/dev/null").unwrap(), model, Meaning::Written);
+            assert!(matches!(log, Err(ContainerLogError::Model { model: named }) if named == model));
+        }
+        let log = ContainerLog::new("c", File::open("/dev/null").unwrap(), 3, Meaning::Written);
+        assert!(matches!(log, Err(ContainerLogError::Info(_))));
+    }
+
+    #[test]
+    fn a_container_without_the_migration_capability_is_refused() {
+        let info = ContainerInfo { page_sizes: 0x1000, dirty_bitmap: None };
+        assert!(matches!(Limits::new(info), Err(ContainerLogError::NoDirtyBitmap)));
+        let dirty_bitmap = Some(DirtyBitmapInfo { page_sizes: 0, max_bytes: 1 });
+        let none = Limits::new(ContainerInfo { page_sizes: 0x1000, dirty_bitmap });
+        assert!(matches!(none, Err(ContainerLogError::PageSizes { page_sizes: 0, .. })));
+    }
+
+    #[test]
+    fn the_smallest_page_size_is_the_granule() {
+        let dirty_bitmap = Some(DirtyBitmapInfo { page_sizes: 0x4021_0000, max_bytes: 1 });
+        let limits = Limits::new(ContainerInfo { page_sizes: 0x1000, dirty_bitmap }).unwrap();
+        assert_eq!(limits.granule.bytes(), 64 << 10);
+    }
+
+    #[test]
+    fn c16_a_mapping_whose_bitmap_exceeds_the_limit_is_refused_before_the_start() {
+        let words_of_two_mib = 512 / 8;
+        let whole = limits(words_of_two_mib).requests([range(0, 2 << 20)].into_iter());
+        assert_eq!(whole.unwrap(), [range(0, 2 << 20)]);
+        let larger = limits(words_of_two_mib).requests([range(0, (2 << 20) + 4096)].into_iter());
+        assert!(matches!(larger, Err(ContainerLogError::MappingTooLarge { max_bytes: 64, .. })));
+    }
+
+    #[test]
+    fn c16_requests_hold_mappings_whole_and_stay_within_the_limit() {
+        let mappings = (0..9).map(|index| range(index << 20, 1 << 20));
+        let requests = limits(4 * 256 / 8).requests(mappings).unwrap();
+        assert_eq!(requests, [range(0, 4 << 20), range(4 << 20, 4 << 20), range(8 << 20, 1 << 20)]);
+    }
+
+    #[test]
+    fn c16_the_limit_of_a_real_kernel_is_8_tib() {
+        assert_eq!(limits(268_435_456).max_span(), 8 << 40);
+    }
+
+    #[test]
+    fn c07_a_failed_read_is_an_error_and_the_cover_is_known() {
+        let (layout, iova) = (layout(), IovaMap::Identity);
+        let mut log = broken();
+        log.start(&layout, &iova).unwrap_err();
+        log.mapped = Mapped::at_start(&layout, &iova);
+        let mut marks = Marks::new(&layout);
+        let error = log.collect(&mut Sink::new(&layout, &iova, &mut marks)).unwrap_err();
+        assert_eq!(error.operation, Operation::Collect);
+        assert!(error.cause.to_string().contains("0x0..0x800000"), "{}", error.cause);
+        assert_eq!(log.cover(), Cover { ranges: vec![layout.regions()[0].range()], precise: true });
+    }
+
+    #[test]
+    fn c13_a_mapping_is_forgotten_even_if_its_bits_cannot_be_read() {
+        let (layout, iova) = (layout(), IovaMap::Identity);
+        let mut log = broken();
+        let mapping = Mapping::identity(layout.regions()[0].range());
+        log.mapped(&mapping).unwrap();
+        log.on = true;
+        let mut marks = Marks::new(&layout);
+        let error = log.unmapped(&mapping, &mut Sink::new(&layout, &iova, &mut marks)).unwrap_err();
+        assert_eq!(error.operation, Operation::Unmapped);
+        assert!(log.cover().ranges.is_empty());
+    }
+
+    #[test]
+    fn c41_a_second_start_asks_the_kernel_nothing() {
+        let mut log = broken();
+        log.on = true;
+        log.start(&layout(), &IovaMap::Identity).unwrap();
+    }
+}

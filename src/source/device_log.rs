@@ -1,0 +1,395 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `VFIO_DEVICE_FEATURE_DMA_LOGGING_*`: what a device wrote, by its own account.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use thiserror::Error;
+
+use super::mapped::{Mapped, spans, united, zeroed};
+use super::{Cover, DirtySource, Operation, Sink, SourceError};
+use crate::bitmap::WORD_BITS;
+use crate::granule::{Granule, GranuleError};
+use crate::iova::{IovaMap, Mapping};
+use crate::layout::Layout;
+use crate::range::IovaRange;
+use crate::sys::vfio::device as sys;
+
+mod ranges;
+
+use ranges::{Search, merged, rounded};
+
+/// The IOVAs a device is asked to log. They cannot change while it logs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Coverage {
+    /// What is mapped when the log is started: right without a virtual IOMMU.
+    Mappings,
+    /// These, and what is mapped at the start must lie inside: for a virtual IOMMU, all that the guest may map.
+    Ranges(Vec<IovaRange>),
+}
+
+/// What a device refused, or cannot do.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DeviceLogError {
+    /// The device does not log its own DMA.
+    #[error("Device has no DMA logging")]
+    Absent(#[source] io::Error),
+    /// Nothing is mapped, so there is nothing to log.
+    #[error("No memory is mapped for the device")]
+    NothingMapped,
+    /// A range does not begin and end at a host page, nor does the mapped memory around it.
+    #[error("DMA logging ranges cannot be rounded to pages of {page} within mapped memory")]
+    Unaligned {
+        /// The host's page size.
+        page: Granule,
+    },
+    /// The device accepted none of the ways to put it.
+    #[error("Cannot start DMA logging of {ranges} ranges, {first} to {last}, at {granule}")]
+    Start {
+        /// How many ranges there were in the last attempt.
+        ranges: usize,
+        /// The lowest.
+        first: IovaRange,
+        /// The highest.
+        last: IovaRange,
+        /// Bytes per bit asked for.
+        granule: Granule,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The device chose a page size that is none.
+    #[error("Device chose an impossible page size")]
+    Granule(#[source] GranuleError),
+    /// The log starts but cannot be read; a kernel built without iommufd answers so.
+    #[error("Device logs its DMA, but the kernel cannot report it")]
+    NoReport(#[source] io::Error),
+    /// A report failed: the log is corrupt. It was started anew.
+    #[error("Cannot report the DMA to IOVA {iova}")]
+    Report {
+        /// What was asked for.
+        iova: IovaRange,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The log had failed before and was lost in between. It was started anew.
+    #[error("DMA log was lost at an earlier failure")]
+    Lost,
+    /// The device writes through a mapping that the log does not cover.
+    #[error("Mapping at IOVA {iova} lies outside what the device was asked to log")]
+    Uncovered {
+        /// The mapping.
+        iova: IovaRange,
+    },
+    /// The log could not be switched off.
+    #[error("Cannot stop DMA logging")]
+    Stop(#[source] io::Error),
+}
+
+/// The DMA log of one device, over any VFIO device descriptor.
+///
+/// Nobody else may start or stop the device's log while this source is on.
+#[derive(Debug)]
+pub struct DeviceLog<F> {
+    id: String,
+    device: F,
+    coverage: Coverage,
+    hint: Granule,
+    max_ranges: usize,
+    mapped: Mapped,
+    /// What START covered, while the source is on.
+    armed: Option<Armed>,
+    requests: Option<Requests>,
+    words: Vec<u64>,
+}
+
+/// What the device was asked to log, and how it does.
+#[derive(Debug, Clone)]
+struct Armed {
+    ranges: Vec<IovaRange>,
+    asked: Granule,
+    chosen: Granule,
+    /// The log's content is lost, or not even running: nothing it reports counts until it is started anew.
+    lost: bool,
+}
+
+/// What to do at a report.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Requests {
+    /// Read these.
+    reports: Vec<IovaRange>,
+    /// Of these nothing is known: START did not cover them.
+    unknown: Vec<IovaRange>,
+}
+
+impl<F: AsRawFd + Send> DeviceLog<F> {
+    /// Makes the source `id` for `device`; its log is off until [`DirtySource::start`].
+    ///
+    /// # Errors
+    /// The device does not log its own DMA.
+    pub fn new(id: impl Into<String>, device: F) -> Result<Self, DeviceLogError> {
+        sys::probe_dma_logging(&device).map_err(DeviceLogError::Absent)?;
+        Ok(Self::unprobed(id.into(), device))
+    }
+
+    fn unprobed(id: String, device: F) -> Self {
+        let hint = Granule::host_page();
+        Self {
+            id,
+            device,
+            coverage: Coverage::Mappings,
+            hint,
+            max_ranges: kernel_max_ranges(hint),
+            mapped: Mapped::default(),
+            armed: None,
+            requests: None,
+            words: Vec::new(),
+        }
+    }
+
+    /// Chooses what to log; [`Coverage::Mappings`] unless told.
+    #[must_use]
+    pub fn with_coverage(self, coverage: Coverage) -> Self {
+        Self { coverage, ..self }
+    }
+
+    /// Lowers the number of ranges to a device's own limit, where that is known; else it is found by trying.
+    #[must_use]
+    pub fn with_max_ranges(self, max_ranges: usize) -> Self {
+        Self { max_ranges: max_ranges.min(self.max_ranges), ..self }
+    }
+
+    /// Asks for a coarser granule than the host page; the device has the last word.
+    #[must_use]
+    pub fn with_granule(self, hint: Granule) -> Self {
+        Self { hint, ..self }
+    }
+
+    /// Bytes per bit that the device chose; `None` while the log is off.
+    pub fn granule(&self) -> Option<Granule> {
+        self.armed.as_ref().map(|armed| armed.chosen)
+    }
+
+    /// The IOVAs that the device was asked to log, gaps it had to take in included; none while the log is off.
+    pub fn covered(&self) -> &[IovaRange] {
+        self.armed.as_ref().map_or(&[], |armed| &armed.ranges)
+    }
+
+    fn try_start(&self) -> Result<Armed, DeviceLogError> {
+        let page = Granule::host_page();
+        let mapped = united(self.mapped.iter().map(|mapping| mapping.iova()));
+        let wanted = match &self.coverage {
+            Coverage::Mappings => mapped.clone(),
+            Coverage::Ranges(ranges) => united(ranges.iter().copied()),
+        };
+        let (asked, ranges) =
+            rounded(&wanted, &mapped, self.hint, page).ok_or(DeviceLogError::Unaligned { page })?;
+        if let Some(&iova) = mapped.iter().find(|mapping| !covers(&ranges, **mapping)) {
+            return Err(DeviceLogError::Uncovered { iova });
+        }
+        let armed = self.arm(&ranges, asked)?;
+        self.check_report(&armed).inspect_err(|_| {
+            let _already_failing = sys::dma_logging_stop(&self.device);
+        })?;
+        Ok(armed)
+    }
+
+    /// Starts the log of `ranges`, merged as far as the device demands.
+    fn arm(&self, ranges: &[IovaRange], asked: Granule) -> Result<Armed, DeviceLogError> {
+        let (Some(&first), Some(&last)) = (ranges.first(), ranges.last()) else {
+            return Err(DeviceLogError::NothingMapped);
+        };
+        let mut search = Search::new(ranges.len(), self.max_ranges);
+        let mut refusal = (0, io::Error::from_raw_os_error(libc::E2BIG));
+        while let Some(count) = search.count() {
+            let ranges = merged(ranges, count);
+            match sys::dma_logging_start(&self.device, asked, &ranges) {
+                Ok(bytes) => return self.armed_with(ranges, asked, bytes),
+                Err(source) => {
+                    search.refused(source.raw_os_error());
+                    refusal = (ranges.len(), source);
+                }
+            }
+        }
+        let (ranges, source) = refusal;
+        Err(DeviceLogError::Start { ranges, first, last, granule: asked, source })
+    }
+
+    fn armed_with(
+        &self,
+        ranges: Vec<IovaRange>,
+        asked: Granule,
+        bytes: u64,
+    ) -> Result<Armed, DeviceLogError> {
+        match Granule::new(bytes) {
+            Ok(chosen) => Ok(Armed { ranges, asked, chosen, lost: false }),
+            Err(source) => {
+                let _already_failing = sys::dma_logging_stop(&self.device);
+                Err(DeviceLogError::Granule(source))
+            }
+        }
+    }
+
+    /// Reads the first bit of the log just started, to find out now whether reading works at all.
+    fn check_report(&self, armed: &Armed) -> Result<(), DeviceLogError> {
+        let Some(first) = armed.ranges.first() else { return Ok(()) };
+        let bit =
+            IovaRange::new(first.start(), first.len().min(armed.chosen.bytes())).expect("part of a range");
+        sys::dma_logging_report(&self.device, bit, armed.chosen, &mut [0]).map_err(DeviceLogError::NoReport)
+    }
+
+    fn try_collect(&mut self, sink: &mut Sink<'_>) -> Result<(), DeviceLogError> {
+        let Some(armed) = self.armed.as_ref() else { return Ok(()) };
+        if armed.lost {
+            return Err(DeviceLogError::Lost);
+        }
+        let requests =
+            self.requests.take().unwrap_or_else(|| requests(&self.mapped, &armed.ranges, armed.chosen));
+        let result = self.carry_out(&requests, sink);
+        self.requests = Some(requests);
+        result
+    }
+
+    fn carry_out(&mut self, requests: &Requests, sink: &mut Sink<'_>) -> Result<(), DeviceLogError> {
+        requests.unknown.iter().for_each(|&iova| sink.iova_range(iova));
+        requests.reports.iter().try_for_each(|&iova| self.report(iova, sink))
+    }
+
+    fn report(&mut self, iova: IovaRange, sink: &mut Sink<'_>) -> Result<(), DeviceLogError> {
+        let Some(Armed { chosen: granule, .. }) = self.armed else { return Ok(()) };
+        let bits = usize::try_from(granule.bits_for(iova.len())).expect("a piece's bits");
+        let words = zeroed(&mut self.words, bits.div_ceil(WORD_BITS));
+        sys::dma_logging_report(&self.device, iova, granule, words)
+            .map_err(|source| DeviceLogError::Report { iova, source })?;
+        sink.iova_words(iova, granule, words).expect("the words were counted for this range");
+        Ok(())
+    }
+
+    /// Starts a corrupt log anew, as it was; the caller takes every page for dirty.
+    fn rearm(&mut self) {
+        let Some(mut armed) = self.armed.take() else { return };
+        let _already_failed = sys::dma_logging_stop(&self.device);
+        match self.arm(&armed.ranges, armed.asked) {
+            Ok(anew) => armed = anew,
+            Err(_) => armed.lost = true,
+        }
+        self.requests = None;
+        self.armed = Some(armed);
+    }
+}
+
+/// The most ranges the kernel takes, whatever the device: a page of them.
+fn kernel_max_ranges(page: Granule) -> usize {
+    usize::try_from(page.bytes() / 16).expect("a page is small")
+}
+
+fn covers(ranges: &[IovaRange], iova: IovaRange) -> bool {
+    ranges.iter().any(|range| range.covers(iova))
+}
+
+/// Bits one REPORT reads at most, so that its bitmap stays in a processor's cache: 256 KiB.
+const REPORT_BITS: u64 = 1 << 21;
+
+/// Words of zeros worth reading to save a request.
+const GAP_WORDS: u64 = 64;
+
+/// Works out what to read so that the bits of every mapping that the log covers come in.
+fn requests(mapped: &Mapped, covered: &[IovaRange], granule: Granule) -> Requests {
+    let gap = (GAP_WORDS * WORD_BITS as u64) << granule.shift();
+    let mappings = || mapped.iter().map(|mapping| mapping.iova());
+    let inside = |range: &IovaRange| {
+        let range = *range;
+        spans(mappings().filter(move |mapping| range.covers(*mapping)), gap, u64::MAX)
+    };
+    Requests {
+        reports: covered.iter().flat_map(inside).flat_map(|span| reports(span, granule)).collect(),
+        unknown: mappings().filter(|mapping| !covers(covered, *mapping)).collect(),
+    }
+}
+
+/// Cuts `iova`, grown to whole granules, into what one REPORT each reads.
+///
+/// A granule at an edge may be shared with memory outside: the sink marks all of it, so clearing it in the device loses nothing.
+fn reports(iova: IovaRange, granule: Granule) -> impl Iterator<Item = IovaRange> {
+    iova.align_outward(granule.bytes()).unwrap_or(iova).pieces(REPORT_BITS << granule.shift())
+}
+
+impl<F: AsRawFd + Send> DirtySource for DeviceLog<F> {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn cover(&self) -> Cover {
+        Cover { ranges: self.mapped.gpa_ranges(), precise: true }
+    }
+
+    fn start(&mut self, layout: &Layout, iova: &IovaMap) -> Result<(), SourceError> {
+        if self.armed.is_some() {
+            return Ok(());
+        }
+        self.mapped = Mapped::at_start(layout, iova);
+        self.requests = None;
+        let armed = self.try_start();
+        self.armed = Some(armed.map_err(|cause| SourceError::new(&self.id, Operation::Start, cause))?);
+        Ok(())
+    }
+
+    /// Reports what the device wrote; of mappings that the log does not cover, all.
+    fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        let result = self.try_collect(sink);
+        if result.is_err() {
+            self.rearm();
+        }
+        result.map_err(|cause| SourceError::new(&self.id, Operation::Collect, cause))
+    }
+
+    /// Takes in a mapping. One that the log does not cover is an error, and counts as dirty at every collect until it goes or
+    /// the log is stopped.
+    fn mapped(&mut self, mapping: &Mapping) -> Result<(), SourceError> {
+        self.mapped.add(*mapping);
+        self.requests = None;
+        let iova = mapping.iova();
+        match &self.armed {
+            Some(armed) if !covers(&armed.ranges, iova) => {
+                let cause = DeviceLogError::Uncovered { iova };
+                Err(SourceError::new(&self.id, Operation::Mapped, cause))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn unmapped(&mut self, mapping: &Mapping, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        let iova = mapping.iova();
+        let mut one = Mapped::default();
+        one.add(*mapping);
+        let result = match &self.armed {
+            Some(armed) if armed.lost => Err(DeviceLogError::Lost),
+            Some(armed) => {
+                let requests = requests(&one, &armed.ranges, armed.chosen);
+                self.carry_out(&requests, sink)
+            }
+            None => Ok(()),
+        };
+        if result.is_err()
+            && let Some(armed) = &mut self.armed
+        {
+            // The whole log is corrupt, of which only this mapping's part is told here.
+            armed.lost = true;
+        }
+        self.mapped.remove(iova);
+        self.requests = None;
+        result.map_err(|cause| SourceError::new(&self.id, Operation::Unmapped, cause))
+    }
+
+    fn stop(&mut self) -> Result<(), SourceError> {
+        if self.armed.take().is_none() {
+            return Ok(());
+        }
+        sys::dma_logging_stop(&self.device)
+            .map_err(|source| SourceError::new(&self.id, Operation::Stop, DeviceLogError::Stop(source)))
+    }
+}
+
+#[cfg(test)]
+mod tests;

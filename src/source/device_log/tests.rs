@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+use std::fs::File;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::range::GpaRange;
+use crate::source::Marks;
+
+fn range(start: u64, len: u64) -> IovaRange {
+    IovaRange::new(start, len).unwrap()
+}
+
+fn mapping(start: u64, len: u64) -> Mapping {
+    Mapping::identity(GpaRange::new(start, len).unwrap())
+}
+
+fn layout() -> Layout {
+    Layout::new([GpaRange::new(0, 8 << 20).unwrap()], Granule::KIB_4).unwrap()
+}
+
+/// A source whose every ioctl fails: what stands behind it is no device.
+fn broken() -> DeviceLog<File> {
+    DeviceLog::unprobed("device-log:x".to_owned(), File::open("/dev/null").unwrap())
+}
+
+fn armed(ranges: &[IovaRange]) -> Option<Armed> {
+    Some(Armed { ranges: ranges.to_vec(), asked: Granule::KIB_4, chosen: Granule::KIB_4, lost: false })
+}
+
+fn collected(log: &mut DeviceLog<File>) -> (Result<(), SourceError>, u64) {
+    let (layout, iova) = (layout(), IovaMap::Identity);
+    let mut marks = Marks::new(&layout);
+    let result = log.collect(&mut Sink::new(&layout, &iova, &mut marks));
+    let words = (0..layout.words()).map(|word| u64::from(marks.dirty.word(word).count_ones()));
+    (result, words.sum())
+}
+
+#[test]
+fn a_descriptor_that_is_no_device_has_no_log() {
+    let log = DeviceLog::new("d", File::open("/dev/null").unwrap());
+    assert!(matches!(log, Err(DeviceLogError::Absent(_))));
+}
+
+#[test]
+fn a_refused_start_leaves_the_source_off_and_names_what_was_asked() {
+    let mut log = broken();
+    let error = log.start(&layout(), &IovaMap::Identity).unwrap_err();
+    assert_eq!(error.operation, Operation::Start);
+    let message = error.cause.to_string();
+    assert_eq!(message, "Cannot start DMA logging of 1 ranges, 0x0..0x800000 to 0x0..0x800000, at 4 KiB");
+    assert!(log.covered().is_empty() && log.granule().is_none());
+    log.stop().unwrap();
+}
+
+#[test]
+fn nothing_mapped_is_not_asked_for() {
+    let error = broken().start(&layout(), &IovaMap::journal()).unwrap_err();
+    assert_eq!(error.cause.to_string(), "No memory is mapped for the device");
+}
+
+#[test]
+fn c42_a_mapping_outside_what_start_covered_is_unknown_and_so_always_dirty() {
+    let mut log = broken();
+    log.armed = armed(&[range(0, 1 << 20)]);
+    log.mapped(&mapping(1 << 20, 4 << 12)).unwrap_err();
+    for _ in 0..2 {
+        let (result, pages) = collected(&mut log);
+        result.unwrap();
+        assert_eq!(pages, 4);
+    }
+    assert_eq!(log.covered(), [range(0, 1 << 20)]);
+}
+
+#[test]
+fn c42_what_is_mapped_at_the_start_must_lie_inside_the_ranges_given() {
+    let mut log = broken().with_coverage(Coverage::Ranges(vec![range(0, 4 << 20)]));
+    let error = log.start(&layout(), &IovaMap::Identity).unwrap_err();
+    assert_eq!(
+        error.cause.to_string(),
+        "Mapping at IOVA 0x0..0x800000 lies outside what the device was asked to log"
+    );
+}
+
+#[test]
+fn c07_a_failed_report_is_an_error_at_every_collect_until_the_log_is_started_anew() {
+    let mut log = broken();
+    log.armed = armed(&[range(0, 8 << 20)]);
+    log.mapped(&mapping(0, 8 << 20)).unwrap();
+    let (first, _) = collected(&mut log);
+    assert!(first.unwrap_err().cause.to_string().starts_with("Cannot report the DMA to IOVA"));
+    let (second, _) = collected(&mut log);
+    assert_eq!(second.unwrap_err().cause.to_string(), "DMA log was lost at an earlier failure");
+    assert_eq!(log.cover().ranges, [GpaRange::new(0, 8 << 20).unwrap()]);
+}
+
+#[test]
+fn c07_a_report_that_fails_before_an_unmap_makes_the_next_collect_fail() {
+    let mut log = broken();
+    log.armed = armed(&[range(0, 8 << 20)]);
+    let mapping = mapping(0, 1 << 20);
+    log.mapped(&mapping).unwrap();
+    let (layout, iova) = (layout(), IovaMap::Identity);
+    let mut marks = Marks::new(&layout);
+    log.unmapped(&mapping, &mut Sink::new(&layout, &iova, &mut marks)).unwrap_err();
+    assert!(log.cover().ranges.is_empty());
+    collected(&mut log).0.unwrap_err();
+}
+
+#[test]
+fn c09_ranges_do_not_change_while_the_log_is_on() {
+    let mut log = broken();
+    log.armed = armed(&[range(0, 1 << 20)]);
+    log.start(&layout(), &IovaMap::Identity).unwrap();
+    log.mapped(&mapping(2 << 20, 1 << 20)).unwrap_err();
+    assert_eq!(log.covered(), [range(0, 1 << 20)]);
+}
+
+#[test]
+fn a_devices_own_limit_of_ranges_is_kept_within_the_kernels() {
+    assert_eq!(kernel_max_ranges(Granule::KIB_4), 256);
+    assert_eq!(broken().with_max_ranges(3).max_ranges, 3);
+    assert_eq!(broken().with_max_ranges(usize::MAX).max_ranges, kernel_max_ranges(Granule::host_page()));
+}
+
+#[test]
+fn reports_are_bounded_and_whole_granules() {
+    let granule = Granule::new(2 << 20).unwrap();
+    let pieces: Vec<_> = reports(range(0x1000, 9 << 40), granule).collect();
+    assert_eq!(pieces.len(), 3);
+    assert!(pieces.iter().all(|piece| granule.bits_for(piece.len()) <= REPORT_BITS));
+    assert!(pieces.iter().all(|piece| granule.is_aligned(piece.start()) && granule.is_aligned(piece.end())));
+}
+
+proptest! {
+    #[test]
+    fn every_mapping_is_either_read_whole_or_unknown(
+        steps in prop::collection::vec((0..5000u64, 1..3000u64), 1..12), cut in 0..20_000u64, from in 0..10_000u64, shift in 12..22u32,
+    ) {
+        let mut mapped = Mapped::default();
+        let mut next = 0;
+        for (gap, len) in steps {
+            mapped.add(mapping((next + gap) << 12, len << 12));
+            next += gap + len;
+        }
+        let covered = [range(from << 12, (cut + 1) << 12)];
+        let plan = requests(&mapped, &covered, Granule::new(1 << shift).unwrap());
+        for mapping in mapped.iter() {
+            let iova = mapping.iova();
+            let read: u64 = plan.reports.iter().filter_map(|report| report.intersection(iova)).map(|part| part.len()).sum();
+            let known = covered[0].covers(iova);
+            prop_assert_eq!(plan.unknown.contains(&iova), !known);
+            prop_assert!(!known || read >= iova.len());
+        }
+    }
+}

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! DMA logging of a device in another process: what the device itself wrote.
+
+use thiserror::Error;
+
+use super::{Cover, DirtySource, Operation, ShortBitmap, Sink, SourceError};
+use crate::granule::Granule;
+use crate::iova::{IovaMap, Mapping};
+use crate::layout::Layout;
+use crate::range::{GpaRange, IovaRange};
+use crate::vfio_user::feature::{FEATURE_GET, FEATURE_SET, Feature};
+use crate::vfio_user::{self, Client, SharedClient};
+
+/// Why a vfio-user device's log cannot be used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum VfioUserSourceError {
+    /// A request failed.
+    #[error(transparent)]
+    Client(#[from] vfio_user::Error),
+    /// The device does not log its DMA.
+    #[error("vfio-user device {device} does not log its DMA")]
+    NoLogging {
+        /// The device's name.
+        device: String,
+    },
+    /// The log does not run: it could not be switched on again after a failure.
+    #[error("DMA log of vfio-user device {device} is not running")]
+    NotRunning {
+        /// The device's name.
+        device: String,
+    },
+    /// The device logs only what was mapped when its log was switched on.
+    #[error("vfio-user device {device} does not log {iova}, mapped after its log was switched on")]
+    MappedLater {
+        /// The device's name.
+        device: String,
+        /// The mapping.
+        iova: IovaRange,
+    },
+    /// The device's bitmap is too short.
+    #[error(transparent)]
+    Bitmap(#[from] ShortBitmap),
+}
+
+/// The DMA log of one vfio-user device, over all memory its client mapped for it.
+///
+/// Each REPORT names just what one DMA_MAP did, since some servers take nothing else; only a bitmap over the server's
+/// limit is asked for in pieces. After a failed report the log is stopped and started anew: what it held is lost, which the
+/// failure says, and the next report is good again.
+#[derive(Debug)]
+pub struct VfioUserSource {
+    id: String,
+    client: SharedClient,
+    on: bool,
+    /// What the device chose when its log was switched on; none while it does not run.
+    granule: Option<Granule>,
+    host_page: Granule,
+    /// What START named; none logs everything.
+    logged: Option<Vec<IovaRange>>,
+    /// The pages any IOVA may lead to, when IOVAs are not GPAs.
+    ram: Option<Vec<GpaRange>>,
+}
+
+impl VfioUserSource {
+    /// Makes the source; the log is off until [`DirtySource::start`].
+    ///
+    /// # Errors
+    /// The device does not support DMA logging, or does not answer.
+    pub fn new(id: impl Into<String>, client: SharedClient) -> Result<Self, VfioUserSourceError> {
+        {
+            let client = &mut *vfio_user::lock(&client);
+            let needed = [
+                (Feature::DmaLoggingStart, FEATURE_SET),
+                (Feature::DmaLoggingStop, FEATURE_SET),
+                (Feature::DmaLoggingReport, FEATURE_GET),
+            ];
+            for (feature, methods) in needed {
+                if !client.supports(feature, methods)? {
+                    return Err(VfioUserSourceError::NoLogging { device: client.device().to_owned() });
+                }
+            }
+        }
+        Ok(Self {
+            id: id.into(),
+            client,
+            on: false,
+            granule: None,
+            host_page: Granule::KIB_4,
+            logged: None,
+            ram: None,
+        })
+    }
+
+    fn failed(&self, operation: Operation, cause: impl Into<VfioUserSourceError>) -> SourceError {
+        SourceError::new(&self.id, operation, cause.into())
+    }
+
+    /// Switches the log on over what is mapped now, or over everything.
+    fn arm(&mut self) -> Result<(), vfio_user::Error> {
+        let mut client = vfio_user::lock(&self.client);
+        if let Some(logged) = &mut self.logged {
+            logged.clear();
+            logged.extend_from_slice(client.writeable_ranges());
+        }
+        let ranges = self.logged.as_deref().unwrap_or_default();
+        self.granule = Some(client.start_dma_logging(self.host_page, ranges)?);
+        Ok(())
+    }
+
+    fn disarm(&mut self) -> Result<(), vfio_user::Error> {
+        self.granule = None;
+        vfio_user::lock(&self.client).stop_dma_logging()
+    }
+
+    /// Reports the mapped ranges that share IOVAs with `within`; a failure starts the log anew.
+    fn report(&mut self, within: Option<IovaRange>, sink: &mut Sink<'_>) -> Result<(), VfioUserSourceError> {
+        let reported = self.try_report(within, sink);
+        if reported.is_err() && self.on {
+            let _log_known_lost = self.disarm();
+            let _next_report_says_so = self.arm();
+        }
+        reported
+    }
+
+    fn try_report(&self, within: Option<IovaRange>, sink: &mut Sink<'_>) -> Result<(), VfioUserSourceError> {
+        let client = &mut *vfio_user::lock(&self.client);
+        let Some(chosen) = self.granule else {
+            return Err(VfioUserSourceError::NotRunning { device: client.device().to_owned() });
+        };
+        for index in 0..client.writeable_ranges().len() {
+            let range = client.writeable_ranges()[index];
+            if within.is_none_or(|within| within.intersection(range).is_some()) {
+                report_range(client, range, self.granule_for(range, chosen), sink)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the granule to report `range` at: the log's own, unless the range is not made of such granules.
+    fn granule_for(&self, range: IovaRange, chosen: Granule) -> Granule {
+        let fits = chosen.is_aligned(range.start() | range.len());
+        if fits { chosen } else { self.host_page }
+    }
+}
+
+fn report_range(
+    client: &mut Client,
+    range: IovaRange,
+    granule: Granule,
+    sink: &mut Sink<'_>,
+) -> Result<(), VfioUserSourceError> {
+    for piece in range.pieces(client.report_bytes(granule)) {
+        let words = client.report_dma_log(piece, granule)?;
+        sink.iova_words(piece, granule, words)?;
+    }
+    Ok(())
+}
+
+impl DirtySource for VfioUserSource {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn cover(&self) -> Cover {
+        let identical = |range: &IovaRange| {
+            GpaRange::from_bounds(range.start(), range.end()).expect("same bounds as a range")
+        };
+        let ranges = self.ram.clone().unwrap_or_else(|| {
+            vfio_user::lock(&self.client).writeable_ranges().iter().map(identical).collect()
+        });
+        Cover { ranges, precise: true }
+    }
+
+    fn start(&mut self, layout: &Layout, iova: &IovaMap) -> Result<(), SourceError> {
+        self.host_page = layout.host_page();
+        let fixed = *iova == IovaMap::Identity;
+        self.logged = fixed.then(Vec::new);
+        self.ram = (!fixed).then(|| layout.regions().iter().map(|region| region.range()).collect());
+        self.arm().map_err(|cause| self.failed(Operation::Start, cause))?;
+        self.on = true;
+        Ok(())
+    }
+
+    fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        self.report(None, sink).map_err(|cause| self.failed(Operation::Collect, cause))
+    }
+
+    fn mapped(&mut self, mapping: &Mapping) -> Result<(), SourceError> {
+        let iova = mapping.iova();
+        let logged = self.logged.as_ref().is_none_or(|logged| logged.iter().any(|range| range.covers(iova)));
+        if !self.on || logged {
+            return Ok(());
+        }
+        let device = vfio_user::lock(&self.client).device().to_owned();
+        Err(self.failed(Operation::Mapped, VfioUserSourceError::MappedLater { device, iova }))
+    }
+
+    fn unmapped(&mut self, mapping: &Mapping, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        if !self.on {
+            return Ok(());
+        }
+        let reported = self.report(Some(mapping.iova()), sink);
+        reported.map_err(|cause| self.failed(Operation::Unmapped, cause))
+    }
+
+    fn stop(&mut self) -> Result<(), SourceError> {
+        if !std::mem::take(&mut self.on) {
+            return Ok(());
+        }
+        self.disarm().map_err(|cause| self.failed(Operation::Stop, cause))
+    }
+}

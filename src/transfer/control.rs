@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The first connection: everything but precopied memory goes over it, one request at a time.
+
+use std::io::Write;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use vm_memory::GuestMemoryBackend;
+
+use super::connection::Connection;
+use super::exchange::{PeerError, read_answer, send, send_memory};
+use super::frame::{Command, ConnectionRole, HEADER_BYTES, Request};
+use super::lanes::wire_bytes;
+use super::limits::ConnectionCount;
+use super::progress::{Migration, Phase};
+use super::send::{SendError, SendOptions, SendStep};
+use crate::ledger::Chunk;
+
+/// How often somebody who waits for a connection looks whether the migration was cancelled.
+const TICK: Duration = Duration::from_millis(20);
+
+/// How long a connection is held open after the last word on it, so that the receiver finds that word.
+const FAREWELL: Duration = Duration::from_millis(200);
+
+/// The control connection of one migration.
+pub(super) struct Control<'a> {
+    options: &'a SendOptions,
+    migration: &'a Migration,
+    /// `None` while it carries precopied memory, and once an exchange on it was cut short.
+    connection: Option<Connection>,
+    completing: bool,
+}
+
+impl<'a> Control<'a> {
+    /// Connects to the receiver.
+    pub(super) fn connect(options: &'a SendOptions, migration: &'a Migration) -> Result<Self, SendError> {
+        let connection = Some(dial(options, migration, SendStep::Connect)?);
+        Ok(Self { options, migration, connection, completing: false })
+    }
+
+    /// Agrees on the protocol.
+    pub(super) fn start(&mut self) -> Result<(), SendError> {
+        self.request(SendStep::Start, Request::start(), &[])
+    }
+
+    /// Describes the VM: JSON text.
+    pub(super) fn config(&mut self, json: &[u8]) -> Result<(), SendError> {
+        self.request(SendStep::Config, Request::new(Command::Config, json.len() as u64), json)
+    }
+
+    /// Hands over the stopped VM's state: JSON text.
+    pub(super) fn state(&mut self, json: &[u8]) -> Result<(), SendError> {
+        self.request(SendStep::State, Request::new(Command::State, json.len() as u64), json)
+    }
+
+    /// Copies one chunk, and waits for its acknowledgement.
+    pub(super) fn memory<M: GuestMemoryBackend>(
+        &mut self,
+        memory: &M,
+        chunk: &Chunk,
+    ) -> Result<(), SendError> {
+        self.exchange(SendStep::Memory, wire_bytes(chunk), |connection| {
+            send_memory(connection, memory, chunk.ranges(), &mut Vec::new())
+        })
+    }
+
+    /// Hands the VM over. From its first byte on nothing can be cancelled, and only the receiver's word tells who runs the VM.
+    ///
+    /// # Errors
+    /// [`SendError::Peer`]: the receiver said that it does not; [`SendError::OutcomeUnknown`]: it did not say.
+    pub(super) fn complete(&mut self, paused: bool) -> Result<(), SendError> {
+        let command = if paused { Command::CompletePaused } else { Command::Complete };
+        self.migration.pass_return()?;
+        let mut connection = self.take(SendStep::Complete)?;
+        self.completing = true;
+        self.migration.enter(Phase::Completing);
+        let sent = send(&mut connection, Request::new(command, 0), &[]);
+        self.migration.count_sent(HEADER_BYTES as u64);
+        match sent.and_then(|()| read_answer(&mut connection, self.options.limits.complete_timeout)) {
+            Ok(_) => {
+                self.migration.count_acknowledged(HEADER_BYTES as u64);
+                close_behind(vec![connection]);
+                Ok(())
+            }
+            Err(source @ PeerError::Refused) => Err(SendError::Peer { step: SendStep::Complete, source }),
+            Err(source) => Err(SendError::OutcomeUnknown { source }),
+        }
+    }
+
+    /// Returns the connections that are to carry precopied memory: this one, or so many more.
+    pub(super) fn open_lanes(&mut self) -> Result<Vec<Connection>, SendError> {
+        if self.options.connections == ConnectionCount::ONE {
+            return Ok(vec![self.take(SendStep::Memory)?]);
+        }
+        (0..self.options.connections.count()).map(|_| self.open_lane()).collect()
+    }
+
+    fn open_lane(&self) -> Result<Connection, SendError> {
+        let mut lane = dial(self.options, self.migration, SendStep::Memory)?;
+        let announced = lane.write_all(&ConnectionRole::PrecopyMemory.to_bytes()).and_then(|()| lane.flush());
+        announced.map_err(|error| failed(SendStep::Memory)(error.into()))?;
+        Ok(lane)
+    }
+
+    /// Takes this connection back from those that carried memory; closes the others, whose end the receiver expects.
+    pub(super) fn take_back(&mut self, mut lanes: Vec<Connection>) {
+        if self.options.connections == ConnectionCount::ONE {
+            self.connection = lanes.pop();
+        } else {
+            close_behind(lanes);
+        }
+    }
+
+    /// Tells the receiver that nothing more will come, if it is in a position to hear it.
+    pub(super) fn abandon(&mut self) {
+        let Some(mut connection) = self.connection.take() else { return };
+        if !self.completing && send(&mut connection, Request::new(Command::Abandon, 0), &[]).is_ok() {
+            connection.close(FAREWELL);
+        }
+    }
+
+    fn request(&mut self, step: SendStep, request: Request, payload: &[u8]) -> Result<(), SendError> {
+        let bytes = (HEADER_BYTES + payload.len()) as u64;
+        self.exchange(step, bytes, |connection| send(connection, request, payload))
+    }
+
+    /// Makes an exchange that a cancellation cuts short. The connection is kept only if the receiver may be asked again.
+    fn exchange(
+        &mut self,
+        step: SendStep,
+        bytes: u64,
+        say: impl FnOnce(&mut Connection) -> Result<(), PeerError>,
+    ) -> Result<(), SendError> {
+        self.migration.check()?;
+        let mut connection = self.take(step)?;
+        let handle = connection.handle();
+        let within = match step {
+            SendStep::Start => self.options.limits.handshake_timeout,
+            _ => self.options.limits.answer_timeout,
+        };
+        let answer = self.migration.interruptible(
+            move || handle.close(),
+            || {
+                say(&mut connection)?;
+                self.migration.count_sent(bytes);
+                read_answer(&mut connection, within)
+            },
+        )?;
+        if matches!(answer, Ok(_) | Err(PeerError::Refused)) {
+            self.connection = Some(connection);
+        }
+        self.migration.check()?;
+        answer.map_err(failed(step))?;
+        self.migration.count_acknowledged(bytes);
+        Ok(())
+    }
+
+    fn take(&mut self, step: SendStep) -> Result<Connection, SendError> {
+        self.connection.take().ok_or_else(|| failed(step)(PeerError::Closed))
+    }
+}
+
+fn failed(step: SendStep) -> impl FnOnce(PeerError) -> SendError {
+    move |source| SendError::Peer { step, source }
+}
+
+/// Connects, in a thread that a cancellation leaves behind: resolving a name cannot be cut short.
+fn dial(options: &SendOptions, migration: &Migration, step: SendStep) -> Result<Connection, SendError> {
+    migration.check()?;
+    let (url, tls, limits) = (options.url.clone(), options.tls.clone(), options.limits.clone());
+    let (report, dialled) = mpsc::sync_channel(1);
+    let dialling = move || {
+        let _cancelled = report.send(Connection::connect(&url, tls.as_ref(), &limits));
+    };
+    thread::Builder::new().name("migrate-dial".into()).spawn(dialling).map_err(SendError::Thread)?;
+    loop {
+        match dialled.recv_timeout(TICK) {
+            Ok(connection) => return connection.map_err(|error| failed(step)(error.into())),
+            Err(RecvTimeoutError::Timeout) => migration.check()?,
+            Err(RecvTimeoutError::Disconnected) => return Err(SendError::ThreadDied),
+        }
+    }
+}
+
+/// Closes connections without waiting for the receiver to do the same, which would be part of the downtime.
+fn close_behind(connections: Vec<Connection>) {
+    let closing = move || connections.into_iter().for_each(|connection| connection.close(FAREWELL));
+    if let Err(error) = thread::Builder::new().name("migrate-close".into()).spawn(closing) {
+        log::debug!("Connections are cut, not closed: {error}");
+    }
+}

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The source's half of an exchange: a request goes out, an answer comes back.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use thiserror::Error;
+use vm_memory::GuestMemoryBackend;
+
+use super::connection::{Connection, ConnectionError, Head};
+use super::frame::{
+    Command, FrameError, HEADER_BYTES, RANGE_BYTES, Request, Response, Status, encode_ranges,
+};
+use crate::range::GpaRange;
+
+/// Payloads up to this size go out in one piece with their header.
+const SMALL_BYTES: usize = 64 << 10;
+
+/// Why an exchange with a receiver failed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PeerError {
+    /// There is no connection.
+    #[error("Receiver cannot be reached")]
+    Connection(#[from] ConnectionError),
+    /// The connection failed or stalled.
+    #[error("Connection failed")]
+    Io(#[from] io::Error),
+    /// The receiver closed the connection instead of answering.
+    #[error("Receiver closed the connection without an answer")]
+    Closed,
+    /// The receiver did not answer in time.
+    #[error("Receiver did not answer for {:.3} s", .waited.as_secs_f64())]
+    Silent {
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// The receiver answered with an Error.
+    #[error("Receiver refused")]
+    Refused,
+    /// The answer is none.
+    #[error("Receiver answered with something else")]
+    Frame(#[from] FrameError),
+    /// The answer claims a payload, which no answer to a source has.
+    #[error("Receiver's answer claims a payload of {bytes} bytes")]
+    Payload {
+        /// What it claims.
+        bytes: u64,
+    },
+}
+
+/// Sends `request` with its payload.
+pub(super) fn send(connection: &mut Connection, request: Request, payload: &[u8]) -> Result<(), PeerError> {
+    let header = request.to_bytes();
+    if payload.len() <= SMALL_BYTES {
+        connection.write_all(&[&header, payload].concat())?;
+    } else {
+        connection.write_all(&header)?;
+        connection.write_all(payload)?;
+    }
+    Ok(connection.flush()?)
+}
+
+/// Sends a Memory: the table of `ranges` and their bytes, straight from `memory`. `table` is a buffer to reuse.
+pub(super) fn send_memory<M: GuestMemoryBackend>(
+    connection: &mut Connection,
+    memory: &M,
+    ranges: &[GpaRange],
+    table: &mut Vec<u8>,
+) -> Result<(), PeerError> {
+    let table_bytes = (ranges.len() * RANGE_BYTES) as u64;
+    table.clear();
+    table.extend_from_slice(&Request::new(Command::Memory, table_bytes).to_bytes());
+    encode_ranges(ranges.iter().copied(), table);
+    connection.write_all(table)?;
+    connection.send_guest(memory, ranges.iter().copied())?;
+    Ok(connection.flush()?)
+}
+
+/// Reads the answer to the oldest request that has none, and waits no longer than `within` for it to begin.
+///
+/// # Errors
+/// [`PeerError::Refused`] is an answer, too; after any other error nobody knows what the receiver did.
+pub(super) fn read_answer(connection: &mut Connection, within: Duration) -> Result<Response, PeerError> {
+    let bytes = match connection.await_head::<HEADER_BYTES>(within)? {
+        Head::Bytes(bytes) => bytes,
+        Head::Silence => return Err(PeerError::Silent { waited: within }),
+        Head::End => return Err(PeerError::Closed),
+    };
+    let response = Response::from_bytes(bytes)?;
+    match (response.status(), response.length()) {
+        (Status::Error, _) => Err(PeerError::Refused),
+        (Status::Ok, 0) => Ok(response),
+        (Status::Ok, bytes) => Err(PeerError::Payload { bytes }),
+    }
+}

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The connections that carry memory: one worker thread each, several chunks in flight on each, one queue before them all.
+//!
+//! The engine hands chunks in and gets each back when its acknowledgement has been read. A worker that fails keeps its
+//! chunks: the migration ends, and with it the cursor they belong to.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use vm_memory::GuestMemoryBackend;
+
+use super::connection::{Connection, ConnectionHandle};
+use super::exchange::{PeerError, read_answer, send_memory};
+use super::frame::{HEADER_BYTES, RANGE_BYTES};
+use super::progress::Migration;
+use crate::ledger::Chunk;
+
+/// What a worker tells the engine.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// The receiver holds this chunk.
+    Acknowledged(Chunk),
+    /// A connection failed.
+    Failed(PeerError),
+    /// A worker ended without a word.
+    Died,
+}
+
+/// How much a connection may have on its way, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pipeline {
+    /// Chunks without an acknowledgement.
+    pub(super) window: usize,
+    /// How long the next acknowledgement may take.
+    pub(super) answer_timeout: Duration,
+}
+
+/// The workers and what is on its way through them.
+pub(super) struct Lanes {
+    queue: Arc<Queue>,
+    events: Receiver<Event>,
+    workers: Vec<JoinHandle<Option<Connection>>>,
+    handles: Vec<ConnectionHandle>,
+    in_flight: usize,
+    most_in_flight: usize,
+}
+
+impl Lanes {
+    /// Starts a worker for each connection; as many chunks as `pipeline` says may be unacknowledged on each.
+    pub(super) fn start<M>(
+        connections: Vec<Connection>,
+        memory: &Arc<M>,
+        pipeline: Pipeline,
+        migration: &Migration,
+    ) -> io::Result<Self>
+    where
+        M: GuestMemoryBackend + Send + Sync + 'static,
+    {
+        let (report, events) = mpsc::channel();
+        let mut lanes = Self {
+            queue: Arc::default(),
+            events,
+            workers: Vec::with_capacity(connections.len()),
+            handles: Vec::with_capacity(connections.len()),
+            in_flight: 0,
+            most_in_flight: connections.len() * (pipeline.window + 1),
+        };
+        for (index, connection) in connections.into_iter().enumerate() {
+            lanes.handles.push(connection.handle());
+            let worker = Worker {
+                connection,
+                memory: Arc::clone(memory),
+                queue: Arc::clone(&lanes.queue),
+                report: report.clone(),
+                migration: migration.clone(),
+                pipeline,
+                in_flight: VecDeque::with_capacity(pipeline.window),
+                table: Vec::new(),
+            };
+            let thread = thread::Builder::new().name(format!("migrate-{index}"));
+            lanes.workers.push(thread.spawn(move || worker.run())?);
+        }
+        Ok(lanes)
+    }
+
+    /// Whether another chunk may be sent without an event before it.
+    pub(super) fn has_room(&self) -> bool {
+        self.in_flight < self.most_in_flight
+    }
+
+    /// Whether every chunk has been acknowledged.
+    pub(super) fn is_drained(&self) -> bool {
+        self.in_flight == 0
+    }
+
+    /// Hands a chunk to whichever worker is free first.
+    pub(super) fn send(&mut self, chunk: Chunk) {
+        self.in_flight += 1;
+        self.queue.push(chunk);
+    }
+
+    /// Waits for the next event, but no longer than `patience`.
+    pub(super) fn next_event(&mut self, patience: Duration) -> Option<Event> {
+        let ended = self.workers.iter().any(JoinHandle::is_finished);
+        let event = match self.events.recv_timeout(patience) {
+            Ok(event) => event,
+            Err(_) if ended => Event::Died,
+            Err(_) => return None,
+        };
+        self.in_flight -= usize::from(matches!(event, Event::Acknowledged(_)));
+        Some(event)
+    }
+
+    /// Ends the workers and returns the connections that are between two requests.
+    ///
+    /// What is queued is dropped; what is on its way has `grace` to be acknowledged, then its connection is cut.
+    pub(super) fn stop(mut self, grace: Duration) -> Vec<Connection> {
+        self.queue.close();
+        let deadline = Instant::now() + grace;
+        while Instant::now() < deadline && !self.workers.iter().all(JoinHandle::is_finished) {
+            let _late = self.events.recv_timeout(Duration::from_millis(1));
+        }
+        let workers = std::mem::take(&mut self.workers);
+        for (worker, handle) in workers.iter().zip(&self.handles) {
+            if !worker.is_finished() {
+                handle.close();
+            }
+        }
+        workers.into_iter().filter_map(|worker| worker.join().ok().flatten()).collect()
+    }
+}
+
+/// Ends the workers of lanes that were not stopped in order.
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        self.queue.close();
+        if !self.workers.is_empty() {
+            self.handles.iter().for_each(ConnectionHandle::close);
+        }
+        for worker in self.workers.drain(..) {
+            let _ended = worker.join();
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    chunks: VecDeque<Chunk>,
+    closed: bool,
+}
+
+/// Chunks no worker has taken yet.
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+impl Queue {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, chunk: Chunk) {
+        self.waiting().chunks.push_back(chunk);
+        self.changed.notify_one();
+    }
+
+    fn close(&self) {
+        let mut waiting = self.waiting();
+        waiting.closed = true;
+        waiting.chunks.clear();
+        drop(waiting);
+        self.changed.notify_all();
+    }
+
+    fn try_pop(&self) -> Option<Chunk> {
+        self.waiting().chunks.pop_front()
+    }
+
+    /// Waits for a chunk; `None` once the queue is closed.
+    fn pop(&self) -> Option<Chunk> {
+        let waiting = self.waiting();
+        let idle = |waiting: &mut Waiting| waiting.chunks.is_empty() && !waiting.closed;
+        let mut waiting = self.changed.wait_while(waiting, idle).unwrap_or_else(PoisonError::into_inner);
+        waiting.chunks.pop_front()
+    }
+}
+
+struct Worker<M> {
+    connection: Connection,
+    memory: Arc<M>,
+    queue: Arc<Queue>,
+    report: Sender<Event>,
+    migration: Migration,
+    pipeline: Pipeline,
+    /// Written, oldest first: acknowledgements come in order.
+    in_flight: VecDeque<Chunk>,
+    table: Vec<u8>,
+}
+
+impl<M: GuestMemoryBackend> Worker<M> {
+    /// Works until the queue is closed; returns the connection if it is between two requests.
+    fn run(mut self) -> Option<Connection> {
+        let outcome = self.work();
+        match outcome {
+            Ok(()) => Some(self.connection),
+            Err(error) => {
+                let _engine_gone = self.report.send(Event::Failed(error));
+                None
+            }
+        }
+    }
+
+    fn work(&mut self) -> Result<(), PeerError> {
+        loop {
+            let next = match self.in_flight.len() {
+                0 => self.queue.pop(),
+                sent if sent < self.pipeline.window => self.queue.try_pop(),
+                _ => None,
+            };
+            match next {
+                Some(chunk) => self.write(chunk)?,
+                None if self.in_flight.is_empty() => return Ok(()),
+                None => self.read_acknowledgement()?,
+            }
+        }
+    }
+
+    fn write(&mut self, chunk: Chunk) -> Result<(), PeerError> {
+        send_memory(&mut self.connection, &*self.memory, chunk.ranges(), &mut self.table)?;
+        self.migration.count_sent(wire_bytes(&chunk));
+        self.in_flight.push_back(chunk);
+        Ok(())
+    }
+
+    fn read_acknowledgement(&mut self) -> Result<(), PeerError> {
+        read_answer(&mut self.connection, self.pipeline.answer_timeout)?;
+        if let Some(chunk) = self.in_flight.pop_front() {
+            self.migration.count_acknowledged(wire_bytes(&chunk));
+            let _engine_gone = self.report.send(Event::Acknowledged(chunk));
+        }
+        Ok(())
+    }
+}
+
+/// Bytes a chunk's Memory message takes: header, table and pages.
+pub(super) fn wire_bytes(chunk: &Chunk) -> u64 {
+    (HEADER_BYTES + RANGE_BYTES * chunk.ranges().len()) as u64 + chunk.bytes()
+}

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a migration measures of itself, and what it shows of that.
+
+use std::time::{Duration, Instant};
+
+use super::phases::Session;
+use super::progress::{Progress, SourceProgress};
+use super::rounds::{Bandwidth, Pace, SourceRates, rate};
+use super::send::SendError;
+use crate::device::{Basis, Estimate};
+use crate::ledger::{Attribution, Outstanding};
+use crate::precopy::{DeviceLeft, Forecast, Observation};
+use crate::vm::Vm;
+
+/// Bytes of device state read in one round while the devices run.
+const DEVICE_BUDGET_BYTES: u64 = 64 << 20;
+
+/// Figures of one migration.
+#[derive(Debug)]
+pub(super) struct Measured {
+    pub(super) rounds: u32,
+    pub(super) back_outs: u32,
+    pub(super) pace: Option<Pace>,
+    /// Guest memory acknowledged in this round.
+    pub(super) round_bytes: u64,
+    round_began: Instant,
+    bandwidth: Bandwidth,
+    dirty_rate: u64,
+    collected: Instant,
+    source_rates: SourceRates,
+    attribution_before: Vec<Attribution>,
+    /// As of the last look at everything.
+    seen: Observation,
+}
+
+impl Measured {
+    pub(super) fn new(attribution_before: Vec<Attribution>, bandwidth_cap: Option<u64>) -> Self {
+        let now = Instant::now();
+        Self {
+            rounds: 0,
+            back_outs: 0,
+            pace: bandwidth_cap.map(Pace::new),
+            round_bytes: 0,
+            round_began: now,
+            bandwidth: Bandwidth::default(),
+            dirty_rate: 0,
+            collected: now,
+            source_rates: SourceRates::default(),
+            attribution_before,
+            seen: Observation::default(),
+        }
+    }
+
+    /// Takes in that every page of the round was acknowledged.
+    pub(super) fn end_round(&mut self) {
+        self.bandwidth.record(self.round_bytes, self.round_began.elapsed());
+    }
+
+    /// The bandwidth measured over whole rounds, or in the first one what it comes to so far.
+    fn bandwidth(&self) -> u64 {
+        match self.bandwidth.rate() {
+            0 => rate(self.round_bytes, self.round_began.elapsed()),
+            measured => measured,
+        }
+    }
+}
+
+impl<V: Vm> Session<'_, V> {
+    pub(super) fn begin_round(&mut self) {
+        self.measured.rounds += 1;
+        self.measured.round_bytes = 0;
+        self.measured.round_began = Instant::now();
+        let round = self.measured.rounds;
+        self.migration.update(|progress| progress.round = round);
+    }
+
+    /// Shows how a round goes on.
+    pub(super) fn show_left(&mut self) {
+        let Outstanding { pending_bytes, in_flight_bytes } = self.left();
+        let bandwidth = self.measured.bandwidth();
+        let seen = Observation { pending_bytes, in_flight_bytes, bandwidth, ..self.measured.seen };
+        self.migration.update(|progress| {
+            progress.left_bytes = pending_bytes + in_flight_bytes;
+            progress.bandwidth = bandwidth;
+            progress.expected_downtime_ms = seen.expected_downtime_ms();
+        });
+    }
+
+    /// Begins to measure what the sources report, now that they are on.
+    pub(super) fn start_measuring(&mut self) {
+        self.measured.collected = Instant::now();
+        self.look_at_sources(Duration::ZERO);
+    }
+
+    pub(super) fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    pub(super) fn left(&self) -> Outstanding {
+        self.undo.cursor.and_then(|cursor| self.machine.outstanding(cursor)).unwrap_or_default()
+    }
+
+    /// Collects between two rounds, reads what devices hand out, and measures.
+    pub(super) fn take_stock(&mut self) -> Observation {
+        let left_over = self.left().pending_bytes;
+        self.collect();
+        let since = self.measured.collected.elapsed();
+        self.measured.collected = Instant::now();
+        self.measured.dirty_rate = rate(self.left().pending_bytes - left_over, since);
+        self.look_at_sources(since);
+        self.step_device_precopy();
+        let estimate = self.machine.devices().estimate();
+        let seen = self.observe(estimate);
+        self.publish(&seen);
+        seen
+    }
+
+    pub(super) fn collect(&mut self) {
+        for error in self.machine.collect() {
+            self.migration.degrade(error);
+        }
+    }
+
+    fn look_at_sources(&mut self, since: Duration) {
+        let page_bytes = self.machine.layout().host_page().bytes();
+        self.measured.source_rates.look(self.machine.attribution(), page_bytes, since);
+    }
+
+    /// A device whose PRE_COPY fails hands out its whole state in the downtime.
+    fn step_device_precopy(&mut self) {
+        if let Err(error) = self.machine.devices().precopy_step(DEVICE_BUDGET_BYTES) {
+            self.migration.degrade(error);
+        }
+    }
+
+    pub(super) fn start_device_precopy(&mut self) -> Result<(), SendError> {
+        self.undo.devices_touched = true;
+        Ok(self.machine.devices().start_precopy()?)
+    }
+
+    pub(super) fn observe(&mut self, estimate: Estimate) -> Observation {
+        let Outstanding { pending_bytes, in_flight_bytes } = self.left();
+        Observation {
+            pending_bytes: pending_bytes.saturating_add(self.still_unreported()),
+            in_flight_bytes,
+            bandwidth: self.measured.bandwidth(),
+            dirty_rate: self.measured.dirty_rate,
+            device: self.device_left(estimate),
+            device_initial_bytes: estimate.initial_bytes,
+            elapsed_ms: self.elapsed_ms(),
+            rounds: self.measured.rounds,
+            throttle_percent: self.undo.throttle_percent,
+            back_outs: self.measured.back_outs,
+        }
+    }
+
+    /// Bytes that imprecise sources will report once the VM stands still: part of what the downtime carries.
+    fn still_unreported(&self) -> u64 {
+        if self.undo.vm_paused.is_some() { 0 } else { self.machine.imprecise_bytes() }
+    }
+
+    /// What the State message will carry of the devices. All their state is in it, what PRE_COPY brought too, as base64.
+    fn device_left(&mut self, estimate: Estimate) -> DeviceLeft {
+        let bytes = self.machine.devices().precopy_bytes().saturating_add(estimate.stop_copy_bytes);
+        let encoded = bytes.div_ceil(3).saturating_mul(4);
+        match estimate.basis {
+            Basis::Told => DeviceLeft::Exact(encoded),
+            Basis::Guessed => DeviceLeft::Estimate(encoded),
+            Basis::Unknown => DeviceLeft::Unknown,
+        }
+    }
+
+    pub(super) fn publish(&mut self, seen: &Observation) {
+        self.measured.seen = *seen;
+        let forecast = Forecast::new(&self.policy, seen, &self.measured.source_rates.rates());
+        let sources = self.attribution();
+        self.migration.update(|progress| {
+            *progress = Progress {
+                left_bytes: seen.pending_bytes + seen.in_flight_bytes,
+                bandwidth: seen.bandwidth,
+                dirty_rate: seen.dirty_rate,
+                expected_downtime_ms: seen.expected_downtime_ms(),
+                throttle_percent: seen.throttle_percent,
+                sources,
+                forecast,
+                ..std::mem::take(progress)
+            };
+        });
+    }
+
+    /// What each source reported since this attempt began.
+    pub(super) fn attribution(&self) -> Vec<SourceProgress> {
+        let before = &self.measured.attribution_before;
+        let sources = self.machine.attribution().zip(before);
+        sources
+            .map(|((id, now), before)| SourceProgress {
+                id: id.to_owned(),
+                attribution: Attribution {
+                    pages: now.pages - before.pages,
+                    exclusive_pages: now.exclusive_pages - before.exclusive_pages,
+                },
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A migration, phase by phase, as its source sees it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::control::Control;
+use super::lanes::{Lanes, Pipeline};
+use super::measuring::Measured;
+use super::progress::{Migration, Phase};
+use super::send::{SendError, SendOptions, Sent, SourceVm, VmOperation};
+use crate::ledger::{CursorId, Start};
+use crate::migratable::MigratableDevice;
+use crate::precopy::{Decision, Policy};
+use crate::vm::{Vm, VmError};
+
+/// How long chunks on their way may still be acknowledged after a failure or a cancellation.
+const GRACE: Duration = Duration::from_millis(400);
+
+/// One attempt to move a VM: who takes part, what was changed of them, what was measured.
+pub(super) struct Session<'a, V: Vm> {
+    pub(super) options: &'a SendOptions,
+    pub(super) policy: Policy,
+    pub(super) vm: &'a mut V,
+    pub(super) machine: &'a mut MigratableDevice,
+    pub(super) migration: &'a Migration,
+    memory: Arc<V::Memory>,
+    pub(super) undo: Undo,
+    pub(super) measured: Measured,
+    pub(super) began: Instant,
+}
+
+/// What has to be undone when the migration fails.
+#[derive(Debug, Default)]
+pub(super) struct Undo {
+    pub(super) cursor: Option<CursorId>,
+    pub(super) devices_touched: bool,
+    pub(super) vm_paused: Option<Instant>,
+    pub(super) throttle_percent: u8,
+}
+
+impl<'a, V: Vm> Session<'a, V> {
+    pub(super) fn new(
+        options: &'a SendOptions,
+        vm: &'a mut V,
+        machine: &'a mut MigratableDevice,
+        migration: &'a Migration,
+    ) -> Self {
+        let attribution = machine.attribution().map(|(_, attribution)| attribution).collect();
+        let measured = Measured::new(attribution, options.bandwidth);
+        Self {
+            options,
+            policy: options.policy(vm.can_throttle()),
+            memory: vm.memory(),
+            vm,
+            machine,
+            migration,
+            undo: Undo::default(),
+            measured,
+            began: Instant::now(),
+        }
+    }
+
+    /// Moves the VM, or leaves it as it was.
+    pub(super) fn migrate(mut self) -> Result<Sent, SendError> {
+        let outcome = self.attempt();
+        self.migration.enter(match outcome.as_ref().map_err(SendError::source_vm) {
+            Ok(_) => Phase::Completed,
+            Err(SourceVm::PausedForSafety) => Phase::OutcomeUnknown,
+            Err(SourceVm::AsBefore | SourceVm::Stuck) => Phase::Abandoned,
+        });
+        outcome
+    }
+
+    fn attempt(&mut self) -> Result<Sent, SendError> {
+        let ram_bytes = self.machine.layout().bytes();
+        self.migration.update(|progress| progress.ram_bytes = ram_bytes);
+        self.migration.enter(Phase::Connecting);
+        let mut control = Control::connect(self.options, self.migration)?;
+        let outcome = self.converse(&mut control).or_else(|failure| self.recover(failure));
+        if outcome.is_err() {
+            control.abandon();
+        }
+        outcome
+    }
+
+    /// The conversation with the receiver, from the first word to the last.
+    fn converse(&mut self, control: &mut Control<'_>) -> Result<Sent, SendError> {
+        control.start()?;
+        control.config(&self.describe()?)?;
+        self.arm()?;
+        self.copy_memory(control)?;
+        let state = self.capture()?;
+        self.copy_rest(control)?;
+        control.state(&state)?;
+        control.complete(self.options.complete_paused)?;
+        Ok(self.retire())
+    }
+
+    fn describe(&mut self) -> Result<Vec<u8>, SendError> {
+        self.vm.config().map_err(vm_failed(VmOperation::Config))
+    }
+
+    /// Switches every source on, before the first page is copied (C1), and lets devices begin to hand out their state.
+    fn arm(&mut self) -> Result<(), SendError> {
+        self.undo.cursor = Some(self.machine.begin(Start::Empty)?);
+        self.start_measuring();
+        self.start_device_precopy()
+    }
+
+    /// Copies all memory on all connections; the VM runs at first, and stands still at the end.
+    fn copy_memory(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
+        let connections = control.open_lanes()?;
+        let SendOptions { window, ref limits, .. } = *self.options;
+        let pipeline = Pipeline { window, answer_timeout: limits.answer_timeout };
+        let lanes = Lanes::start(connections, &self.memory, pipeline, self.migration);
+        let mut lanes = lanes.map_err(SendError::Thread)?;
+        let copied = self.copy_until_stopped(&mut lanes);
+        control.take_back(lanes.stop(GRACE));
+        copied
+    }
+
+    fn copy_until_stopped(&mut self, lanes: &mut Lanes) -> Result<(), SendError> {
+        loop {
+            self.precopy(lanes)?;
+            if self.stop()? {
+                return self.round(lanes);
+            }
+            self.run_on()?;
+        }
+    }
+
+    /// Stops the vCPUs, then all devices, and collects what both wrote until then (C3, C5).
+    ///
+    /// Returns whether to go through with it, now that the sizes are certain (C38).
+    fn stop(&mut self) -> Result<bool, SendError> {
+        self.migration.enter(Phase::SwitchOver);
+        self.undo.vm_paused = Some(Instant::now());
+        self.vm.pause().map_err(vm_failed(VmOperation::Pause))?;
+        let estimate = self.machine.devices().stop_for_copy()?;
+        for error in self.machine.collect_final() {
+            self.migration.degrade(error);
+        }
+        let seen = self.observe(estimate);
+        self.publish(&seen);
+        if self.options.complete_paused {
+            return Ok(true);
+        }
+        match self.policy.confirm(&seen) {
+            Decision::SwitchOver { .. } => Ok(true),
+            Decision::Cancel { reason } => Err(SendError::GivenUp(reason)),
+            Decision::Continue | Decision::ContinueThrottled(_) => Ok(false),
+        }
+    }
+
+    /// Takes a switchover back: devices first, then the vCPUs.
+    fn run_on(&mut self) -> Result<(), SendError> {
+        self.machine.devices().run()?;
+        self.vm.resume().map_err(vm_failed(VmOperation::Resume))?;
+        self.undo.vm_paused = None;
+        self.measured.back_outs += 1;
+        self.start_device_precopy()
+    }
+
+    /// Captures the stopped VM: the JSON text of State.
+    fn capture(&mut self) -> Result<Vec<u8>, SendError> {
+        let devices = self.machine.devices().save()?;
+        let state = self.vm.state(devices).map_err(vm_failed(VmOperation::State))?;
+        Ok(serde_json::to_vec(&state)?)
+    }
+
+    /// Sends what capturing wrote (C4), on the control connection, with every other one drained and gone.
+    ///
+    /// Imprecise sources have nothing to add: they speak of devices, and those stand still.
+    fn copy_rest(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
+        self.collect();
+        let Some(cursor) = self.undo.cursor else { return Ok(()) };
+        self.machine.begin_round(cursor);
+        while let Some(chunk) = self.machine.take(cursor, self.chunk_limits())? {
+            match control.memory(&*self.memory, &chunk) {
+                Ok(()) => self.machine.commit(chunk),
+                Err(failure) => {
+                    self.machine.roll_back(chunk);
+                    return Err(failure);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes the books on a VM that has moved.
+    fn retire(&mut self) -> Sent {
+        let downtime = self.undo.vm_paused.map_or(Duration::ZERO, |paused| paused.elapsed());
+        let total = self.began.elapsed();
+        let cursor = self.undo.cursor.take();
+        let unique_dirty_bytes = cursor.and_then(|cursor| self.machine.dirtied_bytes(cursor)).unwrap_or(0);
+        let devices = self.machine.devices();
+        let (device_state_bytes, device_precopy_bytes) = (devices.state_bytes(), devices.precopy_bytes());
+        if let Err(error) = devices.retire() {
+            self.migration.degrade(error);
+        }
+        if let Some(Err(error)) = cursor.map(|cursor| self.machine.end(cursor)) {
+            self.migration.degrade(error);
+        }
+        let sources = self.attribution();
+        let progress = self.migration.progress();
+        Sent {
+            rounds: self.measured.rounds,
+            bytes_sent: progress.sent_bytes,
+            unique_dirty_bytes,
+            downtime,
+            total,
+            sources,
+            device_state_bytes,
+            device_precopy_bytes,
+            degradations: progress.degradations,
+            back_outs: self.measured.back_outs,
+            throttle_percent: self.undo.throttle_percent,
+        }
+    }
+
+    /// Sets everything going again after a failure, devices before vCPUs, unless the receiver may run the VM.
+    fn recover(&mut self, failure: SendError) -> Result<Sent, SendError> {
+        let _logs_off = self.undo.cursor.take().map(|cursor| self.machine.end(cursor));
+        if failure.source_vm() == SourceVm::PausedForSafety {
+            return Err(failure);
+        }
+        match self.set_going() {
+            Ok(()) => Err(failure),
+            Err(recovery) => Err(SendError::Stuck { failure: failure.into(), recovery: recovery.into() }),
+        }
+    }
+
+    /// Undoes what was done to the VM, going on when one part of it fails.
+    fn set_going(&mut self) -> Result<(), SendError> {
+        if std::mem::take(&mut self.undo.throttle_percent) > 0 {
+            self.vm.throttle(0);
+        }
+        let devices = match (self.undo.devices_touched, self.options.complete_paused) {
+            (false, _) => Ok(()),
+            (true, false) => self.machine.devices().run(),
+            (true, true) => self.machine.devices().stop(),
+        };
+        let vm = match self.undo.vm_paused.take() {
+            Some(_) if !self.options.complete_paused => self.vm.resume(),
+            _ => Ok(()),
+        };
+        devices?;
+        vm.map_err(vm_failed(VmOperation::Resume))
+    }
+}
+
+fn vm_failed(operation: VmOperation) -> impl FnOnce(VmError) -> SendError {
+    move |source| SendError::Vm { operation, source }
+}

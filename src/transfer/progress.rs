@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A migration seen, and cancelled, from any thread.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::ledger::Attribution;
+use crate::precopy::Forecast;
+
+/// Where a migration stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Phase {
+    /// Not begun.
+    #[default]
+    Idle,
+    /// Reaching the receiver and describing the VM to it.
+    Connecting,
+    /// Copying memory while the VM runs.
+    Precopy,
+    /// The VM stands still; the rest is on its way.
+    SwitchOver,
+    /// The receiver was told to run the VM, and has not answered.
+    Completing,
+    /// The VM runs, or stands paused as asked, at the receiver.
+    Completed,
+    /// Failed or cancelled; the VM runs on at the source.
+    Abandoned,
+    /// The receiver may run the VM; it stands still at the source.
+    OutcomeUnknown,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Idle => "idle",
+            Self::Connecting => "connecting",
+            Self::Precopy => "precopy",
+            Self::SwitchOver => "switchover",
+            Self::Completing => "completing",
+            Self::Completed => "completed",
+            Self::Abandoned => "abandoned",
+            Self::OutcomeUnknown => "outcome unknown",
+        })
+    }
+}
+
+/// What one source reported since its device was first migrated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceProgress {
+    /// The source's id.
+    pub id: String,
+    /// Its pages.
+    pub attribution: Attribution,
+}
+
+/// Something that failed while the migration went on: a source, whose pages then all count as dirty, or a device's PRE_COPY.
+#[derive(Debug, Clone)]
+pub struct Degradation {
+    /// The failure, as it came the last time.
+    pub error: Arc<dyn Error + Send + Sync>,
+    /// How often it came.
+    pub times: u64,
+}
+
+impl fmt::Display for Degradation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.times {
+            1 => self.error.fmt(f),
+            times => write!(f, "{} ({times} times)", self.error),
+        }
+    }
+}
+
+/// One look at a migration. Bytes of memory are guest memory; bytes sent and acknowledged include framing.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct Progress {
+    /// Where it stands.
+    pub phase: Phase,
+    /// The pass over memory being made, from 1; 0 before the first.
+    pub round: u32,
+    /// The VM's memory.
+    pub ram_bytes: u64,
+    /// Bytes handed to the connections.
+    pub sent_bytes: u64,
+    /// Bytes the receiver acknowledged.
+    pub acknowledged_bytes: u64,
+    /// Guest memory the receiver lacks.
+    pub left_bytes: u64,
+    /// Bytes of guest memory per second that the connections carry; 0 while nothing was measured.
+    pub bandwidth: u64,
+    /// Bytes of guest memory per second that become dirty.
+    pub dirty_rate: u64,
+    /// The downtime if the VM were stopped now; `None` where it cannot be told.
+    pub expected_downtime_ms: Option<u64>,
+    /// Share of their time that the vCPUs have lost.
+    pub throttle_percent: u8,
+    /// Who dirtied what, as of the last round.
+    pub sources: Vec<SourceProgress>,
+    /// What failed on the way.
+    pub degradations: Vec<Degradation>,
+    /// Whether it will come to the switchover; as of the last round.
+    pub forecast: Forecast,
+}
+
+/// The migration was cancelled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cancelled;
+
+type Interrupt = Box<dyn Fn() + Send>;
+
+#[derive(Default)]
+struct Control {
+    past_return: bool,
+    interrupt: Option<Interrupt>,
+}
+
+#[derive(Default)]
+struct Shared {
+    cancelled: AtomicBool,
+    control: Mutex<Control>,
+    sent_bytes: AtomicU64,
+    acknowledged_bytes: AtomicU64,
+    seen: Mutex<Progress>,
+}
+
+/// The handle on one migration: cancels it and tells how it goes, from any thread. Clones are the same migration.
+///
+/// One handle serves one attempt; a second attempt takes a new one.
+///
+/// ```
+/// use vfio_migration::transfer::{Migration, Phase};
+/// let migration = Migration::new();
+/// let watcher = migration.clone();
+/// assert!(std::thread::spawn(move || watcher.cancel()).join().unwrap());
+/// assert_eq!(migration.progress().phase, Phase::Idle);
+/// ```
+#[derive(Clone, Default)]
+pub struct Migration {
+    shared: Arc<Shared>,
+}
+
+impl Migration {
+    /// Makes the handle for one attempt.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks for the migration to be abandoned: within a second the sender returns with the VM running at the source.
+    ///
+    /// Returns whether that is still possible: not once the receiver was told to run the VM.
+    pub fn cancel(&self) -> bool {
+        let control = lock(&self.shared.control);
+        if control.past_return {
+            return false;
+        }
+        self.shared.cancelled.store(true, Ordering::Release);
+        if let Some(interrupt) = &control.interrupt {
+            interrupt();
+        }
+        true
+    }
+
+    /// Looks at the migration.
+    pub fn progress(&self) -> Progress {
+        let mut progress = lock(&self.shared.seen).clone();
+        progress.sent_bytes = self.shared.sent_bytes.load(Ordering::Relaxed);
+        progress.acknowledged_bytes = self.shared.acknowledged_bytes.load(Ordering::Relaxed);
+        progress
+    }
+
+    /// Whether [`Migration::cancel`] was called in time.
+    pub fn is_cancelled(&self) -> bool {
+        self.shared.cancelled.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn check(&self) -> Result<(), Cancelled> {
+        if self.is_cancelled() { Err(Cancelled) } else { Ok(()) }
+    }
+
+    /// Runs `work`, which may block; a cancellation meanwhile calls `interrupt`, which must make `work` return.
+    pub(crate) fn interruptible<T>(
+        &self,
+        interrupt: impl Fn() + Send + 'static,
+        work: impl FnOnce() -> T,
+    ) -> Result<T, Cancelled> {
+        {
+            let mut control = lock(&self.shared.control);
+            self.check()?;
+            control.interrupt = Some(Box::new(interrupt));
+        }
+        let outcome = work();
+        lock(&self.shared.control).interrupt = None;
+        Ok(outcome)
+    }
+
+    /// Rules out cancellation from here on.
+    pub(crate) fn pass_return(&self) -> Result<(), Cancelled> {
+        let mut control = lock(&self.shared.control);
+        self.check()?;
+        control.past_return = true;
+        Ok(())
+    }
+
+    pub(crate) fn count_sent(&self, bytes: u64) {
+        self.shared.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_acknowledged(&self, bytes: u64) {
+        self.shared.acknowledged_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut lock(&self.shared.seen));
+    }
+
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.update(|progress| progress.phase = phase);
+    }
+
+    /// Adds a failure that the migration survives; one with the same message is the same.
+    pub(crate) fn degrade(&self, error: impl Error + Send + Sync + 'static) {
+        let mut progress = lock(&self.shared.seen);
+        let message = error.to_string();
+        match progress.degradations.iter_mut().find(|known| known.error.to_string() == message) {
+            Some(known) => {
+                known.times += 1;
+                known.error = Arc::new(error);
+            }
+            None => {
+                log::warn!("{message}; the migration goes on");
+                progress.degradations.push(Degradation { error: Arc::new(error), times: 1 });
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Migration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("Migration");
+        debug.field("cancelled", &self.is_cancelled()).field("progress", &self.progress()).finish()
+    }
+}
+
+/// Locks data that is whole after every statement, so that a panicking holder spoils nothing.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::source::{Operation, SourceError};
+
+    #[test]
+    fn cancel_interrupts_blocking_work() {
+        let migration = Migration::new();
+        let (wake, asleep) = mpsc::channel::<()>();
+        let canceller = migration.clone();
+        let outcome = migration.interruptible(
+            move || wake.send(()).unwrap(),
+            || {
+                let thread = thread::spawn(move || canceller.cancel());
+                let woken = asleep.recv_timeout(Duration::from_secs(10));
+                (woken.is_ok(), thread.join().unwrap())
+            },
+        );
+        assert_eq!(outcome, Ok((true, true)));
+        assert_eq!(migration.interruptible(|| (), || ()), Err(Cancelled));
+    }
+
+    #[test]
+    fn past_the_point_of_no_return_cancel_does_nothing() {
+        let migration = Migration::new();
+        migration.pass_return().unwrap();
+        assert!(!migration.cancel());
+        assert!(!migration.is_cancelled());
+        let cancelled = Migration::new();
+        assert!(cancelled.cancel());
+        assert_eq!(cancelled.pass_return(), Err(Cancelled));
+    }
+
+    #[test]
+    fn repeated_failures_of_a_source_are_one_degradation() {
+        let migration = Migration::new();
+        for operation in [Operation::Collect, Operation::Collect, Operation::BeforeRead] {
+            migration.degrade(SourceError::new("kvm-log", operation, "broken"));
+        }
+        let times: Vec<_> = migration.progress().degradations.iter().map(|entry| entry.times).collect();
+        assert_eq!(times, [2, 1]);
+    }
+}

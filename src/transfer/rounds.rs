@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What rounds measure: bandwidth, dirty rate, and the pace a bandwidth cap allows. Instants come in; no clock here.
+
+use std::time::{Duration, Instant};
+
+use crate::ledger::Attribution;
+use crate::precopy::SourceRate;
+
+/// Bytes below which a round's time says more about latency than about bandwidth.
+const TELLING_BYTES: u64 = 1 << 20;
+
+/// Where a cap so low, or a chunk so large, stops adding up.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
+/// Weight of the past against a new round of the same length.
+const PAST_WEIGHT: f64 = 0.5;
+
+/// Bandwidth over the last rounds; a long round weighs more than a short one.
+#[derive(Debug, Default)]
+pub(super) struct Bandwidth {
+    bytes: f64,
+    seconds: f64,
+    telling: bool,
+}
+
+impl Bandwidth {
+    /// Takes in that `bytes` were acknowledged within `time`.
+    pub(super) fn record(&mut self, bytes: u64, time: Duration) {
+        let telling = bytes >= TELLING_BYTES;
+        if bytes == 0 || (self.telling && !telling) {
+            return;
+        }
+        let past = if self.telling == telling { PAST_WEIGHT } else { 0.0 };
+        self.bytes = self.bytes * past + to_float(bytes);
+        self.seconds = self.seconds * past + time.as_secs_f64();
+        self.telling = telling;
+    }
+
+    /// Bytes per second; 0 while nothing was measured.
+    pub(super) fn rate(&self) -> u64 {
+        if self.bytes == 0.0 { 0 } else { to_rate(self.bytes / self.seconds.max(1e-6)) }
+    }
+}
+
+/// Bytes per second for `bytes` in `time`; 0 where no time has passed.
+pub(super) fn rate(bytes: u64, time: Duration) -> u64 {
+    if time.is_zero() { 0 } else { to_rate(to_float(bytes) / time.as_secs_f64()) }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "rates need no more than 52 bits")]
+fn to_float(bytes: u64) -> f64 {
+    bytes as f64
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates, and is not negative")]
+fn to_rate(rate: f64) -> u64 {
+    rate as u64
+}
+
+#[derive(Debug)]
+struct SourceMeter {
+    id: String,
+    last: Attribution,
+    dirty_rate: u64,
+    exclusive_dirty_rate: u64,
+}
+
+/// How fast each source dirties memory, from what it had reported at two looks.
+#[derive(Debug, Default)]
+pub(super) struct SourceRates {
+    meters: Vec<SourceMeter>,
+}
+
+impl SourceRates {
+    /// Takes a look: `now` is what each source has reported; the look before lies `time` back.
+    pub(super) fn look<'a>(
+        &mut self,
+        now: impl Iterator<Item = (&'a str, Attribution)>,
+        page_bytes: u64,
+        time: Duration,
+    ) {
+        for (at, (id, seen)) in now.enumerate() {
+            let Some(meter) = self.meters.get_mut(at) else {
+                let id = id.to_owned();
+                self.meters.push(SourceMeter { id, last: seen, dirty_rate: 0, exclusive_dirty_rate: 0 });
+                continue;
+            };
+            meter.dirty_rate = rate((seen.pages - meter.last.pages) * page_bytes, time);
+            let exclusive = seen.exclusive_pages - meter.last.exclusive_pages;
+            meter.exclusive_dirty_rate = rate(exclusive * page_bytes, time);
+            meter.last = seen;
+        }
+    }
+
+    /// The rates between the last two looks.
+    pub(super) fn rates(&self) -> Vec<SourceRate<'_>> {
+        let meters = self.meters.iter();
+        meters
+            .map(|meter| SourceRate {
+                id: &meter.id,
+                dirty_rate: meter.dirty_rate,
+                exclusive_dirty_rate: meter.exclusive_dirty_rate,
+            })
+            .collect()
+    }
+}
+
+/// Spreads bytes over time so that a cap is kept.
+#[derive(Debug)]
+pub(super) struct Pace {
+    bytes_per_second: u64,
+    free_at: Option<Instant>,
+}
+
+impl Pace {
+    pub(super) fn new(bytes_per_second: u64) -> Self {
+        Self { bytes_per_second, free_at: None }
+    }
+
+    /// How long to wait, from `now`, before the next bytes may go.
+    pub(super) fn wait(&self, now: Instant) -> Duration {
+        self.free_at.map_or(Duration::ZERO, |free| free.saturating_duration_since(now))
+    }
+
+    /// Takes in that `bytes` go at `now`. Time left unused does not add up to a burst.
+    pub(super) fn spend(&mut self, bytes: u64, now: Instant) {
+        let seconds = to_float(bytes) / to_float(self.bytes_per_second.max(1));
+        let start = self.free_at.map_or(now, |free| free.max(now));
+        self.free_at = Some(start + Duration::from_secs_f64(seconds.min(LONGEST_WAIT.as_secs_f64())));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_round_does_not_spoil_a_measured_bandwidth() {
+        let mut bandwidth = Bandwidth::default();
+        bandwidth.record(4096, Duration::from_millis(1));
+        assert_eq!(bandwidth.rate(), 4_096_000);
+        bandwidth.record(1 << 30, Duration::from_secs(1));
+        assert_eq!(bandwidth.rate(), 1 << 30);
+        bandwidth.record(4096, Duration::from_secs(1));
+        assert_eq!(bandwidth.rate(), 1 << 30);
+    }
+
+    #[test]
+    fn bandwidth_follows_the_last_rounds() {
+        let mut bandwidth = Bandwidth::default();
+        bandwidth.record(1 << 30, Duration::from_secs(1));
+        for _ in 0..20 {
+            bandwidth.record(1 << 30, Duration::from_secs(4));
+        }
+        assert!(bandwidth.rate().abs_diff(1 << 28) < 1 << 10);
+        assert_eq!(Bandwidth::default().rate(), 0);
+    }
+
+    #[test]
+    fn source_rates_tell_what_came_since_the_last_look() {
+        let mut rates = SourceRates::default();
+        let seen = |pages, exclusive_pages| [("a", Attribution { pages, exclusive_pages })].into_iter();
+        rates.look(seen(1000, 1000), 4096, Duration::from_secs(1));
+        rates.look(seen(1020, 1005), 4096, Duration::from_secs(2));
+        let expected = SourceRate { id: "a", dirty_rate: 10 * 4096, exclusive_dirty_rate: 5 * 2048 };
+        assert_eq!(rates.rates(), [expected]);
+    }
+
+    #[test]
+    fn a_pace_keeps_its_cap_and_saves_nothing_up() {
+        let start = Instant::now();
+        let mut pace = Pace::new(1000);
+        assert_eq!(pace.wait(start), Duration::ZERO);
+        pace.spend(500, start);
+        pace.spend(500, start);
+        assert_eq!(pace.wait(start), Duration::from_secs(1));
+        let later = start + Duration::from_secs(10);
+        assert_eq!(pace.wait(later), Duration::ZERO);
+        pace.spend(1000, later);
+        assert_eq!(pace.wait(later), Duration::from_secs(1));
+    }
+}

@@ -1,0 +1,355 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! [`Sender`]: what is asked of a migration, and what comes of it.
+
+use std::fmt;
+use std::io;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::exchange::PeerError;
+use super::limits::{ConnectionCount, Limits};
+use super::phases::Session;
+use super::progress::{Cancelled, Degradation, Migration, SourceProgress};
+use super::tls::ClientTls;
+use super::url::{Endpoint, Url};
+use crate::device::DeviceSetError;
+use crate::migratable::{MigratableDevice, MigratableDeviceError};
+use crate::precopy::{CancelReason, Policy, TimeoutStrategy};
+use crate::vm::{Vm, VmError};
+
+/// How to send a VM, and where to.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct SendOptions {
+    /// The receiver.
+    pub url: Url,
+    /// Connections that carry memory: one, or several beside the first one (TCP only).
+    pub connections: ConnectionCount,
+    /// Chunks that may await their acknowledgement on each connection.
+    pub window: usize,
+    /// Guest memory in one chunk, in bytes; at most 64 MiB.
+    pub chunk_bytes: u64,
+    /// Guest memory sent per second while the VM runs, in bytes; `None`: as much as the connections carry.
+    pub bandwidth: Option<u64>,
+    /// How long the VM may stand still.
+    pub downtime_ms: u64,
+    /// How long copying the running VM may take.
+    pub timeout_s: u64,
+    /// What happens when it takes longer.
+    pub timeout_strategy: TimeoutStrategy,
+    /// Passes over memory after which the timeout counts as reached.
+    pub max_rounds: Option<u32>,
+    /// Slow the vCPUs down where that helps and the VM can.
+    pub throttle: bool,
+    /// The VM is paused, stays so if this fails, and is to stay so at the receiver.
+    pub complete_paused: bool,
+    /// Mutual TLS over TCP.
+    pub tls: Option<ClientTls>,
+    /// How long the receiver may take, and more.
+    pub limits: Limits,
+}
+
+impl SendOptions {
+    /// One connection to `url`, 300 ms of downtime, an hour, then cancel; chunks of 4 MiB, four of them on their way.
+    pub fn new(url: Url) -> Self {
+        Self {
+            url,
+            connections: ConnectionCount::ONE,
+            window: 4,
+            chunk_bytes: 4 << 20,
+            bandwidth: None,
+            downtime_ms: 300,
+            timeout_s: 3600,
+            timeout_strategy: TimeoutStrategy::Cancel,
+            max_rounds: None,
+            throttle: false,
+            complete_paused: false,
+            tls: None,
+            limits: Limits::default(),
+        }
+    }
+
+    pub(super) fn policy(&self, vm_can_throttle: bool) -> Policy {
+        Policy {
+            downtime_ms: self.downtime_ms,
+            timeout_ms: self.timeout_s.saturating_mul(1000),
+            timeout_strategy: self.timeout_strategy,
+            max_rounds: self.max_rounds,
+            can_throttle: self.throttle && vm_can_throttle,
+        }
+    }
+
+    fn check(&self) -> Result<(), SendOptionsError> {
+        let in_bounds = |option, value, bounds: RangeInclusive<u64>| match bounds.contains(&value) {
+            true => Ok(()),
+            false => Err(SendOptionsError::OutOfBounds { option, value, bounds }),
+        };
+        in_bounds("window", self.window as u64, 1..=64)?;
+        in_bounds("chunk_bytes", self.chunk_bytes, 4096..=64 << 20)?;
+        in_bounds("bandwidth", self.bandwidth.unwrap_or(u64::MAX), 1..=u64::MAX)?;
+        if self.connections != ConnectionCount::ONE && matches!(self.url.endpoint(), Endpoint::Unix(_)) {
+            return Err(SendOptionsError::OneConnectionOnly {
+                connections: self.connections,
+                url: self.url.clone(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// An option out of its bounds.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum SendOptionsError {
+    /// No such number.
+    #[error("{option} is {value}, but must be from {} to {}", .bounds.start(), .bounds.end())]
+    OutOfBounds {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it may be.
+        bounds: RangeInclusive<u64>,
+    },
+    /// Several connections without TCP.
+    #[error("{connections} connections take a TCP address, not {url}")]
+    OneConnectionOnly {
+        /// How many were asked for.
+        connections: ConnectionCount,
+        /// The address.
+        url: Url,
+    },
+}
+
+/// What the sender was doing with its peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SendStep {
+    /// Reaching it.
+    Connect,
+    /// Agreeing on the protocol.
+    Start,
+    /// Describing the VM.
+    Config,
+    /// Copying guest memory.
+    Memory,
+    /// Handing over the VM's state.
+    State,
+    /// Handing over the VM.
+    Complete,
+}
+
+impl fmt::Display for SendStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Connect => "connect to the receiver",
+            Self::Start => "agree with the receiver on the protocol",
+            Self::Config => "describe VM to the receiver",
+            Self::Memory => "copy memory to the receiver",
+            Self::State => "hand VM state to the receiver",
+            Self::Complete => "hand VM over to the receiver",
+        })
+    }
+}
+
+/// What a VM was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum VmOperation {
+    /// Describing itself.
+    Config,
+    /// Standing still.
+    Pause,
+    /// Running again.
+    Resume,
+    /// Telling its state.
+    State,
+}
+
+impl fmt::Display for VmOperation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Config => "describe itself",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::State => "tell its state",
+        })
+    }
+}
+
+/// Why a VM did not move. See [`SendError::source_vm`] for where that leaves it.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// An option is out of its bounds.
+    #[error("Migration cannot be done as asked")]
+    Options(#[from] SendOptionsError),
+    /// [`Migration::cancel`] was called.
+    #[error("Migration was cancelled")]
+    Cancelled,
+    /// The policy gave up.
+    #[error("Migration was given up: {0}")]
+    GivenUp(CancelReason),
+    /// The connection failed, or the receiver broke the protocol or refused.
+    #[error("Cannot {step}")]
+    Peer {
+        /// What was being done.
+        step: SendStep,
+        /// What went wrong.
+        source: PeerError,
+    },
+    /// The VM failed.
+    #[error("VM cannot {operation}")]
+    Vm {
+        /// What it was asked.
+        operation: VmOperation,
+        /// Its own error.
+        source: VmError,
+    },
+    /// A source could not be switched on or cleared.
+    #[error("Dirty pages cannot be tracked")]
+    Tracking(#[source] Box<MigratableDeviceError>),
+    /// A device failed.
+    #[error("Devices cannot be moved")]
+    Devices(#[source] Box<DeviceSetError>),
+    /// The State message could not be written down.
+    #[error("VM state is no JSON")]
+    State(#[from] serde_json::Error),
+    /// No thread could be had for a connection.
+    #[error("Cannot start a thread for a connection")]
+    Thread(#[source] io::Error),
+    /// A thread of a connection ended without a word.
+    #[error("A connection's thread died")]
+    ThreadDied,
+    /// The receiver was told to run the VM and did not answer.
+    #[error(
+        "Outcome unknown: receiver did not answer whether it runs VM, which stays paused here; look there first: \
+         where it runs, end it here; where it does not and never will, resume it here"
+    )]
+    OutcomeUnknown {
+        /// How the answer failed to come.
+        source: PeerError,
+    },
+    /// The migration failed, and the VM could not be set going again.
+    #[error("VM is not running as before: {recovery}; the migration had failed: {failure}")]
+    Stuck {
+        /// Why the migration failed.
+        #[source]
+        failure: Box<SendError>,
+        /// What failed after that.
+        recovery: Box<SendError>,
+    },
+}
+
+impl From<Cancelled> for SendError {
+    fn from(_: Cancelled) -> Self {
+        Self::Cancelled
+    }
+}
+
+impl From<MigratableDeviceError> for SendError {
+    fn from(error: MigratableDeviceError) -> Self {
+        Self::Tracking(error.into())
+    }
+}
+
+impl From<DeviceSetError> for SendError {
+    fn from(error: DeviceSetError) -> Self {
+        Self::Devices(error.into())
+    }
+}
+
+/// Where a failed migration leaves the VM at the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SourceVm {
+    /// As it was before; it may be sent again.
+    AsBefore,
+    /// Paused, because it may be running at the receiver.
+    PausedForSafety,
+    /// Its vCPUs or devices could not be set going again.
+    Stuck,
+}
+
+impl SendError {
+    /// Where the failure leaves the VM.
+    pub fn source_vm(&self) -> SourceVm {
+        match self {
+            Self::OutcomeUnknown { .. } => SourceVm::PausedForSafety,
+            Self::Stuck { .. } => SourceVm::Stuck,
+            _ => SourceVm::AsBefore,
+        }
+    }
+}
+
+/// A VM that moved.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Sent {
+    /// Passes over memory, the first full one and the last one included.
+    pub rounds: u32,
+    /// Bytes written to the connections, framing included.
+    pub bytes_sent: u64,
+    /// Bytes of pages that were reported dirty at least once.
+    pub unique_dirty_bytes: u64,
+    /// From pausing the VM to the receiver's word that it has it.
+    pub downtime: Duration,
+    /// The whole of it.
+    pub total: Duration,
+    /// Who dirtied what during this migration.
+    pub sources: Vec<SourceProgress>,
+    /// Bytes of device state.
+    pub device_state_bytes: u64,
+    /// Of these, bytes that were read while the devices ran.
+    pub device_precopy_bytes: u64,
+    /// What failed on the way.
+    pub degradations: Vec<Degradation>,
+    /// Switchovers that were begun and taken back.
+    pub back_outs: u32,
+    /// Share of their time that the vCPUs had lost in the end.
+    pub throttle_percent: u8,
+}
+
+/// Sends VMs.
+///
+/// ```
+/// use vfio_migration::migratable::MigratableDevice;
+/// use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+/// use vfio_migration::vm::Vm;
+///
+/// fn move_away(vm: &mut impl Vm, devices: &mut MigratableDevice, migration: &Migration) -> Result<Sent, SendError> {
+///     let mut options = SendOptions::new("tcp:destination:4444".parse().expect("a URL"));
+///     options.downtime_ms = 100;
+///     Sender::new(options).send(vm, devices, migration)
+/// }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Sender {
+    options: SendOptions,
+}
+
+impl Sender {
+    /// Makes a sender; [`Sender::send`] refuses options out of their bounds.
+    pub fn new(options: SendOptions) -> Self {
+        Self { options }
+    }
+
+    /// Moves the running VM to the receiver; on success it stands still here, with no log running.
+    ///
+    /// Returns when the receiver has it. `device` holds its sources of dirty pages and its pass-through devices.
+    ///
+    /// # Errors
+    /// An option is out of its bounds, or anything fails. The VM runs on here, its logs off, and may be sent again to another receiver, which then gets every page anew. The two
+    /// exceptions are told by [`SendError::source_vm`].
+    pub fn send<V: Vm>(
+        &self,
+        vm: &mut V,
+        device: &mut MigratableDevice,
+        migration: &Migration,
+    ) -> Result<Sent, SendError> {
+        self.options.check()?;
+        Session::new(&self.options, vm, device, migration).migrate()
+    }
+}
