@@ -78,7 +78,6 @@ fn c22_a_full_ring_is_harvested_by_the_vcpu_and_the_pages_wait_for_the_collector
     let overflowed = collect_whatever(&mut source, &mut ledger);
     let found = taken(&mut ledger, cursor);
     assert!(found.is_superset(&pages(0..PAGES)));
-    println!("{exits} exits, {} pages, overflowed: {overflowed}", found.len());
     assert!(overflowed || found == pages(0..PAGES));
 }
 
@@ -128,7 +127,6 @@ fn c22_no_write_is_lost_between_a_harvest_by_the_vcpu_and_one_by_the_collector()
         collector.join().unwrap()
     });
     assert!(found.is_superset(&pages(0..PAGES)));
-    println!("{harvests:?} full rings, {overflows} overflows");
 }
 
 #[test]
