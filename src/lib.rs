@@ -76,6 +76,7 @@ pub mod migratable;
 pub mod precopy;
 pub mod probe;
 pub mod range;
+pub mod snapshot;
 pub mod source;
 pub mod table;
 pub mod transfer;

@@ -3,7 +3,6 @@
 //! The demo as its user runs it: what it prints, how it fails, and what it leaves behind.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::io::Write;
 use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -95,8 +94,7 @@ fn kill(pid: u32, signal: &str) {
 fn has_kvm(test: &str) -> bool {
     let usable = vfio_migration_integration::vmm::probe_kvm();
     if let Err(error) = &usable {
-        // Straight to the descriptor: the test runner swallows what a passing test prints.
-        let _unseen = writeln!(std::io::stderr(), "SKIPPED: {test}: {error}");
+        vfio_migration_integration::skip(test, error);
     }
     usable.is_ok()
 }

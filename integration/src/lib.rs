@@ -5,4 +5,7 @@
 
 pub mod demo;
 pub mod device;
+mod skip;
 pub mod vmm;
+
+pub use skip::skip;

@@ -11,6 +11,7 @@ use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::source::KvmLogMode;
 use vfio_migration_integration::demo::{MachineSetup, Side, compare};
 use vfio_migration_integration::device::{DeviceConfig, DmaDevice};
+use vfio_migration_integration::skip;
 use vfio_migration_integration::vmm::{Memory, RamLayout, Split, probe_kvm};
 use vm_memory::{Bytes, GuestAddress};
 use vm_migration::protocol::{MemoryRange, MemoryRangeTable};
@@ -116,7 +117,7 @@ fn kvm(test: &str) -> bool {
     match probe_kvm() {
         Ok(()) => true,
         Err(error) => {
-            eprintln!("SKIPPED: {test}: {error}");
+            skip(test, error);
             false
         }
     }

@@ -136,7 +136,10 @@ impl<'a> Control<'a> {
         self.migration.check()?;
         let mut connection = self.take(step)?;
         let handle = connection.handle();
-        let within = self.options.limits.answer_timeout;
+        let within = match step {
+            SendStep::Start => self.options.limits.handshake_timeout,
+            _ => self.options.limits.answer_timeout,
+        };
         let answer = self.migration.interruptible(
             move || handle.close(),
             || {

@@ -136,6 +136,8 @@ fn a_receiver_stopped_at_any_time_leaves_a_vm_that_can_be_sent_again() {
         let listener = Listener::bind(&loopback()).unwrap();
         let mut options = SendOptions::new(listener.url().clone());
         options.bandwidth = Some(100 << 20);
+        // A receiver that is stopped before it lets us in leaves us waiting at its door.
+        options.limits.handshake_timeout = std::time::Duration::from_secs(1);
         let mut machine = vm.machine();
         let mut vmm = Vmm::new(true);
         let receiver = Receiver::new(Limits::default(), None);

@@ -6,7 +6,6 @@
 //! Runs inside the test bed: `integration/testbed/run --test bed_sources`. Elsewhere each test says that it was skipped.
 
 #![expect(clippy::unwrap_used, reason = "a test's own steps must succeed")]
-#![expect(clippy::print_stdout, reason = "a skipped test says why")]
 #![expect(unsafe_code, reason = "memory slots of a real VM")]
 
 mod bed;
