@@ -6,6 +6,7 @@
 mod args;
 mod demo;
 mod exit;
+mod probe;
 mod signals;
 
 use std::process::ExitCode;
@@ -24,5 +25,6 @@ fn main() -> ExitCode {
     env_logger::Builder::new().filter_level(arguments.log_level).init();
     match arguments.command {
         Command::Demo(options) => demo::demo(options, arguments.log_level),
+        Command::Probe { json } => probe::probe(json),
     }
 }
