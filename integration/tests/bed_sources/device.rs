@@ -26,6 +26,8 @@ fn read(device: &mut dyn DeviceIo, image: &mut Vec<u8>) -> DataRead {
 /// Saves through PRE_COPY; the device ends in STOP_COPY.
 fn save(device: &mut dyn DeviceIo) -> Vec<u8> {
     let mut image = Vec::new();
+    // mtty keeps the state in which its last user left it.
+    device.set_state(DeviceState::Running).unwrap();
     device.set_state(DeviceState::PreCopy).unwrap();
     let before = device.precopy_info().unwrap().unwrap();
     assert!(before.initial_bytes > 0);
