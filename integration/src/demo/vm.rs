@@ -10,7 +10,7 @@ use thiserror::Error;
 use vfio_migration::layout::{Layout, LayoutError};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore};
-use vfio_migration::vm::{Vm, VmError};
+use vfio_migration::vm::{Backing, Vm, VmError};
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_migration::{Snapshot, snapshot_from_id, state_from_id};
@@ -53,6 +53,10 @@ impl Vm for SourceVm {
 
     fn memory(&self) -> Arc<Self::Memory> {
         Arc::clone(&self.memory)
+    }
+
+    fn backing(&self) -> Backing {
+        Backing::of_mmap(&self.memory)
     }
 
     fn config(&mut self) -> Result<Vec<u8>, VmError> {
