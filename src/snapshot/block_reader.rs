@@ -24,7 +24,7 @@ pub(super) struct Block<'a> {
     pub(super) bytes: Option<&'a [u8]>,
 }
 
-/// Yields all blocks of a file in order. Moves the file's cursor.
+/// Yields all blocks of a file in order.
 pub(super) struct BlockReader<'a> {
     file: &'a File,
     file_bytes: u64,

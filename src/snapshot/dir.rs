@@ -174,8 +174,6 @@ impl SnapshotDir {
     }
 
     /// Returns the memory that is no hole of the file, in the order of the file. Everything else reads as zero.
-    ///
-    /// Not for two threads at once: it moves the file's cursor.
     pub fn populated(&self) -> impl Iterator<Item = io::Result<GpaRange>> {
         let placement = self.placement();
         data_parts(&self.memory, placement.bytes()).flat_map(|part| {

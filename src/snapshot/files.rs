@@ -102,7 +102,7 @@ pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError
 
 /// Returns the parts of a file of `length` bytes that are no hole, ascending.
 ///
-/// A file system that knows no holes reports one part, the whole file. Moves the file's cursor.
+/// A file system that knows no holes reports one part, the whole file.
 pub(super) fn data_parts(file: &File, length: u64) -> impl Iterator<Item = io::Result<std::ops::Range<u64>>> {
     let mut next = 0;
     std::iter::from_fn(move || {
