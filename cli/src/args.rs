@@ -60,6 +60,15 @@ pub(crate) enum Command {
     /// KVM's back; migrates; compares both sides' RAM byte for byte at the switchover; lets the guest and the device go on and
     /// check themselves. Prints who dirtied what. Without a usable /dev/kvm a software vCPU stands in, and says so.
     Demo(DemoArguments),
+    /// Tells what this host, and each VFIO device on it, can do for a migration, and what stands in the way.
+    ///
+    /// Looks at KVM, the container interface, iommufd, and every device that a VFIO driver holds and nobody uses. Works
+    /// unprivileged as far as it can, and says what it could not see. Opening a device may reset it.
+    Probe {
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// Prints what makes a shell complete this tool's words.
     Completions {
         /// The shell.

@@ -10,6 +10,7 @@ mod exit;
 mod failure;
 mod on_paused;
 mod output;
+mod probe;
 mod receive;
 mod send;
 mod shell;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Send(arguments) => send::send(&arguments),
         Command::Snapshot(command) => snapshot::snapshot(&command),
         Command::Demo(arguments) => demo::demo(arguments, log_level),
+        Command::Probe { json } => probe::probe(json),
         Command::Completions { shell } => shell::completions(shell),
         Command::Man { into } => shell::man(into.as_deref()),
     }

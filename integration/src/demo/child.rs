@@ -2,6 +2,7 @@
 
 //! What the demo's processes do. Each ends when its parent is gone.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
@@ -12,21 +13,23 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use serde::{Deserialize, Serialize};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::source::KvmLogMode;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
 use vfio_migration::transfer::receive::Receiver as MigrationReceiver;
 use vfio_migration::transfer::{Migration, SendOptions, Sender, Sent};
+use vfio_migration::vm::Vm;
 use vm_migration::Pausable;
 
-use super::control::{Command, Control, Event, MachineSetup, Role};
+use super::control::{Command, Control, Event, Health, MachineSetup, Role};
 use super::report::{DeviceReport, MigrationFigures, Progress, SourceReport};
 use super::run::chain;
 use super::side::Side;
-use super::vm::{DestinationVm, SourceVm};
+use super::vm::DestinationVm;
 use crate::device::{DeviceConfig, DmaDevice};
-use crate::vmm::{Phase, RamLayout, Split};
+use crate::vmm::{Machine, Phase, RamLayout, Split};
 
 /// How often a source tells how far it is.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(10);
@@ -37,8 +40,10 @@ pub fn process_main() -> ExitCode {
         let stdin = std::io::stdin().as_fd().try_clone_to_owned().context("No standard input")?;
         let mut control = Control::new(UnixStream::from(stdin));
         match control.receive()?.context("The parent is gone")? {
-            Role::Source(setup) => Child::new(setup, control)?.map_or(Ok(()), Child::be_source),
-            Role::Destination(setup) => Child::new(setup, control)?.map_or(Ok(()), Child::be_destination),
+            Role::Source(setup) => Child::be(Party::Source, control, |control| host(setup, control)),
+            Role::Destination(setup) => {
+                Child::be(Party::Destination, control, |control| host(setup, control))
+            }
             Role::Device(setup) => {
                 let socket = control.receive_descriptor()?;
                 exit_with_parent(control);
@@ -64,30 +69,61 @@ fn exit_with_parent(mut control: Control) {
     });
 }
 
+/// Which end of a migration a process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Party {
+    Source,
+    Destination,
+}
+
+/// A VM that a process hosts, whatever its devices are.
+pub(crate) trait Hosted {
+    /// The machine.
+    fn machine(&self) -> &Arc<Machine>;
+
+    /// The VM as its sender sees it.
+    fn source(&self) -> impl Vm;
+
+    /// Boots the guest, programs the devices, and lets all run.
+    fn start(&self) -> anyhow::Result<()>;
+
+    /// Lets run what runs neither in the guest nor in a device, in a VM that has arrived.
+    fn go_on(&self) -> anyhow::Result<()>;
+
+    /// Lets the guest make `passes` more passes, then looks at what guest, VMM and devices wrote.
+    fn check(&self, passes: u64) -> anyhow::Result<Health>;
+}
+
 /// A source or destination process.
-struct Child {
-    side: Side,
+pub(crate) struct Child<S> {
+    side: S,
     devices: MigratableDevice,
     events: Arc<Mutex<Control>>,
     commands: Receiver<Command>,
     migration: Arc<Mutex<Migration>>,
 }
 
-impl Child {
-    /// Sets the process up; what goes wrong, the parent is told, and there is none.
-    fn new(setup: MachineSetup, mut control: Control) -> anyhow::Result<Option<Self>> {
-        let made = receive(setup, &mut control)
-            .and_then(|side| Ok((side.migratable(KvmLogMode::ManualAtRead)?, side)));
-        let (devices, side) = match made {
-            Ok(made) => made,
+impl<S: Hosted> Child<S> {
+    /// Makes the VM and does what the parent says until it is gone; what goes wrong, the parent is told.
+    pub(crate) fn be(
+        party: Party,
+        mut control: Control,
+        host: impl FnOnce(&mut Control) -> anyhow::Result<(S, MigratableDevice)>,
+    ) -> anyhow::Result<()> {
+        let (side, devices) = match host(&mut control) {
+            Ok(hosted) => hosted,
             Err(error) => {
-                control.send(&Event::Failed { error: format!("{error:#}"), guest_runs: false })?;
-                return Ok(None);
+                let event = Event::Failed { error: format!("{error:#}"), guest_runs: false };
+                return control.send(&event).context("The parent is gone");
             }
         };
         let migration = Arc::new(Mutex::new(Migration::new()));
         let commands = listen(control.try_clone()?, Arc::clone(&migration));
-        Ok(Some(Self { side, devices, events: Arc::new(Mutex::new(control)), commands, migration }))
+        let child = Self { side, devices, events: Arc::new(Mutex::new(control)), commands, migration };
+        match party {
+            Party::Source => child.be_source(),
+            Party::Destination => child.be_destination(),
+        }
     }
 
     fn be_source(mut self) -> anyhow::Result<()> {
@@ -124,7 +160,7 @@ impl Child {
     fn answer(&mut self, command: impl FnOnce(&mut Self) -> anyhow::Result<Event>) -> anyhow::Result<()> {
         let event = command(self).unwrap_or_else(|error| Event::Failed {
             error: format!("{error:#}"),
-            guest_runs: self.side.machine.phase() == Phase::Running,
+            guest_runs: self.side.machine().phase() == Phase::Running,
         });
         self.tell(&event)
     }
@@ -137,7 +173,7 @@ impl Child {
     fn migrate(&mut self, options: SendOptions) -> anyhow::Result<Event> {
         let migration = Migration::new();
         *self.migration.lock().unwrap_or_else(PoisonError::into_inner) = migration.clone();
-        let mut vm = SourceVm::new(Arc::clone(&self.side.machine));
+        let mut vm = self.side.source();
         let (over, events) = (AtomicBool::new(false), &self.events);
         let sent = thread::scope(|scope| {
             scope.spawn(|| {
@@ -161,7 +197,7 @@ impl Child {
     fn receive(&mut self, url: &str) -> anyhow::Result<Event> {
         let listener = Listener::bind(&url.parse()?)?;
         self.tell(&Event::Listening { url: listener.url().to_string() })?;
-        let mut vm = DestinationVm::new(&self.side.machine, &mut self.devices);
+        let mut vm = DestinationVm::new(self.side.machine(), &mut self.devices);
         let received = MigrationReceiver::new(Limits::default(), None).receive(&listener, &mut vm)?;
         Ok(Event::Received { socket_bytes: received.received_bytes })
     }
@@ -169,18 +205,27 @@ impl Child {
     fn run(&mut self) -> anyhow::Result<Event> {
         let started = Instant::now();
         self.devices.resume()?;
-        self.side.machine.start()?;
-        Ok(Event::Running { resume_us: micros(started.elapsed()) })
+        self.side.machine().start()?;
+        let resume_us = micros(started.elapsed());
+        self.side.go_on()?;
+        Ok(Event::Running { resume_us })
     }
 }
 
-/// Takes the descriptors that follow the role: the device's socket, then RAM.
-fn receive(setup: MachineSetup, control: &mut Control) -> anyhow::Result<Side> {
+/// Makes the VM of a process from the descriptors that follow its role: the device's socket, then RAM.
+fn host(setup: MachineSetup, control: &mut Control) -> anyhow::Result<(Side, MigratableDevice)> {
     let socket = control.receive_descriptor().context("Cannot receive the device's socket")?;
-    let regions = RamLayout::new(setup.memory_bytes, Split::default())?.regions().len();
+    let files = receive_ram(setup.memory_bytes, control)?;
+    let side = Side::new(setup, UnixStream::from(OwnedFd::from(socket)), files)?;
+    let devices = side.migratable(KvmLogMode::ManualAtRead)?;
+    Ok((side, devices))
+}
+
+/// Takes a memfd for each region of the guest's RAM.
+pub(crate) fn receive_ram(memory_bytes: u64, control: &mut Control) -> anyhow::Result<Vec<File>> {
+    let regions = RamLayout::new(memory_bytes, Split::default())?.regions().len();
     let files = (0..regions).map(|_| control.receive_descriptor()).collect::<Result<_, _>>();
-    let files = files.context("Cannot receive the guest's RAM")?;
-    Side::new(setup, UnixStream::from(OwnedFd::from(socket)), files)
+    files.context("Cannot receive the guest's RAM")
 }
 
 /// Hands on the parent's commands; a Cancel reaches the migration under way at once. Ends the process with its parent.

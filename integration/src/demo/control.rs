@@ -57,7 +57,7 @@ pub(super) struct DeviceSetup {
 
 /// What the parent asks of a child.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Command {
+pub(crate) enum Command {
     /// Source: migrate to `url`.
     Migrate { url: String, downtime_ms: u64, timeout_s: u64, bandwidth_bytes_per_s: Option<u64> },
     /// Source: give up the migration under way.
@@ -72,7 +72,7 @@ pub(super) enum Command {
 
 /// What a child tells its parent.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Event {
+pub(crate) enum Event {
     /// The process is set up. For a source: and its guest runs.
     Ready,
     /// Destination: the URL to migrate to.
@@ -108,7 +108,7 @@ pub struct Health {
 
 /// One end of the channel between the demo and one of its processes.
 #[derive(Debug)]
-pub(super) struct Control {
+pub(crate) struct Control {
     stream: UnixStream,
 }
 
@@ -116,16 +116,16 @@ pub(super) struct Control {
 const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
 impl Control {
-    pub(super) fn new(stream: UnixStream) -> Self {
+    pub(crate) fn new(stream: UnixStream) -> Self {
         Self { stream }
     }
 
     /// Another handle on the same channel.
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
         Ok(Self { stream: self.stream.try_clone()? })
     }
 
-    pub(super) fn send(&mut self, message: &impl Serialize) -> io::Result<()> {
+    pub(crate) fn send(&mut self, message: &impl Serialize) -> io::Result<()> {
         let text = serde_json::to_vec(message)?;
         let length = u32::try_from(text.len()).map_err(io::Error::other)?;
         let mut bytes = length.to_le_bytes().to_vec();
@@ -134,7 +134,7 @@ impl Control {
     }
 
     /// Waits for the next message; `None` when the other side is gone.
-    pub(super) fn receive<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
+    pub(crate) fn receive<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
         let mut length = [0; 4];
         match self.stream.read_exact(&mut length) {
             Ok(()) => {}
@@ -150,12 +150,12 @@ impl Control {
         Ok(Some(serde_json::from_slice(&text)?))
     }
 
-    pub(super) fn send_descriptor(&mut self, descriptor: &impl AsRawFd) -> io::Result<()> {
+    pub(crate) fn send_descriptor(&mut self, descriptor: &impl AsRawFd) -> io::Result<()> {
         let sent = self.stream.send_with_fd(&[0u8][..], descriptor.as_raw_fd());
         sent.map(drop).map_err(io::Error::from)
     }
 
-    pub(super) fn receive_descriptor(&mut self) -> io::Result<File> {
+    pub(crate) fn receive_descriptor(&mut self) -> io::Result<File> {
         let (_, file) = self.stream.recv_with_fd(&mut [0u8]).map_err(io::Error::from)?;
         file.ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidData, "control message without its descriptor")

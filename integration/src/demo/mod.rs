@@ -10,25 +10,25 @@
 //! The parent made both sides' memfds, so it compares them without asking either side. The program that runs the demo is also
 //! the program of its processes: run with [`PROCESS_ARGUMENT`], it calls [`process_main`].
 
-mod child;
+pub(crate) mod child;
 mod compare;
-mod control;
+pub(crate) mod control;
 mod error;
 mod forget;
 mod options;
-mod process;
+pub(crate) mod process;
 mod proxy;
 mod report;
 mod run;
-mod side;
-mod vm;
+pub(crate) mod side;
+pub(crate) mod vm;
 
 pub use child::process_main;
 pub use compare::{Comparison, MAX_WRONG, compare};
 pub use control::{Health, MachineSetup};
 pub use error::DemoError;
 pub use options::{DemoOptions, Inject, OptionError, Transport};
-pub use report::{DeviceReport, Progress, Report, SourceReport};
+pub use report::{DeviceReport, MigrationFigures, Progress, Report, SourceReport};
 pub use run::{Note, chain, run};
 pub use side::Side;
 

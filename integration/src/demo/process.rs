@@ -6,16 +6,17 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Child, Command as Program, Stdio};
 use std::sync::mpsc::Sender;
 use std::thread;
 
-use super::control::{Command, Control, Event, Role};
+use serde::Serialize;
+
+use super::control::{Command, Control, Event};
 
 /// Which process an event came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Who {
+pub(crate) enum Who {
     Source,
     /// The destination of this attempt.
     Destination(u32),
@@ -23,27 +24,21 @@ pub(super) enum Who {
 
 /// A child process. Killed and reaped when dropped.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(crate) struct Process {
     child: Child,
     control: Control,
 }
 
 impl Process {
-    /// Starts a process with its role and descriptors. In a group of its own: a terminal's signals go to the demo alone.
-    pub(super) fn spawn(
-        program: &Path,
-        log_level: &str,
-        role: &Role,
+    /// Starts `program` with its role and descriptors. In a group of its own: a terminal's signals go to the demo alone.
+    pub(crate) fn spawn(
+        mut program: Program,
+        role: &impl Serialize,
         descriptors: &[&dyn AsRawFd],
     ) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
-        let child = Program::new(program)
-            .args([super::PROCESS_ARGUMENT, role.name()])
-            .env(super::LOG_VARIABLE, log_level)
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::null())
-            .process_group(0)
-            .spawn()?;
+        program.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).process_group(0);
+        let child = program.spawn()?;
         let mut process = Self { child, control: Control::new(ours) };
         process.control.send(role)?;
         for descriptor in descriptors {
@@ -53,7 +48,7 @@ impl Process {
     }
 
     /// Forwards the process's events to `events`, ending with `None` when it is gone.
-    pub(super) fn listen(&self, who: Who, events: Sender<(Who, Option<Event>)>) -> io::Result<()> {
+    pub(crate) fn listen(&self, who: Who, events: Sender<(Who, Option<Event>)>) -> io::Result<()> {
         let mut control = self.control.try_clone()?;
         thread::spawn(move || {
             loop {
@@ -70,12 +65,12 @@ impl Process {
         Ok(())
     }
 
-    pub(super) fn send(&mut self, command: &Command) -> io::Result<()> {
+    pub(crate) fn send(&mut self, command: &Command) -> io::Result<()> {
         self.control.send(command)
     }
 
     /// Kills the process as `kill -9` would.
-    pub(super) fn kill(&mut self) -> io::Result<()> {
+    pub(crate) fn kill(&mut self) -> io::Result<()> {
         self.child.kill()?;
         self.child.wait().map(drop)
     }

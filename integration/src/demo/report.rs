@@ -23,14 +23,21 @@ pub struct Progress {
 
 /// What the source measured of a migration that succeeded.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct MigrationFigures {
-    pub(super) rounds: u32,
-    pub(super) unique_dirty_bytes: u64,
-    pub(super) downtime_us: u64,
-    pub(super) total_us: u64,
-    pub(super) sources: Vec<SourceReport>,
-    pub(super) device: DeviceReport,
-    pub(super) degradations: Vec<String>,
+pub struct MigrationFigures {
+    /// Passes over memory.
+    pub rounds: u32,
+    /// Bytes of pages that were reported dirty at least once.
+    pub unique_dirty_bytes: u64,
+    /// How long the VM stood still at the source.
+    pub downtime_us: u64,
+    /// The whole of it.
+    pub total_us: u64,
+    /// Who dirtied what.
+    pub sources: Vec<SourceReport>,
+    /// What moved of the devices.
+    pub device: DeviceReport,
+    /// What failed on the way.
+    pub degradations: Vec<String>,
 }
 
 /// What one source of dirty pages reported over the whole migration.

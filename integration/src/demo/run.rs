@@ -4,6 +4,7 @@
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::process::Command as Program;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use super::process::{Process, Who};
 use super::proxy::flip_a_bit;
 use super::report::{MigrationFigures, Progress, Report};
 use super::side::source_names;
+use super::{LOG_VARIABLE, PROCESS_ARGUMENT};
 use crate::vmm::{AreaKind, Map, Memory, PAGE_BYTES, RamLayout, Split, probe_kvm};
 
 /// Passes the guest makes over its pages, after it moved, before it is believed to be well.
@@ -127,15 +129,20 @@ impl<'a> Demo<'a> {
         let memory = Memory::create(&self.layout)?;
         let (machine_end, device_end) = UnixStream::pair().map_err(DemoError::Spawn)?;
         let device_role = Role::Device(DeviceSetup { state_bytes: self.options.device_state_bytes });
-        let program = &self.options.program;
-        let device = Process::spawn(program, &self.options.log_level, &device_role, &[&device_end])
+        let device = Process::spawn(self.program(&device_role), &device_role, &[&device_end])
             .map_err(DemoError::Spawn)?;
         let mut descriptors: Vec<&dyn AsRawFd> = vec![&machine_end];
         descriptors.extend(memory.regions().iter().map(|region| &*region.file as &dyn AsRawFd));
-        let machine = Process::spawn(program, &self.options.log_level, &role(self.setup()), &descriptors)
-            .map_err(DemoError::Spawn)?;
+        let role = role(self.setup());
+        let machine = Process::spawn(self.program(&role), &role, &descriptors).map_err(DemoError::Spawn)?;
         machine.listen(who, self.sender.clone()).map_err(DemoError::Spawn)?;
         Ok(Side { machine, _device: device, memory })
+    }
+
+    fn program(&self, role: &Role) -> Program {
+        let mut program = Program::new(&self.options.program);
+        program.args([PROCESS_ARGUMENT, role.name()]).env(LOG_VARIABLE, &self.options.log_level);
+        program
     }
 
     fn setup(&self) -> MachineSetup {

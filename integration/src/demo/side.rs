@@ -14,11 +14,13 @@ use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::{GpaRange, IovaRange};
 use vfio_migration::source::{DirtySource, GuestMemoryLog, KvmLog, KvmLogMode, KvmSlot, VfioUserSource};
 use vfio_migration::vfio_user::{Client, DmaRegion, Options, SharedClient};
+use vfio_migration::vm::Vm;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::child::Hosted;
 use super::control::{Health, MachineSetup};
 use super::forget::Forgetful;
-use super::vm::{PASS_THROUGH, layout_of};
+use super::vm::{PASS_THROUGH, SourceVm, layout_of};
 use crate::device::control as device;
 use crate::device::{PAGE_BYTES as STREAM_PAGE_BYTES, Stream, Window};
 use crate::vmm::{AreaKind, CpuKind, Machine, MachineConfig, Memory, RamLayout, Rate, Split};
@@ -99,23 +101,11 @@ impl Side {
     fn sources(&self, mode: KvmLogMode) -> anyhow::Result<Vec<Box<dyn DirtySource>>> {
         let mut sources: Vec<Box<dyn DirtySource>> = Vec::new();
         if let Some(vm) = self.machine.vm_fd() {
-            sources.push(Box::new(KvmLog::new(Arc::clone(vm), self.slots()?, mode)));
+            sources.push(Box::new(KvmLog::new(Arc::clone(vm), slots(&self.machine)?, mode)));
         }
         sources.push(Box::new(GuestMemoryLog::new(Arc::new(self.machine.memory().clone()))));
         sources.push(Box::new(VfioUserSource::new(DEVICE_LOG, Arc::clone(&self.client))?));
         Ok(sources)
-    }
-
-    #[expect(unsafe_code, reason = "the slots are described once more")]
-    fn slots(&self) -> anyhow::Result<Vec<KvmSlot>> {
-        let regions = self.machine.regions().iter();
-        let slots = regions.map(|region| {
-            let gpa = GpaRange::new(region.gpa, region.len)?;
-            // SAFETY: the machine registered its regions with these numbers and keeps them until it is dropped, and the log
-            // does not outlive its VM descriptor.
-            anyhow::Ok(unsafe { KvmSlot::new(region.slot, gpa, region.userspace_addr, 0) })
-        });
-        slots.collect()
     }
 
     /// Lets the guest make `passes` more passes at full speed, then looks at what guest, VMM and device wrote.
@@ -123,14 +113,7 @@ impl Side {
     /// # Errors
     /// The guest makes no progress, or the device does not answer.
     pub fn check(&self, passes: u64) -> anyhow::Result<Health> {
-        let until = self.machine.passes()? + passes;
-        self.machine.limit_guest(Rate::Unlimited);
-        let deadline = Instant::now() + PASS_PATIENCE * u32::try_from(passes)?;
-        while self.machine.passes()? < until && self.machine.wrong_pages()? == 0 {
-            self.machine.health()?;
-            anyhow::ensure!(Instant::now() < deadline, "The guest makes no progress");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        make_passes(&self.machine, passes)?;
         self.machine.limit_guest(Rate::PagesPerSecond(self.setup.guest_rate));
         let (device_position, wrong_device_pages) = self.check_device()?;
         Ok(Health {
@@ -165,6 +148,53 @@ impl Side {
     fn client(&self) -> std::sync::MutexGuard<'_, Client> {
         self.client.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
+}
+
+impl Hosted for Side {
+    fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    fn source(&self) -> impl Vm {
+        SourceVm::new(Arc::clone(&self.machine))
+    }
+
+    fn start(&self) -> anyhow::Result<()> {
+        Self::start(self)
+    }
+
+    fn go_on(&self) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn check(&self, passes: u64) -> anyhow::Result<Health> {
+        Self::check(self, passes)
+    }
+}
+
+/// Describes the machine's memory slots to a source of KVM's.
+#[expect(unsafe_code, reason = "the slots are described once more")]
+pub(crate) fn slots(machine: &Machine) -> anyhow::Result<Vec<KvmSlot>> {
+    let slots = machine.regions().iter().map(|region| {
+        let gpa = GpaRange::new(region.gpa, region.len)?;
+        // SAFETY: the machine registered its regions with these numbers and keeps them until it is dropped, and the log
+        // does not outlive its VM descriptor.
+        anyhow::Ok(unsafe { KvmSlot::new(region.slot, gpa, region.userspace_addr, 0) })
+    });
+    slots.collect()
+}
+
+/// Lets the guest make `passes` more passes at full speed, or fewer where it finds a wrong page.
+pub(crate) fn make_passes(machine: &Machine, passes: u64) -> anyhow::Result<()> {
+    let until = machine.passes()? + passes;
+    machine.limit_guest(Rate::Unlimited);
+    let deadline = Instant::now() + PASS_PATIENCE * u32::try_from(passes)?;
+    while machine.passes()? < until && machine.wrong_pages()? == 0 {
+        machine.health()?;
+        anyhow::ensure!(Instant::now() < deadline, "The guest makes no progress");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 fn connect(socket: UnixStream, machine: &Machine) -> anyhow::Result<SharedClient> {

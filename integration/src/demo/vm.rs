@@ -21,12 +21,12 @@ const CPU_MANAGER: &str = "cpu-manager";
 const DEVICE_MANAGER: &str = "device-manager";
 const MEMORY_MANAGER: &str = "memory-manager";
 /// Child of the device manager that holds the pass-through devices.
-pub(super) const PASS_THROUGH: &str = "pass-through";
+pub(crate) const PASS_THROUGH: &str = "pass-through";
 
 /// Why a message does not fit this machine.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub(super) enum VmMessageError {
+pub(crate) enum VmMessageError {
     #[error("Config describes RAM that is not this machine's")]
     OtherRam,
     #[error("State has no {0}")]
@@ -36,13 +36,13 @@ pub(super) enum VmMessageError {
 }
 
 /// The machine as its sender sees it.
-pub(super) struct SourceVm {
+pub(crate) struct SourceVm {
     machine: Arc<Machine>,
     memory: Arc<GuestMemoryMmap<AtomicBitmap>>,
 }
 
 impl SourceVm {
-    pub(super) fn new(machine: Arc<Machine>) -> Self {
+    pub(crate) fn new(machine: Arc<Machine>) -> Self {
         let memory = Arc::new(machine.memory().clone());
         Self { machine, memory }
     }
@@ -120,14 +120,14 @@ fn ram_bytes(regions: &[RegionBacking]) -> u64 {
 }
 
 /// The machine as its receiver sees it: filled, restored, and left paused.
-pub(super) struct DestinationVm<'a> {
+pub(crate) struct DestinationVm<'a> {
     machine: &'a Machine,
     devices: &'a mut MigratableDevice,
     restored: bool,
 }
 
 impl<'a> DestinationVm<'a> {
-    pub(super) fn new(machine: &'a Machine, devices: &'a mut MigratableDevice) -> Self {
+    pub(crate) fn new(machine: &'a Machine, devices: &'a mut MigratableDevice) -> Self {
         Self { machine, devices, restored: false }
     }
 }
@@ -169,6 +169,6 @@ impl Destination for DestinationVm<'_> {
 }
 
 /// The layout of a machine's RAM.
-pub(super) fn layout_of(machine: &Machine) -> Result<Layout, LayoutError> {
+pub(crate) fn layout_of(machine: &Machine) -> Result<Layout, LayoutError> {
     Layout::from_guest_memory(machine.memory())
 }
