@@ -203,6 +203,33 @@ fn a_differential_is_received_against_its_base() {
 }
 
 #[test]
+fn a_page_that_no_source_sends_is_zero_whatever_the_base_holds() {
+    let place = Place::new();
+    let (base, applied) = (place.dir.path().join("base"), place.dir.path().join("applied"));
+    let mut first = SnapshotDestination::create(&base, DestinationOptions::default()).unwrap();
+    place.receive(&mut first, migration(VM_CONFIG)).0.unwrap();
+
+    let base_of = Base::open([&base], &Limits::default()).unwrap();
+    let options = DestinationOptions { base: Some(base_of), ..Default::default() };
+    // One page as in the base, one that is not; a source leaves the rest out, for a receiver's memory reads zero.
+    let messages = vec![
+        message(START, b""),
+        message(CONFIG, config(VM_CONFIG).as_bytes()),
+        memory(&[(8192, 4096, 1), (HIGH, 4096, 5)]),
+        message(STATE, state().as_bytes()),
+        message(COMPLETE, b""),
+    ];
+    place.receive(&mut place.destination(options), messages).0.unwrap();
+    let all = Chain::open([&base, &place.target], &Limits::default()).unwrap();
+    apply(&all, &applied, &Limits::default()).unwrap();
+    let mut expected = vec![0; 2 * REGION];
+    expected[8192..12288].fill(1);
+    expected[REGION..REGION + 4096].fill(5);
+    assert!(fs::read(applied.join(MEMORY_FILE)).unwrap() == expected);
+    assert_eq!(all.differentials()[0].changed().bytes(), 4096);
+}
+
+#[test]
 fn what_a_snapshot_would_be_no_use_of_is_refused_at_config() {
     let disks = r#"{"memory":{"size":1},"disks":[{"path":"/disk.raw"}]}"#;
     let vdpa = r#"{"memory":{"size":1},"vdpa":[{"path":"/dev/vhost-vdpa-0"}]}"#;

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
@@ -103,13 +103,38 @@ impl ChangedPages {
         })
     }
 
+    /// Counts every page that may not be zero in the base as zero until it comes, without a look at its bytes.
+    ///
+    /// # Errors
+    /// It cannot be told where the base has memory that is no hole.
+    pub(super) fn presume_zeros(&self) -> io::Result<()> {
+        let populated = match &self.base {
+            Some(base) => base.populated()?,
+            None => self.placement().ranges().collect(),
+        };
+        for range in populated.into_iter().filter_map(|range| range.align_outward(self.page.bytes())) {
+            for piece in self.placement().locate(range).flat_map(|extent| extent.cut(self.feed.cell_bytes()))
+            {
+                let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
+                let pages = piece.range.len() >> self.page.shift();
+                let mut cell = self.lock(piece);
+                cell.zero |= (u64::MAX >> (CELL_PAGES - pages)) << first;
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self, piece: Extent) -> MutexGuard<'_, Cell> {
+        self.cells[self.feed.cell_of(piece)].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn store(&self, piece: Extent, bytes: &[u8], before: &mut Vec<u8>) -> io::Result<()> {
         if let Some(base) = &self.base {
             before.resize(bytes.len(), 0);
             base.read(piece.range, before)?;
         }
         let page_bytes = index(self.page.bytes());
-        let mut cell = self.cells[self.feed.cell_of(piece)].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cell = self.lock(piece);
         let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
         let mut run = 0..0;
         for (bit, at) in (first..).zip((0..bytes.len()).step_by(page_bytes)) {

@@ -162,7 +162,12 @@ impl SnapshotDestination {
         let announced = Announced::with_hotpluggable(layout.clone(), message.hotpluggable(), &limits)?;
         let writer = match self.options.base.clone() {
             None => Writer::Full(SnapshotWriter::begin(staged, announced, limits)?),
-            Some(base) => Writer::Differential(DifferentialWriter::begin(staged, announced, base, limits)?),
+            Some(base) => {
+                let writer = DifferentialWriter::begin(staged, announced, base, limits)?;
+                // A migration brings all memory, but for pages that a fresh receiver's memory has already: zeros.
+                writer.presume_zeros().map_err(WriteError::from)?;
+                Writer::Differential(writer)
+            }
         };
         let store = Arc::new(Store { layout, writer: RwLock::new(Some(writer)) });
         self.phase = Phase::Receiving { config: message.vm_config().clone(), store: Arc::clone(&store) };

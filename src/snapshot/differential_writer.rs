@@ -17,7 +17,7 @@ use super::files::CHANGES_FILE;
 use super::limits::Limits;
 use super::manifest::{Changes, Manifest};
 use super::placement::Placement;
-use super::staging::{StagedDir, WORK_FILE};
+use super::staging::{StagedDir, StagingError, WORK_FILE};
 use super::writer::{Announced, WriteError, publish};
 use crate::layout::Layout;
 use crate::range::GpaRange;
@@ -170,6 +170,11 @@ impl DifferentialWriter {
         let config = VmConfig::parse(config, &self.limits)?;
         let state = VmState::parse(state.to_vec(), &self.limits)?;
         self.complete(&config, state)
+    }
+
+    /// Takes a page that never comes for zero, as a source leaves it out whose receiver's memory reads zero; before any page comes.
+    pub(super) fn presume_zeros(&self) -> Result<(), StagingError> {
+        self.pages.presume_zeros().map_err(|source| self.staged.write_error(WORK_FILE, source))
     }
 
     /// Checks that `state` fits what was announced.

@@ -13,7 +13,8 @@
 //! A full snapshot is a directory that Cloud Hypervisor restores; it ignores the manifest. [`SnapshotWriter`] and
 //! [`DifferentialWriter`] take pages from any number of threads and bring a directory under its name whole or not at
 //! all; [`SnapshotDir`] and [`Chain`] read them; [`verify`] finds altered bytes, [`apply`] turns a chain into a full
-//! snapshot, [`compare`] lists what differs, [`describe`] says what a directory holds. `docs/snapshot-format.md` has the bytes.
+//! snapshot, [`subtract`] a snapshot into a differential, [`compare`] lists what differs, [`describe`] says what a
+//! directory holds. `docs/snapshot-format.md` has the bytes.
 
 mod apply;
 mod block_reader;
@@ -36,6 +37,7 @@ mod memory_file;
 mod placement;
 mod source;
 mod staging;
+mod subtract;
 mod verify;
 mod writer;
 
@@ -57,5 +59,6 @@ pub use manifest::{Manifest, ManifestError};
 pub use placement::{Extent, Placement, PlacementError};
 pub use source::{SnapshotSource, SourceError};
 pub use staging::StagingError;
+pub use subtract::{SubtractError, subtract};
 pub use verify::{Finding, Report, VerifyError, verify};
 pub use writer::{Announced, SnapshotWriter, WriteError};

@@ -216,6 +216,21 @@ fn by_page(ranges: &[GpaRange]) -> Vec<GpaRange> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(8))]
 
+    /// Two full snapshots, against the differential that was written while the guest was at hand.
+    #[test]
+    fn a_snapshot_less_its_base_is_the_differential(mut guest in any_guest(), writes in any_writes()) {
+        let dir = tempfile::tempdir().unwrap();
+        let [base, later, written, made] = ["base", "later", "written", "made"].map(|name| dir.path().join(name));
+        guest.write_full(&base);
+        guest.write(writes);
+        guest.write_full(&later);
+        let bases = [base.clone()];
+        let expected = guest.write_differential(&written, compared(&bases), &guest.ranges);
+        let digest = subtract(&chain(&[later]), Arc::new(chain(&bases)), &made, &Limits::default()).unwrap();
+        prop_assert_eq!(digest, expected);
+        assert_clean(&made);
+    }
+
     /// A chain of ten, by comparison and by dirty pages alone, against the guest itself at every step.
     #[test]
     fn a_chain_amounts_to_the_guest(
