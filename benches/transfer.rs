@@ -150,7 +150,8 @@ fn migrate(source: &Arc<Memory>, connections: u64) -> (Duration, Sent) {
     thread::scope(|scope| {
         let receiving = scope.spawn(|| Receiver::new(Limits::default(), None).receive(&listener, &mut vmm));
         let begun = Instant::now();
-        let sent = Sender::new(options).send(&mut StillVm(Arc::clone(source)), &mut machine, &Migration::new());
+        let sent =
+            Sender::new(options).send(&mut StillVm(Arc::clone(source)), &mut machine, &Migration::new());
         let took = begun.elapsed();
         receiving.join().unwrap().unwrap();
         (took, sent.unwrap())

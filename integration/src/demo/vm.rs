@@ -36,13 +36,14 @@ pub(super) enum VmMessageError {
 }
 
 /// The machine as its sender sees it.
-pub(super) struct SourceVm {
+pub struct SourceVm {
     machine: Arc<Machine>,
     memory: Arc<GuestMemoryMmap<AtomicBitmap>>,
 }
 
 impl SourceVm {
-    pub(super) fn new(machine: Arc<Machine>) -> Self {
+    /// Makes the sender's view of `machine`.
+    pub fn new(machine: Arc<Machine>) -> Self {
         let memory = Arc::new(machine.memory().clone());
         Self { machine, memory }
     }
@@ -124,14 +125,15 @@ fn ram_bytes(regions: &[RegionBacking]) -> u64 {
 }
 
 /// The machine as its receiver sees it: filled, restored, and left paused.
-pub(super) struct DestinationVm<'a> {
+pub struct DestinationVm<'a> {
     machine: &'a Machine,
     devices: &'a mut MigratableDevice,
     restored: bool,
 }
 
 impl<'a> DestinationVm<'a> {
-    pub(super) fn new(machine: &'a Machine, devices: &'a mut MigratableDevice) -> Self {
+    /// Makes the receiver's view of an empty `machine` and its pass-through devices.
+    pub fn new(machine: &'a Machine, devices: &'a mut MigratableDevice) -> Self {
         Self { machine, devices, restored: false }
     }
 }
