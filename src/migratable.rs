@@ -434,6 +434,7 @@ impl Pausable for MigratableDevice {
     fn resume(&mut self) -> Result<(), MigratableError> {
         self.devices.run().map_err(|error| MigratableError::Resume(error.into()))?;
         self.paused = false;
+        self.migrating = false;
         Ok(())
     }
 }
@@ -462,9 +463,16 @@ impl Migratable for MigratableDevice {
         Ok(())
     }
 
-    /// Drops the session: what it handed out counts for nothing with the next one.
+    /// Drops the session: what it handed out counts for nothing with the next one. Devices that still run are taken out of
+    /// the migration; stopped ones wait for [`Pausable::resume`] or [`Migratable::complete_migration`].
     fn stop_dirty_log(&mut self) -> Result<(), MigratableError> {
-        self.close_session().map_err(|error| MigratableError::StopDirtyLog(error.into()))
+        let failed = |error: MigratableDeviceError| MigratableError::StopDirtyLog(error.into());
+        self.close_session().map_err(failed)?;
+        if self.migrating && !self.paused {
+            self.migrating = false;
+            self.devices.abort_to_running().map_err(|error| failed(error.into()))?;
+        }
+        Ok(())
     }
 
     /// Returns the pages written since the call before, sorted, disjoint, coalesced; that call's table counts as received.
@@ -479,10 +487,12 @@ impl Migratable for MigratableDevice {
         Ok(())
     }
 
-    /// Ends the session of a migration that succeeded.
+    /// Ends the session of a migration that succeeded, and the devices' sessions with it.
     fn complete_migration(&mut self) -> Result<(), MigratableError> {
+        let failed = |error: MigratableDeviceError| MigratableError::CompleteMigration(error.into());
         self.migrating = false;
-        self.close_session().map_err(|error| MigratableError::CompleteMigration(error.into()))
+        self.close_session().map_err(failed)?;
+        self.devices.retire().map_err(|error| failed(error.into()))
     }
 }
 

@@ -139,7 +139,11 @@ fn fail(error: &DemoError, json: bool) -> ExitCode {
     if let DemoError::Different { report, .. } | DemoError::Unwell { report, .. } = error {
         print(report, json);
     }
-    eprintln!("error: {}", chain(error));
+    let text = chain(error);
+    if json && !matches!(error, DemoError::Different { .. } | DemoError::Unwell { .. }) {
+        println!("{}", serde_json::json!({ "verified": false, "error": &text }));
+    }
+    eprintln!("error: {text}");
     let exit = match error {
         DemoError::Contradiction(_)
         | DemoError::NoSuchSource { .. }
