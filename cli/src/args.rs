@@ -386,6 +386,29 @@ mod tests {
         Arguments::command().debug_assert();
     }
 
+    /// Cuts a command line as a shell does that knows single quotes and comments.
+    fn words(line: &str) -> Vec<String> {
+        let mut words = Vec::new();
+        for (part, text) in line.split('\'').enumerate() {
+            if part % 2 == 1 {
+                words.push(text.to_owned());
+            } else {
+                words.extend(text.split_whitespace().take_while(|word| *word != "#").map(str::to_owned));
+            }
+        }
+        words
+    }
+
+    #[test]
+    fn every_command_in_the_readme_is_one() {
+        let readme = include_str!("../../README.md");
+        let commands = readme.lines().filter(|line| line.starts_with("vfio-migrate "));
+        let parsed = commands.map(|line| {
+            Arguments::try_parse_from(words(line)).unwrap_or_else(|error| panic!("{line}: {error}"));
+        });
+        assert!(parsed.count() >= 5);
+    }
+
     #[test]
     fn sizes_parse_or_say_why_not() {
         assert_eq!(size("64M"), Ok(64 << 20));

@@ -54,6 +54,7 @@ pub(crate) fn run_on_paused(command: OsString, into: PathBuf, stop: Arc<AtomicBo
 
 fn run(command: &OsStr, into: &Path, stop: &AtomicBool) -> Result<(), CommandError> {
     let failed = |source| CommandError::Run { command: command.to_owned(), source };
+    log::info!("The source's VM is paused while {command:?} runs");
     let mut child = start(command, into).map_err(failed)?;
     let status = wait(&mut child, stop).map_err(failed)?;
     if status.success() { Ok(()) } else { Err(CommandError::Failed { command: command.to_owned(), status }) }

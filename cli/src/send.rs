@@ -89,6 +89,9 @@ fn tell_stopping(migration: &Migration, output: &Output) {
 
 fn tell_progress(migration: &Migration, output: &mut Output) {
     let progress = migration.progress();
+    if progress.ram_bytes == 0 {
+        return;
+    }
     let event = Event::Sending {
         phase: progress.phase.to_string(),
         round: progress.round,
