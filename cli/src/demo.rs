@@ -111,6 +111,11 @@ fn print(report: &Report, json: bool) {
         report.total_ms
     );
     println!(
+        "  left out of the first round: {} that nobody ever wrote, {} that reads zero",
+        HumanBytes(report.skipped_hole_bytes),
+        HumanBytes(report.skipped_zero_bytes)
+    );
+    println!(
         "  device state {}, {} of it before the switchover",
         HumanBytes(report.device.state_bytes),
         HumanBytes(report.device.precopy_bytes)

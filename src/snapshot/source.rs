@@ -16,7 +16,7 @@ use super::placement::Extent;
 use crate::granule::Granule;
 use crate::layout::{Layout, LayoutError};
 use crate::range::GpaRange;
-use crate::vm::{Vm, VmError};
+use crate::vm::{Backing, Vm, VmError};
 
 /// Why a snapshot cannot be sent.
 #[derive(Debug, Error)]
@@ -96,6 +96,10 @@ impl Vm for SnapshotSource {
 
     fn memory(&self) -> Arc<Self::Memory> {
         Arc::clone(&self.memory)
+    }
+
+    fn backing(&self) -> Backing {
+        Backing::of_mmap(&self.memory)
     }
 
     fn config(&mut self) -> Result<Vec<u8>, VmError> {

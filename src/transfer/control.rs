@@ -61,7 +61,7 @@ impl<'a> Control<'a> {
         memory: &M,
         chunk: &Chunk,
     ) -> Result<(), SendError> {
-        self.exchange(SendStep::Memory, wire_bytes(chunk), |connection| {
+        self.exchange(SendStep::Memory, wire_bytes(chunk.ranges()), |connection| {
             send_memory(connection, memory, chunk.ranges(), &mut Vec::new())
         })
     }

@@ -46,6 +46,12 @@ pub struct SendOptions {
     pub throttle: bool,
     /// The VM is paused, stays so if this fails, and is to stay so at the receiver.
     pub complete_paused: bool,
+    /// The receiver's memory reads zero before anything is sent: pages that were never written, or read zero, are left out of
+    /// the first pass.
+    ///
+    /// So it is with Cloud Hypervisor's own memory, a fresh memfd or anonymous, and with a snapshot directory. It is not where
+    /// a memory zone of the receiver is a named file that holds something.
+    pub receiver_reads_zero: bool,
     /// Mutual TLS over TCP.
     pub tls: Option<ClientTls>,
     /// How long the receiver may take, and more.
@@ -53,7 +59,8 @@ pub struct SendOptions {
 }
 
 impl SendOptions {
-    /// One connection to `url`, 300 ms of downtime, an hour, then cancel; chunks of 4 MiB, four of them on their way.
+    /// One connection to `url`, 300 ms of downtime, an hour, then cancel; chunks of 4 MiB, four of them on their way; a receiver
+    /// whose memory reads zero.
     pub fn new(url: Url) -> Self {
         Self {
             url,
@@ -67,6 +74,7 @@ impl SendOptions {
             max_rounds: None,
             throttle: false,
             complete_paused: false,
+            receiver_reads_zero: true,
             tls: None,
             limits: Limits::default(),
         }
@@ -292,6 +300,10 @@ pub struct Sent {
     pub rounds: u32,
     /// Bytes written to the connections, framing included.
     pub bytes_sent: u64,
+    /// Bytes of pages left out of the first pass because nobody ever wrote them.
+    pub skipped_hole_bytes: u64,
+    /// Bytes of pages left out of the first pass because they read zero.
+    pub skipped_zero_bytes: u64,
     /// Bytes of pages that were reported dirty at least once.
     pub unique_dirty_bytes: u64,
     /// From pausing the VM to the receiver's word that it has it.

@@ -294,7 +294,8 @@ impl<'a> Demo<'a> {
     }
 
     fn kill(&mut self, destination: &mut Side, progress: &Progress) -> Result<(), DemoError> {
-        let (acknowledged, ram) = (progress.acknowledged_bytes, self.options.memory_bytes);
+        let (acknowledged, ram) =
+            (progress.acknowledged_bytes + progress.skipped_bytes, self.options.memory_bytes);
         if acknowledged < ram / 2 {
             return Err(DemoError::TooEarly { acknowledged, ram });
         }
@@ -321,6 +322,8 @@ impl<'a> Demo<'a> {
             rounds: figures.rounds,
             bytes_sent: moved.socket_bytes,
             unique_dirty_bytes: figures.unique_dirty_bytes,
+            skipped_hole_bytes: figures.skipped_hole_bytes,
+            skipped_zero_bytes: figures.skipped_zero_bytes,
             downtime_ms: millis(figures.downtime_us),
             total_ms: millis(figures.total_us),
             sources: figures.sources,
