@@ -175,6 +175,9 @@ pub(crate) struct SendArguments {
     /// Most bytes of memory a second, a number with K, M or G behind it [default: as many as go].
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) bandwidth: Option<u64>,
+    /// Send holes and zero pages, too: for a receiver whose memory does not read zero, as a zone backed by a used file.
+    #[arg(long)]
+    pub(crate) all_pages: bool,
     /// How memory moves: precopy. Postcopy is refused.
     #[arg(long, default_value = "precopy", value_name = "MODE", value_parser = precopy)]
     memory_mode: MemoryMode,
