@@ -183,11 +183,18 @@ impl MigratableDevice {
 
     /// Opens a cursor for a receiver that holds what `start` says; switches all sources on first, unless they run.
     ///
+    /// With [`Start::Copied`], pages whose bits stand in a kernel are pending: another write to them shows no more once
+    /// another receiver's copy has cleared them.
+    ///
     /// # Errors
     /// A source could not be switched on; all are off again.
     pub fn begin(&mut self, start: Start) -> Result<CursorId, MigratableDeviceError> {
         self.arm()?;
-        Ok(self.ledger.open(start))
+        let cursor = self.ledger.open(start);
+        if start == Start::Copied {
+            self.collect_or_warn(|attached| attached.precise);
+        }
+        Ok(cursor)
     }
 
     /// Closes a cursor; switches all sources off when it was the last.
@@ -371,6 +378,13 @@ impl MigratableDevice {
         degradations
     }
 
+    /// Collects where there is nobody to tell of degradations but the log.
+    fn collect_or_warn(&mut self, which: impl Fn(&Attached) -> bool) {
+        for degradation in self.collect_from(which) {
+            log::warn!("{degradation}; all it covers counts as written");
+        }
+    }
+
     fn harvest(&mut self, space: SpaceId, mapping: &Mapping, degradations: &mut Vec<SourceError>) {
         for (index, attached) in self.sources.iter_mut().enumerate() {
             if attached.space != space {
@@ -395,10 +409,8 @@ impl MigratableDevice {
         if let Some(chunk) = received {
             self.commit(chunk);
         }
-        let degradations = if self.paused { self.collect_final() } else { self.collect() };
-        for degradation in degradations {
-            log::warn!("{degradation}; all it covers counts as written");
-        }
+        let paused = self.paused;
+        self.collect_or_warn(|attached| attached.precise || paused);
         self.begin_round(cursor);
         let chunk = self.take(cursor, ChunkLimits::NONE)?;
         let ranges = chunk.as_ref().map_or(&[][..], Chunk::ranges);

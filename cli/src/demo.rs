@@ -145,7 +145,10 @@ fn fail(error: &DemoError, json: bool) -> ExitCode {
         | DemoError::NoSuchSource { .. }
         | DemoError::HostTooSmall { .. }
         | DemoError::Memory(_) => Exit::Usage,
-        DemoError::Migration { .. } | DemoError::Survived { .. } | DemoError::TooEarly { .. } => Exit::Peer,
+        DemoError::Migration { .. }
+        | DemoError::NotKilled { .. }
+        | DemoError::Survived { .. }
+        | DemoError::TooEarly { .. } => Exit::Peer,
         DemoError::Different { .. } | DemoError::Unwell { .. } | DemoError::SourceUnwell { .. } => {
             Exit::Verification
         }

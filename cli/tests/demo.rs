@@ -159,6 +159,14 @@ fn a_killed_destination_leaves_the_source_running_for_a_second_attempt() {
 }
 
 #[test]
+fn a_migration_that_fails_before_the_destination_is_killed_is_not_taken_for_the_kill() {
+    let fault = "kill-destination@round=1000";
+    let output = demo(&["--no-kvm", "--memory", "16M", "--inject", fault, "--timeout-s", "1"]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!(stderr(&output).contains("before round 1000"), "{}", stderr(&output));
+}
+
+#[test]
 fn a_device_process_that_dies_is_named() {
     let run = Run::start(&["--no-kvm", "--memory", "1G", "--device-state", "64M"]);
     for device in run.wait_for("device", 2) {
@@ -166,7 +174,9 @@ fn a_device_process_that_dies_is_named() {
     }
     let output = run.finish();
     assert!(!output.status.success());
-    assert!(stderr(&output).contains("dma0"), "{}", stderr(&output));
+    let told = stderr(&output);
+    let error = told.lines().find(|line| line.starts_with("error: ")).unwrap_or_default();
+    assert!(error.contains("dma0"), "{told}");
 }
 
 #[test]

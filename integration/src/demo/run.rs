@@ -269,10 +269,10 @@ impl<'a> Demo<'a> {
                 Some((Who::Source, Some(Event::Migrated(moved)))) => figures = Some(moved),
                 Some((Who::Source, Some(Event::Failed { error, guest_runs }))) => {
                     let error = refusal.map_or(error.clone(), |why| format!("{error} (destination: {why})"));
-                    return Err(if cancelled {
-                        DemoError::Cancelled { guest_runs }
-                    } else {
-                        DemoError::Migration { error, guest_runs }
+                    return Err(match kill_in_round {
+                        _ if cancelled => DemoError::Cancelled { guest_runs },
+                        Some(round) => DemoError::NotKilled { round, error },
+                        None => DemoError::Migration { error, guest_runs },
                     });
                 }
                 Some((Who::Source, None)) => return Err(DemoError::Died { who: "source" }),
