@@ -67,7 +67,7 @@ impl Output {
         if self.json {
             print_json(result);
         } else {
-            println!("{}", text());
+            print_line(&text());
         }
     }
 
@@ -119,7 +119,10 @@ fn bar(length: Option<u64>) -> ProgressBar {
 }
 
 fn print_json(value: &impl Serialize) {
-    let text = serde_json::to_string(value).expect("what is told is plain data");
-    // Nobody may listen any more; that is no reason to leave the work undone.
-    let _ = writeln!(io::stdout(), "{text}");
+    print_line(&serde_json::to_string(value).expect("what is told is plain data"));
+}
+
+/// Prints a line on standard output. Nobody may listen any more; that is no reason to leave the work undone.
+fn print_line(line: &str) {
+    let _ = writeln!(io::stdout(), "{line}");
 }

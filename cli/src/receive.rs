@@ -13,6 +13,7 @@ use vfio_migration::snapshot::{Base, DestinationOptions, Digest, Limits, Snapsho
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver, ReceiverHandle};
 use vfio_migration::transfer::tls::ServerTls;
+use vfio_migration::transfer::url::{Endpoint, Url};
 
 use crate::args::ReceiveArguments;
 use crate::event::Event;
@@ -130,9 +131,18 @@ fn tell_listening(arguments: &ReceiveArguments, listener: &Listener, output: &Ou
     output.tell(&Event::Listening { url: url.to_string(), into: &arguments.into }, || {
         format!(
             "Waiting for a source on {url}. On its side:\n\
-             \x20 ch-remote --api-socket SOCKET send-migration destination_url={url}{tls}\n{note}"
+             \x20 ch-remote --api-socket SOCKET send-migration destination_url={}{tls}\n{note}",
+            seen_from_source(url)
         )
     });
+}
+
+/// Returns what a source calls the place: an address that stands for all of this host's is none to it.
+fn seen_from_source(url: &Url) -> String {
+    match url.endpoint() {
+        Endpoint::Tcp { host: "0.0.0.0" | "::", port } => format!("tcp:THIS-HOST:{port}"),
+        _ => url.to_string(),
+    }
 }
 
 fn give_up(handle: &ReceiverHandle, signals: Signals<'_>, output: &Output) {
