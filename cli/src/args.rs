@@ -175,6 +175,9 @@ pub(crate) struct SendArguments {
     /// Most bytes of memory a second, a number with K, M or G behind it [default: as many as go].
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) bandwidth: Option<u64>,
+    /// Send holes and zero pages, too: for a receiver whose memory does not read zero, as a zone backed by a used file.
+    #[arg(long)]
+    pub(crate) all_pages: bool,
     /// How memory moves: precopy. Postcopy is refused.
     #[arg(long, default_value = "precopy", value_name = "MODE", value_parser = precopy)]
     memory_mode: MemoryMode,
@@ -384,6 +387,29 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    /// Cuts a command line as a shell does that knows single quotes and comments.
+    fn words(line: &str) -> Vec<String> {
+        let mut words = Vec::new();
+        for (part, text) in line.split('\'').enumerate() {
+            if part % 2 == 1 {
+                words.push(text.to_owned());
+            } else {
+                words.extend(text.split_whitespace().take_while(|word| *word != "#").map(str::to_owned));
+            }
+        }
+        words
+    }
+
+    #[test]
+    fn every_command_in_the_readme_is_one() {
+        let readme = include_str!("../../README.md");
+        let commands = readme.lines().filter(|line| line.starts_with("vfio-migrate "));
+        let parsed = commands.map(|line| {
+            Arguments::try_parse_from(words(line)).unwrap_or_else(|error| panic!("{line}: {error}"));
+        });
+        assert!(parsed.count() >= 5);
     }
 
     #[test]

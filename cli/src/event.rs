@@ -50,6 +50,8 @@ pub(crate) enum Event<'a> {
         ram_bytes: u64,
         /// Bytes handed to the connections.
         sent_bytes: u64,
+        /// Memory that need not be sent: holes and zero pages.
+        skipped_bytes: u64,
         /// Memory that the receiver lacks.
         left_bytes: u64,
         /// Bytes of memory per second.
@@ -61,6 +63,8 @@ pub(crate) enum Event<'a> {
         url: String,
         /// Bytes handed to the connections.
         sent_bytes: u64,
+        /// Memory that was not sent: holes and zero pages.
+        skipped_bytes: u64,
         /// Passes over memory.
         rounds: u32,
         /// From the first connection to the last answer.

@@ -47,15 +47,16 @@ pub(crate) enum CommandError {
 
 /// Makes what a destination does while the VM is paused: run `command` in a shell and wait for its success.
 ///
-/// When `stop` is raised meanwhile, the command and what it started are asked to end.
-pub(crate) fn run_on_paused(command: OsString, into: PathBuf, stop: Arc<AtomicBool>) -> OnPaused {
-    Box::new(move || Ok(run(&command, &into, &stop)?))
+/// When `given_up` is raised meanwhile, the command and what it started are asked to end.
+pub(crate) fn run_on_paused(command: OsString, into: PathBuf, given_up: Arc<AtomicBool>) -> OnPaused {
+    Box::new(move || Ok(run(&command, &into, &given_up)?))
 }
 
-fn run(command: &OsStr, into: &Path, stop: &AtomicBool) -> Result<(), CommandError> {
+fn run(command: &OsStr, into: &Path, given_up: &AtomicBool) -> Result<(), CommandError> {
     let failed = |source| CommandError::Run { command: command.to_owned(), source };
+    log::info!("The source's VM is paused while {command:?} runs");
     let mut child = start(command, into).map_err(failed)?;
-    let status = wait(&mut child, stop).map_err(failed)?;
+    let status = wait(&mut child, given_up).map_err(failed)?;
     if status.success() { Ok(()) } else { Err(CommandError::Failed { command: command.to_owned(), status }) }
 }
 
@@ -72,13 +73,13 @@ fn start(command: &OsStr, into: &Path) -> io::Result<Child> {
         .spawn()
 }
 
-fn wait(child: &mut Child, stop: &AtomicBool) -> io::Result<ExitStatus> {
+fn wait(child: &mut Child, given_up: &AtomicBool) -> io::Result<ExitStatus> {
     let mut asked = false;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        if !asked && stop.load(Ordering::Relaxed) {
+        if !asked && given_up.load(Ordering::Relaxed) {
             asked = true;
             kill_process_group(Pid::from_child(child), Signal::TERM)?;
         }

@@ -67,7 +67,7 @@ impl Output {
         if self.json {
             print_json(result);
         } else {
-            println!("{}", text());
+            print_line(&text());
         }
     }
 
@@ -86,13 +86,9 @@ impl Output {
             }
             return;
         }
-        let bar = self.bar.get_or_insert_with(|| BARS.add(bar(length.is_some())));
-        if let Some(length) = length {
-            bar.set_length(length);
-        }
-        bar.set_position(position);
+        let bar = self.bar.get_or_insert_with(|| BARS.add(bar(length)));
         bar.set_message(message());
-        bar.tick();
+        bar.set_position(position);
     }
 
     /// Tells that the command failed; returns its exit status.
@@ -113,14 +109,20 @@ impl Output {
     }
 }
 
-fn bar(bounded: bool) -> ProgressBar {
-    let template = if bounded { "{bar:30} {percent:>3}% {msg}" } else { "{spinner} {msg}" };
+fn bar(length: Option<u64>) -> ProgressBar {
+    let template =
+        if length.is_some() { "{bar:30} {percent:>3}% {wide_msg}" } else { "{spinner} {wide_msg}" };
     let style = ProgressStyle::with_template(template).expect("a literal template");
-    ProgressBar::no_length().with_style(style)
+    let bar = ProgressBar::no_length().with_style(style);
+    length.into_iter().for_each(|length| bar.set_length(length));
+    bar
 }
 
 fn print_json(value: &impl Serialize) {
-    let text = serde_json::to_string(value).expect("what is told is plain data");
-    // Nobody may listen any more; that is no reason to leave the work undone.
-    let _ = writeln!(io::stdout(), "{text}");
+    print_line(&serde_json::to_string(value).expect("what is told is plain data"));
+}
+
+/// Prints a line on standard output. Nobody may listen any more; that is no reason to leave the work undone.
+fn print_line(line: &str) {
+    let _ = writeln!(io::stdout(), "{line}");
 }

@@ -13,6 +13,7 @@ use vfio_migration::snapshot::{Base, DestinationOptions, Digest, Limits, Snapsho
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver, ReceiverHandle};
 use vfio_migration::transfer::tls::ServerTls;
+use vfio_migration::transfer::url::{Endpoint, Url};
 
 use crate::args::ReceiveArguments;
 use crate::event::Event;
@@ -54,11 +55,13 @@ pub(crate) fn receive(arguments: &ReceiveArguments) -> ExitCode {
 fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept, Failure> {
     let stop = stop_flag()?;
     let tls = arguments.tls_dir.as_deref().map(ServerTls::from_directory).transpose()?;
-    let mut destination = SnapshotDestination::create(&arguments.into, options(arguments, &stop)?)?;
+    let given_up = Arc::default();
+    let mut destination = SnapshotDestination::create(&arguments.into, options(arguments, &given_up)?)?;
     let listener = Listener::bind(&arguments.url)?;
     let receiver = Receiver::new(arguments.limits(), tls);
     tell_listening(arguments, &listener, output);
-    let received = watch(&receiver, &listener, &mut destination, &stop, output);
+    let signals = Signals { stop: &stop, given_up: &given_up };
+    let received = watch(&receiver, &listener, &mut destination, signals, output);
     let received_bytes = receiver.handle().received_bytes();
     match (received, destination.kept()) {
         (Ok(received), Some(digest)) => Ok(Kept { digest, confirmed: received.confirmed, received_bytes }),
@@ -70,7 +73,7 @@ fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept
     }
 }
 
-fn options(arguments: &ReceiveArguments, stop: &Arc<AtomicBool>) -> Result<DestinationOptions, Failure> {
+fn options(arguments: &ReceiveArguments, given_up: &Arc<AtomicBool>) -> Result<DestinationOptions, Failure> {
     let limits = Limits { state_bytes: arguments.limits().state_bytes, ..Limits::default() };
     let base = match arguments.base.is_empty() {
         true => None,
@@ -82,9 +85,18 @@ fn options(arguments: &ReceiveArguments, stop: &Arc<AtomicBool>) -> Result<Desti
         base,
         checkpoint: arguments.checkpoint,
         memory_only: arguments.memory_only,
-        on_paused: on_paused.map(|command| run_on_paused(command, into, Arc::clone(stop))),
+        on_paused: on_paused.map(|command| run_on_paused(command, into, Arc::clone(given_up))),
         limits,
     })
+}
+
+/// What passes a signal on.
+#[derive(Clone, Copy)]
+struct Signals<'a> {
+    /// Raised by the first signal.
+    stop: &'a AtomicBool,
+    /// Raised once the receiver has given up: what fails from then on is not why.
+    given_up: &'a AtomicBool,
 }
 
 /// Receives on a thread of its own, while this one shows progress and heeds signals.
@@ -92,7 +104,7 @@ fn watch(
     receiver: &Receiver,
     listener: &Listener,
     destination: &mut SnapshotDestination,
-    stop: &AtomicBool,
+    signals: Signals<'_>,
     output: &mut Output,
 ) -> Result<Received, ReceiveError> {
     thread::scope(|scope| {
@@ -101,9 +113,9 @@ fn watch(
         let mut rate = Rate::new();
         let mut asked = false;
         while !receiving.is_finished() {
-            if !asked && stop.load(Ordering::Relaxed) {
+            if !asked && signals.stop.load(Ordering::Relaxed) {
                 asked = true;
-                tell_stopping(&handle, output);
+                give_up(&handle, signals, output);
             }
             tell_progress(&handle, &mut rate, output);
             thread::sleep(TICK);
@@ -119,17 +131,27 @@ fn tell_listening(arguments: &ReceiveArguments, listener: &Listener, output: &Ou
     output.tell(&Event::Listening { url: url.to_string(), into: &arguments.into }, || {
         format!(
             "Waiting for a source on {url}. On its side:\n\
-             \x20 ch-remote --api-socket SOCKET send-migration destination_url={url}{tls}\n{note}"
+             \x20 ch-remote --api-socket SOCKET send-migration destination_url={}{tls}\n{note}",
+            seen_from_source(url)
         )
     });
 }
 
-fn tell_stopping(handle: &ReceiverHandle, output: &Output) {
-    output.remark(if handle.stop() {
-        "Giving up; the source's VM runs on"
+/// Returns what a source calls the place: an address that stands for all of this host's is none to it.
+fn seen_from_source(url: &Url) -> String {
+    match url.endpoint() {
+        Endpoint::Tcp { host: "0.0.0.0" | "::", port } => format!("tcp:THIS-HOST:{port}"),
+        _ => url.to_string(),
+    }
+}
+
+fn give_up(handle: &ReceiverHandle, signals: Signals<'_>, output: &Output) {
+    if handle.stop() {
+        signals.given_up.store(true, Ordering::Relaxed);
+        output.remark("Giving up; the source's VM runs on");
     } else {
-        "Too late to give up: the snapshot is being completed"
-    });
+        output.remark("Too late to give up: the snapshot is being completed");
+    }
 }
 
 fn tell_progress(handle: &ReceiverHandle, rate: &mut Rate, output: &mut Output) {

@@ -50,6 +50,7 @@ fn options(arguments: &SendArguments) -> Result<SendOptions, Failure> {
     options.timeout_s = arguments.timeout_s;
     options.timeout_strategy = arguments.timeout_strategy.into();
     options.complete_paused = arguments.paused;
+    options.receiver_reads_zero = !arguments.all_pages;
     options.tls = arguments.tls_dir.as_deref().map(ClientTls::from_directory).transpose()?;
     options.limits = arguments.limits();
     Ok(options)
@@ -89,11 +90,15 @@ fn tell_stopping(migration: &Migration, output: &Output) {
 
 fn tell_progress(migration: &Migration, output: &mut Output) {
     let progress = migration.progress();
+    if progress.ram_bytes == 0 {
+        return;
+    }
     let event = Event::Sending {
         phase: progress.phase.to_string(),
         round: progress.round,
         ram_bytes: progress.ram_bytes,
         sent_bytes: progress.sent_bytes,
+        skipped_bytes: progress.skipped_hole_bytes + progress.skipped_zero_bytes,
         left_bytes: progress.left_bytes,
         bytes_per_second: progress.bandwidth,
     };
@@ -113,17 +118,20 @@ fn tell_sent(arguments: &SendArguments, sent: &Sent, output: &mut Output) {
     let event = Event::Sent {
         url: arguments.url.to_string(),
         sent_bytes: sent.bytes_sent,
+        skipped_bytes: sent.skipped_hole_bytes + sent.skipped_zero_bytes,
         rounds: sent.rounds,
         total_ms: sent.total.as_millis(),
     };
     output.result(&event, || {
         let state = if arguments.paused { "stands paused" } else { "is" };
         format!(
-            "Sent {} to {}, where the VM {state} now: {} in {:.1} s",
+            "Sent {} to {}, where the VM {state} now: {} in {:.1} s; holes of {} and zeros of {} left out",
             arguments.from.display(),
             arguments.url,
             HumanBytes(sent.bytes_sent),
             sent.total.as_secs_f64(),
+            HumanBytes(sent.skipped_hole_bytes),
+            HumanBytes(sent.skipped_zero_bytes),
         )
     });
 }

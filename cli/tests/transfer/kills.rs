@@ -16,7 +16,7 @@ const KILLS: &str = "VFIO_MIGRATE_TEST_KILLS";
 const FEW: u32 = 6;
 
 /// Options that make a transfer last a while: a chance for each of its moments.
-const SLOW: [&str; 2] = ["--bandwidth", "100M"];
+const SLOW: [&str; 2] = ["--bandwidth", "32M"];
 
 #[derive(Debug, Clone, Copy)]
 enum Victim {

@@ -134,3 +134,32 @@ fn a_signal_ends_the_command_too() {
     source.end().failed(3, "");
     assert!(is_empty(out.root()));
 }
+
+#[test]
+fn a_second_signal_ends_the_tool_at_once_and_what_it_leaves_is_cleared_up() {
+    let notes = Place::new();
+    let begun = notes.path("begun");
+    // Deaf to the first signal, which is passed on to it.
+    let command = format!("trap '' TERM; touch '{}'; sleep 5; true", begun.display());
+    let place = Place::new();
+    let out = Place::new();
+    let (from, into) = (place.stored("from", 1), out.path("into"));
+    let (mut receiver, url) = Tool::receive("tcp:127.0.0.1:0", &into, &["--on-paused", &command]);
+    let source = Tool::send(&url, &from, &[]);
+    while !begun.exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    receiver.signal("-TERM");
+    assert!(!receiver.ends_within(Duration::from_millis(500)));
+    receiver.signal("-TERM");
+    assert!(receiver.ends_within(Duration::from_secs(1)));
+    assert_eq!(receiver.end().code, Some(130));
+    source.end().failed(3, "");
+    assert!(!into.exists());
+
+    let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &into, &[]);
+    Tool::send(&url, &from, &[]).end().succeeded();
+    receiver.end().succeeded();
+    assert_same(&from, &into);
+    assert_eq!(out.root().read_dir().unwrap().count(), 1);
+}

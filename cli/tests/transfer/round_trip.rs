@@ -63,6 +63,20 @@ fn paused_and_within_a_bandwidth() {
 }
 
 #[test]
+fn holes_and_zeros_are_left_out_unless_the_receiver_needs_them() {
+    for (options, least, most) in [(&[][..], 13 << 20, 32 << 20), (&["--all-pages"], 64 << 20, 65 << 20)] {
+        let place = Place::new();
+        let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &place.path("into"), &[]);
+        let sent = Tool::send(&url, &place.stored("from", 7), options).end().succeeded().last();
+        receiver.end().succeeded();
+        assert_same(&place.path("from"), &place.path("into"));
+        let (sent, skipped) = (sent["sent_bytes"].as_u64().unwrap(), sent["skipped_bytes"].as_u64().unwrap());
+        assert!((least..most).contains(&sent), "{options:?}: {sent}");
+        assert!((64 << 20..65 << 20).contains(&(sent + skipped)), "{options:?}: {sent} and {skipped}");
+    }
+}
+
+#[test]
 fn a_signal_to_the_source_abandons_and_nothing_is_kept() {
     let place = Place::new();
     let out = Place::new();

@@ -76,6 +76,20 @@ fn a_source_without_tls_is_turned_away() {
 }
 
 #[test]
+fn a_handshake_that_never_finishes_keeps_nobody_out() {
+    let place = Place::new();
+    let files = Files::good();
+    let tls = ["--tls-dir", files.path().to_str().unwrap()];
+    let (from, into) = (place.stored("from", 1), place.path("into"));
+    let (waiting, url) = Tool::receive("tcp:127.0.0.1:0", &into, &tls);
+    let _silent = std::net::TcpStream::connect(url.strip_prefix("tcp:").unwrap()).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    Tool::send(&url, &from, &[&tls[..], &["--connections", "4"]].concat()).end().succeeded();
+    waiting.end().succeeded();
+    assert_same(&from, &into);
+}
+
+#[test]
 fn keys_and_files_that_cannot_be_used_are_named() {
     let place = Place::new();
     let from = place.stored("from", 1);
