@@ -10,6 +10,7 @@
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on ends")]
 #![expect(clippy::print_stdout, reason = "figures are what a benchmark is for")]
 #![expect(clippy::cast_precision_loss, reason = "figures for people")]
+#![expect(clippy::cast_possible_truncation, reason = "constants of a few pages")]
 
 use std::fs::File;
 use std::io::{Read, Write};
