@@ -308,7 +308,7 @@ pub(crate) struct ApplyArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArguments {
-    /// Guest RAM, a number of bytes with K, M or G behind it.
+    /// Guest RAM, 16M to 128G: a number of bytes with K, M or G behind it.
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = size)]
     pub(crate) memory: u64,
     /// Pages a second that the guest writes.

@@ -139,13 +139,20 @@ fn fail(error: &DemoError, json: bool) -> ExitCode {
     if let DemoError::Different { report, .. } | DemoError::Unwell { report, .. } = error {
         print(report, json);
     }
-    eprintln!("error: {}", chain(error));
+    let text = chain(error);
+    if json && !matches!(error, DemoError::Different { .. } | DemoError::Unwell { .. }) {
+        println!("{}", serde_json::json!({ "verified": false, "error": &text }));
+    }
+    eprintln!("error: {text}");
     let exit = match error {
         DemoError::Contradiction(_)
         | DemoError::NoSuchSource { .. }
         | DemoError::HostTooSmall { .. }
         | DemoError::Memory(_) => Exit::Usage,
-        DemoError::Migration { .. } | DemoError::Survived { .. } | DemoError::TooEarly { .. } => Exit::Peer,
+        DemoError::Migration { .. }
+        | DemoError::NotKilled { .. }
+        | DemoError::Survived { .. }
+        | DemoError::TooEarly { .. } => Exit::Peer,
         DemoError::Different { .. } | DemoError::Unwell { .. } | DemoError::SourceUnwell { .. } => {
             Exit::Verification
         }

@@ -115,7 +115,7 @@ pub trait DirtySource: Send {
     /// Reports the pages written since they were last reported.
     ///
     /// May leave bits set in the kernel until [`DirtySource::before_read`]; a page whose bit still stands from an earlier
-    /// report is not reported again.
+    /// report is reported again, and [`Sink::counted_before`] keeps it from being counted twice.
     ///
     /// # Errors
     /// The log could not be read, or only in part. What it held may be gone, so the caller marks

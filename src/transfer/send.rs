@@ -2,6 +2,7 @@
 
 //! [`Sender`]: what is asked of a migration, and what comes of it.
 
+use std::error::Error as _;
 use std::fmt;
 use std::io;
 use std::ops::RangeInclusive;
@@ -242,14 +243,20 @@ pub enum SendError {
         source: PeerError,
     },
     /// The migration failed, and the VM could not be set going again.
-    #[error("VM is not running as before: {recovery}; the migration had failed: {failure}")]
+    #[error("Migration failed ({}), and VM is not running as before", in_full(.failure))]
     Stuck {
         /// Why the migration failed.
-        #[source]
         failure: Box<SendError>,
         /// What failed after that.
+        #[source]
         recovery: Box<SendError>,
     },
+}
+
+/// The whole error in one line, causes last.
+fn in_full(error: &SendError) -> String {
+    let causes = std::iter::successors(error.source(), |&error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 impl From<Cancelled> for SendError {
@@ -363,5 +370,25 @@ impl Sender {
     ) -> Result<Sent, SendError> {
         self.options.check()?;
         Session::new(&self.options, vm, device, migration).migrate()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{Attempt, DeviceFailure};
+
+    #[test]
+    fn a_stuck_vm_tells_the_failure_and_the_device_behind_the_recovery_each_once() {
+        let broken = || io::Error::from(io::ErrorKind::BrokenPipe);
+        let failure = SendError::Peer { step: SendStep::Memory, source: PeerError::Io(broken()) };
+        let name = "dma0".to_owned();
+        let lost = DeviceSetError::Device { name, attempt: Attempt::Run, source: DeviceFailure::Reset };
+        let stuck = SendError::Stuck { failure: failure.into(), recovery: Box::new(lost.into()) };
+        assert_eq!(
+            in_full(&stuck),
+            "Migration failed (Cannot copy memory to the receiver: Connection failed: broken pipe), and VM is not \
+             running as before: Devices cannot be moved: Cannot run device \"dma0\": Device was reset, its state is lost"
+        );
     }
 }
