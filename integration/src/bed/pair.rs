@@ -30,11 +30,17 @@ struct Role {
     setup: BedSetup,
 }
 
-/// Becomes the process that the parent, behind standard input, says it is to be.
+/// Set for a process that has a parent.
+const PROCESS_VARIABLE: &str = "VFIO_MIGRATION_BED_PROCESS";
+
+/// Becomes the process that the parent, behind standard input, says it is to be; without a parent it does nothing.
 ///
 /// # Errors
 /// The parent is gone.
 pub fn process_main() -> anyhow::Result<()> {
+    if std::env::var_os(PROCESS_VARIABLE).is_none() {
+        return Ok(());
+    }
     let stdin = io::stdin().as_fd().try_clone_to_owned().context("No standard input")?;
     let mut control = Control::new(UnixStream::from(stdin));
     let Role { party, setup } = control.receive()?.context("The parent is gone")?;
@@ -85,7 +91,7 @@ impl Pair {
             let files = memory.regions().iter().map(|region| &*region.file as &dyn AsRawFd);
             let role = Role { party, setup: setup.clone() };
             let mut program = Program::new(&this_program);
-            program.args(["--exact", "process", "--ignored", "--nocapture"]);
+            program.args(["--exact", "process", "--ignored", "--nocapture"]).env(PROCESS_VARIABLE, "1");
             Process::spawn(program, &role, &files.collect::<Vec<_>>())
         };
         let (sender, events) = mpsc::channel();
