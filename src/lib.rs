@@ -31,6 +31,7 @@
 //! | [`migratable`] | [`migratable::MigratableDevice`]: all of the above under the `vm-migration` traits |
 //! | [`precopy`] | when to go on, slow down, switch over or give up: a pure function |
 //! | [`transfer`] | frames, connections, sender and receiver of Cloud Hypervisor's protocol |
+//! | [`snapshot`] | Cloud Hypervisor's snapshot directory: full, differential, received from a running VM, verified |
 //! | [`vm`] | what a sender asks of a VMM |
 //! | [`vfio_user`] | client for devices in another process |
 //!
@@ -74,7 +75,9 @@ pub mod layout;
 pub mod ledger;
 pub mod migratable;
 pub mod precopy;
+pub mod probe;
 pub mod range;
+pub mod snapshot;
 pub mod source;
 pub mod table;
 pub mod transfer;

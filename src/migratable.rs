@@ -183,11 +183,18 @@ impl MigratableDevice {
 
     /// Opens a cursor for a receiver that holds what `start` says; switches all sources on first, unless they run.
     ///
+    /// With [`Start::Copied`], pages whose bits stand in a kernel are pending: another write to them shows no more once
+    /// another receiver's copy has cleared them.
+    ///
     /// # Errors
     /// A source could not be switched on; all are off again.
     pub fn begin(&mut self, start: Start) -> Result<CursorId, MigratableDeviceError> {
         self.arm()?;
-        Ok(self.ledger.open(start))
+        let cursor = self.ledger.open(start);
+        if start == Start::Copied {
+            self.collect_or_warn(|attached| attached.precise);
+        }
+        Ok(cursor)
     }
 
     /// Closes a cursor; switches all sources off when it was the last.
@@ -371,6 +378,13 @@ impl MigratableDevice {
         degradations
     }
 
+    /// Collects where there is nobody to tell of degradations but the log.
+    fn collect_or_warn(&mut self, which: impl Fn(&Attached) -> bool) {
+        for degradation in self.collect_from(which) {
+            log::warn!("{degradation}; all it covers counts as written");
+        }
+    }
+
     fn harvest(&mut self, space: SpaceId, mapping: &Mapping, degradations: &mut Vec<SourceError>) {
         for (index, attached) in self.sources.iter_mut().enumerate() {
             if attached.space != space {
@@ -395,10 +409,8 @@ impl MigratableDevice {
         if let Some(chunk) = received {
             self.commit(chunk);
         }
-        let degradations = if self.paused { self.collect_final() } else { self.collect() };
-        for degradation in degradations {
-            log::warn!("{degradation}; all it covers counts as written");
-        }
+        let paused = self.paused;
+        self.collect_or_warn(|attached| attached.precise || paused);
         self.begin_round(cursor);
         let chunk = self.take(cursor, ChunkLimits::NONE)?;
         let ranges = chunk.as_ref().map_or(&[][..], Chunk::ranges);
@@ -422,6 +434,7 @@ impl Pausable for MigratableDevice {
     fn resume(&mut self) -> Result<(), MigratableError> {
         self.devices.run().map_err(|error| MigratableError::Resume(error.into()))?;
         self.paused = false;
+        self.migrating = false;
         Ok(())
     }
 }
@@ -450,9 +463,16 @@ impl Migratable for MigratableDevice {
         Ok(())
     }
 
-    /// Drops the session: what it handed out counts for nothing with the next one.
+    /// Drops the session: what it handed out counts for nothing with the next one. Devices that still run are taken out of
+    /// the migration; stopped ones wait for [`Pausable::resume`] or [`Migratable::complete_migration`].
     fn stop_dirty_log(&mut self) -> Result<(), MigratableError> {
-        self.close_session().map_err(|error| MigratableError::StopDirtyLog(error.into()))
+        let failed = |error: MigratableDeviceError| MigratableError::StopDirtyLog(error.into());
+        self.close_session().map_err(failed)?;
+        if self.migrating && !self.paused {
+            self.migrating = false;
+            self.devices.abort_to_running().map_err(|error| failed(error.into()))?;
+        }
+        Ok(())
     }
 
     /// Returns the pages written since the call before, sorted, disjoint, coalesced; that call's table counts as received.
@@ -467,10 +487,12 @@ impl Migratable for MigratableDevice {
         Ok(())
     }
 
-    /// Ends the session of a migration that succeeded.
+    /// Ends the session of a migration that succeeded, and the devices' sessions with it.
     fn complete_migration(&mut self) -> Result<(), MigratableError> {
+        let failed = |error: MigratableDeviceError| MigratableError::CompleteMigration(error.into());
         self.migrating = false;
-        self.close_session().map_err(|error| MigratableError::CompleteMigration(error.into()))
+        self.close_session().map_err(failed)?;
+        self.devices.retire().map_err(|error| failed(error.into()))
     }
 }
 

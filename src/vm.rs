@@ -8,6 +8,11 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryBackend;
 use vm_migration::Snapshot;
 
+mod backing;
+
+pub use backing::Backing;
+pub(crate) use backing::Behind;
+
 /// A VMM's own error, whatever it is.
 pub type VmError = Box<dyn Error + Send + Sync>;
 
@@ -18,6 +23,12 @@ pub trait Vm {
 
     /// The guest memory as it stands; all of it is copied.
     fn memory(&self) -> Arc<Self::Memory>;
+
+    /// Tells what lies behind the memory, so that pages nobody ever wrote can be left out of the first pass over it.
+    ///
+    /// [`Backing::of_mmap`] tells it from most VMMs' own mappings; [`Backing::default`] says nothing, and costs nothing but
+    /// time.
+    fn backing(&self) -> Backing;
 
     /// Describes the VM to the receiver, before any page: the JSON text of the Config message.
     ///

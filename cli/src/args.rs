@@ -2,17 +2,27 @@
 
 //! The command line.
 
-use clap::{Args, Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use log::LevelFilter;
+use vfio_migration::precopy::TimeoutStrategy;
+use vfio_migration::transfer::limits::{ConnectionCount, ConnectionCountError, Limits};
+use vfio_migration::transfer::url::Url;
 use vfio_migration_integration::demo::{Inject, Transport};
 
 /// Live-migrates, stores and checks VMs with pass-through devices.
 #[derive(Debug, Parser)]
 #[command(
+    name = "vfio-migrate",
     version,
     max_term_width = 100,
-    after_help = "Exit status: 0 done, 2 usage, 3 the other side failed, \
-    4 something on this host failed, 5 verification failed, 130 given up on request."
+    after_help = "Exit status: 0 done, 1 compared snapshots differ, 2 usage, 3 the other side failed, \
+    4 something on this host failed, 5 verification failed, 6 outcome unknown: the VM may be on either side, \
+    130 given up on request."
 )]
 pub(crate) struct Arguments {
     /// How much to tell on stderr: off, error, warn, info, debug or trace.
@@ -24,17 +34,281 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Receives a running VM into a snapshot directory: the other side of `ch-remote send-migration`.
+    ///
+    /// Writes what Cloud Hypervisor restores with --restore source_url=file://DIR, and a manifest beside it that
+    /// `snapshot verify` checks every byte against. DIR appears whole and safe on disk, or not at all.
+    ///
+    /// What the operator of a Cloud Hypervisor source sees: `ch-remote send-migration` returns at once, the migration
+    /// goes on by itself. Before it sends the VM's state the source lets go of its disk locks. When DIR is safe the
+    /// source is told so and its VM ends. With --checkpoint it is told that the migration failed instead, which it
+    /// logs as an error, and its VM runs on, but without the disk locks: keep other VMs from its disks yourself.
+    ///
+    /// Refused: VMs with writable disks, unless --on-paused or --memory-only is given; VMs with vDPA devices, which
+    /// would stay suspended at the source; sources that pass memory as descriptors (local=on) or on demand (postcopy).
+    Receive(ReceiveArguments),
+    /// Sends a snapshot directory to a VMM that waits in `ch-remote receive-migration`, or to `vfio-migrate receive`.
+    ///
+    /// DIR is a full snapshot, written by `receive`, `snapshot apply` or Cloud Hypervisor. It stays as it is.
+    Send(SendArguments),
+    /// Checks, compares and rebuilds snapshots on disk.
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Moves a real KVM guest and its DMA-ing device to another process, and proves that every byte arrived.
     ///
     /// Starts a source and a destination process, each with a device in a process of its own that writes guest memory behind
     /// KVM's back; migrates; compares both sides' RAM byte for byte at the switchover; lets the guest and the device go on and
     /// check themselves. Prints who dirtied what. Without a usable /dev/kvm a software vCPU stands in, and says so.
     Demo(DemoArguments),
+    /// Tells what this host, and each VFIO device on it, can do for a migration, and what stands in the way.
+    ///
+    /// Looks at KVM, the container interface, iommufd, and every device that a VFIO driver holds and nobody uses. Works
+    /// unprivileged as far as it can, and says what it could not see. Opening a device may reset it.
+    Probe {
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Prints what makes a shell complete this tool's words.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Prints this tool's manual page.
+    Man {
+        /// Write the pages of every command into this directory instead.
+        #[arg(long, value_name = "DIR")]
+        into: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveArguments {
+    /// Where the source is to connect: unix:PATH or tcp:HOST:PORT; port 0 is any free one.
+    pub(crate) url: Url,
+    /// The snapshot to be: absent, or an empty directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) into: PathBuf,
+    /// Let the source's VM run on: once all is safe on disk, answer its last message with an error.
+    #[arg(long)]
+    pub(crate) checkpoint: bool,
+    /// Run CMD in a shell while the VM is paused and its disks are quiet: the place to snapshot them. DIR's path to be is
+    /// in VFIO_MIGRATE_INTO. When CMD fails, nothing is kept and the source's VM runs on.
+    #[arg(long, value_name = "CMD")]
+    pub(crate) on_paused: Option<OsString>,
+    /// Take a VM with writable disks though nothing is done about them.
+    #[arg(long)]
+    pub(crate) memory_only: bool,
+    /// Keep only what differs from the snapshot DIR; several, the full one first, where it is a differential itself.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) base: Vec<PathBuf>,
+    /// Mutual TLS, with ca-cert.pem, server-cert.pem and server-key.pem from DIR.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_dir: Option<PathBuf>,
+    /// Most additional connections that the source may open, 1 to 128.
+    #[arg(long, default_value = "128", value_name = "N", value_parser = connections)]
+    pub(crate) connections: ConnectionCount,
+    /// Longest State message, which holds the devices' state; a number of bytes with K, M or G behind it.
+    #[arg(long, default_value = "4G", value_name = "SIZE", value_parser = size)]
+    pub(crate) state_limit: u64,
+    #[command(flatten)]
+    pub(crate) patience: Patience,
+    /// Print events as JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl ReceiveArguments {
+    /// What the source is held to.
+    pub(crate) fn limits(&self) -> Limits {
+        Limits { connections: self.connections, state_bytes: self.state_limit, ..self.patience.limits() }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Patience {
+    /// Longest silence of the other side between messages, in seconds; also the time in which 64 KiB have to move in the
+    /// middle of one [default: 120 between, 30 in the middle].
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) idle_timeout: Option<u64>,
+}
+
+impl Patience {
+    fn limits(&self) -> Limits {
+        let mut limits = Limits::default();
+        if let Some(seconds) = self.idle_timeout {
+            let timeout = Duration::from_secs(seconds);
+            limits.idle_timeout = timeout;
+            limits.answer_timeout = timeout;
+            limits.pace.window = timeout;
+            limits.handshake_timeout = limits.handshake_timeout.min(timeout);
+        }
+        limits
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SendArguments {
+    /// Where the receiver waits: unix:PATH or tcp:HOST:PORT.
+    pub(crate) url: Url,
+    /// The full snapshot to send.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) from: PathBuf,
+    /// Connections that carry memory, 1 to 128; several take TCP.
+    #[arg(long, default_value = "1", value_name = "N", value_parser = connections)]
+    pub(crate) connections: ConnectionCount,
+    /// Mutual TLS, with ca-cert.pem, client-cert.pem and client-key.pem from DIR.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_dir: Option<PathBuf>,
+    /// Leave the VM paused at the receiver.
+    #[arg(long)]
+    pub(crate) paused: bool,
+    /// Longest acceptable downtime, in milliseconds; a stored VM stands still anyway.
+    #[arg(long, default_value_t = 300, value_name = "MS")]
+    pub(crate) downtime_ms: u64,
+    /// Longest acceptable migration, in seconds.
+    #[arg(long, default_value_t = 3600, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) timeout_s: u64,
+    /// What to do when it takes longer.
+    #[arg(long, default_value = "cancel", value_name = "WHAT")]
+    pub(crate) timeout_strategy: Strategy,
+    /// Most bytes of memory a second, a number with K, M or G behind it [default: as many as go].
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) bandwidth: Option<u64>,
+    /// How memory moves: precopy. Postcopy is refused.
+    #[arg(long, default_value = "precopy", value_name = "MODE", value_parser = precopy)]
+    memory_mode: MemoryMode,
+    #[command(flatten)]
+    pub(crate) patience: Patience,
+    /// Print events as JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl SendArguments {
+    /// What the receiver is held to.
+    pub(crate) fn limits(&self) -> Limits {
+        self.patience.limits()
+    }
+}
+
+/// How memory moves.
+#[derive(Debug, Clone, Copy)]
+enum MemoryMode {
+    /// Copied while the VM runs.
+    Precopy,
+}
+
+/// What happens when time is up.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Strategy {
+    /// Give up.
+    Cancel,
+    /// Go through with it.
+    Ignore,
+}
+
+impl From<Strategy> for TimeoutStrategy {
+    fn from(strategy: Strategy) -> Self {
+        match strategy {
+            Strategy::Cancel => Self::Cancel,
+            Strategy::Ignore => Self::Ignore,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Says what a snapshot holds; its memory is not read.
+    Info {
+        /// A snapshot of either kind.
+        dir: PathBuf,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Checks every byte of a snapshot against its manifest; names files and guest-physical addresses that were altered.
+    Verify {
+        /// A snapshot of either kind.
+        dir: PathBuf,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lists where two snapshots differ; exit status 0 when they do not, 1 when they do.
+    Diff(DiffArguments),
+    /// Makes a differential of a snapshot: what differs from its base.
+    Create(CreateArguments),
+    /// Makes a full snapshot of a full one and the differentials on top of it; every byte is checked on the way.
+    Apply(ApplyArguments),
+    /// Gives a full snapshot that Cloud Hypervisor wrote a manifest, so that it can be verified and be a base.
+    Seal {
+        /// A full snapshot.
+        dir: PathBuf,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+impl SnapshotCommand {
+    /// Whether to talk to a program.
+    pub(crate) fn json(&self) -> bool {
+        match self {
+            Self::Info { json, .. } | Self::Verify { json, .. } | Self::Seal { json, .. } => *json,
+            Self::Diff(arguments) => arguments.json,
+            Self::Create(arguments) => arguments.json,
+            Self::Apply(arguments) => arguments.json,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiffArguments {
+    /// One snapshot.
+    pub(crate) first: PathBuf,
+    /// The other one.
+    pub(crate) second: PathBuf,
+    /// What lies below those of the two that are differentials; several, the full one first.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) base: Vec<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateArguments {
+    /// The snapshot to take it from.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) from: PathBuf,
+    /// The snapshot to differ from; several, the full one first, where it is a differential itself.
+    #[arg(long, required = true, value_name = "DIR")]
+    pub(crate) base: Vec<PathBuf>,
+    /// The differential to be: absent, or an empty directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) into: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ApplyArguments {
+    /// The full snapshot, then the differentials, each on top of the one before.
+    #[arg(required = true, value_name = "DIR")]
+    pub(crate) chain: Vec<PathBuf>,
+    /// The full snapshot to be: absent, or an empty directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) into: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArguments {
-    /// Guest RAM, a number of bytes with K, M or G behind it.
+    /// Guest RAM, 16M to 128G: a number of bytes with K, M or G behind it.
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = size)]
     pub(crate) memory: u64,
     /// Pages a second that the guest writes.
@@ -67,6 +341,25 @@ pub(crate) struct DemoArguments {
     /// Let something go wrong: corrupt-page, forget-SOURCE (kvm-log, vmm-writes, device-log), kill-destination@round=N.
     #[arg(long, value_name = "FAULT")]
     pub(crate) inject: Option<Inject>,
+}
+
+/// Parses a number of connections.
+fn connections(text: &str) -> Result<ConnectionCount, String> {
+    let number = text.parse().map_err(|_| "not a number".to_owned())?;
+    ConnectionCount::new(number).map_err(|error: ConnectionCountError| error.to_string())
+}
+
+/// Parses the memory mode: there is one.
+fn precopy(text: &str) -> Result<MemoryMode, String> {
+    match text {
+        "precopy" => Ok(MemoryMode::Precopy),
+        "postcopy" => {
+            Err("a VM with pass-through devices cannot move by postcopy: a page that is not there yet makes \
+            a vCPU wait, but the DMA of a device cannot wait, it fails"
+                .to_owned())
+        }
+        _ => Err("not precopy".to_owned()),
+    }
 }
 
 /// Parses a number of bytes with K, M, G, T or nothing behind it.

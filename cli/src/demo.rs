@@ -111,6 +111,11 @@ fn print(report: &Report, json: bool) {
         report.total_ms
     );
     println!(
+        "  left out of the first round: {} that nobody ever wrote, {} that reads zero",
+        HumanBytes(report.skipped_hole_bytes),
+        HumanBytes(report.skipped_zero_bytes)
+    );
+    println!(
         "  device state {}, {} of it before the switchover",
         HumanBytes(report.device.state_bytes),
         HumanBytes(report.device.precopy_bytes)
@@ -134,13 +139,20 @@ fn fail(error: &DemoError, json: bool) -> ExitCode {
     if let DemoError::Different { report, .. } | DemoError::Unwell { report, .. } = error {
         print(report, json);
     }
-    eprintln!("error: {}", chain(error));
+    let text = chain(error);
+    if json && !matches!(error, DemoError::Different { .. } | DemoError::Unwell { .. }) {
+        println!("{}", serde_json::json!({ "verified": false, "error": &text }));
+    }
+    eprintln!("error: {text}");
     let exit = match error {
         DemoError::Contradiction(_)
         | DemoError::NoSuchSource { .. }
         | DemoError::HostTooSmall { .. }
         | DemoError::Memory(_) => Exit::Usage,
-        DemoError::Migration { .. } | DemoError::Survived { .. } | DemoError::TooEarly { .. } => Exit::Peer,
+        DemoError::Migration { .. }
+        | DemoError::NotKilled { .. }
+        | DemoError::Survived { .. }
+        | DemoError::TooEarly { .. } => Exit::Peer,
         DemoError::Different { .. } | DemoError::Unwell { .. } | DemoError::SourceUnwell { .. } => {
             Exit::Verification
         }

@@ -5,14 +5,25 @@
 
 mod args;
 mod demo;
+mod event;
 mod exit;
+mod failure;
+mod on_paused;
+mod output;
+mod probe;
+mod receive;
+mod send;
+mod shell;
 mod signals;
+mod snapshot;
 
 use std::process::ExitCode;
 
 use clap::Parser;
+use env_logger::Target;
 
 use args::{Arguments, Command};
+use output::LogSink;
 use vfio_migration_integration::demo::{LOG_VARIABLE, PROCESS_ARGUMENT, process_main};
 
 fn main() -> ExitCode {
@@ -20,9 +31,16 @@ fn main() -> ExitCode {
         env_logger::init_from_env(env_logger::Env::new().filter_or(LOG_VARIABLE, "warn"));
         return process_main();
     }
-    let arguments = Arguments::parse();
-    env_logger::Builder::new().filter_level(arguments.log_level).init();
-    match arguments.command {
-        Command::Demo(options) => demo::demo(options, arguments.log_level),
+    let Arguments { log_level, command } = Arguments::parse();
+    let sink = Target::Pipe(Box::new(LogSink));
+    env_logger::Builder::new().filter_level(log_level).target(sink).init();
+    match command {
+        Command::Receive(arguments) => receive::receive(&arguments),
+        Command::Send(arguments) => send::send(&arguments),
+        Command::Snapshot(command) => snapshot::snapshot(&command),
+        Command::Demo(arguments) => demo::demo(arguments, log_level),
+        Command::Probe { json } => probe::probe(json),
+        Command::Completions { shell } => shell::completions(shell),
+        Command::Man { into } => shell::man(into.as_deref()),
     }
 }

@@ -22,7 +22,7 @@ fuzz_target!(|input: &[u8]| {
     let _refused_or_not = RegionInfo::decode(input).is_ok();
     let _refused_or_not = MigData::decode(input).is_ok();
     if let Ok((access, data)) = RegionAccess::decode_with_data(input) {
-        assert_eq!(data.len(), access.count as usize);
+        assert_eq!(data.len(), access.count.get() as usize);
     }
     if let Ok(data) = MigData::decode_with_data(input) {
         assert!(data.len() <= input.len());

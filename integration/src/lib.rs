@@ -6,4 +6,7 @@
 pub mod bed;
 pub mod demo;
 pub mod device;
+mod skip;
 pub mod vmm;
+
+pub use skip::skip;

@@ -92,7 +92,7 @@ summarize() {
     local log=$1 status passed failed ignored skipped
     status=$(sed -n "s/^$guest_done//p" "$log")
     passed=$(sum_of passed "$log") failed=$(sum_of failed "$log") ignored=$(sum_of ignored "$log")
-    skipped=$(grep -c 'SKIPPED ' "$log")
+    skipped=$(grep -c 'SKIPPED[ :]' "$log")
     echo "test bed ($kernel kernel, $scenario): $passed passed, $failed failed, $ignored ignored, $skipped said SKIPPED," \
         "in ${SECONDS} s"
     [[ -n $status ]] || fail "the guest ended before its tests did: see $log"

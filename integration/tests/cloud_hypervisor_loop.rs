@@ -2,6 +2,7 @@
 
 //! A migration driven through the `vm-migration` traits alone, by a loop of the VMM's own as Cloud Hypervisor's: it copies all
 //! RAM, asks for a table a round, reads the pages with no further call, and concatenates tables.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -10,6 +11,7 @@ use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::source::KvmLogMode;
 use vfio_migration_integration::demo::{MachineSetup, Side, compare};
 use vfio_migration_integration::device::{DeviceConfig, DmaDevice};
+use vfio_migration_integration::skip;
 use vfio_migration_integration::vmm::{Memory, RamLayout, Split, probe_kvm};
 use vm_memory::{Bytes, GuestAddress};
 use vm_migration::protocol::{MemoryRange, MemoryRangeTable};
@@ -115,7 +117,7 @@ fn kvm(test: &str) -> bool {
     match probe_kvm() {
         Ok(()) => true,
         Err(error) => {
-            eprintln!("SKIPPED: {test}: {error}");
+            skip(test, error);
             false
         }
     }

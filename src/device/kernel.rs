@@ -65,6 +65,8 @@ pub struct KernelDevice<F> {
 struct Session {
     kind: Kind,
     data: File,
+    /// More data comes after the next end: the device is in PRE_COPY or PRE_COPY_P2P.
+    goes_on: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +84,11 @@ impl Kind {
             _ => None,
         }
     }
+}
+
+/// Whether a state's end of data is not the last.
+fn goes_on(state: DeviceState) -> bool {
+    matches!(state, DeviceState::PreCopy | DeviceState::PreCopyP2p)
 }
 
 /// What a move did to the data session.
@@ -110,7 +117,7 @@ fn outcome(before: Option<Kind>, to: DeviceState, descriptor: bool) -> Outcome {
 
 /// Whether the move is one of those that must never be asked of a kernel.
 fn is_forbidden(from: DeviceState, to: DeviceState) -> bool {
-    from == DeviceState::StopCopy && matches!(to, DeviceState::PreCopy | DeviceState::PreCopyP2p)
+    from == DeviceState::StopCopy && goes_on(to)
 }
 
 impl<F: AsRawFd + Send> KernelDevice<F> {
@@ -129,9 +136,9 @@ impl<F: AsRawFd + Send> KernelDevice<F> {
         Ok(Self { device, capabilities, session: None })
     }
 
-    fn data(&self, operation: DeviceOperation) -> Result<&File, DeviceError> {
+    fn session(&self, operation: DeviceOperation) -> Result<&Session, DeviceError> {
         let session = self.session.as_ref().ok_or(KernelDeviceError::NoSession);
-        session.map(|session| &session.data).map_err(|cause| DeviceError::new(operation, cause))
+        session.map_err(|cause| DeviceError::new(operation, cause))
     }
 
     fn try_set_state(&mut self, to: DeviceState) -> Result<(), DeviceError> {
@@ -144,10 +151,10 @@ impl<F: AsRawFd + Send> KernelDevice<F> {
             .map_err(|cause| DeviceError::new(operation, cause))?;
         let before = self.session.as_ref().map(|session| session.kind);
         match (outcome(before, to, began.is_some()), Kind::of(to), began) {
-            (Outcome::Kept, ..) => {}
+            (Outcome::Kept, ..) => self.session.iter_mut().for_each(|session| session.goes_on = goes_on(to)),
             (Outcome::Ended, ..) => self.session = None,
             (Outcome::Began, Some(kind), Some(data)) => {
-                self.session = Some(Session { kind, data: File::from(data) });
+                self.session = Some(Session { kind, data: File::from(data), goes_on: goes_on(to) });
             }
             _ => {
                 self.session = None;
@@ -177,12 +184,14 @@ impl<F: AsRawFd + Send> DeviceIo for KernelDevice<F> {
 
     fn read_data(&mut self, buffer: &mut [u8]) -> Result<DataRead, DeviceError> {
         let operation = DeviceOperation::ReadData;
-        data_read(self.data(operation)?, buffer).map_err(|cause| DeviceError::new(operation, cause))
+        let session = self.session(operation)?;
+        let read = data_read(&session.data, buffer, session.goes_on);
+        read.map_err(|cause| DeviceError::new(operation, cause))
     }
 
     fn write_data(&mut self, data: &[u8]) -> Result<(), DeviceError> {
         let operation = DeviceOperation::WriteData;
-        self.data(operation)?.write_all(data).map_err(|cause| DeviceError::new(operation, cause))
+        (&self.session(operation)?.data).write_all(data).map_err(|cause| DeviceError::new(operation, cause))
     }
 
     fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
@@ -190,8 +199,8 @@ impl<F: AsRawFd + Send> DeviceIo for KernelDevice<F> {
         if !self.capabilities.pre_copy {
             return Ok(None);
         }
-        let (initial_bytes, dirty_bytes) =
-            sys::precopy_info(self.data(operation)?).map_err(|cause| DeviceError::new(operation, cause))?;
+        let (initial_bytes, dirty_bytes) = sys::precopy_info(&self.session(operation)?.data)
+            .map_err(|cause| DeviceError::new(operation, cause))?;
         Ok(Some(PrecopyInfo { initial_bytes, dirty_bytes }))
     }
 
@@ -210,9 +219,12 @@ impl<F: AsRawFd + Send> DeviceIo for KernelDevice<F> {
 }
 
 /// Reads once, telling the end (no bytes) from nothing for now (`ENOMSG`).
-fn data_read(mut data: impl Read, buffer: &mut [u8]) -> io::Result<DataRead> {
+///
+/// Where the state `goes_on`, no bytes are nothing for now as well: the kernel's own sample driver answers so.
+fn data_read(mut data: impl Read, buffer: &mut [u8], goes_on: bool) -> io::Result<DataRead> {
     loop {
         return match data.read(buffer) {
+            Ok(0) if goes_on => Ok(DataRead::NothingNow),
             Ok(0) => Ok(DataRead::End),
             Ok(bytes) => Ok(DataRead::Bytes(bytes)),
             Err(error) if error.raw_os_error() == Some(libc::ENOMSG) => Ok(DataRead::NothingNow),
@@ -247,11 +259,13 @@ mod tests {
     fn c29_nothing_now_is_not_the_end() {
         let mut script =
             Scripted(vec![Ok(3), errno(libc::ENOMSG), errno(libc::EINTR), Ok(0), errno(libc::EIO)]);
-        let mut next = || data_read(&mut script, &mut [0; 8]);
+        let mut next = || data_read(&mut script, &mut [0; 8], false);
         assert_eq!(next().unwrap(), DataRead::Bytes(3));
         assert_eq!(next().unwrap(), DataRead::NothingNow);
         assert_eq!(next().unwrap(), DataRead::End);
         assert_eq!(next().unwrap_err().raw_os_error(), Some(libc::EIO));
+        let in_precopy = data_read(Scripted(vec![Ok(0)]), &mut [0; 8], true);
+        assert_eq!(in_precopy.unwrap(), DataRead::NothingNow);
     }
 
     #[test]

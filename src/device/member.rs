@@ -227,8 +227,8 @@ impl Device {
 
     /// Estimates what the device has still to hand over once it is stopped. Never fails: ignorance is an estimate too.
     pub(super) fn estimate(&mut self) -> Estimate {
-        let info = match self.precopy_info() {
-            Ok(info) => info,
+        let (precopying, info) = match self.precopy_info() {
+            Ok(told) => told,
             Err(failure) => return self.unknown(&failure),
         };
         if self.in_session && self.stream.is_complete() {
@@ -244,19 +244,22 @@ impl Device {
             },
             Ok(None) => {
                 let stop_copy_bytes = precopy_bytes.max(self.guess());
+                // A device that has not paused once has initial bytes left, however many.
+                let unread = info.is_none() && precopying && self.stream.is_short_of_first_pause();
+                let initial_bytes = initial_bytes.max(unread.into());
                 Estimate { stop_copy_bytes, initial_bytes, basis: Basis::Guessed }
             }
             Err(failure) => self.unknown(&failure.into()),
         }
     }
 
-    /// Asks what PRE_COPY still has to bring; `None` outside it, or where the interface has no such question.
-    fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceFailure> {
+    /// Asks whether PRE_COPY goes on and what it still has to bring; `None` where the interface has no such question.
+    fn precopy_info(&mut self) -> Result<(bool, Option<PrecopyInfo>), DeviceFailure> {
         match self.state()? {
             DeviceState::PreCopy | DeviceState::PreCopyP2p if self.in_session => {
-                Ok(self.io.precopy_info()?)
+                Ok((true, self.io.precopy_info()?))
             }
-            _ => Ok(None),
+            _ => Ok((false, None)),
         }
     }
 

@@ -144,6 +144,11 @@ impl StateStream {
         self.last_batch
     }
 
+    /// Whether the device has more in PRE_COPY than it could be asked for yet: it never paused, and there is room.
+    pub(super) fn is_short_of_first_pause(&self) -> bool {
+        self.last_batch.is_none() && self.filled < self.limit / 2
+    }
+
     /// Reads what a device in PRE_COPY has now, at most `budget` bytes.
     ///
     /// PRE_COPY may fill half the limit only, so that a device that never comes to rest leaves room for the rest of its state.

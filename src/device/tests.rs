@@ -219,6 +219,18 @@ fn c28_a_size_that_cannot_be_had_is_huge_and_one_that_cannot_be_asked_is_guessed
 }
 
 #[test]
+fn c37_a_device_that_tells_no_sizes_has_initial_bytes_left_until_it_paused_once() {
+    let (mut set, _) = set(vec![Script { tells: false, ..script(ALL) }]);
+    assert_eq!(set.estimate().initial_bytes, 0, "outside PRE_COPY");
+    set.start_precopy().unwrap();
+    assert_eq!(set.estimate().initial_bytes, 1);
+    assert!(!set.precopy_step(1).unwrap().drained);
+    assert_eq!(set.estimate().initial_bytes, 1);
+    assert!(set.precopy_step(u64::MAX).unwrap().drained);
+    assert_eq!(set.estimate().initial_bytes, 0);
+}
+
+#[test]
 fn c28_a_failing_size_query_keeps_no_downtime_promise() {
     for calls_before in 0..3 {
         let (mut set, world) = set(vec![script(ALL)]);

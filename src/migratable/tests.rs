@@ -242,6 +242,23 @@ fn c13_a_mapping_that_cannot_be_harvested_counts_as_written_all_over() {
 }
 
 #[test]
+fn c15_a_switch_of_the_whole_address_space_harvests_every_mapping() {
+    let device = Scripted::new("device");
+    let mut builder = MigratableDevice::builder("vm", layout());
+    let space = builder.space(IovaMap::journal());
+    let mut vm = builder.source_in(space, Box::new(device.clone())).build().unwrap();
+    let cursor = vm.begin(Start::Copied).unwrap();
+    for (iova, gpa) in [(100, 40), (300, 60)] {
+        let iova = IovaRange::new(iova << 12, 4 << 12).unwrap();
+        vm.map(space, Mapping::new(iova, pages(gpa, 4)).unwrap()).unwrap();
+    }
+    device.write(101);
+    device.write(303);
+    assert!(vm.unmap(space, IovaRange::from_bounds(0, u64::MAX).unwrap()).unwrap().is_empty());
+    assert_eq!(drain(&mut vm, cursor), BTreeSet::from([41, 63]));
+}
+
+#[test]
 fn imprecise_sources_count_in_the_last_collect_only() {
     let (device, container) = (Scripted::new("device"), Scripted::imprecise("container"));
     let mut vm = with(&[&device, &container]);

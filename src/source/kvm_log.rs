@@ -106,17 +106,15 @@ impl<F: AsRawFd + Send> KvmLog<F> {
 
     fn try_start(&mut self) -> Result<(), KvmLogError> {
         let initially_set = self.choose_protection()?;
+        self.on = true;
         for index in 0..self.slots.len() {
             let log = &mut self.slots[index];
             if let Err(error) = log.switch(&self.vm, true) {
-                for started in &self.slots[..index] {
-                    let _already_failing = started.switch(&self.vm, false);
-                }
+                let _already_failing = self.try_stop();
                 return Err(error);
             }
             log.standing.fill(if initially_set { u64::MAX } else { 0 });
         }
-        self.on = true;
         Ok(())
     }
 

@@ -16,6 +16,7 @@ use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
 use crate::range::{GpaRange, IovaRange};
 
+pub mod choose;
 mod container;
 mod device_log;
 mod guest_memory;
@@ -114,7 +115,7 @@ pub trait DirtySource: Send {
     /// Reports the pages written since they were last reported.
     ///
     /// May leave bits set in the kernel until [`DirtySource::before_read`]; a page whose bit still stands from an earlier
-    /// report is not reported again.
+    /// report is reported again, and [`Sink::counted_before`] keeps it from being counted twice.
     ///
     /// # Errors
     /// The log could not be read, or only in part. What it held may be gone, so the caller marks
@@ -357,7 +358,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn widening_equals_a_page_at_a_time_oracle(
+        fn c19_widening_equals_a_page_at_a_time_oracle(
             start in 0..400u64, len in 1..400u64, shift in prop_oneof![Just(12u32), Just(16), Just(21), 9..22u32],
             host_shift in prop_oneof![Just(12u32), Just(16), Just(21)], host_units in any::<bool>(),
             seed in prop::collection::vec(any::<u64>(), 64), extra in any::<bool>(),
@@ -405,7 +406,7 @@ mod tests {
         }
 
         #[test]
-        fn journalled_iovas_land_where_they_lead(
+        fn c18_journalled_iovas_land_where_they_lead(
             words in prop::collection::vec(any::<u64>(), 2), gpa in 0..300u64, cut in 1..64u64,
         ) {
             let layout = layout();
@@ -427,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn tail_bits_past_the_last_page_are_rejected() {
+    fn c11_tail_bits_past_the_last_page_are_rejected() {
         let layout = layout();
         let mut marks = Marks::new(&layout);
         let whole = layout.regions()[0].range();
@@ -436,6 +437,17 @@ mod tests {
         sink.gpa_words(layout.regions()[2].range(), Granule::KIB_4, &[u64::MAX]).unwrap();
         assert!(!marks_outside_ram(&layout, &marks.dirty));
         assert_eq!(marked(&layout, &marks.dirty).len(), 2 + 7);
+    }
+
+    #[test]
+    fn c20_a_4_kib_bit_marks_its_host_page_of_64_kib() {
+        let layout = layout_of(Granule::new(64 << 10).unwrap());
+        let mut marks = Marks::new(&layout);
+        let range = GpaRange::new(0, 128 << 10).unwrap();
+        Sink::new(&layout, &IovaMap::Identity, &mut marks)
+            .gpa_words(range, Granule::KIB_4, &[1 << 17])
+            .unwrap();
+        assert_eq!(marked(&layout, &marks.dirty), BTreeSet::from([64 << 10]));
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub enum VfioUserSourceError {
         /// The device's name.
         device: String,
     },
-    /// The log does not run: it could not be switched on again after a failure.
+    /// The log does not run, or is lost since an earlier failure: what it held cannot be told.
     #[error("DMA log of vfio-user device {device} is not running")]
     NotRunning {
         /// The device's name.
@@ -114,9 +114,9 @@ impl VfioUserSource {
         vfio_user::lock(&self.client).stop_dma_logging()
     }
 
-    /// Reports the mapped ranges that share IOVAs with `within`; a failure starts the log anew.
-    fn report(&mut self, within: Option<IovaRange>, sink: &mut Sink<'_>) -> Result<(), VfioUserSourceError> {
-        let reported = self.try_report(within, sink);
+    /// Reports every mapped range; a failure starts the log anew.
+    fn report(&mut self, sink: &mut Sink<'_>) -> Result<(), VfioUserSourceError> {
+        let reported = self.try_report(None, sink);
         if reported.is_err() && self.on {
             let _log_known_lost = self.disarm();
             let _next_report_says_so = self.arm();
@@ -124,6 +124,7 @@ impl VfioUserSource {
         reported
     }
 
+    /// Reports the mapped ranges that share IOVAs with `within`, or all.
     fn try_report(&self, within: Option<IovaRange>, sink: &mut Sink<'_>) -> Result<(), VfioUserSourceError> {
         let client = &mut *vfio_user::lock(&self.client);
         let Some(chosen) = self.granule else {
@@ -184,7 +185,7 @@ impl DirtySource for VfioUserSource {
     }
 
     fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
-        self.report(None, sink).map_err(|cause| self.failed(Operation::Collect, cause))
+        self.report(sink).map_err(|cause| self.failed(Operation::Collect, cause))
     }
 
     fn mapped(&mut self, mapping: &Mapping) -> Result<(), SourceError> {
@@ -201,7 +202,11 @@ impl DirtySource for VfioUserSource {
         if !self.on {
             return Ok(());
         }
-        let reported = self.report(Some(mapping.iova()), sink);
+        let reported = self.try_report(Some(mapping.iova()), sink);
+        if reported.is_err() {
+            // The whole log is lost, of which only this mapping's part is told here: the next collect fails, and starts it anew.
+            self.granule = None;
+        }
         reported.map_err(|cause| self.failed(Operation::Unmapped, cause))
     }
 

@@ -19,6 +19,7 @@ use crate::range::GpaRange;
 
 use super::ioctl;
 
+const KVM_GET_API_VERSION: ioctl::Opcode = ioctl::io(0xae, 0x00);
 const KVM_CHECK_EXTENSION: ioctl::Opcode = ioctl::io(0xae, 0x03);
 const KVM_GET_DIRTY_LOG: ioctl::Opcode = ioctl::iow::<kvm_dirty_log>(0xae, 0x42);
 const KVM_SET_USER_MEMORY_REGION: ioctl::Opcode = ioctl::iow::<kvm_userspace_memory_region>(0xae, 0x46);
@@ -127,6 +128,12 @@ pub(crate) enum Protect {
     },
 }
 
+/// Asks `/dev/kvm` for the version of its interface.
+pub(crate) fn api_version(kvm: &impl AsRawFd) -> io::Result<i32> {
+    // SAFETY: the call takes no argument.
+    unsafe { ioctl::with_val(kvm, KVM_GET_API_VERSION, 0) }
+}
+
 /// Returns the flags `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` accepts; 0 where it is missing.
 pub(crate) fn manual_protect_flags(vm: &impl AsRawFd) -> u32 {
     // SAFETY: the argument is a number.
@@ -167,6 +174,7 @@ mod tests {
 
     #[test]
     fn opcodes_are_the_kernels() {
+        assert_eq!(KVM_GET_API_VERSION, 0xae00);
         assert_eq!(KVM_CHECK_EXTENSION, 0xae03);
         assert_eq!(KVM_GET_DIRTY_LOG, 0x4010_ae42);
         assert_eq!(KVM_SET_USER_MEMORY_REGION, 0x4020_ae46);

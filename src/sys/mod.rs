@@ -3,6 +3,7 @@
 //! The crate's only unsafe code: one file per uAPI header, for what the rust-vmm crates lack.
 #![expect(unsafe_code, reason = "system calls and ioctls")]
 
+pub(crate) mod guest;
 pub(crate) mod ioctl;
 pub(crate) mod iommufd;
 pub(crate) mod kvm;

@@ -11,6 +11,7 @@ use super::ioctl;
 
 pub(crate) mod container;
 pub(crate) mod device;
+pub(crate) mod open;
 
 /// The number of `VFIO_TYPE` `VFIO_BASE + number`.
 const fn opcode(number: u8) -> ioctl::Opcode {

@@ -61,7 +61,7 @@ impl<'a> Control<'a> {
         memory: &M,
         chunk: &Chunk,
     ) -> Result<(), SendError> {
-        self.exchange(SendStep::Memory, wire_bytes(chunk), |connection| {
+        self.exchange(SendStep::Memory, wire_bytes(chunk.ranges()), |connection| {
             send_memory(connection, memory, chunk.ranges(), &mut Vec::new())
         })
     }
@@ -136,7 +136,10 @@ impl<'a> Control<'a> {
         self.migration.check()?;
         let mut connection = self.take(step)?;
         let handle = connection.handle();
-        let within = self.options.limits.answer_timeout;
+        let within = match step {
+            SendStep::Start => self.options.limits.handshake_timeout,
+            _ => self.options.limits.answer_timeout,
+        };
         let answer = self.migration.interruptible(
             move || handle.close(),
             || {

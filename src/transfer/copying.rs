@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use super::exchange::PeerError;
-use super::lanes::{Event, Lanes};
+use super::lanes::{Content, Event, Lanes};
 use super::phases::Session;
 use super::progress::Phase;
 use super::send::{SendError, SendStep};
@@ -56,12 +56,18 @@ impl<V: Vm> Session<'_, V> {
         while !self.is_cut_short() {
             self.await_room(lanes)?;
             let Some(chunk) = self.machine.take(cursor, self.chunk_limits())? else { break };
-            self.dispatch(lanes, chunk);
+            let content = self.content_of(&chunk, lanes)?;
+            self.dispatch(lanes, chunk, content);
         }
+        self.drain(lanes)?;
+        self.measured.end_round();
+        Ok(())
+    }
+
+    fn drain(&mut self, lanes: &mut Lanes) -> Result<(), SendError> {
         while !lanes.is_drained() {
             self.heed(lanes, TICK)?;
         }
-        self.measured.end_round();
         Ok(())
     }
 
@@ -71,11 +77,32 @@ impl<V: Vm> Session<'_, V> {
         ChunkLimits { bytes: self.options.chunk_bytes.min(slice), ranges: CHUNK_RANGES }
     }
 
-    fn dispatch(&mut self, lanes: &mut Lanes, chunk: Chunk) {
+    /// Says whether pages of a chunk may be left out: in the first pass only, in which no page was sent before (C36).
+    ///
+    /// The last chunk of a pass that sent nothing goes over whole, so that there is a bandwidth to plan the switchover with.
+    fn content_of(&mut self, chunk: &Chunk, lanes: &mut Lanes) -> Result<Content, SendError> {
+        if self.measured.rounds > 1 {
+            return Ok(Content::Whole);
+        }
+        if self.measured.round_bytes == 0 && self.reaches_end_of_ram(chunk) {
+            self.drain(lanes)?;
+            if self.measured.round_bytes == 0 {
+                return Ok(Content::Whole);
+            }
+        }
+        Ok(Content::NonZero)
+    }
+
+    fn reaches_end_of_ram(&self, chunk: &Chunk) -> bool {
+        let last_region = self.machine.layout().regions().last();
+        chunk.ranges().last().map(|range| range.end()) == last_region.map(|region| region.range().end())
+    }
+
+    fn dispatch(&mut self, lanes: &mut Lanes, chunk: Chunk, content: Content) {
         if let Some(pace) = &mut self.measured.pace {
             pace.spend(chunk.bytes(), Instant::now());
         }
-        lanes.send(chunk);
+        lanes.send(chunk, content);
     }
 
     /// Waits until another chunk may be taken: for the window, and while the VM runs for the bandwidth cap.
@@ -96,8 +123,8 @@ impl<V: Vm> Session<'_, V> {
         let mut event = lanes.next_event(patience);
         while let Some(told) = event {
             match told {
-                Event::Acknowledged(chunk) => {
-                    self.measured.round_bytes += chunk.bytes();
+                Event::Acknowledged { chunk, sent_bytes } => {
+                    self.measured.acknowledged(sent_bytes, chunk.bytes() - sent_bytes);
                     self.machine.commit(chunk);
                 }
                 Event::Failed(source) => return Err(self.peer_failed(source)),

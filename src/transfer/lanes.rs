@@ -18,17 +18,28 @@ use super::connection::{Connection, ConnectionHandle};
 use super::exchange::{PeerError, read_answer, send_memory};
 use super::frame::{HEADER_BYTES, RANGE_BYTES};
 use super::progress::Migration;
+use super::skipping::Sieve;
 use crate::ledger::Chunk;
+use crate::range::GpaRange;
 
 /// What a worker tells the engine.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// The receiver holds this chunk.
-    Acknowledged(Chunk),
+    /// The receiver holds this chunk, of which so many bytes of guest memory were sent.
+    Acknowledged { chunk: Chunk, sent_bytes: u64 },
     /// A connection failed.
     Failed(PeerError),
     /// A worker ended without a word.
     Died,
+}
+
+/// How a chunk is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Content {
+    /// All of it.
+    Whole,
+    /// Without pages that a receiver whose memory reads zero has already: not one of its pages was sent before.
+    NonZero,
 }
 
 /// How much a connection may have on its way, and for how long.
@@ -51,10 +62,12 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    /// Starts a worker for each connection; as many chunks as `pipeline` says may be unacknowledged on each.
+    /// Starts a worker for each connection; as many chunks as `pipeline` says may be unacknowledged on each. Without a `sieve`
+    /// every chunk is sent whole.
     pub(super) fn start<M>(
         connections: Vec<Connection>,
         memory: &Arc<M>,
+        sieve: Option<Sieve>,
         pipeline: Pipeline,
         migration: &Migration,
     ) -> io::Result<Self>
@@ -62,6 +75,7 @@ impl Lanes {
         M: GuestMemoryBackend + Send + Sync + 'static,
     {
         let (report, events) = mpsc::channel();
+        let sieve = Arc::new(sieve);
         let mut lanes = Self {
             queue: Arc::default(),
             events,
@@ -75,11 +89,13 @@ impl Lanes {
             let worker = Worker {
                 connection,
                 memory: Arc::clone(memory),
+                sieve: Arc::clone(&sieve),
                 queue: Arc::clone(&lanes.queue),
                 report: report.clone(),
                 migration: migration.clone(),
                 pipeline,
                 in_flight: VecDeque::with_capacity(pipeline.window),
+                kept: Vec::new(),
                 table: Vec::new(),
             };
             let thread = thread::Builder::new().name(format!("migrate-{index}"));
@@ -99,9 +115,9 @@ impl Lanes {
     }
 
     /// Hands a chunk to whichever worker is free first.
-    pub(super) fn send(&mut self, chunk: Chunk) {
+    pub(super) fn send(&mut self, chunk: Chunk, content: Content) {
         self.in_flight += 1;
-        self.queue.push(chunk);
+        self.queue.push((chunk, content));
     }
 
     /// Waits for the next event, but no longer than `patience`.
@@ -112,7 +128,7 @@ impl Lanes {
             Err(_) if ended => Event::Died,
             Err(_) => return None,
         };
-        self.in_flight -= usize::from(matches!(event, Event::Acknowledged(_)));
+        self.in_flight -= usize::from(matches!(event, Event::Acknowledged { .. }));
         Some(event)
     }
 
@@ -150,7 +166,7 @@ impl Drop for Lanes {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    chunks: VecDeque<Chunk>,
+    chunks: VecDeque<(Chunk, Content)>,
     closed: bool,
 }
 
@@ -166,7 +182,7 @@ impl Queue {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn push(&self, chunk: Chunk) {
+    fn push(&self, chunk: (Chunk, Content)) {
         self.waiting().chunks.push_back(chunk);
         self.changed.notify_one();
     }
@@ -179,12 +195,12 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    fn try_pop(&self) -> Option<Chunk> {
+    fn try_pop(&self) -> Option<(Chunk, Content)> {
         self.waiting().chunks.pop_front()
     }
 
     /// Waits for a chunk; `None` once the queue is closed.
-    fn pop(&self) -> Option<Chunk> {
+    fn pop(&self) -> Option<(Chunk, Content)> {
         let waiting = self.waiting();
         let idle = |waiting: &mut Waiting| waiting.chunks.is_empty() && !waiting.closed;
         let mut waiting = self.changed.wait_while(waiting, idle).unwrap_or_else(PoisonError::into_inner);
@@ -192,15 +208,24 @@ impl Queue {
     }
 }
 
+/// A chunk that was written to a connection.
+struct Written {
+    chunk: Chunk,
+    sent_bytes: u64,
+    wire_bytes: u64,
+}
+
 struct Worker<M> {
     connection: Connection,
     memory: Arc<M>,
+    sieve: Arc<Option<Sieve>>,
     queue: Arc<Queue>,
     report: Sender<Event>,
     migration: Migration,
     pipeline: Pipeline,
     /// Written, oldest first: acknowledgements come in order.
-    in_flight: VecDeque<Chunk>,
+    in_flight: VecDeque<Written>,
+    kept: Vec<GpaRange>,
     table: Vec<u8>,
 }
 
@@ -211,7 +236,7 @@ impl<M: GuestMemoryBackend> Worker<M> {
         match outcome {
             Ok(()) => Some(self.connection),
             Err(error) => {
-                let _engine_gone = self.report.send(Event::Failed(error));
+                self.tell(Event::Failed(error));
                 None
             }
         }
@@ -225,31 +250,51 @@ impl<M: GuestMemoryBackend> Worker<M> {
                 _ => None,
             };
             match next {
-                Some(chunk) => self.write(chunk)?,
+                Some((chunk, content)) => self.write(chunk, content)?,
                 None if self.in_flight.is_empty() => return Ok(()),
                 None => self.read_acknowledgement()?,
             }
         }
     }
 
-    fn write(&mut self, chunk: Chunk) -> Result<(), PeerError> {
-        send_memory(&mut self.connection, &*self.memory, chunk.ranges(), &mut self.table)?;
-        self.migration.count_sent(wire_bytes(&chunk));
-        self.in_flight.push_back(chunk);
+    /// Sends a chunk, or what the sieve leaves of it; nothing left needs no acknowledgement.
+    fn write(&mut self, chunk: Chunk, content: Content) -> Result<(), PeerError> {
+        let ranges = match (&*self.sieve, content) {
+            (Some(sieve), Content::NonZero) => {
+                let skipped = sieve.sift(&*self.memory, chunk.ranges(), &mut self.kept);
+                self.migration.count_skipped(skipped);
+                &self.kept
+            }
+            _ => chunk.ranges(),
+        };
+        if ranges.is_empty() {
+            self.tell(Event::Acknowledged { chunk, sent_bytes: 0 });
+            return Ok(());
+        }
+        send_memory(&mut self.connection, &*self.memory, ranges, &mut self.table)?;
+        let wire_bytes = wire_bytes(ranges);
+        let sent_bytes = ranges.iter().map(|range| range.len()).sum();
+        self.migration.count_sent(wire_bytes);
+        self.in_flight.push_back(Written { chunk, sent_bytes, wire_bytes });
         Ok(())
     }
 
     fn read_acknowledgement(&mut self) -> Result<(), PeerError> {
         read_answer(&mut self.connection, self.pipeline.answer_timeout)?;
-        if let Some(chunk) = self.in_flight.pop_front() {
-            self.migration.count_acknowledged(wire_bytes(&chunk));
-            let _engine_gone = self.report.send(Event::Acknowledged(chunk));
+        if let Some(Written { chunk, sent_bytes, wire_bytes }) = self.in_flight.pop_front() {
+            self.migration.count_acknowledged(wire_bytes);
+            self.tell(Event::Acknowledged { chunk, sent_bytes });
         }
         Ok(())
     }
+
+    fn tell(&self, event: Event) {
+        let _engine_gone = self.report.send(event);
+    }
 }
 
-/// Bytes a chunk's Memory message takes: header, table and pages.
-pub(super) fn wire_bytes(chunk: &Chunk) -> u64 {
-    (HEADER_BYTES + RANGE_BYTES * chunk.ranges().len()) as u64 + chunk.bytes()
+/// Bytes that a Memory message with these ranges takes: header, table and pages.
+pub(super) fn wire_bytes(ranges: &[GpaRange]) -> u64 {
+    let pages: u64 = ranges.iter().map(|range| range.len()).sum();
+    (HEADER_BYTES + RANGE_BYTES * ranges.len()) as u64 + pages
 }

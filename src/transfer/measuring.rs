@@ -24,6 +24,8 @@ pub(super) struct Measured {
     pub(super) pace: Option<Pace>,
     /// Guest memory acknowledged in this round.
     pub(super) round_bytes: u64,
+    /// Guest memory left out in this round.
+    round_skipped_bytes: u64,
     round_began: Instant,
     bandwidth: Bandwidth,
     dirty_rate: u64,
@@ -42,6 +44,7 @@ impl Measured {
             back_outs: 0,
             pace: bandwidth_cap.map(Pace::new),
             round_bytes: 0,
+            round_skipped_bytes: 0,
             round_began: now,
             bandwidth: Bandwidth::default(),
             dirty_rate: 0,
@@ -52,9 +55,18 @@ impl Measured {
         }
     }
 
+    /// Takes in that the receiver has a chunk, and what of it was sent.
+    pub(super) fn acknowledged(&mut self, sent_bytes: u64, skipped_bytes: u64) {
+        self.round_bytes += sent_bytes;
+        self.round_skipped_bytes += skipped_bytes;
+        if let Some(pace) = &mut self.pace {
+            pace.give_back(skipped_bytes);
+        }
+    }
+
     /// Takes in that every page of the round was acknowledged.
     pub(super) fn end_round(&mut self) {
-        self.bandwidth.record(self.round_bytes, self.round_began.elapsed());
+        self.bandwidth.record(self.round_bytes, self.round_skipped_bytes, self.round_began.elapsed());
     }
 
     /// The bandwidth measured over whole rounds, or in the first one what it comes to so far.
@@ -70,6 +82,7 @@ impl<V: Vm> Session<'_, V> {
     pub(super) fn begin_round(&mut self) {
         self.measured.rounds += 1;
         self.measured.round_bytes = 0;
+        self.measured.round_skipped_bytes = 0;
         self.measured.round_began = Instant::now();
         let round = self.measured.rounds;
         self.migration.update(|progress| progress.round = round);

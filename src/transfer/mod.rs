@@ -7,7 +7,7 @@
 //! put on a peer. [`receive`] takes a VM in.
 //!
 //! A [`Sender`] goes through `phases`, the longest of which is `copying`: `control` is its first connection, `lanes` the ones
-//! that carry memory; `measuring` turns what happens into numbers, `progress` shows them to other threads.
+//! that carry memory, `skipping` what they need not carry; `measuring` turns what happens into numbers, `progress` shows them to other threads.
 
 pub mod connection;
 mod control;
@@ -22,6 +22,7 @@ mod progress;
 pub mod receive;
 mod rounds;
 mod send;
+mod skipping;
 pub mod tls;
 pub mod url;
 

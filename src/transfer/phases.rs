@@ -10,6 +10,7 @@ use super::lanes::{Lanes, Pipeline};
 use super::measuring::Measured;
 use super::progress::{Migration, Phase};
 use super::send::{SendError, SendOptions, Sent, SourceVm, VmOperation};
+use super::skipping::Sieve;
 use crate::ledger::{CursorId, Start};
 use crate::migratable::MigratableDevice;
 use crate::precopy::{Decision, Policy};
@@ -114,7 +115,9 @@ impl<'a, V: Vm> Session<'a, V> {
         let connections = control.open_lanes()?;
         let SendOptions { window, ref limits, .. } = *self.options;
         let pipeline = Pipeline { window, answer_timeout: limits.answer_timeout };
-        let lanes = Lanes::start(connections, &self.memory, pipeline, self.migration);
+        let host_page = self.machine.layout().host_page();
+        let sieve = self.options.receiver_reads_zero.then(|| Sieve::new(self.vm.backing(), host_page));
+        let lanes = Lanes::start(connections, &self.memory, sieve, pipeline, self.migration);
         let mut lanes = lanes.map_err(SendError::Thread)?;
         let copied = self.copy_until_stopped(&mut lanes);
         control.take_back(lanes.stop(GRACE));
@@ -208,6 +211,8 @@ impl<'a, V: Vm> Session<'a, V> {
         Sent {
             rounds: self.measured.rounds,
             bytes_sent: progress.sent_bytes,
+            skipped_hole_bytes: progress.skipped_hole_bytes,
+            skipped_zero_bytes: progress.skipped_zero_bytes,
             unique_dirty_bytes,
             downtime,
             total,

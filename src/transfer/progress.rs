@@ -7,6 +7,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::skipping::Skipped;
 use crate::ledger::Attribution;
 use crate::precopy::Forecast;
 
@@ -89,6 +90,10 @@ pub struct Progress {
     pub sent_bytes: u64,
     /// Bytes the receiver acknowledged.
     pub acknowledged_bytes: u64,
+    /// Pages left out because nobody ever wrote them.
+    pub skipped_hole_bytes: u64,
+    /// Pages left out because they read zero.
+    pub skipped_zero_bytes: u64,
     /// Guest memory the receiver lacks.
     pub left_bytes: u64,
     /// Bytes of guest memory per second that the connections carry; 0 while nothing was measured.
@@ -125,6 +130,8 @@ struct Shared {
     control: Mutex<Control>,
     sent_bytes: AtomicU64,
     acknowledged_bytes: AtomicU64,
+    skipped_hole_bytes: AtomicU64,
+    skipped_zero_bytes: AtomicU64,
     seen: Mutex<Progress>,
 }
 
@@ -170,6 +177,8 @@ impl Migration {
         let mut progress = lock(&self.shared.seen).clone();
         progress.sent_bytes = self.shared.sent_bytes.load(Ordering::Relaxed);
         progress.acknowledged_bytes = self.shared.acknowledged_bytes.load(Ordering::Relaxed);
+        progress.skipped_hole_bytes = self.shared.skipped_hole_bytes.load(Ordering::Relaxed);
+        progress.skipped_zero_bytes = self.shared.skipped_zero_bytes.load(Ordering::Relaxed);
         progress
     }
 
@@ -212,6 +221,11 @@ impl Migration {
 
     pub(crate) fn count_acknowledged(&self, bytes: u64) {
         self.shared.acknowledged_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_skipped(&self, skipped: Skipped) {
+        self.shared.skipped_hole_bytes.fetch_add(skipped.hole_bytes, Ordering::Relaxed);
+        self.shared.skipped_zero_bytes.fetch_add(skipped.zero_bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn update(&self, change: impl FnOnce(&mut Progress)) {

@@ -25,9 +25,11 @@ pub(super) struct Bandwidth {
 }
 
 impl Bandwidth {
-    /// Takes in that `bytes` were acknowledged within `time`.
-    pub(super) fn record(&mut self, bytes: u64, time: Duration) {
-        let telling = bytes >= TELLING_BYTES;
+    /// Takes in that within `time` `bytes` were sent and acknowledged, and `skipped_bytes` were looked at and left out.
+    ///
+    /// A round that looked more than it sent says little about the connections.
+    pub(super) fn record(&mut self, bytes: u64, skipped_bytes: u64, time: Duration) {
+        let telling = bytes >= TELLING_BYTES && bytes >= skipped_bytes;
         if bytes == 0 || (self.telling && !telling) {
             return;
         }
@@ -125,9 +127,19 @@ impl Pace {
 
     /// Takes in that `bytes` go at `now`. Time left unused does not add up to a burst.
     pub(super) fn spend(&mut self, bytes: u64, now: Instant) {
-        let seconds = to_float(bytes) / to_float(self.bytes_per_second.max(1));
         let start = self.free_at.map_or(now, |free| free.max(now));
-        self.free_at = Some(start + Duration::from_secs_f64(seconds.min(LONGEST_WAIT.as_secs_f64())));
+        self.free_at = Some(start + self.time_of(bytes));
+    }
+
+    /// Takes in that `bytes` which were spent did not go after all.
+    pub(super) fn give_back(&mut self, bytes: u64) {
+        let time = self.time_of(bytes);
+        self.free_at = self.free_at.and_then(|free| free.checked_sub(time));
+    }
+
+    fn time_of(&self, bytes: u64) -> Duration {
+        let seconds = to_float(bytes) / to_float(self.bytes_per_second.max(1));
+        Duration::from_secs_f64(seconds.min(LONGEST_WAIT.as_secs_f64()))
     }
 }
 
@@ -138,20 +150,29 @@ mod tests {
     #[test]
     fn a_short_round_does_not_spoil_a_measured_bandwidth() {
         let mut bandwidth = Bandwidth::default();
-        bandwidth.record(4096, Duration::from_millis(1));
+        bandwidth.record(4096, 0, Duration::from_millis(1));
         assert_eq!(bandwidth.rate(), 4_096_000);
-        bandwidth.record(1 << 30, Duration::from_secs(1));
+        bandwidth.record(1 << 30, 0, Duration::from_secs(1));
         assert_eq!(bandwidth.rate(), 1 << 30);
-        bandwidth.record(4096, Duration::from_secs(1));
+        bandwidth.record(4096, 0, Duration::from_secs(1));
         assert_eq!(bandwidth.rate(), 1 << 30);
+    }
+
+    #[test]
+    fn a_round_that_skipped_most_gives_way_to_any_that_did_not() {
+        let mut bandwidth = Bandwidth::default();
+        bandwidth.record(4 << 20, 4 << 30, Duration::from_secs(2));
+        assert_eq!(bandwidth.rate(), 2 << 20);
+        bandwidth.record(4 << 20, 0, Duration::from_millis(4));
+        assert_eq!(bandwidth.rate(), 1000 << 20);
     }
 
     #[test]
     fn bandwidth_follows_the_last_rounds() {
         let mut bandwidth = Bandwidth::default();
-        bandwidth.record(1 << 30, Duration::from_secs(1));
+        bandwidth.record(1 << 30, 0, Duration::from_secs(1));
         for _ in 0..20 {
-            bandwidth.record(1 << 30, Duration::from_secs(4));
+            bandwidth.record(1 << 30, 0, Duration::from_secs(4));
         }
         assert!(bandwidth.rate().abs_diff(1 << 28) < 1 << 10);
         assert_eq!(Bandwidth::default().rate(), 0);
@@ -173,7 +194,8 @@ mod tests {
         let mut pace = Pace::new(1000);
         assert_eq!(pace.wait(start), Duration::ZERO);
         pace.spend(500, start);
-        pace.spend(500, start);
+        pace.spend(700, start);
+        pace.give_back(200);
         assert_eq!(pace.wait(start), Duration::from_secs(1));
         let later = start + Duration::from_secs(10);
         assert_eq!(pace.wait(later), Duration::ZERO);

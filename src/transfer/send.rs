@@ -2,6 +2,7 @@
 
 //! [`Sender`]: what is asked of a migration, and what comes of it.
 
+use std::error::Error as _;
 use std::fmt;
 use std::io;
 use std::ops::RangeInclusive;
@@ -46,6 +47,12 @@ pub struct SendOptions {
     pub throttle: bool,
     /// The VM is paused, stays so if this fails, and is to stay so at the receiver.
     pub complete_paused: bool,
+    /// The receiver's memory reads zero before anything is sent: pages that were never written, or read zero, are left out of
+    /// the first pass.
+    ///
+    /// So it is with Cloud Hypervisor's own memory, a fresh memfd or anonymous, and with a snapshot directory. It is not where
+    /// a memory zone of the receiver is a named file that holds something.
+    pub receiver_reads_zero: bool,
     /// Mutual TLS over TCP.
     pub tls: Option<ClientTls>,
     /// How long the receiver may take, and more.
@@ -53,7 +60,8 @@ pub struct SendOptions {
 }
 
 impl SendOptions {
-    /// One connection to `url`, 300 ms of downtime, an hour, then cancel; chunks of 4 MiB, four of them on their way.
+    /// One connection to `url`, 300 ms of downtime, an hour, then cancel; chunks of 4 MiB, four of them on their way; a receiver
+    /// whose memory reads zero.
     pub fn new(url: Url) -> Self {
         Self {
             url,
@@ -67,6 +75,7 @@ impl SendOptions {
             max_rounds: None,
             throttle: false,
             complete_paused: false,
+            receiver_reads_zero: true,
             tls: None,
             limits: Limits::default(),
         }
@@ -234,14 +243,20 @@ pub enum SendError {
         source: PeerError,
     },
     /// The migration failed, and the VM could not be set going again.
-    #[error("VM is not running as before: {recovery}; the migration had failed: {failure}")]
+    #[error("Migration failed ({}), and VM is not running as before", in_full(.failure))]
     Stuck {
         /// Why the migration failed.
-        #[source]
         failure: Box<SendError>,
         /// What failed after that.
+        #[source]
         recovery: Box<SendError>,
     },
+}
+
+/// The whole error in one line, causes last.
+fn in_full(error: &SendError) -> String {
+    let causes = std::iter::successors(error.source(), |&error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 impl From<Cancelled> for SendError {
@@ -292,6 +307,10 @@ pub struct Sent {
     pub rounds: u32,
     /// Bytes written to the connections, framing included.
     pub bytes_sent: u64,
+    /// Bytes of pages left out of the first pass because nobody ever wrote them.
+    pub skipped_hole_bytes: u64,
+    /// Bytes of pages left out of the first pass because they read zero.
+    pub skipped_zero_bytes: u64,
     /// Bytes of pages that were reported dirty at least once.
     pub unique_dirty_bytes: u64,
     /// From pausing the VM to the receiver's word that it has it.
@@ -351,5 +370,25 @@ impl Sender {
     ) -> Result<Sent, SendError> {
         self.options.check()?;
         Session::new(&self.options, vm, device, migration).migrate()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{Attempt, DeviceFailure};
+
+    #[test]
+    fn a_stuck_vm_tells_the_failure_and_the_device_behind_the_recovery_each_once() {
+        let broken = || io::Error::from(io::ErrorKind::BrokenPipe);
+        let failure = SendError::Peer { step: SendStep::Memory, source: PeerError::Io(broken()) };
+        let name = "dma0".to_owned();
+        let lost = DeviceSetError::Device { name, attempt: Attempt::Run, source: DeviceFailure::Reset };
+        let stuck = SendError::Stuck { failure: failure.into(), recovery: Box::new(lost.into()) };
+        assert_eq!(
+            in_full(&stuck),
+            "Migration failed (Cannot copy memory to the receiver: Connection failed: broken pipe), and VM is not \
+             running as before: Devices cannot be moved: Cannot run device \"dma0\": Device was reset, its state is lost"
+        );
     }
 }

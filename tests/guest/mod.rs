@@ -3,6 +3,7 @@
 //! A guest on this host's real KVM that writes to just the pages it is told to.
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_segment, kvm_userspace_memory_region};
@@ -41,12 +42,34 @@ pub(crate) struct Guest {
     pub(crate) vm: Arc<VmFd>,
     pub(crate) vcpu: VcpuFd,
     pub(crate) ring: Option<RingSize>,
+    /// The code, the list, and the RAM that is the guest's own.
     memory: GuestMemoryMmap<()>,
+    ram: Vec<Ram>,
+}
+
+/// Guest RAM and where it is in this process, for as long as the guest is.
+#[derive(Clone, Copy)]
+pub(crate) struct Ram {
+    pub(crate) gpa: GpaRange,
+    pub(crate) userspace_addr: u64,
+}
+
+impl Ram {
+    fn region(self, slot: usize) -> kvm_userspace_memory_region {
+        kvm_userspace_memory_region {
+            slot: u32::try_from(slot).unwrap(),
+            flags: 0,
+            guest_phys_addr: self.gpa.start(),
+            memory_size: self.gpa.len(),
+            userspace_addr: self.userspace_addr,
+        }
+    }
 }
 
 /// Says why the tests of this file test nothing here.
 fn skip<T>(reason: &str) -> Option<T> {
-    println!("SKIPPED: {reason}");
+    // Straight to the stream: the test runner swallows what a passing test prints.
+    let _nobody_listens = writeln!(std::io::stderr(), "SKIPPED {reason}");
     None
 }
 
@@ -54,51 +77,48 @@ impl Guest {
     /// Makes a guest whose RAM beside its code is `ranges`, with a dirty ring of `ring_bytes` if asked; `None`, loudly, where KVM is
     /// not to be had.
     pub(crate) fn new(ranges: &[(u64, u64)], ring_bytes: Option<u32>) -> Option<Self> {
+        Self::over(ranges, &[], ring_bytes)
+    }
+
+    /// As [`Guest::new`], with RAM that is somewhere already.
+    pub(crate) fn over(ranges: &[(u64, u64)], foreign: &[Ram], ring_bytes: Option<u32>) -> Option<Self> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
-            Err(error) => return skip(&format!("/dev/kvm does not open: {error}")),
+            Err(error) => return skip(&format!("a guest: /dev/kvm does not open: {error}")),
         };
         if Granule::host_page() != Granule::KIB_4 {
-            return skip("the host's pages are not 4 KiB");
+            return skip("a guest: the host's pages are not 4 KiB");
         }
         let vm = kvm.create_vm().unwrap();
         vm.set_tss_address(0xfffb_d000).unwrap();
         let ring = match ring_bytes.map(|bytes| RingSize::enable(&vm, bytes)) {
-            Some(Err(error)) => return skip(&error.to_string()),
+            Some(Err(error)) => return skip(&format!("a guest with a dirty ring: {error}")),
             Some(Ok(ring)) => Some(ring),
             None => None,
         };
-        let regions = [(0, CODE_PAGES * PAGE)].into_iter().chain(ranges.iter().copied());
-        let regions: Vec<_> =
-            regions.map(|(start, len)| (GuestAddress(start), usize::try_from(len).unwrap())).collect();
-        let memory = GuestMemoryMmap::from_ranges(&regions).unwrap();
-        memory.write_slice(PROGRAM, GuestAddress(CODE)).unwrap();
-        for (slot, region) in memory.iter().enumerate() {
-            let region = kvm_userspace_memory_region {
-                slot: u32::try_from(slot).unwrap(),
-                flags: 0,
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-            };
-            // SAFETY: the memory is mapped as long as the VM is in use: both belong to the guest.
-            unsafe { vm.set_user_memory_region(region) }.unwrap();
+        let memory = memory(ranges);
+        let own = memory.iter().map(|region| Ram {
+            gpa: GpaRange::new(region.start_addr().raw_value(), region.len()).unwrap(),
+            userspace_addr: region.as_ptr() as u64,
+        });
+        let ram: Vec<_> = own.chain(foreign.iter().copied()).collect();
+        for (slot, ram) in ram.iter().enumerate() {
+            // SAFETY: the memory is mapped as long as the VM is in use: it belongs to the guest, or the caller sees to it.
+            unsafe { vm.set_user_memory_region(ram.region(slot)) }.unwrap();
         }
         let vcpu = vm.create_vcpu(0).unwrap();
         set_flat_32_bit_mode(&vcpu);
-        Some(Self { vm: Arc::new(vm), vcpu, ring, memory })
+        Some(Self { vm: Arc::new(vm), vcpu, ring, memory, ram })
     }
 
     /// The slots of the RAM beside the code, as the sources want them.
     pub(crate) fn slots(&self) -> Vec<KvmSlot> {
-        let slots = self.memory.iter().enumerate().skip(1);
-        slots
-            .map(|(slot, region)| {
-                let gpa = GpaRange::new(region.start_addr().raw_value(), region.len()).unwrap();
-                // SAFETY: the guest's slots are just these, and stay.
-                unsafe { KvmSlot::new(u32::try_from(slot).unwrap(), gpa, region.as_ptr() as u64, 0) }
-            })
-            .collect()
+        let slot = |(slot, ram): (usize, &Ram)| {
+            let slot = u32::try_from(slot).unwrap();
+            // SAFETY: the guest's slots are just these, and stay.
+            unsafe { KvmSlot::new(slot, ram.gpa, ram.userspace_addr, 0) }
+        };
+        self.ram.iter().enumerate().skip(1).map(slot).collect()
     }
 
     /// The RAM beside the code.
@@ -125,6 +145,16 @@ impl Guest {
             }
         }
     }
+}
+
+/// The code, and RAM at `ranges`.
+fn memory(ranges: &[(u64, u64)]) -> GuestMemoryMmap<()> {
+    let regions = [(0, CODE_PAGES * PAGE)].into_iter().chain(ranges.iter().copied());
+    let regions: Vec<_> =
+        regions.map(|(start, len)| (GuestAddress(start), usize::try_from(len).unwrap())).collect();
+    let memory = GuestMemoryMmap::from_ranges(&regions).unwrap();
+    memory.write_slice(PROGRAM, GuestAddress(CODE)).unwrap();
+    memory
 }
 
 fn set_flat_32_bit_mode(vcpu: &VcpuFd) {

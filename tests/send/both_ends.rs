@@ -19,18 +19,18 @@ use crate::certificates::Files;
 use crate::vm::{FakeVm, Memory, PAGES, empty_memory, read_page};
 
 /// A VMM that takes the pages in and answers Complete as it is told.
-struct Vmm {
+pub(crate) struct Vmm {
     memory: Arc<Memory>,
     state: Vec<u8>,
     runs_on_complete: bool,
 }
 
 impl Vmm {
-    fn new(runs_on_complete: bool) -> Self {
+    pub(crate) fn new(runs_on_complete: bool) -> Self {
         Self { memory: Arc::new(empty_memory()), state: Vec::new(), runs_on_complete }
     }
 
-    fn assert_equals(&self, vm: &FakeVm) {
+    pub(crate) fn assert_equals(&self, vm: &FakeVm) {
         let wrong = (0..PAGES).filter(|&page| read_page(&self.memory, page) != vm.page(page));
         assert_eq!(wrong.collect::<Vec<_>>(), Vec::<u64>::new(), "pages that differ");
     }
@@ -54,7 +54,7 @@ impl Destination for Vmm {
 }
 
 /// Moves a busy VM; the receiver runs beside the sender.
-fn moves(
+pub(crate) fn moves(
     vm: &mut FakeVm,
     vmm: &mut Vmm,
     url: &Url,
@@ -93,7 +93,7 @@ fn a_busy_vm_arrives(url: &Url, connections: u64, tls: Option<(ClientTls, Server
     }
 }
 
-fn loopback() -> Url {
+pub(crate) fn loopback() -> Url {
     Url::tcp("127.0.0.1", 0).unwrap()
 }
 
@@ -136,6 +136,8 @@ fn a_receiver_stopped_at_any_time_leaves_a_vm_that_can_be_sent_again() {
         let listener = Listener::bind(&loopback()).unwrap();
         let mut options = SendOptions::new(listener.url().clone());
         options.bandwidth = Some(100 << 20);
+        // A receiver that is stopped before it lets us in leaves us waiting at its door.
+        options.limits.handshake_timeout = std::time::Duration::from_secs(1);
         let mut machine = vm.machine();
         let mut vmm = Vmm::new(true);
         let receiver = Receiver::new(Limits::default(), None);

@@ -9,6 +9,7 @@ mod both_ends;
 #[expect(dead_code, reason = "certificates that fail are for the tests of TLS")]
 mod certificates;
 mod peer;
+mod skipping;
 mod vm;
 
 use std::thread;
@@ -58,7 +59,7 @@ fn passes(memory: &[&Seen]) -> Vec<Vec<(u64, u64)>> {
 }
 
 #[test]
-fn a_quiet_vm_is_sent_byte_for_byte_as_described() {
+fn c04_a_quiet_vm_is_sent_byte_for_byte_with_what_its_capture_wrote() {
     let mut vm = FakeVm::new(0);
     let mut machine = vm.machine();
     let peer = Peer::unix(Fault::None);
@@ -463,7 +464,7 @@ fn devices_stop_after_the_vcpus_and_hand_out_all_their_state() {
 }
 
 #[test]
-fn what_a_device_writes_while_it_stops_arrives() {
+fn c03_what_a_device_writes_while_it_stops_arrives() {
     // C3: the last collect comes after vCPUs and devices have stopped.
     let mut vm = FakeVm::new(5);
     let memory = vm.memory.clone();

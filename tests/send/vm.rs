@@ -16,9 +16,9 @@ use vfio_migration::layout::Layout;
 use vfio_migration::migratable::{Builder, MigratableDevice};
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, GuestMemoryLog, Operation, Sink, SourceError};
-use vfio_migration::vm::{Vm, VmError};
+use vfio_migration::vm::{Backing, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vm_migration::Snapshot;
 
 pub(crate) type Memory = GuestMemoryMmap<AtomicBitmap>;
@@ -45,6 +45,17 @@ pub(crate) fn empty_memory() -> Memory {
     Memory::from_ranges(&regions).unwrap()
 }
 
+/// Memory in memfds that are one hole.
+pub(crate) fn sparse_memory() -> Memory {
+    let regions = [LOW, HIGH].map(|(start, len)| {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = std::fs::File::from(rustix::fs::memfd_create("guest-ram", flags).unwrap());
+        file.set_len(len).unwrap();
+        (GuestAddress(start), usize::try_from(len).unwrap(), Some(FileOffset::new(file, 0)))
+    });
+    Memory::from_ranges_with_files(&regions).unwrap()
+}
+
 pub(crate) fn read_page(memory: &Memory, index: u64) -> Vec<u8> {
     let mut bytes = vec![0; PAGE as usize];
     memory.read_slice(&mut bytes, GuestAddress(page_gpa(index))).unwrap();
@@ -65,12 +76,16 @@ pub(crate) struct FakeVm {
 
 impl FakeVm {
     pub(crate) fn new(writes_per_ms: u64) -> Self {
-        let memory = Arc::new(empty_memory());
+        let memory = empty_memory();
         for page in 0..PAGES {
             memory.write_obj(page ^ 0x5eed, GuestAddress(page_gpa(page))).unwrap();
         }
+        Self::with_memory(memory, writes_per_ms)
+    }
+
+    pub(crate) fn with_memory(memory: Memory, writes_per_ms: u64) -> Self {
         let mut vm = Self {
-            memory,
+            memory: Arc::new(memory),
             log: Log::default(),
             can_throttle: false,
             fail_state: false,
@@ -110,6 +125,11 @@ impl FakeVm {
         })
     }
 
+    /// What another writer of the VM's memory needs.
+    pub(crate) fn writes(&self) -> Writes {
+        Writes { memory: Arc::clone(&self.memory), running: Arc::clone(&self.running) }
+    }
+
     pub(crate) fn is_running(&self) -> bool {
         *self.running.lock().unwrap()
     }
@@ -138,6 +158,21 @@ impl FakeVm {
     }
 }
 
+/// Writes a VM's memory while it runs, from any thread.
+pub(crate) struct Writes {
+    memory: Arc<Memory>,
+    running: Arc<Mutex<bool>>,
+}
+
+impl Writes {
+    pub(crate) fn while_running(&self, write: impl FnOnce(&Memory)) {
+        let running = self.running.lock().unwrap();
+        if *running {
+            write(&self.memory);
+        }
+    }
+}
+
 impl Drop for FakeVm {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
@@ -152,6 +187,10 @@ impl Vm for FakeVm {
 
     fn memory(&self) -> Arc<Memory> {
         Arc::clone(&self.memory)
+    }
+
+    fn backing(&self) -> Backing {
+        Backing::of_mmap(&self.memory)
     }
 
     fn config(&mut self) -> Result<Vec<u8>, VmError> {

@@ -320,6 +320,21 @@ fn a_place_that_is_taken_is_an_error_that_names_it() {
 }
 
 #[test]
+fn a_socket_that_a_dead_listener_left_is_replaced_and_no_other_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.sock");
+    drop(UnixListener::bind(&path).unwrap());
+    assert!(path.exists());
+    let listener = Listener::bind(&Url::unix(&path).unwrap()).unwrap();
+    Connection::connect(listener.url(), None, &Limits::default()).unwrap();
+
+    let file = directory.path().join("file");
+    std::fs::write(&file, "text").unwrap();
+    assert!(Listener::bind(&Url::unix(&file).unwrap()).is_err());
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "text");
+}
+
+#[test]
 fn a_listener_waits_no_longer_than_it_is_told_and_tells_its_port() {
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     assert!(matches!(listener.url().endpoint(), Endpoint::Tcp { port: 1.., .. }));

@@ -3,6 +3,10 @@
 //! The transfer over real sockets: connections, TLS, and a receiver with sources of every kind.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod captures;
 mod certificates;
 mod connection;
+mod cut_off;
+mod peer;
+mod receive;
 mod tls;

@@ -15,7 +15,7 @@ use vfio_migration::source::{
     ContainerLog, DeviceLog, DirtySource, GuestMemoryLog, Harvester, HwptLog, KvmLog, KvmLogMode, KvmRing,
     Meaning, RingSize,
 };
-use vfio_migration::vm::{Vm, VmError};
+use vfio_migration::vm::{Backing, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vm_migration::Snapshot;
@@ -397,6 +397,10 @@ impl Vm for BedVm<'_> {
 
     fn memory(&self) -> Arc<Self::Memory> {
         self.vm.memory()
+    }
+
+    fn backing(&self) -> Backing {
+        self.vm.backing()
     }
 
     fn config(&mut self) -> Result<Vec<u8>, VmError> {

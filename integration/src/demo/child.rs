@@ -253,6 +253,7 @@ fn progress_of(migration: &Migration) -> Progress {
         round: progress.round,
         sent_bytes: progress.sent_bytes,
         acknowledged_bytes: progress.acknowledged_bytes,
+        skipped_bytes: progress.skipped_hole_bytes + progress.skipped_zero_bytes,
         left_bytes: progress.left_bytes,
         bytes_per_second: progress.bandwidth,
         expected_downtime_ms: progress.expected_downtime_ms,
@@ -268,6 +269,8 @@ fn figures_of(sent: &Sent) -> MigrationFigures {
     MigrationFigures {
         rounds: sent.rounds,
         unique_dirty_bytes: sent.unique_dirty_bytes,
+        skipped_hole_bytes: sent.skipped_hole_bytes,
+        skipped_zero_bytes: sent.skipped_zero_bytes,
         downtime_us: micros(sent.downtime),
         total_us: micros(sent.total),
         sources: sent.sources.iter().map(source).collect(),

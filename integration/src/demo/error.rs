@@ -93,6 +93,14 @@ pub enum DemoError {
         /// The round.
         round: u32,
     },
+    /// The migration failed by itself before the destination was killed.
+    #[error("Migration failed before round {round}, in which the destination was to be killed: {error}")]
+    NotKilled {
+        /// The round.
+        round: u32,
+        /// What the source said.
+        error: String,
+    },
     /// The destination was to be killed with half the RAM acknowledged, but less was.
     #[error(
         "Only {acknowledged} of {ram} bytes of RAM were acknowledged when the destination was to be killed"

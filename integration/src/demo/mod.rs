@@ -31,6 +31,7 @@ pub use options::{DemoOptions, Inject, OptionError, Transport};
 pub use report::{DeviceReport, MigrationFigures, Progress, Report, SourceReport};
 pub use run::{Note, chain, run};
 pub use side::Side;
+pub use vm::{DestinationVm, SourceVm};
 
 /// First argument of a program that is to become a process of the demo.
 pub const PROCESS_ARGUMENT: &str = "demo-process";

@@ -13,6 +13,8 @@ pub struct Progress {
     pub sent_bytes: u64,
     /// Guest memory the destination acknowledged, in bytes.
     pub acknowledged_bytes: u64,
+    /// Guest memory the destination has without having been sent it, in bytes.
+    pub skipped_bytes: u64,
     /// Guest memory and device state still to send, as of now.
     pub left_bytes: u64,
     /// Measured bandwidth; 0 while it is unknown.
@@ -28,6 +30,10 @@ pub struct MigrationFigures {
     pub rounds: u32,
     /// Bytes of pages that were reported dirty at least once.
     pub unique_dirty_bytes: u64,
+    /// Bytes of RAM left out of the first pass because nobody ever wrote them.
+    pub skipped_hole_bytes: u64,
+    /// Bytes of RAM left out of the first pass because they read zero.
+    pub skipped_zero_bytes: u64,
     /// How long the VM stood still at the source.
     pub downtime_us: u64,
     /// The whole of it.
@@ -81,6 +87,10 @@ pub struct Report {
     pub bytes_sent: u64,
     /// Bytes of pages that were reported dirty at least once.
     pub unique_dirty_bytes: u64,
+    /// Bytes of pages left out of the first round because nobody ever wrote them.
+    pub skipped_hole_bytes: u64,
+    /// Bytes of pages left out of the first round because they read zero.
+    pub skipped_zero_bytes: u64,
     /// From pausing the source's vCPUs to running the destination's, the comparison left out.
     pub downtime_ms: f64,
     /// From the start of the migration to the destination running, the comparison left out.

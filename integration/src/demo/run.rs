@@ -58,6 +58,7 @@ struct Demo<'a> {
     sender: Sender<(Who, Option<Event>)>,
     folder: tempfile::TempDir,
     attempts: u32,
+    booted: bool,
 }
 
 /// A migration that arrived, both machines standing still.
@@ -86,8 +87,8 @@ pub fn run(
     demo.source = None;
     let resume_us = demo.run_destination(&mut moved.destination)?;
     let health = demo.check(Who::Destination(demo.attempts), Some(&mut moved.destination))?;
-    report.downtime_ms += millis(resume_us);
-    report.total_ms += millis(resume_us);
+    report.downtime_ms = to_micros(report.downtime_ms + millis(resume_us));
+    report.total_ms = to_micros(report.total_ms + millis(resume_us));
     report.verified = is_well(&health);
     if report.verified { Ok(report) } else { Err(DemoError::Unwell { health, report: Box::new(report) }) }
 }
@@ -114,14 +115,30 @@ impl<'a> Demo<'a> {
         }
         let (sender, events) = mpsc::channel();
         let folder = tempfile::tempdir().map_err(DemoError::Folder)?;
-        Ok(Self { options, notify, stop, layout, kvm, source: None, events, sender, folder, attempts: 0 })
+        Ok(Self {
+            options,
+            notify,
+            stop,
+            layout,
+            kvm,
+            source: None,
+            events,
+            sender,
+            folder,
+            attempts: 0,
+            booted: false,
+        })
     }
 
     fn start_source(&mut self) -> Result<(), DemoError> {
         let guest = if self.kvm { "a KVM guest" } else { "a guest on a software vCPU" };
         self.say(format!("Starting {guest} with {} MiB of RAM", self.options.memory_bytes >> 20));
         self.source = Some(self.start(Role::Source, Who::Source)?);
-        self.wait_for("the source to boot", Who::Source, |event| matches!(event, Event::Ready).then_some(()))
+        self.wait_for("the source to boot", Who::Source, |event| {
+            matches!(event, Event::Ready).then_some(())
+        })?;
+        self.booted = true;
+        Ok(())
     }
 
     /// Starts a machine's two processes, connected to each other and to this one.
@@ -269,10 +286,10 @@ impl<'a> Demo<'a> {
                 Some((Who::Source, Some(Event::Migrated(moved)))) => figures = Some(moved),
                 Some((Who::Source, Some(Event::Failed { error, guest_runs }))) => {
                     let error = refusal.map_or(error.clone(), |why| format!("{error} (destination: {why})"));
-                    return Err(if cancelled {
-                        DemoError::Cancelled { guest_runs }
-                    } else {
-                        DemoError::Migration { error, guest_runs }
+                    return Err(match kill_in_round {
+                        _ if cancelled => DemoError::Cancelled { guest_runs },
+                        Some(round) => DemoError::NotKilled { round, error },
+                        None => DemoError::Migration { error, guest_runs },
                     });
                 }
                 Some((Who::Source, None)) => return Err(DemoError::Died { who: "source" }),
@@ -294,7 +311,8 @@ impl<'a> Demo<'a> {
     }
 
     fn kill(&mut self, destination: &mut Side, progress: &Progress) -> Result<(), DemoError> {
-        let (acknowledged, ram) = (progress.acknowledged_bytes, self.options.memory_bytes);
+        let (acknowledged, ram) =
+            (progress.acknowledged_bytes + progress.skipped_bytes, self.options.memory_bytes);
         if acknowledged < ram / 2 {
             return Err(DemoError::TooEarly { acknowledged, ram });
         }
@@ -321,6 +339,8 @@ impl<'a> Demo<'a> {
             rounds: figures.rounds,
             bytes_sent: moved.socket_bytes,
             unique_dirty_bytes: figures.unique_dirty_bytes,
+            skipped_hole_bytes: figures.skipped_hole_bytes,
+            skipped_zero_bytes: figures.skipped_zero_bytes,
             downtime_ms: millis(figures.downtime_us),
             total_ms: millis(figures.total_us),
             sources: figures.sources,
@@ -379,7 +399,7 @@ impl<'a> Demo<'a> {
                     }
                 }
                 _ if self.stop.load(Ordering::SeqCst) => {
-                    return Err(DemoError::Cancelled { guest_runs: who == Who::Source });
+                    return Err(DemoError::Cancelled { guest_runs: self.booted });
                 }
                 _ => {}
             }
@@ -407,6 +427,11 @@ fn is_well(health: &Health) -> bool {
 #[expect(clippy::cast_precision_loss, reason = "figures for people; a migration is far shorter than 2^53 µs")]
 fn millis(micros: u64) -> f64 {
     micros as f64 / 1000.0
+}
+
+/// Rounds to whole microseconds: a sum of two such figures is not printed to the fifteenth digit.
+fn to_micros(millis: f64) -> f64 {
+    (millis * 1000.0).round() / 1000.0
 }
 
 /// Both machines' RAM and both devices' state must fit the host at once.

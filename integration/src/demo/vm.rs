@@ -10,7 +10,7 @@ use thiserror::Error;
 use vfio_migration::layout::{Layout, LayoutError};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore};
-use vfio_migration::vm::{Vm, VmError};
+use vfio_migration::vm::{Backing, Vm, VmError};
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_migration::{Snapshot, snapshot_from_id, state_from_id};
@@ -26,7 +26,7 @@ pub(crate) const PASS_THROUGH: &str = "pass-through";
 /// Why a message does not fit this machine.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub(crate) enum VmMessageError {
+pub(super) enum VmMessageError {
     #[error("Config describes RAM that is not this machine's")]
     OtherRam,
     #[error("State has no {0}")]
@@ -36,13 +36,14 @@ pub(crate) enum VmMessageError {
 }
 
 /// The machine as its sender sees it.
-pub(crate) struct SourceVm {
+pub struct SourceVm {
     machine: Arc<Machine>,
     memory: Arc<GuestMemoryMmap<AtomicBitmap>>,
 }
 
 impl SourceVm {
-    pub(crate) fn new(machine: Arc<Machine>) -> Self {
+    /// Makes the sender's view of `machine`.
+    pub fn new(machine: Arc<Machine>) -> Self {
         let memory = Arc::new(machine.memory().clone());
         Self { machine, memory }
     }
@@ -53,6 +54,10 @@ impl Vm for SourceVm {
 
     fn memory(&self) -> Arc<Self::Memory> {
         Arc::clone(&self.memory)
+    }
+
+    fn backing(&self) -> Backing {
+        Backing::of_mmap(&self.memory)
     }
 
     fn config(&mut self) -> Result<Vec<u8>, VmError> {
@@ -120,14 +125,15 @@ fn ram_bytes(regions: &[RegionBacking]) -> u64 {
 }
 
 /// The machine as its receiver sees it: filled, restored, and left paused.
-pub(crate) struct DestinationVm<'a> {
+pub struct DestinationVm<'a> {
     machine: &'a Machine,
     devices: &'a mut MigratableDevice,
     restored: bool,
 }
 
 impl<'a> DestinationVm<'a> {
-    pub(crate) fn new(machine: &'a Machine, devices: &'a mut MigratableDevice) -> Self {
+    /// Makes the receiver's view of an empty `machine` and its pass-through devices.
+    pub fn new(machine: &'a Machine, devices: &'a mut MigratableDevice) -> Self {
         Self { machine, devices, restored: false }
     }
 }

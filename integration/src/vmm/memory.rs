@@ -34,8 +34,8 @@ const LARGE_PAGE_BYTES: u64 = 2 << 20;
 pub enum MemoryError {
     /// The size is no whole number of pages, or outside the limits.
     #[error(
-        "RAM of {total_bytes:#x} bytes is not a multiple of {PAGE_BYTES:#x} between {MIN_RAM_BYTES:#x} and \
-         {MAX_RAM_BYTES:#x}"
+        "RAM of {total_bytes} bytes is not a whole number of {PAGE_BYTES}-byte pages between {} MiB and {} GiB",
+        MIN_RAM_BYTES >> 20, MAX_RAM_BYTES >> 30
     )]
     Size {
         /// The size that was asked for.

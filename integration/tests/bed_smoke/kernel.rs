@@ -11,6 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::slice;
 
+use vfio_migration_integration::skip;
+
 pub(crate) const PAGE: usize = 4096;
 pub(crate) const PAGES: usize = 256;
 pub(crate) const IOVA: u64 = 0x100_0000;
@@ -18,7 +20,7 @@ pub(crate) const IOVA: u64 = 0x100_0000;
 /// What the guest's init found, if this is the bed's guest.
 pub(crate) fn bed(test: &str) -> Option<BTreeMap<String, String>> {
     let Ok(text) = fs::read_to_string("/etc/vfio-migration-bed") else {
-        eprintln!("SKIPPED {test}: not inside the test bed (integration/testbed/run)");
+        skip(test, "not inside the test bed (integration/testbed/run)");
         return None;
     };
     let pairs = text.lines().filter_map(|line| line.split_once('='));
@@ -33,7 +35,7 @@ pub(crate) fn two(test: &str, kind: &str) -> Option<[String; 2]> {
     let two = names.try_into().ok();
     if two.is_none() {
         let (kernel, scenario) = (&bed["kernel"], &bed["scenario"]);
-        eprintln!("SKIPPED {test}: no two {kind} in scenario {scenario} on the {kernel} kernel");
+        skip(test, format!("no two {kind} in scenario {scenario} on the {kernel} kernel"));
     }
     two
 }

@@ -9,7 +9,10 @@ use super::*;
 #[ignore = "the body of the device processes that other tests start"]
 fn device_process() {
     let Ok(socket) = std::env::var(SOCKET) else {
-        eprintln!("SKIPPED: {SOCKET} is not set; this is no test of its own");
+        vfio_migration_integration::skip(
+            "device process",
+            format!("{SOCKET} is not set; this is no test of its own"),
+        );
         return;
     };
     let config = serde_json::from_str(&std::env::var(CONFIG).unwrap()).unwrap();

@@ -154,6 +154,36 @@ fn mappings_of_a_virtual_iommu_are_logged_as_they_come_and_reported_before_they_
 }
 
 #[test]
+fn c07_a_report_that_fails_before_an_unmap_loses_no_other_mappings_writes() {
+    // Three probes and START come before the report that is refused.
+    let when = When { command: Some(16), nth: 5 };
+    let faults = vec![Fault::Refuse { when, errno: libc::EIO }];
+    let mut tracked = Tracked::start(DeviceConfig { faults, ..DeviceConfig::default() }, IovaMap::journal());
+    let going = map_at(&mut tracked, 1 << 40, 0, 16 * PAGE);
+    map_at(&mut tracked, 1 << 41, 16 * PAGE, 32 * PAGE);
+    let windows = vec![Window::new(1 << 41, 32 * PAGE).unwrap()];
+    let client = Arc::clone(&tracked.client);
+    control::program(&mut client.lock().unwrap(), &Stream { seed: 1, windows }, 0).unwrap();
+    let status = tracked.step(5);
+    let expected: BTreeSet<_> =
+        written(&status, 0).into_iter().map(|page| page - (1 << 41) + 16 * PAGE).collect();
+    tracked.source.unmapped(&going, &mut tracked.ledger.sink(0, &tracked.map)).unwrap_err();
+    client.lock().unwrap().dma_unmap(going.iova()).unwrap();
+    tracked.map.forget(&going);
+    match tracked.collect() {
+        Ok(reported) => {
+            assert!(reported.is_superset(&expected), "lost {:x?}", expected.difference(&reported));
+        }
+        Err(_) => drop(tracked.absorbed()),
+    }
+    let from = status.position;
+    let status = tracked.step(5);
+    let expected: BTreeSet<_> =
+        written(&status, from).into_iter().map(|page| page - (1 << 41) + 16 * PAGE).collect();
+    assert_eq!(tracked.collect().unwrap(), expected, "the next report is good");
+}
+
+#[test]
 fn memory_mapped_after_the_start_is_refused_where_iova_is_gpa() {
     let mut tracked = Tracked::start(DeviceConfig::default(), IovaMap::Identity);
     let known = Mapping::identity(GpaRange::new(PAGE, PAGE).unwrap());

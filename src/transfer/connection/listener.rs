@@ -5,8 +5,8 @@
 use std::fs;
 use std::io;
 use std::net::TcpListener;
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,8 @@ pub struct Listener {
 impl Listener {
     /// Listens on `url`; with TCP port 0 on a free port, which [`Listener::url`] tells.
     ///
+    /// Takes the place of a UNIX socket that nobody listens on any more, as a listener that was killed leaves it.
+    ///
     /// # Errors
     /// The name has no address of this host, the port or the path is taken, or may not be used.
     pub fn bind(url: &Url) -> Result<Self, ConnectionError> {
@@ -37,7 +39,7 @@ impl Listener {
     fn try_bind(url: &Url) -> io::Result<Self> {
         match url.endpoint() {
             Endpoint::Unix(path) => {
-                let socket = UnixListener::bind(path)?.into();
+                let socket = bind_unix(path)?.into();
                 Ok(Self { socket, url: url.clone(), file: Some(SocketFile::new(path)?) })
             }
             Endpoint::Tcp { host, port } => {
@@ -83,6 +85,23 @@ impl Listener {
     fn name_of(&self, peer: &SockAddr) -> String {
         peer.as_socket().map_or_else(|| format!("a peer on {}", self.url), |address| address.to_string())
     }
+}
+
+/// Binds to `path`, also where a socket lies whose listener is dead.
+fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_dead_socket(path) => {
+            fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        bound => bound,
+    }
+}
+
+/// Whether `path` is a socket and nobody listens on it. Another kind of file refuses connections, too.
+fn is_dead_socket(path: &Path) -> bool {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
+    is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// Whether only this attempt failed: nobody came, or went away before being let in.

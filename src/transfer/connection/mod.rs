@@ -218,6 +218,17 @@ impl Connection {
         Ok(())
     }
 
+    /// Sends all of `bytes`, which may take `within` and need not keep the pace.
+    ///
+    /// # Errors
+    /// The connection failed, or the time is over; part of the bytes may be gone.
+    pub fn send_within(&mut self, bytes: &[u8], within: Duration) -> io::Result<()> {
+        self.line_mut().wait_until(within);
+        let outcome = self.write_all(bytes).and_then(|()| self.flush());
+        self.line_mut().keep_pace();
+        outcome
+    }
+
     /// Closes the connection so that the peer finds what was sent last, even where it is still sending.
     ///
     /// What comes meanwhile is thrown away, for `linger` at most.

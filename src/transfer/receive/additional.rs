@@ -21,8 +21,8 @@ pub(super) fn serve(mut connection: Connection, entry: Entry, context: Context<'
         Ok(()) => connection.close(Duration::ZERO),
         Err(error) => {
             log::debug!("Connection from {} failed: {}", connection.peer(), error.in_full());
-            refuse(&mut connection);
             gate.fail(error);
+            refuse(&mut connection, limits.linger);
             connection.close(limits.linger);
         }
     }

@@ -110,7 +110,7 @@ impl<'env> Door<'env> {
                 Ok(())
             }
             Err(error) => {
-                refuse(&mut connection);
+                refuse(&mut connection, limits.linger);
                 connection.close(limits.linger);
                 Err(error)
             }

@@ -2,7 +2,8 @@
 
 //! Messages off a connection, each length against its limit first, and their answers.
 
-use std::io::{self, Write};
+use std::io::Write;
+use std::time::Duration;
 
 use super::error::{Part, ReceiveError};
 use super::gate::Gate;
@@ -79,17 +80,15 @@ pub(super) fn answer(
     command: Command,
     answer: Response,
 ) -> Result<(), ReceiveError> {
-    send(connection, answer).map_err(|source| ReceiveError::Answer { command, source })
+    let sent = connection.write_all(&answer.to_bytes()).and_then(|()| connection.flush());
+    sent.map_err(|source| ReceiveError::Answer { command, source })
 }
 
 /// Answers a request with Error; where that cannot be sent, the peer learns from the end of the connection.
-pub(super) fn refuse(connection: &mut Connection) {
-    let _ = send(connection, Response::new(Status::Error));
-}
-
-fn send(connection: &mut Connection, answer: Response) -> io::Result<()> {
-    connection.write_all(&answer.to_bytes())?;
-    connection.flush()
+///
+/// A peer that stalled before has spent its time, so this gets some of its own: `within`.
+pub(super) fn refuse(connection: &mut Connection, within: Duration) {
+    let _ = connection.send_within(&Response::new(Status::Error).to_bytes(), within);
 }
 
 fn check_length(request: Request, name: &'static str, limit: u64) -> Result<(), ReceiveError> {

@@ -200,16 +200,16 @@ impl Receiver {
         self.run(destination, |context, destination| {
             let entry = self.roster.enter(&connection);
             let within = self.limits.idle_timeout;
-            let head = connection.await_head(within);
-            let first = match head.map_err(|source| ReceiveError::Read { part: Part::Head, source })? {
-                Head::Bytes(head) => message::decode(head),
-                Head::Silence => Err(ReceiveError::Silent { waited: within }),
-                Head::End => Err(ReceiveError::Closed { step: Step::Nothing }),
+            let first = match connection.await_head(within) {
+                Ok(Head::Bytes(head)) => message::decode(head),
+                Ok(Head::Silence) => return Err(ReceiveError::Silent { waited: within }),
+                Ok(Head::End) => return Err(ReceiveError::Closed { step: Step::Nothing }),
+                Err(source) => Err(ReceiveError::Read { part: Part::Head, source }),
             };
             match first {
                 Ok(first) => session::receive(Source { connection, entry, first }, destination, context),
                 Err(error) => {
-                    message::refuse(&mut connection);
+                    message::refuse(&mut connection, self.limits.linger);
                     connection.close(self.limits.linger);
                     Err(error)
                 }

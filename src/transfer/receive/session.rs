@@ -56,7 +56,7 @@ pub(super) fn receive(
         }
         outcome => {
             if !session.answered {
-                refuse(&mut session.connection);
+                refuse(&mut session.connection, linger);
             }
             session.connection.close(linger);
             Ok(Received { received_bytes: context.roster.received_bytes(), ..outcome? })
@@ -96,8 +96,8 @@ impl Session<'_> {
     /// Takes the Start, and agrees to what both ends know.
     fn start(&mut self, first: Request) -> Result<Option<Features>, ReceiveError> {
         let first = self.admit(first)?;
-        check_empty(first)?;
         first.version().map_err(|source| ReceiveError::Start { source })?;
+        check_empty(first)?;
         let features = first.offered().map(|offered| offered & FEATURES);
         let response = features.map_or(Response::new(Status::Ok), Response::ok_agreeing);
         self.answer(first, response)?;
@@ -177,20 +177,15 @@ impl Session<'_> {
     fn await_head(&mut self) -> Result<[u8; HEADER_BYTES], ReceiveError> {
         let Context { gate, roster, limits } = self.context;
         let (mut bytes, mut since) = (roster.received_bytes(), Instant::now());
-        self.answered = true;
         loop {
+            let head = self.connection.await_head(TICK);
+            self.answered = matches!(head, Ok(Head::Silence | Head::End));
+            // Where another connection has failed, that is why this one ends.
             gate.check()?;
-            match self.connection.await_head(TICK) {
-                Ok(Head::Silence) => {}
-                Ok(Head::End) => return Err(ReceiveError::Closed { step: self.step }),
-                Ok(Head::Bytes(head)) => {
-                    self.answered = false;
-                    return Ok(head);
-                }
-                Err(source) => {
-                    self.answered = false;
-                    return Err(ReceiveError::Read { part: Part::Head, source });
-                }
+            match head.map_err(|source| ReceiveError::Read { part: Part::Head, source })? {
+                Head::Bytes(head) => return Ok(head),
+                Head::End => return Err(ReceiveError::Closed { step: self.step }),
+                Head::Silence => {}
             }
             let now = roster.received_bytes();
             if now != bytes {

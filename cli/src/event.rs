@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a command tells while it runs and when it ends: for programs, one JSON object on a line each.
+
+use std::path::Path;
+
+use serde::Serialize;
+use vfio_migration::snapshot::Digest;
+
+use crate::exit::Exit;
+
+/// Something that happened. The README documents the fields; programs rely on them.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub(crate) enum Event<'a> {
+    /// A source may come.
+    Listening {
+        /// Where to; with TCP port 0, the port that was free.
+        url: String,
+        /// The directory to be.
+        into: &'a Path,
+    },
+    /// Bytes came.
+    Receiving {
+        /// All so far, framing and TLS included.
+        received_bytes: u64,
+        /// Over the last moments.
+        bytes_per_second: u64,
+    },
+    /// The snapshot is whole and safe on disk.
+    Kept {
+        /// The directory.
+        into: &'a Path,
+        /// What names the snapshot.
+        digest: Digest,
+        /// Whether the source was told to run its VM on.
+        checkpoint: bool,
+        /// Whether the source was told that it may end its VM; a checkpoint's never is.
+        confirmed: bool,
+        /// All bytes that came, framing and TLS included.
+        received_bytes: u64,
+    },
+    /// A snapshot is on its way.
+    Sending {
+        /// Where the migration stands.
+        phase: String,
+        /// Pass over memory, from 1.
+        round: u32,
+        /// The VM's memory.
+        ram_bytes: u64,
+        /// Bytes handed to the connections.
+        sent_bytes: u64,
+        /// Memory that the receiver lacks.
+        left_bytes: u64,
+        /// Bytes of memory per second.
+        bytes_per_second: u64,
+    },
+    /// The receiver has the VM.
+    Sent {
+        /// Where it is.
+        url: String,
+        /// Bytes handed to the connections.
+        sent_bytes: u64,
+        /// Passes over memory.
+        rounds: u32,
+        /// From the first connection to the last answer.
+        total_ms: u128,
+    },
+    /// The command failed.
+    Failed {
+        /// The class of the failure.
+        class: Exit,
+        /// Its exit status.
+        exit: u8,
+        /// What went wrong.
+        message: &'a str,
+    },
+}

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What ended a command: the library's error as a sentence, and the class that its exit status tells.
+
+use std::error::Error;
+use std::io;
+
+use vfio_migration::migratable::MigratableDeviceError;
+use vfio_migration::snapshot::{
+    ApplyError, ChainError, CompareError, DestinationError, FileError, OpenError, SealError, SourceError,
+    StagingError, SubtractError, VerifyError, WriteError,
+};
+use vfio_migration::transfer::connection::ConnectionError;
+use vfio_migration::transfer::receive::ReceiveError;
+use vfio_migration::transfer::tls::TlsError;
+use vfio_migration::transfer::{PeerError, SendError};
+use vfio_migration_integration::demo::chain;
+
+use crate::exit::Exit;
+
+/// Why a command did not do what it was told.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) exit: Exit,
+    /// The error and its causes, in one line.
+    pub(crate) message: String,
+}
+
+/// The class that a library error belongs to.
+trait Class: Error {
+    fn exit(&self) -> Exit;
+}
+
+impl<E: Class> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self { exit: error.exit(), message: chain(&error) }
+    }
+}
+
+impl Class for io::Error {
+    fn exit(&self) -> Exit {
+        Exit::Io
+    }
+}
+
+impl Class for TlsError {
+    fn exit(&self) -> Exit {
+        Exit::Io
+    }
+}
+
+impl Class for MigratableDeviceError {
+    fn exit(&self) -> Exit {
+        Exit::Io
+    }
+}
+
+impl Class for SourceError {
+    fn exit(&self) -> Exit {
+        Exit::Io
+    }
+}
+
+impl Class for CompareError {
+    fn exit(&self) -> Exit {
+        Exit::Io
+    }
+}
+
+impl Class for ConnectionError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::TlsOverUnix { .. } | Self::ServerName { .. } => Exit::Usage,
+            Self::Listen { .. } | Self::Accept { .. } | Self::Socket { .. } => Exit::Io,
+            _ => Exit::Peer,
+        }
+    }
+}
+
+impl Class for StagingError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Name { .. } | Self::Occupied { .. } => Exit::Usage,
+            _ => Exit::Io,
+        }
+    }
+}
+
+impl Class for WriteError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Staging(error) => error.exit(),
+            Self::UnnamedBase { .. } => Exit::Usage,
+            _ => Exit::Verification,
+        }
+    }
+}
+
+impl Class for OpenError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::File(FileError::Open { .. } | FileError::Read { .. }) => Exit::Io,
+            Self::Differential { .. } | Self::Full { .. } => Exit::Usage,
+            _ => Exit::Verification,
+        }
+    }
+}
+
+impl Class for ChainError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Open(error) => error.exit(),
+            _ => Exit::Usage,
+        }
+    }
+}
+
+impl Class for VerifyError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::NoManifest { .. } => Exit::Usage,
+            _ => Exit::Io,
+        }
+    }
+}
+
+impl Class for ApplyError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::NoManifest { .. } => Exit::Usage,
+            // An altered block is found when it is read.
+            Self::Copy { source, .. } if source.kind() == io::ErrorKind::InvalidData => Exit::Verification,
+            Self::Write(error) => error.exit(),
+            _ => Exit::Io,
+        }
+    }
+}
+
+impl Class for SubtractError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Write(error) => error.exit(),
+            _ => Exit::Io,
+        }
+    }
+}
+
+impl Class for SealError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Open(error) => error.exit(),
+            _ => Exit::Io,
+        }
+    }
+}
+
+impl Class for DestinationError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Write(WriteError::Staging(error)) => error.exit(),
+            Self::OnPaused(_) => Exit::Io,
+            _ => Exit::Peer,
+        }
+    }
+}
+
+impl Class for ReceiveError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Connection { source } => source.exit(),
+            Self::Stopped => Exit::Cancelled,
+            Self::Store { .. } | Self::Thread { .. } => Exit::Io,
+            Self::Destination { source, .. } => {
+                source.downcast_ref::<DestinationError>().map_or(Exit::Io, Class::exit)
+            }
+            _ => Exit::Peer,
+        }
+    }
+}
+
+impl Class for SendError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Options(_) => Exit::Usage,
+            Self::Cancelled => Exit::Cancelled,
+            Self::Peer { source: PeerError::Connection(error), .. } => error.exit(),
+            Self::Peer { .. } | Self::GivenUp(_) => Exit::Peer,
+            Self::OutcomeUnknown { .. } => Exit::OutcomeUnknown,
+            _ => Exit::Io,
+        }
+    }
+}

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `vfio-migrate receive`: a running VM becomes a snapshot directory.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use indicatif::HumanBytes;
+use vfio_migration::snapshot::{Base, DestinationOptions, Digest, Limits, SnapshotDestination};
+use vfio_migration::transfer::connection::Listener;
+use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver, ReceiverHandle};
+use vfio_migration::transfer::tls::ServerTls;
+
+use crate::args::ReceiveArguments;
+use crate::event::Event;
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::on_paused::run_on_paused;
+use crate::output::Output;
+use crate::signals::stop_flag;
+
+/// How often the receiver is looked at.
+const TICK: Duration = Duration::from_millis(50);
+
+/// What a source of a checkpoint sees, and what its operator has to know.
+const CHECKPOINT_NOTE: &str = "The source will be told that the migration failed: so its VM runs on. A Cloud Hypervisor \
+    source has let go of its disk locks by then and does not take them again: keep other VMs from its disks yourself.";
+
+/// What a source that gives its VM away sees.
+const MOVE_NOTE: &str = "When the snapshot is safe on disk the source is told that the VM has moved, and ends it. A Cloud \
+    Hypervisor source lets go of its disk locks before that; should the migration fail late, its VM runs on without them.";
+
+/// A snapshot that is whole and safe on disk.
+struct Kept {
+    digest: Digest,
+    confirmed: bool,
+    received_bytes: u64,
+}
+
+/// Receives a VM into a directory and tells how it goes.
+pub(crate) fn receive(arguments: &ReceiveArguments) -> ExitCode {
+    let mut output = Output::new(arguments.json);
+    let kept = match try_receive(arguments, &mut output) {
+        Ok(kept) => kept,
+        Err(failure) => return output.fail(&failure),
+    };
+    tell_kept(arguments, &kept, &mut output);
+    if kept.confirmed || arguments.checkpoint { ExitCode::SUCCESS } else { Exit::OutcomeUnknown.into() }
+}
+
+fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept, Failure> {
+    let stop = stop_flag()?;
+    let tls = arguments.tls_dir.as_deref().map(ServerTls::from_directory).transpose()?;
+    let mut destination = SnapshotDestination::create(&arguments.into, options(arguments, &stop)?)?;
+    let listener = Listener::bind(&arguments.url)?;
+    let receiver = Receiver::new(arguments.limits(), tls);
+    tell_listening(arguments, &listener, output);
+    let received = watch(&receiver, &listener, &mut destination, &stop, output);
+    let received_bytes = receiver.handle().received_bytes();
+    match (received, destination.kept()) {
+        (Ok(received), Some(digest)) => Ok(Kept { digest, confirmed: received.confirmed, received_bytes }),
+        (Err(_), Some(digest)) if arguments.checkpoint => {
+            Ok(Kept { digest, confirmed: false, received_bytes })
+        }
+        (Err(error), _) => Err(error.into()),
+        (Ok(_), None) => unreachable!("a destination that completed has kept the snapshot"),
+    }
+}
+
+fn options(arguments: &ReceiveArguments, stop: &Arc<AtomicBool>) -> Result<DestinationOptions, Failure> {
+    let limits = Limits { state_bytes: arguments.limits().state_bytes, ..Limits::default() };
+    let base = match arguments.base.is_empty() {
+        true => None,
+        false => Some(Base::open(&arguments.base, &limits)?),
+    };
+    let on_paused = arguments.on_paused.clone();
+    let into = std::path::absolute(&arguments.into)?;
+    Ok(DestinationOptions {
+        base,
+        checkpoint: arguments.checkpoint,
+        memory_only: arguments.memory_only,
+        on_paused: on_paused.map(|command| run_on_paused(command, into, Arc::clone(stop))),
+        limits,
+    })
+}
+
+/// Receives on a thread of its own, while this one shows progress and heeds signals.
+fn watch(
+    receiver: &Receiver,
+    listener: &Listener,
+    destination: &mut SnapshotDestination,
+    stop: &AtomicBool,
+    output: &mut Output,
+) -> Result<Received, ReceiveError> {
+    thread::scope(|scope| {
+        let receiving = scope.spawn(|| receiver.receive(listener, destination));
+        let handle = receiver.handle();
+        let mut rate = Rate::new();
+        let mut asked = false;
+        while !receiving.is_finished() {
+            if !asked && stop.load(Ordering::Relaxed) {
+                asked = true;
+                tell_stopping(&handle, output);
+            }
+            tell_progress(&handle, &mut rate, output);
+            thread::sleep(TICK);
+        }
+        receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn tell_listening(arguments: &ReceiveArguments, listener: &Listener, output: &Output) {
+    let url = listener.url();
+    let note = if arguments.checkpoint { CHECKPOINT_NOTE } else { MOVE_NOTE };
+    let tls = arguments.tls_dir.as_ref().map_or("", |_| ",tls_dir=DIR");
+    output.tell(&Event::Listening { url: url.to_string(), into: &arguments.into }, || {
+        format!(
+            "Waiting for a source on {url}. On its side:\n\
+             \x20 ch-remote --api-socket SOCKET send-migration destination_url={url}{tls}\n{note}"
+        )
+    });
+}
+
+fn tell_stopping(handle: &ReceiverHandle, output: &Output) {
+    output.remark(if handle.stop() {
+        "Giving up; the source's VM runs on"
+    } else {
+        "Too late to give up: the snapshot is being completed"
+    });
+}
+
+fn tell_progress(handle: &ReceiverHandle, rate: &mut Rate, output: &mut Output) {
+    let received_bytes = handle.received_bytes();
+    if received_bytes == 0 {
+        return;
+    }
+    let bytes_per_second = rate.look(received_bytes);
+    output.progress(&Event::Receiving { received_bytes, bytes_per_second }, received_bytes, None, || {
+        format!("received {}, {}/s", HumanBytes(received_bytes), HumanBytes(bytes_per_second))
+    });
+}
+
+fn tell_kept(arguments: &ReceiveArguments, kept: &Kept, output: &mut Output) {
+    let &Kept { digest, confirmed, received_bytes } = kept;
+    let (into, checkpoint) = (arguments.into.as_path(), arguments.checkpoint);
+    output.result(&Event::Kept { into, digest, checkpoint, confirmed, received_bytes }, || {
+        let path = into.display();
+        let fate = match (checkpoint, confirmed) {
+            (true, _) => "The source was told that the migration failed; its VM runs on",
+            (false, true) => "The source was told that the VM has moved",
+            (false, false) => {
+                "Outcome unknown: the source may not know that the VM has moved; where it still holds the VM, end it there"
+            }
+        };
+        format!("Kept {path} ({digest}), {} received\n{fate}", HumanBytes(received_bytes))
+    });
+}
+
+/// Bytes per second over the last moments.
+struct Rate {
+    since: Instant,
+    bytes: u64,
+    per_second: u64,
+}
+
+impl Rate {
+    /// How long a moment is.
+    const MOMENT: Duration = Duration::from_millis(500);
+
+    fn new() -> Self {
+        Self { since: Instant::now(), bytes: 0, per_second: 0 }
+    }
+
+    /// Takes in that `bytes` have come so far.
+    fn look(&mut self, bytes: u64) -> u64 {
+        let millis = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        if self.since.elapsed() >= Self::MOMENT {
+            self.per_second = (bytes - self.bytes).saturating_mul(1000) / millis;
+            (self.since, self.bytes) = (Instant::now(), bytes);
+        }
+        self.per_second
+    }
+}

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `vfio-migrate send`: a snapshot directory becomes a VM in a waiting VMM.
+
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use indicatif::HumanBytes;
+use vfio_migration::migratable::MigratableDevice;
+use vfio_migration::snapshot::{Limits, SnapshotDir, SnapshotSource};
+use vfio_migration::transfer::tls::ClientTls;
+use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+
+use crate::args::SendArguments;
+use crate::event::Event;
+use crate::failure::Failure;
+use crate::output::Output;
+use crate::signals::stop_flag;
+
+/// How often the sender is looked at.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Sends a snapshot and tells how it goes.
+pub(crate) fn send(arguments: &SendArguments) -> ExitCode {
+    let mut output = Output::new(arguments.json);
+    match try_send(arguments, &mut output) {
+        Ok(sent) => {
+            tell_sent(arguments, &sent, &mut output);
+            ExitCode::SUCCESS
+        }
+        Err(failure) => output.fail(&failure),
+    }
+}
+
+fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Failure> {
+    let stop = stop_flag()?;
+    let sender = Sender::new(options(arguments)?);
+    let mut source = SnapshotSource::new(SnapshotDir::open(&arguments.from, &Limits::default())?)?;
+    let mut machine = MigratableDevice::builder("snapshot", source.layout().clone()).build()?;
+    Ok(watch(&sender, &mut source, &mut machine, &stop, output)?)
+}
+
+fn options(arguments: &SendArguments) -> Result<SendOptions, Failure> {
+    let mut options = SendOptions::new(arguments.url.clone());
+    options.connections = arguments.connections;
+    options.bandwidth = arguments.bandwidth;
+    options.downtime_ms = arguments.downtime_ms;
+    options.timeout_s = arguments.timeout_s;
+    options.timeout_strategy = arguments.timeout_strategy.into();
+    options.complete_paused = arguments.paused;
+    options.tls = arguments.tls_dir.as_deref().map(ClientTls::from_directory).transpose()?;
+    options.limits = arguments.limits();
+    Ok(options)
+}
+
+/// Sends on a thread of its own, while this one shows progress and heeds signals.
+fn watch(
+    sender: &Sender,
+    source: &mut SnapshotSource,
+    machine: &mut MigratableDevice,
+    stop: &AtomicBool,
+    output: &mut Output,
+) -> Result<Sent, SendError> {
+    let migration = Migration::new();
+    thread::scope(|scope| {
+        let sending = scope.spawn(|| sender.send(source, machine, &migration));
+        let mut asked = false;
+        while !sending.is_finished() {
+            if !asked && stop.load(Ordering::Relaxed) {
+                asked = true;
+                tell_stopping(&migration, output);
+            }
+            tell_progress(&migration, output);
+            thread::sleep(TICK);
+        }
+        sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn tell_stopping(migration: &Migration, output: &Output) {
+    output.remark(if migration.cancel() {
+        "Giving up; the receiver drops the VM"
+    } else {
+        "Too late to give up: waiting for the receiver to say whether it has the VM"
+    });
+}
+
+fn tell_progress(migration: &Migration, output: &mut Output) {
+    let progress = migration.progress();
+    let event = Event::Sending {
+        phase: progress.phase.to_string(),
+        round: progress.round,
+        ram_bytes: progress.ram_bytes,
+        sent_bytes: progress.sent_bytes,
+        left_bytes: progress.left_bytes,
+        bytes_per_second: progress.bandwidth,
+    };
+    let done = progress.ram_bytes.saturating_sub(progress.left_bytes);
+    output.progress(&event, done, Some(progress.ram_bytes), || {
+        format!(
+            "{}, sent {}, left {}, {}/s",
+            progress.phase,
+            HumanBytes(progress.sent_bytes),
+            HumanBytes(progress.left_bytes),
+            HumanBytes(progress.bandwidth),
+        )
+    });
+}
+
+fn tell_sent(arguments: &SendArguments, sent: &Sent, output: &mut Output) {
+    let event = Event::Sent {
+        url: arguments.url.to_string(),
+        sent_bytes: sent.bytes_sent,
+        rounds: sent.rounds,
+        total_ms: sent.total.as_millis(),
+    };
+    output.result(&event, || {
+        let state = if arguments.paused { "stands paused" } else { "is" };
+        format!(
+            "Sent {} to {}, where the VM {state} now: {} in {:.1} s",
+            arguments.from.display(),
+            arguments.url,
+            HumanBytes(sent.bytes_sent),
+            sent.total.as_secs_f64(),
+        )
+    });
+}

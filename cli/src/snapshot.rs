@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `vfio-migrate snapshot`: what can be done with snapshots that lie on disk.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use indicatif::HumanBytes;
+use serde::Serialize;
+use vfio_migration::snapshot::{
+    Chain, ChainError, Description, Differences, Digest, Kind, Limits, OpenError, Report, apply, compare,
+    describe, seal, subtract, verify,
+};
+
+use crate::args::{ApplyArguments, CreateArguments, DiffArguments, SnapshotCommand};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output::Output;
+
+/// Does what `command` says and prints what came of it.
+pub(crate) fn snapshot(command: &SnapshotCommand) -> ExitCode {
+    let mut output = Output::new(command.json());
+    let done = match command {
+        SnapshotCommand::Info { dir, .. } => info(dir, &mut output),
+        SnapshotCommand::Verify { dir, .. } => check(dir, &mut output),
+        SnapshotCommand::Diff(arguments) => diff(arguments, &mut output),
+        SnapshotCommand::Create(arguments) => create(arguments, &mut output),
+        SnapshotCommand::Apply(arguments) => flatten(arguments, &mut output),
+        SnapshotCommand::Seal { dir, .. } => name(dir, &mut output),
+    };
+    done.unwrap_or_else(|failure| output.fail(&failure))
+}
+
+/// A snapshot that was written or given a name.
+#[derive(Serialize)]
+struct Written<'a> {
+    path: &'a Path,
+    digest: Digest,
+}
+
+impl Written<'_> {
+    fn tell(&self, output: &mut Output) -> ExitCode {
+        output.result(self, || format!("{} {}", self.digest, self.path.display()));
+        ExitCode::SUCCESS
+    }
+}
+
+fn info(dir: &Path, output: &mut Output) -> Result<ExitCode, Failure> {
+    let description = describe(dir, &Limits::default())?;
+    output.result(&description, || description_text(&description));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn description_text(description: &Description) -> String {
+    let mut lines = match &description.kind {
+        Kind::Full { populated_bytes } => {
+            vec![format!("full snapshot, {} of its memory populated", HumanBytes(*populated_bytes))]
+        }
+        Kind::Differential { base, changed_bytes, zeroed_bytes, runs } => vec![
+            format!("differential to {base}"),
+            format!(
+                "changed {}, zeroed {}, in {runs} runs",
+                HumanBytes(*changed_bytes),
+                HumanBytes(*zeroed_bytes)
+            ),
+        ],
+        _ => vec!["snapshot of another kind".to_owned()],
+    };
+    lines.push(match description.digest {
+        Some(digest) => format!("named {digest}"),
+        None => "no name: it has no manifest; `snapshot seal` gives it one".to_owned(),
+    });
+    lines.extend(description.aliases.iter().map(|alias| format!("equals {alias}")));
+    lines.push(format!(
+        "memory {} in {} ranges, config.json {}, state.json {}",
+        HumanBytes(description.memory_bytes),
+        description.memory_ranges,
+        HumanBytes(description.config_bytes),
+        HumanBytes(description.state_bytes)
+    ));
+    lines.join("\n")
+}
+
+fn check(dir: &Path, output: &mut Output) -> Result<ExitCode, Failure> {
+    let report = verify(dir, &Limits::default())?;
+    output.result(&report, || report_text(dir, &report));
+    Ok(if report.is_clean() { ExitCode::SUCCESS } else { Exit::Verification.into() })
+}
+
+fn report_text(dir: &Path, report: &Report) -> String {
+    let findings = report.findings.iter().map(|finding| format!("{finding}\n")).collect::<String>();
+    let path = dir.display();
+    match report.findings.len() {
+        0 => format!("{path}: every byte is as it was written, {} checked", HumanBytes(report.bytes)),
+        count => format!("{findings}{path}: {count} findings"),
+    }
+}
+
+fn diff(arguments: &DiffArguments, output: &mut Output) -> Result<ExitCode, Failure> {
+    let [first, second] = [&arguments.first, &arguments.second].map(|path| open_upon(&arguments.base, path));
+    let differences = compare(&first?, &second?)?;
+    output.result(&differences, || differences_text(&differences));
+    Ok(if differences.is_empty() { ExitCode::SUCCESS } else { Exit::Different.into() })
+}
+
+/// Opens the snapshot at `path`, a differential upon `base`.
+fn open_upon(base: &[PathBuf], path: &Path) -> Result<Chain, Failure> {
+    let limits = Limits::default();
+    match Chain::open([path], &limits) {
+        Err(ChainError::Open(OpenError::Differential { .. })) if !base.is_empty() => {
+            Ok(Chain::open(base.iter().map(PathBuf::as_path).chain([path]), &limits)?)
+        }
+        opened => Ok(opened?),
+    }
+}
+
+fn differences_text(differences: &Differences) -> String {
+    let mut lines = Vec::new();
+    let texts = [("config.json", differences.config), ("state.json", differences.state)];
+    lines.extend(texts.iter().filter(|(_, differs)| *differs).map(|(name, _)| format!("{name} differs")));
+    lines.extend(differences.memory.iter().map(|range| format!("memory {range} differs")));
+    lines
+        .extend(differences.only_in_first.iter().map(|range| format!("memory {range} is in the first only")));
+    lines.extend(
+        differences.only_in_second.iter().map(|range| format!("memory {range} is in the second only")),
+    );
+    if lines.is_empty() { "no difference".to_owned() } else { lines.join("\n") }
+}
+
+fn create(arguments: &CreateArguments, output: &mut Output) -> Result<ExitCode, Failure> {
+    let limits = Limits::default();
+    let base = Arc::new(Chain::open(&arguments.base, &limits)?);
+    let digest = subtract(&open_upon(&arguments.base, &arguments.from)?, base, &arguments.into, &limits)?;
+    Ok(Written { path: &arguments.into, digest }.tell(output))
+}
+
+fn flatten(arguments: &ApplyArguments, output: &mut Output) -> Result<ExitCode, Failure> {
+    let limits = Limits::default();
+    let digest = apply(&Chain::open(&arguments.chain, &limits)?, &arguments.into, &limits)?;
+    Ok(Written { path: &arguments.into, digest }.tell(output))
+}
+
+fn name(dir: &Path, output: &mut Output) -> Result<ExitCode, Failure> {
+    let digest = seal(dir, &Limits::default())?;
+    Ok(Written { path: dir, digest }.tell(output))
+}

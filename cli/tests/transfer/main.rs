@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Snapshots on their way between processes as their users start them.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+#[path = "../../../tests/transfer/certificates.rs"]
+#[expect(dead_code, reason = "the library's own tests use more of it")]
+mod certificates;
+mod commands;
+mod hostile_receiver;
+mod hostile_source;
+mod kills;
+mod paused;
+mod raw;
+mod round_trip;
+mod stored;
+mod tls;
+mod tool;

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What is sent is what is received.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::certificates::Files;
+use crate::stored::{Place, assert_same};
+use crate::tool::{Tool, is_empty};
+
+/// Sends `from` to a receiver on `url` and checks what arrives.
+#[track_caller]
+fn round_trip(url: &str, from: &Path, place: &Place, receiving: &[&str], sending: &[&str]) {
+    let into = place.path("copy");
+    let (receiver, url) = Tool::receive(url, &into, receiving);
+    let sent = Tool::send(&url, from, sending).end().succeeded();
+    let kept = receiver.end().succeeded();
+    assert_same(from, &into);
+
+    let (sent, kept) = (sent.last(), kept.last());
+    assert_eq!(sent["event"], "sent");
+    assert!(sent["sent_bytes"].as_u64().unwrap() > 0);
+    assert_eq!(kept["event"], "kept");
+    assert_eq!(kept["confirmed"], true);
+    assert_eq!(kept["into"], into.to_str().unwrap());
+    assert_eq!(kept["digest"].as_str().unwrap().len(), 64);
+}
+
+#[test]
+fn over_a_unix_socket() {
+    let place = Place::new();
+    let url = format!("unix:{}", place.path("socket").display());
+    round_trip(&url, &place.stored("from", 1), &place, &[], &[]);
+    assert!(!place.path("socket").exists());
+}
+
+#[test]
+fn over_tcp_with_one_four_and_sixteen_connections() {
+    for connections in ["1", "4", "16"] {
+        let place = Place::new();
+        let from = place.stored("from", 2);
+        round_trip("tcp:127.0.0.1:0", &from, &place, &[], &["--connections", connections]);
+    }
+}
+
+#[test]
+fn over_tls_with_four_connections() {
+    let files = Files::good();
+    let place = Place::new();
+    let tls = ["--tls-dir", files.path().to_str().unwrap()];
+    let sending = [&tls[..], &["--connections", "4"]].concat();
+    round_trip("tcp:localhost:0", &place.stored("from", 3), &place, &tls, &sending);
+}
+
+#[test]
+fn paused_and_within_a_bandwidth() {
+    let place = Place::new();
+    let url = format!("unix:{}", place.path("socket").display());
+    let begun = Instant::now();
+    round_trip(&url, &place.stored("from", 4), &place, &[], &["--paused", "--bandwidth", "4G"]);
+    assert!(begun.elapsed() < Duration::from_secs(60));
+}
+
+#[test]
+fn a_signal_to_the_source_abandons_and_nothing_is_kept() {
+    let place = Place::new();
+    let out = Place::new();
+    let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &out.path("into"), &[]);
+    let source = Tool::send(&url, &place.stored("from", 5), &["--bandwidth", "1M"]);
+    std::thread::sleep(Duration::from_millis(500));
+    source.signal("-TERM");
+    source.end().failed(130, "cancelled");
+    receiver.end().failed(3, "Source abandoned the migration");
+    assert!(is_empty(out.root()));
+}
+
+#[test]
+fn a_signal_to_the_receiver_abandons_and_nothing_is_kept() {
+    let place = Place::new();
+    let out = Place::new();
+    let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &out.path("into"), &[]);
+    let source = Tool::send(&url, &place.stored("from", 6), &["--bandwidth", "1M"]);
+    std::thread::sleep(Duration::from_millis(500));
+    receiver.signal("-INT");
+    let failed = receiver.end().failed(130, "stopped here").last();
+    assert_eq!(failed["event"], "failed");
+    assert_eq!(failed["class"], "cancelled");
+    source.end().failed(3, "");
+    assert!(is_empty(out.root()));
+}
+
+#[test]
+fn a_receiver_that_nobody_came_to_ends_at_a_signal() {
+    let out = Place::new();
+    let (receiver, _) = Tool::receive("tcp:127.0.0.1:0", &out.path("into"), &[]);
+    receiver.signal("-TERM");
+    receiver.end().failed(130, "stopped here");
+    assert!(is_empty(out.root()));
+}

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A device's own DMA log as a source.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use crate::bed::*;
+use crate::kernel::*;
+use vfio_migration::granule::Granule;
+use vfio_migration::iova::{IovaMap, Mapping};
+use vfio_migration::layout::Layout;
+use vfio_migration::range::{GpaRange, IovaRange};
+use vfio_migration::source::{Coverage, DeviceLog, DeviceLogError, DirtySource};
+
+fn log(device: &Device) -> DeviceLog<BorrowedFd<'_>> {
+    DeviceLog::new("device-log", device.file.as_fd()).unwrap()
+}
+
+fn range(page: u64, pages: u64) -> IovaRange {
+    IovaRange::new(at(page), pages * PAGE as u64).unwrap()
+}
+
+fn mapping(page: u64, pages: u64) -> Mapping {
+    Mapping::identity(GpaRange::new(at(page), pages * PAGE as u64).unwrap())
+}
+
+/// RAM in four pieces of the devices' memory, with holes of different size between.
+fn pieces() -> Layout {
+    let pieces = [mapping(0, 16), mapping(20, 16), mapping(100, 4), mapping(106, 100)];
+    Layout::new(pieces.map(|piece| piece.gpa()), Granule::host_page()).unwrap()
+}
+
+#[test]
+fn a_devices_writes_are_reported_exactly_and_once() {
+    let Some([mdev, _]) = two("device log", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    let mut tracked = Tracked::new(log(&device));
+    assert_eq!(tracked.source.granule(), Some(Granule::host_page()));
+    for round in 0..20 {
+        let pages = || (0..5).map(|index| (round * 37 + index * 51) % 256);
+        write(&device, pages());
+        assert_eq!(tracked.pages(), set(pages()));
+        assert_eq!(tracked.pages(), set([]));
+    }
+}
+
+#[test]
+fn real_dma_through_a_real_iommu_is_reported_exactly() {
+    let Some([edu, _]) = two("device log of edu", "edu_vfio") else { return };
+    let device = open_edu(&edu);
+    let mut tracked = Tracked::new(log(&device));
+    for page in [0, 77, 255] {
+        dma(&device, page);
+        assert_eq!(tracked.pages(), set([page]));
+        assert_eq!(tracked.pages(), set([]));
+    }
+}
+
+#[test]
+fn c19_a_granule_coarser_than_asked_widens() {
+    let Some([mdev, _]) = two("device log, granule", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    let _granule = Parameter::fixture("log_granule", 16 * PAGE as u64);
+    let mut tracked = Tracked::new(log(&device));
+    assert_eq!(tracked.source.granule().unwrap().bytes(), 16 * PAGE as u64);
+    write(&device, [17, 255]);
+    assert_eq!(tracked.pages(), set((16..32).chain(240..256)));
+    assert_eq!(tracked.pages(), set([]));
+}
+
+#[test]
+fn c43_ranges_that_fit_no_coarse_page_are_asked_for_at_a_finer_one() {
+    let Some([mdev, _]) = two("device log, alignment", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    let mut source = log(&device).with_granule(Granule::new(2 << 20).unwrap());
+    source.start(&pieces(), &IovaMap::Identity).unwrap();
+    assert_eq!(source.granule().unwrap().bytes(), 2 * PAGE as u64);
+    source.stop().unwrap();
+}
+
+#[test]
+fn c10_ranges_are_merged_until_the_device_takes_them_and_nothing_of_them_is_lost() {
+    let Some([mdev, _]) = two("device log, few ranges", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    for (most, expected) in [
+        (4, vec![range(0, 16), range(20, 16), range(100, 4), range(106, 100)]),
+        (2, vec![range(0, 36), range(100, 106)]),
+        (1, vec![range(0, 206)]),
+    ] {
+        let _most = Parameter::fixture("log_max_ranges", most);
+        let mut source = log(&device);
+        source.start(&pieces(), &IovaMap::Identity).unwrap();
+        assert_eq!(source.covered(), expected);
+        let mut tracked = Tracked::started(source);
+        write(&device, [0, 15, 20, 35, 100, 103, 106, 205]);
+        assert_eq!(tracked.pages(), set([0, 15, 20, 35, 100, 103, 106, 205]));
+        tracked.source.stop().unwrap();
+    }
+}
+
+#[test]
+fn c10_a_span_over_the_devices_limit_is_not_answered_with_a_longer_one() {
+    let Some([mdev, _]) = two("device log, long span", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    let _length = Parameter::fixture("log_max_length", 136 * PAGE as u64);
+    let mut source = log(&device);
+    source.start(&pieces(), &IovaMap::Identity).unwrap();
+    assert_eq!(source.covered().len(), 4);
+    source.stop().unwrap();
+    let error = log(&device).start(&layout(), &IovaMap::Identity).unwrap_err();
+    let cause = error.cause.downcast::<DeviceLogError>().unwrap();
+    let DeviceLogError::Start { source: refusal, ranges: 1, .. } = *cause else { panic!("{cause:?}") };
+    assert_eq!(refusal.raw_os_error(), Some(libc::EOPNOTSUPP));
+}
+
+#[test]
+fn c07_a_sticky_report_error_makes_all_dirty_once_and_the_log_is_exact_again() {
+    let Some([mdev, _]) = two("device log, sticky error", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    let mut tracked = Tracked::new(log(&device));
+    write(&device, [4]);
+    assert_eq!(tracked.pages(), set([4]));
+    let fault = Parameter::fixture("fault_log_report", 1);
+    write(&device, [5]);
+    let error = tracked.collect().unwrap_err();
+    assert!(matches!(error.cause.downcast_ref(), Some(DeviceLogError::Report { .. })), "{:?}", error.cause);
+    drop(fault);
+    assert_eq!(tracked.taken(), set(0..256));
+    write(&device, [6]);
+    assert_eq!(tracked.pages(), set([6]));
+}
+
+#[test]
+fn c07_a_log_that_cannot_be_started_anew_keeps_everything_dirty_until_it_can() {
+    let Some([mdev, _]) = two("device log, failed restart", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    let mut tracked = Tracked::new(log(&device));
+    let report = Parameter::fixture("fault_log_report", 1);
+    let start = Parameter::fixture("fault_log_start", 5);
+    for _ in 0..3 {
+        tracked.collect().unwrap_err();
+        assert_eq!(tracked.taken(), set(0..256));
+    }
+    drop((report, start));
+    tracked.collect().unwrap_err();
+    assert_eq!(tracked.taken(), set(0..256), "the time before the restart is unknown too");
+    write(&device, [8]);
+    assert_eq!(tracked.pages(), set([8]));
+}
+
+#[test]
+fn c09_c42_a_mapping_the_log_does_not_cover_is_always_dirty_and_the_log_goes_on() {
+    let Some([mdev, _]) = two("device log, coverage", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    let mut source = log(&device).with_coverage(Coverage::Ranges(vec![range(0, 128)]));
+    let mut map = IovaMap::journal();
+    map.map(mapping(0, 64)).unwrap();
+    source.start(&layout(), &map).unwrap();
+    let mut tracked = Tracked::started(source);
+    write(&device, [3]);
+    tracked.source.mapped(&mapping(64, 64)).unwrap();
+    tracked.source.mapped(&mapping(128, 4)).unwrap_err();
+    write(&device, [100, 129]);
+    assert_eq!(tracked.pages(), set([3, 100, 128, 129, 130, 131]));
+    assert_eq!(tracked.pages(), set([128, 129, 130, 131]), "nothing is known of it");
+    assert_eq!(tracked.source.covered(), [range(0, 128)]);
+}
+
+#[test]
+fn c12_a_mappings_writes_are_reported_before_it_goes() {
+    let Some([mdev, _]) = two("device log, unmap", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    let mut tracked = Tracked::new(log(&device));
+    write(&device, [1, 2]);
+    let Tracked { source, ledger, iova, .. } = &mut tracked;
+    source.unmapped(&mapping(0, 256), &mut ledger.sink(0, iova)).unwrap();
+    assert_eq!(tracked.taken(), set([1, 2]));
+    assert!(tracked.source.cover().ranges.is_empty());
+}
+
+#[test]
+fn a_second_log_of_one_device_is_refused_and_the_first_goes_on() {
+    let Some([mdev, _]) = two("device log, twice", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    let mut tracked = Tracked::new(log(&device));
+    log(&device).start(&layout(), &IovaMap::Identity).unwrap_err();
+    write(&device, [1]);
+    assert_eq!(tracked.pages(), set([1]));
+}

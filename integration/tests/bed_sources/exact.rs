@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Real devices under one [`MigratableDevice`]: what is sent is what was written, and the copy ends up equal.
+
+use std::collections::BTreeSet;
+
+use crate::bed::*;
+use crate::kernel::*;
+use vfio_migration::ledger::{ChunkLimits, CursorId, Start};
+use vfio_migration::migratable::MigratableDevice;
+use vfio_migration::source::{ContainerLog, DeviceLog, Meaning};
+
+/// Random schedules to run, of which each is known by its seed.
+const SCHEDULES: u64 = 20;
+
+/// A stream of numbers that a seed determines.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// Sends a round: copies the pages that `cursor` lacks; returns which.
+fn send(vm: &mut MigratableDevice, cursor: CursorId, memory: &Device, copy: &mut [u64]) -> BTreeSet<u64> {
+    let mut pages = BTreeSet::new();
+    vm.begin_round(cursor);
+    while let Some(chunk) = vm.take(cursor, ChunkLimits { bytes: 7 * PAGE as u64, ranges: 3 }).unwrap() {
+        let now = memory.memory();
+        for piece in chunk.ranges().iter().flat_map(|range| range.pieces(PAGE as u64)) {
+            let page = (piece.start() - IOVA) / PAGE as u64;
+            let words =
+                usize::try_from(page).unwrap() * PAGE / 8..(usize::try_from(page).unwrap() + 1) * PAGE / 8;
+            copy[words.clone()].copy_from_slice(&now[words]);
+            assert!(pages.insert(page), "page {page} twice in one round");
+        }
+        vm.commit(chunk);
+    }
+    pages
+}
+
+#[test]
+fn an_mdev_on_two_logs_is_sent_exactly_under_random_schedules() {
+    let Some([name, _]) = two("exactness of an mdev", "dirty_mdev") else { return };
+    for seed in 1..=SCHEDULES {
+        let device = open_mdev(&name);
+        let container =
+            ContainerLog::new("container", clone(&device.container), 3, Meaning::Written).unwrap();
+        let own = DeviceLog::new("device-log", clone(&device.file)).unwrap();
+        let mut vm = MigratableDevice::builder("vm", layout())
+            .source(Box::new(container))
+            .source(Box::new(own))
+            .build()
+            .unwrap();
+        let (mut random, mut copy) = (Random(seed), vec![0; PAGES * PAGE / 8]);
+        let cursor = vm.begin(Start::Empty).unwrap();
+        assert_eq!(send(&mut vm, cursor, &device, &mut copy), set(0..256));
+        for _ in 0..1 + random.below(6) {
+            let written: Vec<_> = (0..random.below(40)).map(|_| random.below(256)).collect();
+            write(&device, written.iter().copied());
+            assert!(vm.collect().is_empty());
+            assert_eq!(send(&mut vm, cursor, &device, &mut copy), set(written), "seed {seed}");
+        }
+        assert!(vm.collect_final().is_empty());
+        assert_eq!(send(&mut vm, cursor, &device, &mut copy), set([]));
+        assert!(device.memory() == copy, "seed {seed}: every byte is equal");
+        vm.end(cursor).unwrap();
+    }
+}
+
+#[test]
+fn an_edu_and_an_mdev_in_spaces_of_their_own_are_sent_exactly() {
+    let Some([mdev, _]) = two("exactness of edu and mdev", "dirty_mdev") else { return };
+    let Some([edu, _]) = two("exactness of edu and mdev", "edu_vfio") else { return };
+    let (mdev, edu) = (open_mdev(&mdev), open_edu(&edu));
+    let container = ContainerLog::new("container", clone(&mdev.container), 3, Meaning::Written).unwrap();
+    let own = DeviceLog::new("device-log", clone(&edu.file)).unwrap();
+    let mut vm = MigratableDevice::builder("vm", layout())
+        .source(Box::new(container))
+        .source(Box::new(own))
+        .build()
+        .unwrap();
+    let cursor = vm.begin(Start::Copied).unwrap();
+    let (mut random, mut unused) = (Random(5), vec![0; PAGES * PAGE / 8]);
+    for _ in 0..5 {
+        let (by_mdev, by_edu) = ([random.below(256), random.below(256)], random.below(256));
+        write(&mdev, by_mdev);
+        dma(&edu, by_edu);
+        assert!(vm.collect().is_empty());
+        let expected = by_mdev.into_iter().chain([by_edu]);
+        assert_eq!(send(&mut vm, cursor, &mdev, &mut unused), set(expected));
+    }
+    vm.end(cursor).unwrap();
+}
+
+#[test]
+fn an_imprecise_container_is_left_to_the_final_round() {
+    let Some([edu, _]) = two("imprecise container, final round", "edu_vfio") else { return };
+    let edu = open_edu(&edu);
+    let container = ContainerLog::new("container", clone(&edu.container), 3, Meaning::Mapped).unwrap();
+    let mut vm = MigratableDevice::builder("vm", layout()).source(Box::new(container)).build().unwrap();
+    let cursor = vm.begin(Start::Empty).unwrap();
+    let mut copy = vec![0; PAGES * PAGE / 8];
+    assert_eq!(send(&mut vm, cursor, &edu, &mut copy), set(0..256));
+    assert!(vm.collect().is_empty());
+    assert_eq!(send(&mut vm, cursor, &edu, &mut copy), set([]), "not in a round while the VM runs");
+    dma(&edu, 9);
+    assert!(vm.collect_final().is_empty());
+    assert_eq!(send(&mut vm, cursor, &edu, &mut copy), set(0..256));
+    assert!(edu.memory() == copy);
+    vm.end(cursor).unwrap();
+}
+
+fn clone(file: &std::fs::File) -> std::fs::File {
+    file.try_clone().unwrap()
+}

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The probe, in every scenario of the bed.
+
+use crate::kernel::bed;
+use vfio_migration::probe::{BusKind, Device, Finding, LogFacts, Report, Roots, Seen, evaluate, read};
+
+fn codes<'a>(findings: &'a [Finding], subject: &str) -> Vec<&'a str> {
+    let about = findings.iter().filter(|finding| finding.subject == subject);
+    about.map(|finding| finding.code.as_str()).collect()
+}
+
+fn report() -> Report {
+    evaluate(read(&Roots::default()))
+}
+
+/// The devices of a kind that the bed says it has.
+fn devices<'a>(report: &'a Report, names: Option<&String>) -> Vec<&'a Device> {
+    let names: Vec<_> = names.map_or(Vec::new(), |names| names.split_whitespace().collect());
+    let found = |name: &&str| report.facts.devices.iter().find(|device| device.name == *name);
+    names.iter().map(|name| found(name).unwrap_or_else(|| panic!("{name} is not listed"))).collect()
+}
+
+#[test]
+fn kvm_and_vfio_are_told_of_as_they_are() {
+    let Some(bed) = bed("probe of the host") else { return };
+    let report = report();
+    let blockers = codes(&report.blockers, "host");
+    assert_eq!(blockers.contains(&"no-kvm"), bed["scenario"] == "no-kvm");
+    assert_eq!(blockers.contains(&"no-vfio"), bed["scenario"] == "no-vfio");
+    if let Seen::Seen(kvm) = &report.facts.kvm {
+        assert!(kvm.manual_protect && kvm.initially_set);
+        assert_eq!(kvm.ring_max_bytes, Some(1 << 20));
+    }
+    if bed["scenario"] != "no-vfio" {
+        assert!(report.facts.container.found().is_some_and(|container| container.type1v2));
+        assert!(report.facts.iommufd.found().is_some());
+    }
+    assert!(report.unseen.is_empty(), "{:?}", report.unseen);
+}
+
+#[test]
+fn each_device_is_told_of_as_it_is() {
+    let Some(bed) = bed("probe of devices") else { return };
+    let report = report();
+    for device in devices(&report, bed.get("dirty_mdev")) {
+        let probe = device.probe.found().unwrap();
+        assert_eq!(device.bus, BusKind::Mediated);
+        assert!(probe.migration.is_some_and(|migration| migration.flags == 7));
+        assert_eq!(probe.log, LogFacts::Works { granule_bytes: 4096 });
+        assert_eq!(probe.container_bitmap.map(|bitmap| bitmap.max_bytes), Some(256 << 20));
+        assert!(codes(&report.blockers, &device.name).is_empty());
+        assert!(codes(&report.degradations, &device.name).is_empty());
+    }
+    for device in devices(&report, bed.get("mtty")) {
+        let migration = device.probe.found().unwrap().migration.unwrap();
+        assert_eq!((migration.flags, migration.stop_copy_bytes), (7, Some(60)));
+        assert!(codes(&report.blockers, &device.name).is_empty());
+        assert!(codes(&report.degradations, &device.name).is_empty());
+    }
+    for device in devices(&report, bed.get("edu_vfio")) {
+        assert_eq!(device.bus, BusKind::Pci);
+        assert!(codes(&report.blockers, &device.name).is_empty());
+        assert!(codes(&report.degradations, &device.name).is_empty());
+    }
+    for device in devices(&report, bed.get("vfio-pci")) {
+        assert_eq!(device.driver.as_deref(), Some("vfio-pci"));
+        assert_eq!(codes(&report.blockers, &device.name), ["not-migratable"]);
+        assert_eq!(codes(&report.degradations, &device.name), ["imprecise-dirty-tracking"]);
+    }
+}
+
+#[test]
+fn probing_twice_tells_the_same() {
+    if bed("probe twice").is_some() {
+        assert_eq!(report(), report());
+    }
+}

@@ -1,0 +1,355 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! From what was read to what stands in the way.
+
+use super::facts::{BusKind, Device, DeviceProbe, Facts, KvmFacts, LogFacts, MigrationFacts, Seen};
+use super::{Finding, Report};
+use crate::source::choose::{Blocker, Degradation, DeviceFacts, Imprecise, OwnLog, Tracker, Writer, choose};
+
+const HOST: &str = "host";
+
+/// Judges what was read of a host.
+pub fn evaluate(facts: Facts) -> Report {
+    let mut verdict = Verdict::default();
+    verdict.kvm(&facts.kvm);
+    verdict.vfio(&facts);
+    for device in &facts.devices {
+        verdict.device(device, facts.devices.len() > 1);
+    }
+    let Verdict { blockers, degradations, unseen } = verdict;
+    Report { facts, blockers, degradations, unseen }
+}
+
+#[derive(Debug, Default)]
+struct Verdict {
+    blockers: Vec<Finding>,
+    degradations: Vec<Finding>,
+    unseen: Vec<Finding>,
+}
+
+fn finding(code: &str, subject: &str, reason: impl Into<String>, remedy: &str) -> Finding {
+    let (code, subject, remedy) = (code.to_owned(), subject.to_owned(), remedy.to_owned());
+    Finding { code, subject, reason: reason.into(), remedy }
+}
+
+impl Verdict {
+    fn kvm(&mut self, kvm: &Seen<KvmFacts>) {
+        match kvm {
+            Seen::Absent => self.blockers.push(finding(
+                "no-kvm",
+                HOST,
+                "This host has no KVM",
+                "load the kvm module of this processor, or switch virtualisation on in the firmware",
+            )),
+            Seen::Unseen { reason } => self.unseen.push(finding(
+                "kvm-unseen",
+                HOST,
+                format!("KVM could not be asked: {reason}"),
+                "run as a user who may open the kvm device",
+            )),
+            Seen::Seen(kvm) if !kvm.manual_protect => self.degradations.push(finding(
+                "no-manual-protect",
+                HOST,
+                "KVM clears dirty bits when it reports them, all at once",
+                "use Linux 5.0 or newer",
+            )),
+            Seen::Seen(_) => {}
+        }
+    }
+
+    fn vfio(&mut self, facts: &Facts) {
+        let interfaces = [
+            unseen_reason(&facts.container).map(|reason| ("container-unseen", "The VFIO container", reason)),
+            unseen_reason(&facts.iommufd).map(|reason| ("iommufd-unseen", "iommufd", reason)),
+        ];
+        for (code, name, reason) in interfaces.into_iter().flatten() {
+            let remedy = "run as a user who may open VFIO's devices";
+            self.unseen.push(finding(code, HOST, format!("{name} could not be asked: {reason}"), remedy));
+        }
+        if facts.container == Seen::Absent && facts.iommufd == Seen::Absent {
+            self.blockers.push(finding(
+                "no-vfio",
+                HOST,
+                "This host has no VFIO: no device can be passed through",
+                "load the vfio-pci module, and switch the IOMMU on in the firmware and on the kernel's command line",
+            ));
+        }
+    }
+
+    fn device(&mut self, device: &Device, among_others: bool) {
+        match &device.probe {
+            Seen::Seen(probe) => {
+                self.migration(&device.name, probe.migration, among_others);
+                self.tracking(device, probe);
+            }
+            Seen::Absent => self.unseen.push(finding(
+                "device-gone",
+                &device.name,
+                "The device has no file to open it by",
+                "bind the device to its VFIO driver anew",
+            )),
+            Seen::Unseen { reason } => self.unseen.push(finding(
+                "device-unseen",
+                &device.name,
+                format!("The device could not be asked: {reason}"),
+                "run as a user who may open it, while no VM uses it",
+            )),
+        }
+    }
+
+    fn migration(&mut self, name: &str, migration: Option<MigrationFacts>, among_others: bool) {
+        let Some(migration) = migration.filter(|migration| migration.stop_copy) else {
+            self.blockers.push(finding(
+                "not-migratable",
+                name,
+                "The device's driver cannot save its state",
+                "bind the device to a VFIO driver of its vendor that supports migration",
+            ));
+            return;
+        };
+        if !migration.pre_copy {
+            self.degradations.push(finding(
+                "no-precopy",
+                name,
+                "The device's whole state is sent while the VM is paused",
+                "expect a longer pause, or use a device whose driver has PRE_COPY",
+            ));
+        }
+        if !migration.p2p && among_others {
+            self.degradations.push(finding(
+                "no-p2p",
+                name,
+                "The device cannot be made quiescent before others stop",
+                "keep other devices' registers out of its reach: do not map them for it",
+            ));
+        }
+        if migration.stop_copy_bytes.is_none() {
+            self.degradations.push(finding(
+                "state-size-unknown",
+                name,
+                "The device does not tell how large its state is",
+                "leave room in the downtime limit",
+            ));
+        }
+    }
+
+    fn tracking(&mut self, device: &Device, probe: &DeviceProbe) {
+        if let LogFacts::Fails { reason } = &probe.log {
+            let reason = format!("The device's DMA log does not start: {reason}");
+            let remedy = "see the kernel's log, and use newer firmware for the device";
+            self.degradations.push(finding("dma-log-fails", &device.name, reason, remedy));
+        }
+        match choose(&[device_facts(device, probe)], tracker(probe), Imprecise::Allowed) {
+            Ok(choice) => {
+                let told =
+                    |one: &Degradation| finding(one.code(), &device.name, one.to_string(), one.remedy());
+                self.degradations.extend(choice.degradations.iter().map(told));
+            }
+            Err(blocker) => self.blockers.push(blocked(&blocker, &device.name)),
+        }
+    }
+}
+
+fn blocked(blocker: &Blocker, name: &str) -> Finding {
+    finding(blocker.code(), name, blocker.to_string(), blocker.remedy())
+}
+
+fn device_facts(device: &Device, probe: &DeviceProbe) -> DeviceFacts {
+    let own_log = match probe.log {
+        LogFacts::Absent | LogFacts::Fails { .. } => OwnLog::Absent,
+        LogFacts::Unreportable => OwnLog::Unreportable,
+        LogFacts::Works { .. } => OwnLog::Works,
+    };
+    let writer = match device.bus {
+        BusKind::Pci => Writer::Hardware,
+        BusKind::Mediated => Writer::Kernel,
+    };
+    DeviceFacts { id: device.name.clone(), writer, own_log }
+}
+
+/// Returns the better of the two trackers that the device could be put on.
+fn tracker(probe: &DeviceProbe) -> Tracker {
+    match (probe.page_table_tracks, probe.container_bitmap) {
+        (Some(true), _) => Tracker::PageTable { tracks: true },
+        (_, Some(bitmap)) => Tracker::Container { bitmap: Some(bitmap.into()), largest_mapping: 0 },
+        (Some(false), None) => Tracker::PageTable { tracks: false },
+        (None, None) => Tracker::Container { bitmap: None, largest_mapping: 0 },
+    }
+}
+
+fn unseen_reason<T>(seen: &Seen<T>) -> Option<&str> {
+    match seen {
+        Seen::Unseen { reason } => Some(reason),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::facts::{BitmapFacts, ContainerFacts};
+    use super::*;
+
+    const BITMAP: BitmapFacts = BitmapFacts { page_sizes: 0x1000, max_bytes: 256 << 20 };
+
+    fn kvm() -> Seen<KvmFacts> {
+        Seen::Seen(KvmFacts {
+            manual_protect: true,
+            initially_set: true,
+            ring_max_bytes: Some(1 << 20),
+            ring_needs_bitmap: false,
+        })
+    }
+
+    fn host(devices: Vec<Device>) -> Facts {
+        let container = Seen::Seen(ContainerFacts { type1v2: true });
+        Facts { kvm: kvm(), container, iommufd: Seen::Absent, devices }
+    }
+
+    fn migration(flags: u64) -> Option<MigrationFacts> {
+        let has = |bit| flags & bit != 0;
+        let stop_copy_bytes = Some(60);
+        Some(MigrationFacts { flags, stop_copy: has(1), p2p: has(2), pre_copy: has(4), stop_copy_bytes })
+    }
+
+    fn device(bus: BusKind, migration: Option<MigrationFacts>, log: LogFacts) -> Device {
+        let container_bitmap = Some(BITMAP);
+        let probe = Seen::Seen(DeviceProbe { migration, log, container_bitmap, page_table_tracks: None });
+        let (name, driver) = ("0000:00:03.0".to_owned(), Some("vfio-pci".to_owned()));
+        Device { name, bus, driver, group: Some(3), cdev: None, probe }
+    }
+
+    fn works() -> LogFacts {
+        LogFacts::Works { granule_bytes: 4096 }
+    }
+
+    fn codes(findings: &[Finding]) -> Vec<&str> {
+        findings.iter().map(|finding| finding.code.as_str()).collect()
+    }
+
+    fn judged(facts: Facts) -> (Vec<String>, Vec<String>, Vec<String>) {
+        let report = evaluate(facts);
+        let own = |findings: &[Finding]| codes(findings).into_iter().map(str::to_owned).collect();
+        (own(&report.blockers), own(&report.degradations), own(&report.unseen))
+    }
+
+    #[test]
+    fn a_plain_pass_through_device_is_blocked_for_its_state_and_imprecise_in_its_writes() {
+        let (blockers, degradations, unseen) =
+            judged(host(vec![device(BusKind::Pci, None, LogFacts::Absent)]));
+        assert_eq!(blockers, ["not-migratable"]);
+        assert_eq!(degradations, ["imprecise-dirty-tracking"]);
+        assert!(unseen.is_empty());
+    }
+
+    #[test]
+    fn a_variant_driver_that_does_it_all_has_no_findings() {
+        let report = evaluate(host(vec![device(BusKind::Pci, migration(7), works())]));
+        assert_eq!((report.blockers.len(), report.degradations.len(), report.unseen.len()), (0, 0, 0));
+    }
+
+    #[test]
+    fn a_mediated_device_needs_no_log_of_its_own() {
+        let (blockers, degradations, _) =
+            judged(host(vec![device(BusKind::Mediated, migration(7), LogFacts::Absent)]));
+        assert!(blockers.is_empty() && degradations.is_empty());
+    }
+
+    #[test]
+    fn a_stock_kernels_unreportable_log_is_told_of() {
+        let (blockers, degradations, _) =
+            judged(host(vec![device(BusKind::Pci, migration(7), LogFacts::Unreportable)]));
+        assert!(blockers.is_empty());
+        assert_eq!(degradations, ["dma-log-not-reportable", "imprecise-dirty-tracking"]);
+    }
+
+    #[test]
+    fn each_missing_part_of_migration_is_a_degradation() {
+        let log = LogFacts::Fails { reason: "No space".to_owned() };
+        let mut first = device(BusKind::Mediated, migration(1), log);
+        if let Seen::Seen(DeviceProbe { migration: Some(migration), .. }) = &mut first.probe {
+            migration.stop_copy_bytes = None;
+        }
+        let second = device(BusKind::Pci, migration(7), works());
+        let (_, degradations, _) = judged(host(vec![first, second]));
+        assert_eq!(degradations, ["no-precopy", "no-p2p", "state-size-unknown", "dma-log-fails"]);
+        let alone = judged(host(vec![device(BusKind::Pci, migration(5), works())]));
+        assert!(alone.1.is_empty(), "a device alone has no peers");
+    }
+
+    #[test]
+    fn a_page_table_that_tracks_is_better_than_the_container() {
+        let mut tracked = device(BusKind::Pci, migration(7), LogFacts::Absent);
+        if let Seen::Seen(probe) = &mut tracked.probe {
+            probe.page_table_tracks = Some(true);
+        }
+        assert!(judged(host(vec![tracked.clone()])).1.is_empty());
+        if let Seen::Seen(probe) = &mut tracked.probe {
+            (probe.page_table_tracks, probe.container_bitmap) = (Some(false), None);
+        }
+        assert_eq!(judged(host(vec![tracked])).0, ["no-dirty-tracking"]);
+    }
+
+    #[test]
+    fn hosts_without_kvm_or_vfio_are_blocked() {
+        let bare =
+            Facts { kvm: Seen::Absent, container: Seen::Absent, iommufd: Seen::Absent, devices: Vec::new() };
+        assert_eq!(judged(bare).0, ["no-kvm", "no-vfio"]);
+    }
+
+    #[test]
+    fn what_could_not_be_seen_is_neither_blocker_nor_degradation() {
+        let denied = || "Permission denied".to_owned();
+        let mut hidden = device(BusKind::Pci, None, LogFacts::Absent);
+        hidden.probe = Seen::Unseen { reason: denied() };
+        let facts = Facts {
+            kvm: Seen::Unseen { reason: denied() },
+            container: Seen::Unseen { reason: denied() },
+            iommufd: Seen::Unseen { reason: denied() },
+            devices: vec![hidden],
+        };
+        let (blockers, degradations, unseen) = judged(facts);
+        assert!(blockers.is_empty() && degradations.is_empty());
+        assert_eq!(unseen, ["kvm-unseen", "container-unseen", "iommufd-unseen", "device-unseen"]);
+    }
+
+    #[test]
+    fn an_old_kvm_is_a_degradation() {
+        let mut facts = host(Vec::new());
+        facts.kvm = Seen::Seen(KvmFacts {
+            manual_protect: false,
+            initially_set: false,
+            ring_max_bytes: None,
+            ring_needs_bitmap: false,
+        });
+        assert_eq!(judged(facts).1, ["no-manual-protect"]);
+    }
+
+    #[test]
+    fn the_json_of_a_report_is_stable_and_reads_back() {
+        let report = evaluate(host(vec![device(BusKind::Mediated, migration(3), works())]));
+        let json = serde_json::to_value(&report).unwrap();
+        let expected = serde_json::json!({
+            "kvm": {"seen": {"manual_protect": true, "initially_set": true, "ring_max_bytes": 1_048_576, "ring_needs_bitmap": false}},
+            "container": {"seen": {"type1v2": true}},
+            "iommufd": "absent",
+            "devices": [{
+                "name": "0000:00:03.0", "bus": "mediated", "driver": "vfio-pci", "group": 3, "cdev": null,
+                "probe": {"seen": {
+                    "migration": {"flags": 3, "stop_copy": true, "p2p": true, "pre_copy": false, "stop_copy_bytes": 60},
+                    "log": {"works": {"granule_bytes": 4096}},
+                    "container_bitmap": {"page_sizes": 4096, "max_bytes": 268_435_456},
+                    "page_table_tracks": null,
+                }},
+            }],
+            "blockers": [],
+            "degradations": [{
+                "code": "no-precopy", "subject": "0000:00:03.0",
+                "reason": "The device's whole state is sent while the VM is paused",
+                "remedy": "expect a longer pause, or use a device whose driver has PRE_COPY",
+            }],
+            "unseen": [],
+        });
+        assert_eq!(json, expected);
+        assert_eq!(serde_json::from_value::<Report>(json).unwrap(), report);
+    }
+}

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What this host, and each VFIO device on it, can do for a migration, and what stands in the way.
+//!
+//! [`read`] looks; [`evaluate`] judges, and only looks at what was read. Where something could not be looked at, the report says so
+//! instead of guessing.
+
+use serde::{Deserialize, Serialize};
+
+mod evaluate;
+mod facts;
+mod read;
+
+pub use evaluate::evaluate;
+pub use facts::{
+    BitmapFacts, BusKind, ContainerFacts, Device, DeviceProbe, Facts, IommufdFacts, KvmFacts, LogFacts,
+    MigrationFacts, Seen,
+};
+pub use read::{Roots, read};
+
+/// What a host can do for a migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// What was read.
+    #[serde(flatten)]
+    pub facts: Facts,
+    /// What makes a migration impossible.
+    pub blockers: Vec<Finding>,
+    /// What makes it worse than it could be.
+    pub degradations: Vec<Finding>,
+    /// What could not be looked at.
+    pub unseen: Vec<Finding>,
+}
+
+/// One thing that stands in the way, for machines and for people.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// A short name for machines; does not change.
+    pub code: String,
+    /// What it is about: `host`, or a device's name.
+    pub subject: String,
+    /// What is the case, as a sentence.
+    pub reason: String,
+    /// What would help, as a sentence.
+    pub remedy: String,
+}

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The pages of a differential while it is written, from any number of threads.
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use thiserror::Error;
+
+use super::blocks::{BlockHasher, BlockTable, block_bytes_for, is_zero};
+use super::differential::Chain;
+use super::feed::Feed;
+use super::limits::Limits;
+use super::placement::{Extent, Placement, PlacementError};
+use crate::granule::Granule;
+use crate::range::GpaRange;
+
+/// Pages per cell: one bit of a word each.
+const CELL_PAGES: u64 = u64::BITS as u64;
+
+/// A range that begins or ends inside a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("{range} is not of whole pages, which a differential is made of")]
+struct PartialPage {
+    range: GpaRange,
+}
+
+/// Which pages of a cell differ from the base; locked while their bytes are compared and written.
+#[derive(Debug, Default)]
+struct Cell {
+    /// Pages whose bytes are in the work file.
+    data: u64,
+    /// Pages that are zero and may not be in the base.
+    zero: u64,
+}
+
+/// Why pages could not be put in order.
+#[derive(Debug, Error)]
+pub(super) enum SettleError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
+}
+
+/// Pages waiting in a sparse work file, each at its place, for the last word on which of them differ.
+#[derive(Debug)]
+pub(super) struct ChangedPages {
+    work: File,
+    feed: Feed,
+    page: Granule,
+    cells: Vec<Mutex<Cell>>,
+    /// Compared with, if it is at hand.
+    base: Option<Arc<Chain>>,
+    failed: AtomicBool,
+}
+
+/// Runs of pages and the digests of their bytes in the file they were copied to.
+#[derive(Debug)]
+pub(super) struct Settled {
+    pub(super) runs: Placement,
+    pub(super) zero_runs: Placement,
+    pub(super) blocks: BlockTable,
+}
+
+impl ChangedPages {
+    /// Takes an empty work file for memory placed, ascending, as in `placement`.
+    pub(super) fn new(
+        work: File,
+        placement: Placement,
+        page: Granule,
+        base: Option<Arc<Chain>>,
+    ) -> io::Result<Self> {
+        work.set_len(placement.bytes())?;
+        let feed = Feed::new(placement, CELL_PAGES * page.bytes());
+        let cells = (0..feed.cells()).map(|_| Mutex::default()).collect();
+        Ok(Self { work, feed, page, cells, base, failed: AtomicBool::new(false) })
+    }
+
+    pub(super) fn placement(&self) -> &Placement {
+        self.feed.placement()
+    }
+
+    /// Takes the bytes of `range`, which `read` supplies, for those of the VM; later bytes replace earlier ones.
+    ///
+    /// # Errors
+    /// `range` is not all memory or not of whole pages, or reading or writing failed.
+    pub(super) fn fill(
+        &self,
+        range: GpaRange,
+        read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        if !self.page.is_aligned(range.start()) || !self.page.is_aligned(range.end()) {
+            return Err(io::Error::new(ErrorKind::InvalidInput, PartialPage { range }));
+        }
+        let mut before = Vec::new();
+        self.feed.run(range, read, |piece, bytes| {
+            let stored = self.store(piece, bytes, &mut before);
+            stored.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
+        })
+    }
+
+    /// Counts every page that may not be zero in the base as zero until it comes, without a look at its bytes.
+    ///
+    /// # Errors
+    /// It cannot be told where the base has memory that is no hole.
+    pub(super) fn presume_zeros(&self) -> io::Result<()> {
+        let populated = match &self.base {
+            Some(base) => base.populated()?,
+            None => self.placement().ranges().collect(),
+        };
+        for range in populated.into_iter().filter_map(|range| range.align_outward(self.page.bytes())) {
+            for piece in self.placement().locate(range).flat_map(|extent| extent.cut(self.feed.cell_bytes()))
+            {
+                let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
+                let pages = piece.range.len() >> self.page.shift();
+                let mut cell = self.lock(piece);
+                cell.zero |= (u64::MAX >> (CELL_PAGES - pages)) << first;
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self, piece: Extent) -> MutexGuard<'_, Cell> {
+        self.cells[self.feed.cell_of(piece)].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn store(&self, piece: Extent, bytes: &[u8], before: &mut Vec<u8>) -> io::Result<()> {
+        if let Some(base) = &self.base {
+            before.resize(bytes.len(), 0);
+            base.read(piece.range, before)?;
+        }
+        let page_bytes = index(self.page.bytes());
+        let mut cell = self.lock(piece);
+        let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
+        let mut run = 0..0;
+        for (bit, at) in (first..).zip((0..bytes.len()).step_by(page_bytes)) {
+            let page = at..at + page_bytes;
+            let same = self.base.is_some() && before[page.clone()] == bytes[page.clone()];
+            let zero = !same && is_zero(&bytes[page.clone()]);
+            cell.data = with_bit(cell.data, bit, !same && !zero);
+            cell.zero = with_bit(cell.zero, bit, zero);
+            if same || zero {
+                self.write_run(piece.offset, bytes, run)?;
+                run = page.end..page.end;
+            } else {
+                run.end = page.end;
+            }
+        }
+        self.write_run(piece.offset, bytes, run)
+    }
+
+    fn write_run(&self, offset: u64, bytes: &[u8], run: std::ops::Range<usize>) -> io::Result<()> {
+        if run.is_empty() {
+            return Ok(());
+        }
+        self.work.write_all_at(&bytes[run.clone()], offset + run.start as u64)
+    }
+
+    /// Copies the pages that differ and lie in `kept` to `into`, back to back, and brings them to disk.
+    pub(super) fn settle(&self, kept: &Placement, into: &File) -> Result<Settled, SettleError> {
+        if self.failed.load(Ordering::Relaxed) {
+            return Err(io::Error::other("Some pages could not be written").into());
+        }
+        let limits = Limits { ranges: usize::MAX, ..Limits::default() };
+        let limits = Limits { memory_bytes: self.placement().bytes(), ..limits };
+        let runs = Placement::new(self.runs(kept, |cell| cell.data), &limits)?;
+        let zero_runs = Placement::new(self.runs(kept, |cell| cell.zero), &limits)?;
+        let blocks = self.copy_runs(&runs, into)?;
+        into.sync_all()?;
+        Ok(Settled { runs, zero_runs, blocks })
+    }
+
+    /// Returns runs of set pages in `kept`, ascending; two that touch are one.
+    fn runs(&self, kept: &Placement, bits: impl Fn(&Cell) -> u64) -> Vec<GpaRange> {
+        let mut runs: Vec<GpaRange> = Vec::new();
+        for (index, cell) in self.cells.iter().enumerate() {
+            let mut bits = bits(&cell.lock().unwrap_or_else(PoisonError::into_inner));
+            while bits != 0 {
+                let first = bits.trailing_zeros();
+                let length = (bits >> first).trailing_ones();
+                bits &= !((u64::MAX >> (u64::BITS - length)) << first);
+                let offset = index as u64 * self.feed.cell_bytes() + (u64::from(first) << self.page.shift());
+                let found = self.placement().gpas(offset, u64::from(length) << self.page.shift());
+                for part in found.flat_map(|range| kept.locate(range)) {
+                    push_joined(&mut runs, part.range);
+                }
+            }
+        }
+        runs
+    }
+
+    fn copy_runs(&self, runs: &Placement, into: &File) -> io::Result<BlockTable> {
+        let mut hasher = BlockHasher::new(block_bytes_for(runs.bytes(), self.page.bytes()));
+        let mut buffer = vec![0; index(self.feed.cell_bytes())];
+        for run in runs.ranges() {
+            for from in self.placement().locate(run).flat_map(|extent| extent.cut(self.feed.cell_bytes())) {
+                let bytes = &mut buffer[..index(from.range.len())];
+                self.work.read_exact_at(bytes, from.offset)?;
+                io::Write::write_all(&mut &*into, bytes)?;
+                hasher.update(bytes);
+            }
+        }
+        Ok(hasher.finish())
+    }
+}
+
+fn push_joined(runs: &mut Vec<GpaRange>, range: GpaRange) {
+    let joined = runs.pop_if(|last| last.end() == range.start());
+    let start = joined.map_or(range.start(), GpaRange::start);
+    runs.push(GpaRange::from_bounds(start, range.end()).expect("it only grows"));
+}
+
+fn with_bit(word: u64, bit: u64, set: bool) -> u64 {
+    if set { word | 1 << bit } else { word & !(1 << bit) }
+}
+
+fn index(number: u64) -> usize {
+    usize::try_from(number).expect("sizes within a cell fit memory")
+}

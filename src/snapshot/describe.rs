@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Says what a directory holds.
+
+use std::io;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::differential::Differential;
+use super::digest::Digest;
+use super::dir::{OpenError, SnapshotDir, open_manifest};
+use super::files::{FileError, MEMORY_FILE};
+use super::limits::Limits;
+use super::manifest::Manifest;
+use crate::range::GpaRange;
+
+/// What a snapshot holds of the memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+#[non_exhaustive]
+pub enum Kind {
+    /// All of it.
+    Full {
+        /// Bytes that are no hole.
+        populated_bytes: u64,
+    },
+    /// What differs from another snapshot.
+    Differential {
+        /// Names the other one.
+        base: Digest,
+        /// Bytes of pages that differ.
+        changed_bytes: u64,
+        /// Bytes of pages that are zero.
+        zeroed_bytes: u64,
+        /// Runs of pages.
+        runs: usize,
+    },
+}
+
+/// What a directory holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Description {
+    /// Full or differential.
+    #[serde(flatten)]
+    pub kind: Kind,
+    /// What names the snapshot; `None` without a manifest.
+    pub digest: Option<Digest>,
+    /// Names of differentials that this full snapshot equals.
+    pub aliases: Vec<Digest>,
+    /// Bytes of the VM's memory.
+    pub memory_bytes: u64,
+    /// Ranges of the VM's memory.
+    pub memory_ranges: usize,
+    /// Bytes of guest memory or pages that one digest covers.
+    pub block_bytes: Option<u64>,
+    /// Bytes of `config.json`.
+    pub config_bytes: u64,
+    /// Bytes of `state.json`.
+    pub state_bytes: u64,
+}
+
+/// Opens the snapshot at `path`, of either kind, and says what it holds. The memory's bytes are not checked.
+///
+/// # Errors
+/// As [`SnapshotDir::open`] and [`Differential::open`].
+pub fn describe(path: &Path, limits: &Limits) -> Result<Description, OpenError> {
+    let manifest = open_manifest(path, limits)?;
+    if manifest.is_some_and(|manifest| manifest.changes.is_some()) {
+        Ok(describe_differential(&Differential::open(path, limits)?))
+    } else {
+        describe_full(&SnapshotDir::open(path, limits)?)
+    }
+}
+
+fn describe_full(dir: &SnapshotDir) -> Result<Description, OpenError> {
+    let populated = dir.populated().map(|range| range.map(GpaRange::len)).sum::<io::Result<u64>>();
+    let populated_bytes = populated
+        .map_err(|source| OpenError::File(FileError::Read { path: dir.path().join(MEMORY_FILE), source }))?;
+    let manifest = dir.manifest();
+    Ok(Description {
+        kind: Kind::Full { populated_bytes },
+        digest: dir.digest(),
+        aliases: manifest.map_or_else(Vec::new, |manifest| manifest.aliases.clone()),
+        memory_bytes: dir.placement().bytes(),
+        memory_ranges: dir.placement().ascending().len(),
+        block_bytes: manifest.map(|manifest: &Manifest| manifest.blocks.block_bytes),
+        config_bytes: dir.config().text().len() as u64,
+        state_bytes: dir.state().text().len() as u64,
+    })
+}
+
+fn describe_differential(differential: &Differential) -> Description {
+    let memory = differential.state().memory();
+    Description {
+        kind: Kind::Differential {
+            base: differential.base(),
+            changed_bytes: differential.changed().bytes(),
+            zeroed_bytes: differential.zeroed().map(GpaRange::len).sum(),
+            runs: differential.changed().ascending().len() + differential.zeroed().count(),
+        },
+        digest: Some(differential.digest()),
+        aliases: Vec::new(),
+        memory_bytes: memory.bytes(),
+        memory_ranges: memory.ascending().len(),
+        block_bytes: Some(differential.manifest().blocks.block_bytes),
+        config_bytes: differential.config().text().len() as u64,
+        state_bytes: differential.state().text().len() as u64,
+    }
+}

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Reads differentials, and the memory that a full snapshot and differentials on top of it make up.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use super::digest::Digest;
+use super::dir::{Documents, OpenError, SnapshotDir, open_manifest};
+use super::document::{VmConfig, VmState};
+use super::files::{CHANGES_FILE, FileError, MANIFEST_FILE, open_sized};
+use super::limits::Limits;
+use super::manifest::{Changes, Manifest};
+use super::memory_file::read_placed;
+use super::placement::Placement;
+use crate::range::GpaRange;
+
+/// Why snapshots do not stand on each other.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ChainError {
+    /// A snapshot cannot be read.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// There is no snapshot at all.
+    #[error("No snapshot is named")]
+    Empty,
+    /// The full snapshot has no manifest, so nothing names it.
+    #[error("{path} has no {MANIFEST_FILE} to name it", path = .path.display())]
+    Unnamed {
+        /// The snapshot.
+        path: PathBuf,
+    },
+    /// The differential was made on top of something else.
+    #[error("{path} is a differential to {base}, not to {below}", path = .path.display(), below = .below.display())]
+    WrongBase {
+        /// The differential.
+        path: PathBuf,
+        /// What it needs.
+        base: Digest,
+        /// What was given.
+        below: PathBuf,
+    },
+}
+
+/// A differential on disk: configuration, state, and the pages that differ from its base.
+#[derive(Debug)]
+pub struct Differential {
+    path: PathBuf,
+    documents: Documents,
+    manifest: Manifest,
+    changes: Changes,
+    pages: File,
+}
+
+impl Differential {
+    /// Opens the differential at `path` and checks that its parts fit together; the pages' bytes are not read.
+    ///
+    /// # Errors
+    /// A file is missing, damaged, exceeds `limits` or is of another version, or one does not fit the others.
+    pub fn open(path: &Path, limits: &Limits) -> Result<Self, OpenError> {
+        let full = || OpenError::Full { path: path.to_owned() };
+        let manifest = open_manifest(path, limits)?.ok_or_else(|| {
+            let source = io::ErrorKind::NotFound.into();
+            OpenError::File(FileError::Open { path: path.join(MANIFEST_FILE), source })
+        })?;
+        let changes = manifest.changes.clone().ok_or_else(full)?;
+        let documents = Documents::open(path, Some(&manifest), limits)?;
+        let pages = open_sized(&path.join(CHANGES_FILE), changes.runs.bytes())?;
+        Ok(Self { path: path.to_owned(), documents, manifest, changes, pages })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What names this differential on its base.
+    pub fn digest(&self) -> Digest {
+        self.manifest.digest()
+    }
+
+    /// What names the snapshot that this one differs from.
+    pub fn base(&self) -> Digest {
+        self.changes.base
+    }
+
+    /// `config.json`.
+    pub fn config(&self) -> &VmConfig {
+        &self.documents.config
+    }
+
+    /// `state.json`.
+    pub fn state(&self) -> &VmState {
+        &self.documents.state
+    }
+
+    /// Pages that differ from the base and are not zero, and where they lie in `memory-changes`; ascending.
+    pub fn changed(&self) -> &Placement {
+        &self.changes.runs
+    }
+
+    /// Pages that are zero and were not, or perhaps were not, in the base; ascending.
+    pub fn zeroed(&self) -> impl Iterator<Item = GpaRange> + Clone {
+        self.changes.zero_runs.ranges()
+    }
+
+    pub(super) fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    pub(super) fn pages(&self) -> &File {
+        &self.pages
+    }
+
+    /// Lays this differential over the memory of `range` as its base has it.
+    fn overlay(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
+        let zeroed = self.changes.zero_runs.locate(range).map(|extent| extent.range);
+        let absent = self.documents.state.memory().missing(range);
+        for zero in zeroed.chain(absent) {
+            part(range, zero, buffer).fill(0);
+        }
+        read_placed(&self.pages, &self.changes.runs, range, buffer)
+    }
+}
+
+/// Returns the bytes of `inner` in a buffer that holds `outer`.
+fn part(outer: GpaRange, inner: GpaRange, buffer: &mut [u8]) -> &mut [u8] {
+    let at = |gpa: u64| usize::try_from(gpa - outer.start()).expect("the buffer is in memory");
+    &mut buffer[at(inner.start())..at(inner.end())]
+}
+
+/// A full snapshot with differentials on top, each made on what lies below it.
+#[derive(Debug)]
+pub struct Chain {
+    full: SnapshotDir,
+    differentials: Vec<Differential>,
+}
+
+impl Chain {
+    /// Opens the full snapshot that `paths` begins with and the differentials that follow it, lowest first.
+    ///
+    /// # Errors
+    /// There is none, one cannot be read, or one was made on top of something else.
+    pub fn open<P: AsRef<Path>>(
+        paths: impl IntoIterator<Item = P>,
+        limits: &Limits,
+    ) -> Result<Self, ChainError> {
+        let mut paths = paths.into_iter();
+        let first = paths.next().ok_or(ChainError::Empty)?;
+        let mut chain = Self::of(SnapshotDir::open(first.as_ref(), limits)?);
+        for path in paths {
+            chain = chain.with(Differential::open(path.as_ref(), limits)?)?;
+        }
+        Ok(chain)
+    }
+
+    /// Makes a chain of a full snapshot alone.
+    pub fn of(full: SnapshotDir) -> Self {
+        Self { full, differentials: Vec::new() }
+    }
+
+    /// Lays `differential` on top.
+    ///
+    /// # Errors
+    /// It was made on top of something else.
+    pub fn with(mut self, differential: Differential) -> Result<Self, ChainError> {
+        let fits = match self.differentials.last() {
+            Some(top) => top.digest() == differential.base(),
+            None => {
+                let unnamed = || ChainError::Unnamed { path: self.full.path().to_owned() };
+                self.full.manifest().ok_or_else(unnamed)?.answers_to(differential.base())
+            }
+        };
+        if !fits {
+            return Err(ChainError::WrongBase {
+                path: differential.path().to_owned(),
+                base: differential.base(),
+                below: self.path().to_owned(),
+            });
+        }
+        self.differentials.push(differential);
+        Ok(self)
+    }
+
+    /// The lowest snapshot.
+    pub fn full(&self) -> &SnapshotDir {
+        &self.full
+    }
+
+    /// The differentials, lowest first.
+    pub fn differentials(&self) -> &[Differential] {
+        &self.differentials
+    }
+
+    /// The directory on top.
+    pub fn path(&self) -> &Path {
+        self.differentials.last().map_or(self.full.path(), Differential::path)
+    }
+
+    /// What names the snapshot on top; `None` for a full snapshot with no manifest.
+    pub fn digest(&self) -> Option<Digest> {
+        self.differentials.last().map_or(self.full.digest(), |top| Some(top.digest()))
+    }
+
+    /// `config.json` of the snapshot on top.
+    pub fn config(&self) -> &VmConfig {
+        self.differentials.last().map_or(self.full.config(), Differential::config)
+    }
+
+    /// `state.json` of the snapshot on top, which lists the VM's memory.
+    pub fn state(&self) -> &VmState {
+        self.differentials.last().map_or(self.full.state(), Differential::state)
+    }
+
+    /// Reads the memory of `range` as the snapshot on top has it; what the VM does not have reads as zero.
+    ///
+    /// # Errors
+    /// A file cannot be read, or was cut off since it was opened.
+    ///
+    /// # Panics
+    /// `buffer` is shorter than `range`.
+    pub fn read(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
+        buffer.fill(0);
+        self.full.read(range, buffer)?;
+        self.differentials.iter().try_for_each(|differential| differential.overlay(range, buffer))
+    }
+
+    /// Returns memory outside which everything reads as zero: sorted and disjoint.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn populated(&self) -> io::Result<Vec<GpaRange>> {
+        let mut ranges = self.full.populated().collect::<io::Result<Vec<_>>>()?;
+        ranges.extend(self.differentials.iter().flat_map(|differential| differential.changed().ranges()));
+        Ok(united(ranges))
+    }
+}
+
+/// Sorts and joins ranges that touch or overlap.
+pub(super) fn united(mut ranges: Vec<GpaRange>) -> Vec<GpaRange> {
+    ranges.sort_unstable();
+    ranges.dedup_by(|next, last| {
+        let joined = next.start() <= last.end();
+        if joined && next.end() > last.end() {
+            *last = GpaRange::from_bounds(last.start(), next.end()).expect("it only grows");
+        }
+        joined
+    });
+    ranges
+}

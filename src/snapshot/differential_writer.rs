@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Writes a differential snapshot.
+
+use std::io::{self, Read};
+use std::path::Path;
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryBackend;
+
+use super::changed_pages::{ChangedPages, SettleError};
+use super::differential::{Chain, ChainError};
+use super::digest::Digest;
+use super::document::{VmConfig, VmState};
+use super::feed::{from_memory, from_stream};
+use super::files::CHANGES_FILE;
+use super::limits::Limits;
+use super::manifest::{Changes, Manifest};
+use super::placement::Placement;
+use super::staging::{StagedDir, StagingError, WORK_FILE};
+use super::writer::{Announced, WriteError, publish};
+use crate::layout::Layout;
+use crate::range::GpaRange;
+
+/// The snapshot that a differential differs from.
+#[derive(Debug, Clone)]
+pub enum Base {
+    /// One that is not at hand. The pages to come are those that changed since it was taken, as a ledger's cursor knows them.
+    Named(Digest),
+    /// One that is. All pages may come; those that equal it are left out.
+    Compared(Arc<Chain>),
+}
+
+impl Base {
+    /// Opens the snapshot to compare with: `paths` as for [`Chain::open`].
+    ///
+    /// # Errors
+    /// The chain is none, or nothing names what is on top of it.
+    pub fn open<P: AsRef<Path>>(
+        paths: impl IntoIterator<Item = P>,
+        limits: &Limits,
+    ) -> Result<Self, ChainError> {
+        let chain = Chain::open(paths, limits)?;
+        match chain.digest() {
+            Some(_) => Ok(Self::Compared(Arc::new(chain))),
+            None => Err(ChainError::Unnamed { path: chain.path().to_owned() }),
+        }
+    }
+}
+
+/// A differential being written: takes whole pages in any order, from any number of threads.
+///
+/// A page that never comes is as in the base. Nothing lies under the final name before [`DifferentialWriter::finish`] returns;
+/// dropped before, it leaves nothing behind.
+///
+/// With every page that changed since the last snapshot, whoever wrote it, from a cursor that stands for that snapshot; chunks are
+/// committed once the differential is safe on disk, and rolled back if it never is:
+/// ```
+/// # use std::sync::Arc;
+/// # use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, bitmap::AtomicBitmap};
+/// use vfio_migration::layout::Layout;
+/// use vfio_migration::ledger::{ChunkLimits, Start};
+/// use vfio_migration::migratable::MigratableDevice;
+/// use vfio_migration::snapshot::{Announced, Base, DifferentialWriter, Digest, Limits};
+/// use vfio_migration::source::GuestMemoryLog;
+/// # let dir = tempfile::tempdir()?;
+/// # let target = dir.path().join("monday");
+/// # let sunday = Digest::of(b"a full snapshot");
+/// # let state = r#"{"snapshots":{"memory-manager":{"snapshots":{},"snapshot_data":{"state":
+/// #     "{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":1048576}]}}"}}},"snapshot_data":null}"#.as_bytes();
+/// # let config = br#"{"memory":{"size":1048576}}"#;
+/// let memory = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&[(GuestAddress(0), 1 << 20)])?);
+/// let layout = Layout::from_guest_memory(&*memory)?;
+/// let mut vm = MigratableDevice::builder("vm", layout.clone())
+///     .source(Box::new(GuestMemoryLog::new(memory.clone())))
+///     .build()?;
+/// let since_sunday = vm.begin(Start::Copied)?;
+/// memory.write_obj(7u32, GuestAddress(0x5004))?;
+///
+/// // The vCPUs and devices stand still from here on.
+/// let base = Base::Named(sunday);
+/// let writer = DifferentialWriter::create(&target, Announced::all(layout), base, Limits::default())?;
+/// assert!(vm.collect_final().is_empty(), "no source failed");
+/// vm.begin_round(since_sunday);
+/// let mut chunks = Vec::new();
+/// while let Some(chunk) = vm.take(since_sunday, ChunkLimits { bytes: 4 << 20, ranges: 1024 })? {
+///     writer.copy_from(chunk.ranges().iter().copied(), &*memory)?;
+///     chunks.push(chunk);
+/// }
+/// writer.finish(config, state)?;
+/// chunks.into_iter().for_each(|chunk| vm.commit(chunk));
+/// # assert_eq!(std::fs::metadata(target.join("memory-changes"))?.len(), 4096);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct DifferentialWriter {
+    staged: StagedDir,
+    announced: Announced,
+    base: Digest,
+    pages: ChangedPages,
+    limits: Limits,
+}
+
+impl DifferentialWriter {
+    /// Begins a differential to `base` that will be the directory `target`, of a VM with the RAM `announced`.
+    ///
+    /// # Errors
+    /// `target` is there and not an empty directory, cannot be made, the RAM exceeds `limits`, or nothing names the base.
+    pub fn create(
+        target: &Path,
+        announced: Announced,
+        base: Base,
+        limits: Limits,
+    ) -> Result<Self, WriteError> {
+        Self::begin(StagedDir::create(target)?, announced, base, limits)
+    }
+
+    pub(super) fn begin(
+        staged: StagedDir,
+        announced: Announced,
+        base: Base,
+        limits: Limits,
+    ) -> Result<Self, WriteError> {
+        let (base, chain) = match base {
+            Base::Named(digest) => (digest, None),
+            Base::Compared(chain) => match chain.digest() {
+                Some(digest) => (digest, Some(chain)),
+                None => return Err(WriteError::UnnamedBase { path: chain.path().to_owned() }),
+            },
+        };
+        let placement = Placement::of_layout(announced.layout(), &limits)?;
+        let work = staged.make_file(WORK_FILE, 0)?;
+        let pages = ChangedPages::new(work, placement, announced.layout().host_page(), chain)
+            .map_err(|source| staged.write_error(WORK_FILE, source))?;
+        Ok(Self { staged, announced, base, pages, limits })
+    }
+
+    /// The VM's RAM.
+    pub fn layout(&self) -> &Layout {
+        self.announced.layout()
+    }
+
+    /// Takes the bytes of `range` that `from` supplies, one after the other; later bytes replace earlier ones.
+    ///
+    /// # Errors
+    /// `range` is not all RAM or not of whole pages, `from` fails or ends early, or the disk is full.
+    pub fn fill(&self, range: GpaRange, from: &mut dyn Read) -> io::Result<()> {
+        self.pages.fill(range, from_stream(from))
+    }
+
+    /// Takes `ranges` of guest memory: those of the chunks that a ledger's cursor for this base hands out.
+    ///
+    /// # Errors
+    /// A range is not all RAM or not of whole pages, or the disk is full.
+    pub fn copy_from<M: GuestMemoryBackend>(
+        &self,
+        ranges: impl IntoIterator<Item = GpaRange>,
+        memory: &M,
+    ) -> io::Result<()> {
+        ranges.into_iter().try_for_each(|range| self.pages.fill(range, from_memory(memory)))
+    }
+
+    /// Completes the differential with the texts of `config.json` and `state.json` and moves it to its name, safe on disk.
+    ///
+    /// Takes time in proportion to the pages that differ. Returns what names the differential.
+    ///
+    /// # Errors
+    /// Nothing lies under the final name.
+    pub fn finish(self, config: &[u8], state: &[u8]) -> Result<Digest, WriteError> {
+        let config = VmConfig::parse(config, &self.limits)?;
+        let state = VmState::parse(state.to_vec(), &self.limits)?;
+        self.complete(&config, state)
+    }
+
+    /// Takes a page that never comes for zero, as a source leaves it out whose receiver's memory reads zero; before any page comes.
+    pub(super) fn presume_zeros(&self) -> Result<(), StagingError> {
+        self.pages.presume_zeros().map_err(|source| self.staged.write_error(WORK_FILE, source))
+    }
+
+    /// Checks that `state` fits what was announced.
+    pub(super) fn check(&self, state: &VmState) -> Result<(), WriteError> {
+        self.announced.settle(state, self.pages.placement(), &self.limits).map(drop)
+    }
+
+    pub(super) fn complete(self, config: &VmConfig, state: VmState) -> Result<Digest, WriteError> {
+        let Self { staged, announced, base, pages, limits } = self;
+        let memory = announced.settle(&state, pages.placement(), &limits)?;
+        let state = state.relist(&memory)?;
+        let into = staged.make_file(CHANGES_FILE, 0)?;
+        let settled = pages.settle(&memory, &into).map_err(|error| match error {
+            SettleError::Io(source) => staged.write_error(CHANGES_FILE, source).into(),
+            SettleError::Placement(source) => WriteError::Placement(source),
+        })?;
+        staged.remove_file(WORK_FILE)?;
+        let changes = Changes { base, runs: settled.runs, zero_runs: settled.zero_runs };
+        let page = announced.layout().host_page();
+        let changes = Some(changes);
+        let manifest = Manifest { changes, ..Manifest::of_full(page, config, &state, settled.blocks) };
+        Ok(publish(staged, config, &state, &manifest)?)
+    }
+}

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Opening and reading the files of a snapshot without trusting them.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::SeekFrom;
+use thiserror::Error;
+
+/// The VM's configuration.
+pub const CONFIG_FILE: &str = "config.json";
+/// The tree of the VM's state.
+pub const STATE_FILE: &str = "state.json";
+/// The VM's memory: its ranges, back to back.
+pub const MEMORY_FILE: &str = "memory-ranges";
+/// The pages in which a differential differs from its base, back to back.
+pub const CHANGES_FILE: &str = "memory-changes";
+/// What the other files hold, block by block.
+pub const MANIFEST_FILE: &str = "snapshot-manifest";
+
+/// A file of a snapshot that cannot be read.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum FileError {
+    /// The file is absent or forbidden.
+    #[error("Cannot open {path}", path = .path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A directory, device, pipe or socket bears the name of a file.
+    #[error("{path} is not a regular file", path = .path.display())]
+    NotRegular {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Reading failed half way.
+    #[error("Cannot read {path}", path = .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is larger than anything expected.
+    #[error("{path} has more than {limit} bytes, the limit", path = .path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The limit.
+        limit: u64,
+    },
+    /// The file is cut off or has something appended.
+    #[error("{path} has {bytes} bytes where {expected} are expected", path = .path.display())]
+    Size {
+        /// The file.
+        path: PathBuf,
+        /// Bytes it has.
+        bytes: u64,
+        /// Bytes it should have.
+        expected: u64,
+    },
+}
+
+/// Opens a regular file to read. A pipe in its place does not block.
+pub(super) fn open_regular(path: &Path) -> Result<File, FileError> {
+    let mut options = OpenOptions::new();
+    let opened = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = opened.map_err(|source| FileError::Open { path: path.to_owned(), source })?;
+    let regular = file.metadata().is_ok_and(|metadata| metadata.is_file());
+    if regular { Ok(file) } else { Err(FileError::NotRegular { path: path.to_owned() }) }
+}
+
+/// Opens a regular file that must have `expected` bytes.
+pub(super) fn open_sized(path: &Path, expected: u64) -> Result<File, FileError> {
+    let file = open_regular(path)?;
+    let metadata = file.metadata().map_err(|source| FileError::Read { path: path.to_owned(), source })?;
+    if metadata.len() == expected {
+        Ok(file)
+    } else {
+        Err(FileError::Size { path: path.to_owned(), bytes: metadata.len(), expected })
+    }
+}
+
+/// Reads a whole regular file of at most `limit` bytes; allocates as bytes arrive.
+pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
+    let mut bytes = Vec::new();
+    open_regular(path)?
+        .take(limit.saturating_add(1))
+        .read_to_end(&mut bytes)
+        .map_err(|source| FileError::Read { path: path.to_owned(), source })?;
+    if bytes.len() as u64 > limit {
+        return Err(FileError::TooLarge { path: path.to_owned(), limit });
+    }
+    Ok(bytes)
+}
+
+/// Returns the parts of a file of `length` bytes that are no hole, ascending.
+///
+/// A file system that knows no holes reports one part, the whole file.
+pub(super) fn data_parts(file: &File, length: u64) -> impl Iterator<Item = io::Result<std::ops::Range<u64>>> {
+    let mut next = 0;
+    std::iter::from_fn(move || {
+        let part = next_data(file, next, length);
+        next = part.as_ref().map_or(length, |part| part.as_ref().map_or(length, |part| part.end));
+        part.transpose()
+    })
+}
+
+/// Returns the first part at or behind `from` that is no hole, in a file of `length` bytes.
+pub(super) fn next_data(file: &File, from: u64, length: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+    if from >= length {
+        return Ok(None);
+    }
+    let start = match rustix::fs::seek(file, SeekFrom::Data(from)) {
+        Ok(start) if start < length => start,
+        Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+    Ok(Some(start..end.min(length)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn holes_are_told_from_data() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 << 20).unwrap();
+        file.write_all_at(&[1; 4096], 2 << 20).unwrap();
+        let parts: Vec<_> = data_parts(&file, 8 << 20).collect::<Result<_, _>>().unwrap();
+        assert_eq!(parts.len(), 1);
+        assert!(parts[0].contains(&(2 << 20)) && parts[0].end < 8 << 20, "{parts:?}");
+        assert_eq!(data_parts(&file, 1 << 20).count(), 0);
+    }
+
+    #[test]
+    fn a_pipe_a_directory_and_an_endless_file_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0)
+            .unwrap();
+        assert!(matches!(read_bounded(&pipe, 1), Err(FileError::NotRegular { .. })));
+        assert!(matches!(read_bounded(dir.path(), 1), Err(FileError::NotRegular { .. })));
+        assert!(matches!(read_bounded(&dir.path().join("none"), 1), Err(FileError::Open { .. })));
+
+        let large = dir.path().join("large");
+        std::fs::write(&large, [0; 65]).unwrap();
+        assert!(matches!(read_bounded(&large, 64), Err(FileError::TooLarge { limit: 64, .. })));
+        assert_eq!(read_bounded(&large, 65).unwrap().len(), 65);
+        assert!(matches!(open_sized(&large, 64), Err(FileError::Size { bytes: 65, expected: 64, .. })));
+    }
+}

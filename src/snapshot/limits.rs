@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How large a snapshot's parts may be.
+
+/// The most that is read of a snapshot before it is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of `config.json`, and of a Config message.
+    pub config_bytes: u64,
+    /// Bytes of `state.json`, which holds the state of pass-through devices too.
+    pub state_bytes: u64,
+    /// Bytes of `snapshot-manifest`.
+    pub manifest_bytes: u64,
+    /// Bytes of guest memory.
+    pub memory_bytes: u64,
+    /// Ranges of guest memory.
+    pub ranges: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            config_bytes: 64 << 20,
+            state_bytes: 4 << 30,
+            manifest_bytes: 2 << 30,
+            memory_bytes: 4 << 40,
+            ranges: 1 << 20,
+        }
+    }
+}

@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `snapshot-manifest`: what a snapshot holds, block by block, and the digest that names it.
+//!
+//! `docs/snapshot-format.md` describes the bytes. Pure: no file is touched here.
+
+use thiserror::Error;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::blocks::BlockTable;
+use super::digest::Digest;
+use super::document::{VmConfig, VmState};
+use super::limits::Limits;
+use super::placement::{Placement, PlacementError};
+use crate::granule::{Granule, GranuleError};
+use crate::range::GpaRange;
+
+/// Begins every manifest. Its bytes 0x89, CR LF, 0x1a and LF show what a text-mode transfer does to a file.
+pub(super) const MAGIC: [u8; 8] = *b"\x89VMS\r\n\x1a\n";
+/// The version written, and the only one read.
+pub(super) const VERSION: u16 = 1;
+
+const FULL: u16 = 1;
+const DIFFERENTIAL: u16 = 2;
+
+/// Why bytes are not a manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ManifestError {
+    /// The file is cut off, or something follows its end.
+    #[error("Manifest has {bytes} bytes, which is not what its header says")]
+    Length {
+        /// Bytes there are.
+        bytes: usize,
+    },
+    /// The file is something else.
+    #[error("Manifest does not begin with the magic bytes of one")]
+    Magic,
+    /// A later or unknown version wrote the file.
+    #[error("Manifest is of version {version}, only version {VERSION} is known")]
+    Version {
+        /// What the header says.
+        version: u16,
+    },
+    /// Some byte was altered.
+    #[error("Manifest does not match its checksum")]
+    Checksum,
+    /// A header field holds what no writer writes.
+    #[error("Manifest field {field} holds {value:#x}")]
+    Field {
+        /// The field.
+        field: &'static str,
+        /// What it holds.
+        value: u64,
+    },
+    /// The page size is none.
+    #[error("Manifest has a page size that is none")]
+    Page(#[from] GranuleError),
+    /// The memory ranges, or the runs of a differential, are impossible.
+    #[error("Manifest lists impossible {what}")]
+    Ranges {
+        /// `memory ranges`, `runs` or `zero runs`.
+        what: &'static str,
+        /// What is wrong with them.
+        source: PlacementError,
+    },
+    /// A run that is not whole pages of the memory, or out of order.
+    #[error("Manifest lists run {run}, which is out of order or not of whole pages of the memory")]
+    Run {
+        /// The run.
+        run: GpaRange,
+    },
+}
+
+/// The header, as it stands in the file.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Header {
+    magic: [u8; 8],
+    version: U16,
+    kind: U16,
+    page_bytes: U32,
+    block_bytes: U32,
+    ranges: U32,
+    runs: U64,
+    zero_runs: U64,
+    content_bytes: U64,
+    config_bytes: U64,
+    state_bytes: U64,
+    config: Digest,
+    state: Digest,
+    base: Digest,
+}
+
+/// A text file that the manifest covers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Covered {
+    pub(super) bytes: u64,
+    pub(super) digest: Digest,
+}
+
+impl Covered {
+    pub(super) fn of(text: &[u8]) -> Self {
+        Self { bytes: text.len() as u64, digest: Digest::of(text) }
+    }
+}
+
+/// What a differential holds of the memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Changes {
+    /// Names the snapshot whose other pages count.
+    pub(super) base: Digest,
+    /// Pages whose bytes are in `memory-changes`, ascending.
+    pub(super) runs: Placement,
+    /// Pages that became zero, ascending.
+    pub(super) zero_runs: Placement,
+}
+
+/// The content of a manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Manifest {
+    pub(super) page: Granule,
+    pub(super) memory: Placement,
+    pub(super) config: Covered,
+    pub(super) state: Covered,
+    /// `None` in a full snapshot.
+    pub(super) changes: Option<Changes>,
+    /// Of `memory-ranges`, or of `memory-changes`.
+    pub(super) blocks: BlockTable,
+    /// Names of differentials that this full snapshot equals.
+    pub(super) aliases: Vec<Digest>,
+}
+
+impl Manifest {
+    /// Makes the manifest of a full snapshot that answers to no other name.
+    pub(super) fn of_full(page: Granule, config: &VmConfig, state: &VmState, blocks: BlockTable) -> Self {
+        Self {
+            page,
+            memory: state.memory().clone(),
+            config: Covered::of(config.text().as_bytes()),
+            state: Covered::of(state.text()),
+            changes: None,
+            blocks,
+            aliases: Vec::new(),
+        }
+    }
+
+    /// Bytes of the file that the blocks cover.
+    pub(super) fn content_bytes(&self) -> u64 {
+        self.changes.as_ref().map_or(self.memory.bytes(), |changes| changes.runs.bytes())
+    }
+
+    /// The name of the snapshot: digests everything but the aliases.
+    pub fn digest(&self) -> Digest {
+        Digest::of(&self.body())
+    }
+
+    /// Whether a differential made on top of `digest` fits this snapshot.
+    pub fn answers_to(&self, digest: Digest) -> bool {
+        self.digest() == digest || self.aliases.contains(&digest)
+    }
+
+    /// Writes the manifest as a file holds it, and returns the digest with it.
+    pub fn encode(&self) -> (Vec<u8>, Digest) {
+        let mut bytes = self.body();
+        let digest = Digest::of(&bytes);
+        bytes.extend_from_slice(digest.as_bytes());
+        bytes.extend_from_slice(&(self.aliases.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(self.aliases.as_bytes());
+        let checksum = Digest::of(&bytes);
+        bytes.extend_from_slice(checksum.as_bytes());
+        (bytes, digest)
+    }
+
+    fn body(&self) -> Vec<u8> {
+        let mut bytes = self.header().as_bytes().to_vec();
+        push_ranges(&mut bytes, &self.memory);
+        if let Some(changes) = &self.changes {
+            push_ranges(&mut bytes, &changes.runs);
+            push_ranges(&mut bytes, &changes.zero_runs);
+        }
+        for group in self.blocks.digests.chunks(64) {
+            let word = group.iter().rev().fold(0u64, |word, digest| word << 1 | u64::from(digest.is_some()));
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        for digest in self.blocks.digests.iter().flatten() {
+            bytes.extend_from_slice(digest.as_bytes());
+        }
+        bytes
+    }
+
+    fn header(&self) -> Header {
+        let count = |ranges: &Placement| ranges.ascending().len() as u64;
+        let changes = self.changes.as_ref();
+        Header {
+            magic: MAGIC,
+            version: VERSION.into(),
+            kind: if changes.is_some() { DIFFERENTIAL } else { FULL }.into(),
+            page_bytes: narrow(self.page.bytes()),
+            block_bytes: narrow(self.blocks.block_bytes),
+            ranges: narrow(count(&self.memory)),
+            runs: changes.map_or(0, |changes| count(&changes.runs)).into(),
+            zero_runs: changes.map_or(0, |changes| count(&changes.zero_runs)).into(),
+            content_bytes: self.content_bytes().into(),
+            config_bytes: self.config.bytes.into(),
+            state_bytes: self.state.bytes.into(),
+            config: self.config.digest,
+            state: self.state.digest,
+            base: changes.map_or(Digest::ZERO, |changes| changes.base),
+        }
+    }
+
+    /// Reads a manifest. No list is sized by a number that the length of `bytes` does not bear out.
+    ///
+    /// # Errors
+    /// The bytes are not, to the last one, what [`Manifest::encode`] writes.
+    pub fn parse(bytes: &[u8], limits: &Limits) -> Result<Self, ManifestError> {
+        let length = ManifestError::Length { bytes: bytes.len() };
+        let magic = bytes.get(..MAGIC.len()).ok_or(length.clone())?;
+        if magic != MAGIC {
+            return Err(ManifestError::Magic);
+        }
+        let (header, _) = Header::read_from_prefix(bytes).map_err(|_| length.clone())?;
+        if header.version != VERSION {
+            return Err(ManifestError::Version { version: header.version.get() });
+        }
+        let (covered, checksum) = bytes.split_last_chunk::<{ Digest::BYTES }>().ok_or(length)?;
+        if Digest::of(covered).as_bytes() != checksum {
+            return Err(ManifestError::Checksum);
+        }
+        Parser { bytes: covered, at: size_of::<Header>() }.manifest(&header, limits)
+    }
+}
+
+fn push_ranges(bytes: &mut Vec<u8>, ranges: &Placement) {
+    for range in ranges.ranges() {
+        bytes.extend_from_slice(&range.start().to_le_bytes());
+        bytes.extend_from_slice(&range.len().to_le_bytes());
+    }
+}
+
+fn narrow(number: u64) -> U32 {
+    U32::new(u32::try_from(number).expect("pages, blocks and range counts are bounded"))
+}
+
+/// Walks the bytes behind the header.
+struct Parser<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Parser<'a> {
+    fn manifest(mut self, header: &Header, limits: &Limits) -> Result<Manifest, ManifestError> {
+        let page = Granule::new(header.page_bytes.get().into())?;
+        let memory = self.ranges(header.ranges.get().into(), "memory ranges", limits)?;
+        let aligned = |range: GpaRange| page.is_aligned(range.start()) && page.is_aligned(range.end());
+        if let Some(run) = memory.ranges().find(|&range| !aligned(range)) {
+            return Err(ManifestError::Run { run });
+        }
+        let changes = self.changes(header, page, &memory, limits)?;
+        let blocks = self.blocks(header, page)?;
+        let body = self.at;
+        let digest = self.take(Digest::BYTES)?;
+        let aliases = self.aliases()?;
+        if self.at != self.bytes.len() {
+            return Err(self.length());
+        }
+        let covered = |bytes: U64, digest| Covered { bytes: bytes.get(), digest };
+        let manifest = Manifest {
+            page,
+            memory,
+            config: covered(header.config_bytes, header.config),
+            state: covered(header.state_bytes, header.state),
+            changes,
+            blocks,
+            aliases,
+        };
+        expect_field("content_bytes", header.content_bytes.get(), manifest.content_bytes())?;
+        if Digest::of(&self.bytes[..body]).as_bytes() != digest {
+            return Err(ManifestError::Checksum);
+        }
+        Ok(manifest)
+    }
+
+    fn length(&self) -> ManifestError {
+        ManifestError::Length { bytes: self.bytes.len() + Digest::BYTES }
+    }
+
+    fn take(&mut self, bytes: usize) -> Result<&'a [u8], ManifestError> {
+        let end = self.at.checked_add(bytes).filter(|&end| end <= self.bytes.len());
+        let end = end.ok_or_else(|| self.length())?;
+        let taken = &self.bytes[self.at..end];
+        self.at = end;
+        Ok(taken)
+    }
+
+    fn take_list(&mut self, count: u64, bytes_each: usize) -> Result<&'a [u8], ManifestError> {
+        let bytes = usize::try_from(count).ok().and_then(|count| count.checked_mul(bytes_each));
+        self.take(bytes.ok_or_else(|| self.length())?)
+    }
+
+    fn ranges(
+        &mut self,
+        count: u64,
+        what: &'static str,
+        limits: &Limits,
+    ) -> Result<Placement, ManifestError> {
+        let pairs = self.take_list(count, 2 * size_of::<u64>())?;
+        let pairs = pairs.chunks_exact(16).map(|pair| {
+            let word = |at: usize| U64::read_from_bytes(&pair[at..at + 8]).map_or(0, U64::get);
+            (word(0), word(8))
+        });
+        Placement::from_pairs(pairs, limits).map_err(|source| ManifestError::Ranges { what, source })
+    }
+
+    fn changes(
+        &mut self,
+        header: &Header,
+        page: Granule,
+        memory: &Placement,
+        limits: &Limits,
+    ) -> Result<Option<Changes>, ManifestError> {
+        if header.kind == FULL {
+            expect_field("runs", header.runs.get(), 0)?;
+            expect_field("zero_runs", header.zero_runs.get(), 0)?;
+            if header.base != Digest::ZERO {
+                return Err(ManifestError::Field { field: "base", value: 1 });
+            }
+            return Ok(None);
+        }
+        expect_field("kind", header.kind.get().into(), DIFFERENTIAL.into())?;
+        // As many runs as the file holds, not as there may be ranges of memory.
+        let limits = Limits { ranges: usize::MAX, ..*limits };
+        let runs = self.ranges(header.runs.get(), "runs", &limits)?;
+        let zero_runs = self.ranges(header.zero_runs.get(), "zero runs", &limits)?;
+        for list in [&runs, &zero_runs] {
+            let mut end = 0;
+            for run in list.ranges() {
+                let aligned = page.is_aligned(run.start()) && page.is_aligned(run.end());
+                if !aligned || run.start() < end || !memory.holds(run) {
+                    return Err(ManifestError::Run { run });
+                }
+                end = run.end();
+            }
+        }
+        if let Some(run) = zero_runs.ranges().find(|&run| runs.locate(run).next().is_some()) {
+            return Err(ManifestError::Run { run });
+        }
+        Ok(Some(Changes { base: header.base, runs, zero_runs }))
+    }
+
+    fn blocks(&mut self, header: &Header, page: Granule) -> Result<BlockTable, ManifestError> {
+        let block_bytes = u64::from(header.block_bytes.get());
+        if !block_bytes.is_power_of_two() || block_bytes < page.bytes() {
+            return Err(ManifestError::Field { field: "block_bytes", value: block_bytes });
+        }
+        let count = header.content_bytes.get().div_ceil(block_bytes);
+        let words = self.take_list(count.div_ceil(64), size_of::<u64>())?;
+        let is_set = |bit: usize| words[bit / 8] >> (bit % 8) & 1 == 1;
+        let count = usize::try_from(count).map_err(|_| self.length())?;
+        if (count..words.len() * 8).any(is_set) {
+            return Err(ManifestError::Field { field: "block bitmap", value: count as u64 });
+        }
+        let set: u64 = words.iter().map(|byte| u64::from(byte.count_ones())).sum();
+        let mut digests = self.take_list(set, Digest::BYTES)?.chunks_exact(Digest::BYTES);
+        let mut next = || digests.next().and_then(|bytes| Digest::read_from_bytes(bytes).ok());
+        let digests = (0..count).map(|block| if is_set(block) { next() } else { None }).collect();
+        Ok(BlockTable { block_bytes, digests })
+    }
+
+    fn aliases(&mut self) -> Result<Vec<Digest>, ManifestError> {
+        let count = U64::read_from_bytes(self.take(size_of::<u64>())?).map_or(0, U64::get);
+        let aliases = self.take_list(count, Digest::BYTES)?.chunks_exact(Digest::BYTES);
+        Ok(aliases.filter_map(|bytes| Digest::read_from_bytes(bytes).ok()).collect())
+    }
+}
+
+fn expect_field(field: &'static str, value: u64, expected: u64) -> Result<(), ManifestError> {
+    if value == expected { Ok(()) } else { Err(ManifestError::Field { field, value }) }
+}

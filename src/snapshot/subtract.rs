@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Turns a snapshot into a differential to another one: what [`apply`](super::apply()) undoes.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use super::differential::{Chain, united};
+use super::differential_writer::{Base, DifferentialWriter};
+use super::digest::Digest;
+use super::limits::Limits;
+use super::writer::{Announced, WriteError};
+use crate::granule::Granule;
+use crate::layout::{Layout, LayoutError};
+use crate::range::GpaRange;
+
+/// Bytes copied at once.
+const COPY_BYTES: u64 = 1 << 20;
+
+/// Why no differential was made. Nothing lies under the new name.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SubtractError {
+    /// The memory is not laid out as this host needs it.
+    #[error("Cannot lay out the memory of {path}", path = .path.display())]
+    Layout {
+        /// The snapshot.
+        path: PathBuf,
+        /// Why.
+        source: LayoutError,
+    },
+    /// It cannot be told where a snapshot has memory that is no hole.
+    #[error("Cannot find the memory of {path}", path = .path.display())]
+    Find {
+        /// The snapshot.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Pages could not be read or written.
+    #[error("Cannot copy memory {range} of {path}", path = .path.display())]
+    Copy {
+        /// The snapshot.
+        path: PathBuf,
+        /// What was being copied.
+        range: GpaRange,
+        /// Why.
+        source: io::Error,
+    },
+    /// The new differential could not be made.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+/// Writes what `chain` amounts to as a differential to `base`, the directory `target`; returns what names it.
+///
+/// The bytes of both are taken as they are: [`verify`](super::verify()) tells whether they are as they were written.
+///
+/// # Errors
+/// Nothing lies under the new name.
+pub fn subtract(
+    chain: &Chain,
+    base: Arc<Chain>,
+    target: &Path,
+    limits: &Limits,
+) -> Result<Digest, SubtractError> {
+    let page = Granule::host_page();
+    let layout = Layout::new(chain.state().memory().ranges(), page)
+        .map_err(|source| SubtractError::Layout { path: chain.path().to_owned(), source })?;
+    // Where both have nothing but holes, nothing differs.
+    let populated = united([populated(chain, page)?, populated(&base, page)?].concat());
+    let writer = DifferentialWriter::create(target, Announced::all(layout), Base::Compared(base), *limits)?;
+    let mut buffer = Vec::new();
+    for range in populated {
+        for (_, part) in writer.layout().parts(range) {
+            for piece in part.pieces(COPY_BYTES) {
+                copy(chain, &writer, piece, &mut buffer).map_err(|source| SubtractError::Copy {
+                    path: chain.path().to_owned(),
+                    range: piece,
+                    source,
+                })?;
+            }
+        }
+    }
+    Ok(writer.complete(chain.config(), chain.state().clone())?)
+}
+
+/// Returns the whole pages of `chain` that are no hole.
+fn populated(chain: &Chain, page: Granule) -> Result<Vec<GpaRange>, SubtractError> {
+    let ranges =
+        chain.populated().map_err(|source| SubtractError::Find { path: chain.path().to_owned(), source })?;
+    Ok(ranges.iter().filter_map(|range| range.align_outward(page.bytes())).collect())
+}
+
+fn copy(chain: &Chain, writer: &DifferentialWriter, piece: GpaRange, buffer: &mut Vec<u8>) -> io::Result<()> {
+    buffer.resize(usize::try_from(piece.len()).unwrap_or(usize::MAX), 0);
+    chain.read(piece, buffer)?;
+    writer.fill(piece, &mut buffer.as_slice())
+}

@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::guest::*;
+use crate::granule::Granule;
+use crate::ledger::{ChunkLimits, Ledger, Start};
+use crate::range::GpaRange;
+use crate::snapshot::*;
+
+fn chain(paths: &[PathBuf]) -> Chain {
+    Chain::open(paths, &Limits::default()).unwrap()
+}
+
+fn compared(paths: &[PathBuf]) -> Base {
+    Base::Compared(Arc::new(chain(paths)))
+}
+
+fn size(dir: &Path) -> u64 {
+    fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
+}
+
+/// The three files that a VMM reads are the same in both.
+fn assert_same_files(left: &Path, right: &Path) {
+    for name in [CONFIG_FILE, STATE_FILE, MEMORY_FILE] {
+        assert!(fs::read(left.join(name)).unwrap() == fs::read(right.join(name)).unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn a_differential_holds_only_pages_that_differ() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, next) = (dir.path().join("base"), dir.path().join("next"));
+    let mut guest = Guest::small();
+    guest.write_full(&base);
+    guest.write([(3, 0), (4, 99), (5, 98), (66, 97), (6, 7), (7, 0)]);
+    guest.write_differential(&next, compared(&[base]), &guest.ranges);
+    assert_eq!(names(&next), [CONFIG_FILE, CHANGES_FILE, MANIFEST_FILE, STATE_FILE]);
+    let differential = Differential::open(&next, &Limits::default()).unwrap();
+    let changed: Vec<_> = differential.changed().ranges().collect();
+    assert_eq!(changed, [pages(4, 2), pages(66, 1)], "page 6 is as it was");
+    assert_eq!(differential.zeroed().collect::<Vec<_>>(), [pages(3, 1)], "page 7 was zero before");
+    assert_eq!(fs::metadata(next.join(CHANGES_FILE)).unwrap().len(), 3 * page());
+    assert_clean(&next);
+}
+
+#[test]
+fn a_percent_of_a_guest_takes_little_more_than_a_percent() {
+    let dir = tempfile::tempdir().unwrap();
+    let next = dir.path().join("next");
+    let mut guest = Guest::new(&[range(0, 1 << 30)]);
+    let total = (1 << 30) / page();
+    let dirty = guest.write((0..total / 100).map(|at| (at * 7919 % total, at + 1)));
+    guest.write_differential(&next, Base::Named(Digest::of(b"base")), &dirty);
+    let percent = size(&next) as f64 * 100.0 / f64::from(1 << 30);
+    assert!(percent <= 1.1, "{percent} % for 1 % of pages, each on its own");
+    assert_clean(&next);
+}
+
+#[test]
+fn a_ledgers_cursor_says_what_a_differential_needs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, next, full, applied) = (
+        dir.path().join("base"),
+        dir.path().join("next"),
+        dir.path().join("full"),
+        dir.path().join("applied"),
+    );
+    let mut guest = Guest::small();
+    let digest = guest.write_full(&base);
+    let mut ledger = Ledger::new(layout(&guest.ranges), 0);
+    let cursor = ledger.open(Start::Copied);
+
+    for range in guest.write([(1, 0), (2, 70), (39, 71), (64, 0), (65, 72)]) {
+        ledger.mark(range);
+    }
+    guest.write_full(&full);
+    let memory = SnapshotSource::new(SnapshotDir::open(&full, &Limits::default()).unwrap()).unwrap();
+    let memory = crate::vm::Vm::memory(&memory);
+    let writer =
+        DifferentialWriter::create(&next, guest.announced(), Base::Named(digest), Limits::default()).unwrap();
+    ledger.begin_round(cursor);
+    while let Some(chunk) = ledger.take(cursor, ChunkLimits { bytes: 2 * page(), ranges: 2 }) {
+        writer.copy_from(chunk.ranges().iter().copied(), &*memory).unwrap();
+        ledger.commit(chunk);
+    }
+    writer.finish(&guest.config(), &guest.state()).unwrap();
+    apply(&chain(&[base, next]), &applied, &Limits::default()).unwrap();
+    assert_same_files(&applied, &full);
+}
+
+#[test]
+fn a_wrong_base_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let mut guest = Guest::small();
+    let first = guest.write_full(&path("first"));
+    guest.write([(1, 50)]);
+    guest.write_full(&path("second"));
+    guest.write([(2, 51)]);
+    let middle = guest.write_differential(&path("middle"), Base::Named(first), &[pages(1, 2)]);
+    guest.write_differential(&path("top"), Base::Named(middle), &[pages(2, 1)]);
+
+    let open = |names: &[&str]| Chain::open(names.iter().map(|name| path(name)), &Limits::default());
+    assert!(open(&["first", "middle", "top"]).is_ok());
+    for wrong in [&["second", "middle"][..], &["first", "top"], &["first", "middle", "middle"]] {
+        let error = open(wrong).unwrap_err();
+        assert!(matches!(error, ChainError::WrongBase { .. }), "{wrong:?}: {error}");
+    }
+    assert!(matches!(open(&[]), Err(ChainError::Empty)));
+    assert!(matches!(open(&["middle"]), Err(ChainError::Open(OpenError::Differential { .. }))));
+    assert!(matches!(open(&["first", "second"]), Err(ChainError::Open(OpenError::Full { .. }))));
+
+    fs::remove_file(path("first").join(MANIFEST_FILE)).unwrap();
+    assert!(matches!(open(&["first", "middle"]), Err(ChainError::Unnamed { .. })));
+    assert!(matches!(Base::open([path("first")], &Limits::default()), Err(ChainError::Unnamed { .. })));
+}
+
+#[test]
+fn an_altered_base_is_found_while_it_is_applied() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, next, applied) =
+        (dir.path().join("base"), dir.path().join("next"), dir.path().join("applied"));
+    let mut guest = Guest::small();
+    let digest = guest.write_full(&base);
+    guest.write([(4, 9)]);
+    guest.write_differential(&next, Base::Named(digest), &[pages(4, 1)]);
+    let mut memory = fs::read(base.join(MEMORY_FILE)).unwrap();
+    memory[index(33 * page())] ^= 1;
+    fs::write(base.join(MEMORY_FILE), memory).unwrap();
+    let error = apply(&chain(&[base, next]), &applied, &Limits::default()).unwrap_err();
+    let ApplyError::Copy { source, .. } = error else { panic!("{error}") };
+    assert!(source.to_string().contains("Memory at GPA 0x20000"), "{source}");
+    assert!(!applied.exists());
+}
+
+#[test]
+fn the_next_differential_fits_what_the_chain_below_it_was_applied_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let mut guest = Guest::small();
+    let first = guest.write_full(&path("first"));
+    guest.write([(1, 50)]);
+    let middle = guest.write_differential(&path("middle"), Base::Named(first), &[pages(1, 1)]);
+    guest.write([(2, 51)]);
+    guest.write_differential(&path("top"), Base::Named(middle), &[pages(2, 1)]);
+    apply(&chain(&[path("first"), path("middle")]), &path("applied"), &Limits::default()).unwrap();
+    apply(&chain(&[path("applied"), path("top")]), &path("last"), &Limits::default()).unwrap();
+    guest.assert_full(&path("last"));
+}
+
+#[test]
+fn pages_in_part_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let guest = Guest::small();
+    let base = Base::Named(Digest::of(b"base"));
+    let target = dir.path().join("a");
+    let writer = DifferentialWriter::create(&target, guest.announced(), base, Limits::default()).unwrap();
+    let error = writer.fill(range(8, page()), &mut std::io::repeat(1)).unwrap_err();
+    assert!(error.to_string().contains("not of whole pages"), "{error}");
+}
+
+#[test]
+fn memory_that_is_plugged_in_later_begins_as_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let mut guest = Guest::small();
+    guest.write_full(&path("with"));
+    let removed = guest.ranges.pop().unwrap();
+    guest.seeds.retain(|&gpa, _| !removed.contains(gpa));
+    guest.write_differential(&path("without"), compared(&[path("with")]), &guest.ranges);
+    guest.ranges.push(removed);
+    guest.write([(70, 5)]);
+    let below = [path("with"), path("without")];
+    guest.write_differential(&path("again"), compared(&below), &guest.ranges);
+    let all = chain(&[path("with"), path("without"), path("again")]);
+    apply(&all, &path("applied"), &Limits::default()).unwrap();
+    guest.assert_full(&path("applied"));
+    let mut bytes = vec![1; index(removed.len())];
+    all.read(removed, &mut bytes).unwrap();
+    assert!(bytes == guest.bytes(removed));
+}
+
+#[test]
+fn a_description_says_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, next) = (dir.path().join("base"), dir.path().join("next"));
+    let mut guest = Guest::small();
+    let digest = guest.write_full(&base);
+    guest.write([(3, 0), (4, 99)]);
+    let top = guest.write_differential(&next, compared(std::slice::from_ref(&base)), &guest.ranges);
+    let full = describe(&base, &Limits::default()).unwrap();
+    assert!(matches!(full.kind, Kind::Full { populated_bytes } if populated_bytes >= 16 * page()));
+    assert_eq!((full.digest, full.memory_bytes, full.memory_ranges), (Some(digest), 64 * page(), 2));
+    let differential = describe(&next, &Limits::default()).unwrap();
+    let kind = Kind::Differential { base: digest, changed_bytes: page(), zeroed_bytes: page(), runs: 2 };
+    assert_eq!((differential.kind, differential.digest), (kind, Some(top)));
+    let json = serde_json::to_value(&differential).unwrap();
+    assert_eq!(json["kind"], "differential");
+    assert_eq!(json["base"], digest.to_string());
+}
+
+fn naive_differences(first: &Guest, second: &Guest) -> Vec<GpaRange> {
+    let all = first.ranges.iter().flat_map(|range| range.pieces(page()));
+    all.filter(|&page| first.bytes(page) != second.bytes(page)).collect()
+}
+
+fn by_page(ranges: &[GpaRange]) -> Vec<GpaRange> {
+    ranges.iter().flat_map(|range| range.pieces(page())).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+
+    /// Two full snapshots, against the differential that was written while the guest was at hand.
+    #[test]
+    fn a_snapshot_less_its_base_is_the_differential(mut guest in any_guest(), writes in any_writes()) {
+        let dir = tempfile::tempdir().unwrap();
+        let [base, later, written, made] = ["base", "later", "written", "made"].map(|name| dir.path().join(name));
+        guest.write_full(&base);
+        guest.write(writes);
+        guest.write_full(&later);
+        let bases = [base.clone()];
+        let expected = guest.write_differential(&written, compared(&bases), &guest.ranges);
+        let digest = subtract(&chain(&[later]), Arc::new(chain(&bases)), &made, &Limits::default()).unwrap();
+        prop_assert_eq!(digest, expected);
+        assert_clean(&made);
+    }
+
+    /// A chain of ten, by comparison and by dirty pages alone, against the guest itself at every step.
+    #[test]
+    fn a_chain_amounts_to_the_guest(
+        mut guest in any_guest(),
+        steps in prop::collection::vec((any_writes(), any::<bool>()), 10),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: String| dir.path().join(name);
+        let mut paths = vec![path("full".into())];
+        let mut digest = guest.write_full(&paths[0]);
+        for (step, (writes, compare)) in steps.into_iter().enumerate() {
+            let before = guest.clone();
+            let dirty = guest.write(writes);
+            let next = path(format!("step{step}"));
+            digest = if compare {
+                let compared = guest.write_differential(&next, compared(&paths), &guest.ranges);
+                let differential = Differential::open(&next, &Limits::default()).unwrap();
+                let mut found: Vec<_> = differential.changed().ranges().chain(differential.zeroed()).collect();
+                found.sort_unstable();
+                prop_assert_eq!(by_page(&found), naive_differences(&before, &guest));
+                compared
+            } else {
+                guest.write_differential(&next, Base::Named(digest), &dirty)
+            };
+            assert_clean(&next);
+            paths.push(next);
+        }
+        let applied = path("applied".into());
+        let whole = apply(&chain(&paths), &applied, &Limits::default()).unwrap();
+        let taken = path("taken".into());
+        prop_assert_eq!(whole, guest.write_full(&taken), "one name for one content");
+        guest.assert_full(&applied);
+        assert_same_files(&applied, &taken);
+        prop_assert!(compare(&chain(&paths), &chain(&[taken])).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_comparison_lists_the_pages_that_differ(mut guest in any_guest(), writes in any_writes()) {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+        let before = guest.clone();
+        guest.write_full(&first);
+        guest.write(writes);
+        guest.write_full(&second);
+        let found = compare(&chain(&[first]), &chain(&[second])).unwrap();
+        prop_assert_eq!(by_page(&found.memory), naive_differences(&before, &guest));
+        prop_assert_eq!(found.config, before.config() != guest.config());
+        prop_assert!(!found.state);
+    }
+}
+
+#[test]
+fn memory_of_one_side_is_told_from_pages_that_differ() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    let mut guest = Guest::small();
+    guest.write_full(&first);
+    guest.ranges = vec![pages(4, 40), pages(64, 20)];
+    guest.write_full(&second);
+    let found = compare(&chain(&[first]), &chain(&[second])).unwrap();
+    assert_eq!(found.only_in_first, [pages(0, 4), pages(84, 4)]);
+    assert_eq!(found.only_in_second, [pages(40, 4)]);
+    assert!(found.state && found.memory.is_empty());
+    assert_eq!(Granule::host_page().bytes(), page());
+}

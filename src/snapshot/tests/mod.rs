@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Whole snapshots against naive models of guest memory.
+
+mod bad_input;
+mod differential;
+mod full;
+mod guest;
+mod manifest;
+mod verify;

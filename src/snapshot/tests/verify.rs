@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+use std::fs;
+use std::path::Path;
+
+use super::guest::*;
+use crate::snapshot::*;
+
+/// Flips one bit of a file, hands what `verify` finds to `check`, and flips it back.
+fn flip(dir: &Path, name: &str, at: usize, check: impl FnOnce(&[Finding])) {
+    let path = dir.join(name);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[at] ^= 1 << (at % 8);
+    fs::write(&path, &bytes).unwrap();
+    let report = verify(dir, &Limits::default()).unwrap();
+    assert!(!report.is_clean(), "bit in byte {at} of {name}");
+    check(&report.findings);
+    bytes[at] ^= 1 << (at % 8);
+    fs::write(&path, &bytes).unwrap();
+}
+
+/// Flips bits in every file but `memory`, each of which must be found in the file it is in.
+fn flip_texts(dir: &Path) {
+    for name in [CONFIG_FILE, STATE_FILE, MANIFEST_FILE] {
+        let length = index(fs::metadata(dir.join(name)).unwrap().len());
+        for at in 0..length {
+            flip(dir, name, at, |findings| {
+                assert!(findings[0].to_string().contains(name), "byte {at} of {name}: {findings:?}");
+            });
+        }
+    }
+}
+
+#[test]
+fn a_flipped_bit_anywhere_in_a_full_snapshot_is_found_and_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (guest, target) = (Guest::small(), dir.path().join("a"));
+    guest.write_full(&target);
+    flip_texts(&target);
+    let placement = Placement::new(guest.ranges.iter().copied(), &Limits::default()).unwrap();
+    let length = index(placement.bytes());
+    for at in (0..length).step_by(1999).chain([length - 1]) {
+        let gpa = placement.gpas(at as u64, 1).next().unwrap();
+        flip(&target, MEMORY_FILE, at, |findings| {
+            let [Finding::Memory { range, .. }] = findings else { panic!("{findings:?}") };
+            assert!(range.covers(gpa) && range.len() <= 16 << 10, "{gpa} in {range}");
+        });
+    }
+    assert_clean(&target);
+}
+
+#[test]
+fn a_flipped_bit_anywhere_in_a_differential_is_found_and_its_page_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("a");
+    let mut guest = Guest::small();
+    guest.write([(3, 0), (5, 9), (70, 8), (71, 7)]);
+    let dirty = [pages(2, 5), pages(70, 2)];
+    guest.write_differential(&target, Base::Named(Digest::of(b"base")), &dirty);
+    flip_texts(&target);
+    let runs = Differential::open(&target, &Limits::default()).unwrap().changed().clone();
+    for at in (0..index(runs.bytes())).step_by(999) {
+        let gpa = runs.gpas(at as u64, 1).next().unwrap();
+        flip(&target, CHANGES_FILE, at, |findings| {
+            let [Finding::Memory { range, .. }] = findings else { panic!("{findings:?}") };
+            assert!(range.covers(gpa) && range.len() == page(), "{gpa} in {range}");
+        });
+    }
+    assert_clean(&target);
+}
+
+#[test]
+fn files_cut_off_lengthened_missing_or_punched_are_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let (guest, target) = (Guest::small(), dir.path().join("a"));
+    guest.write_full(&target);
+    for name in [CONFIG_FILE, STATE_FILE, MEMORY_FILE, MANIFEST_FILE] {
+        let path = target.join(name);
+        let bytes = fs::read(&path).unwrap();
+        for wrong in [&bytes[..bytes.len() - 1], &[&bytes[..], b"\n"].concat(), b""] {
+            fs::write(&path, wrong).unwrap();
+            let report = verify(&target, &Limits::default()).unwrap();
+            assert!(report.findings[0].to_string().contains(name), "{:?}", report.findings);
+        }
+        fs::remove_file(&path).unwrap();
+        match verify(&target, &Limits::default()) {
+            Ok(report) => assert!(report.findings[0].to_string().contains(name)),
+            Err(error) => assert!(name == MANIFEST_FILE && matches!(error, VerifyError::NoManifest { .. })),
+        }
+        fs::write(&path, bytes).unwrap();
+    }
+    let memory = fs::OpenOptions::new().write(true).open(target.join(MEMORY_FILE)).unwrap();
+    memory.set_len(0).unwrap();
+    memory.set_len(64 * page()).unwrap();
+    let report = verify(&target, &Limits::default()).unwrap();
+    let altered: Vec<_> = report.findings.iter().map(ToString::to_string).collect();
+    assert_eq!(altered.len(), 3, "the low region, and the ends of the high one: {altered:?}");
+    assert_eq!(altered[0], format!("Memory at GPA {} in memory-ranges was altered", pages(0, 40)));
+}
+
+#[test]
+fn a_directory_that_is_not_there_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = verify(&dir.path().join("none"), &Limits::default()).unwrap_err();
+    assert!(matches!(error, VerifyError::Read { .. }), "{error}");
+}

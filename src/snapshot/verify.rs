@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Finds altered bytes.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
+use std::path::{Path, PathBuf};
+
+use serde::{Serialize, Serializer};
+use thiserror::Error;
+
+use super::block_reader::{Block, BlockReader};
+use super::blocks::BlockTable;
+use super::dir::OpenError;
+use super::document::VmState;
+use super::files::{
+    CHANGES_FILE, CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, open_sized, read_bounded,
+};
+use super::limits::Limits;
+use super::manifest::{Covered, Manifest};
+use super::placement::Placement;
+use crate::range::GpaRange;
+
+/// Why a snapshot could not be checked to the end. What was found so far is not known.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum VerifyError {
+    /// A file could be opened but not read.
+    #[error("Cannot read {path}", path = .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The snapshot has no manifest; only its structure could be checked.
+    #[error("{path} has no {MANIFEST_FILE} to check against", path = .path.display())]
+    NoManifest {
+        /// The snapshot.
+        path: PathBuf,
+    },
+}
+
+/// Something in a snapshot that is not as it was written.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Finding {
+    /// A file is missing, is no file, or has another size.
+    File(FileError),
+    /// The manifest is damaged; nothing else was checked.
+    Manifest(OpenError),
+    /// Bytes of `config.json` or `state.json` were altered.
+    Text {
+        /// The file.
+        name: &'static str,
+    },
+    /// Bytes of the memory were altered.
+    Memory {
+        /// The file that holds them.
+        name: &'static str,
+        /// Guest memory among whose bytes the altered ones are.
+        range: GpaRange,
+    },
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(error) => write!(f, "{error}"),
+            Self::Manifest(error) => {
+                write!(f, "{MANIFEST_FILE} is damaged: {error}")?;
+                std::error::Error::source(error).map_or(Ok(()), |source| write!(f, ": {source}"))
+            }
+            Self::Text { name } => write!(f, "{name} was altered"),
+            Self::Memory { name, range } => write!(f, "Memory at GPA {range} in {name} was altered"),
+        }
+    }
+}
+
+impl Serialize for Finding {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// What a check found.
+#[derive(Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct Report {
+    /// What is wrong; empty for a snapshot as it was written.
+    pub findings: Vec<Finding>,
+    /// Bytes that were read and compared.
+    pub bytes: u64,
+}
+
+impl Report {
+    /// Whether nothing is wrong.
+    pub fn is_clean(&self) -> bool {
+        self.findings.is_empty()
+    }
+}
+
+/// Checks every byte of the snapshot at `path`, full or differential, against its manifest.
+///
+/// # Errors
+/// A file cannot be read to its end, or there is no manifest.
+pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
+    let mut report = Report::default();
+    let bytes = match read_bounded(&path.join(MANIFEST_FILE), limits.manifest_bytes) {
+        Err(FileError::Open { source, .. }) if source.kind() == ErrorKind::NotFound => {
+            std::fs::metadata(path).map_err(|source| VerifyError::Read { path: path.to_owned(), source })?;
+            return Err(VerifyError::NoManifest { path: path.to_owned() });
+        }
+        Err(error) => return report.with(Finding::File(error)),
+        Ok(bytes) => bytes,
+    };
+    report.bytes += bytes.len() as u64;
+    let manifest = match Manifest::parse(&bytes, limits) {
+        Ok(manifest) => manifest,
+        Err(source) => {
+            return report.with(Finding::Manifest(OpenError::Manifest { path: path.to_owned(), source }));
+        }
+    };
+    report.text(path, CONFIG_FILE, manifest.config)?;
+    report.text(path, STATE_FILE, manifest.state)?;
+    match &manifest.changes {
+        None => report.memory(path, MEMORY_FILE, &manifest, &manifest.memory)?,
+        Some(changes) => report.memory(path, CHANGES_FILE, &manifest, &changes.runs)?,
+    }
+    if report.is_clean() {
+        report.listing(path, &manifest, limits);
+    }
+    Ok(report)
+}
+
+impl Report {
+    fn with(mut self, finding: Finding) -> Result<Self, VerifyError> {
+        self.findings.push(finding);
+        Ok(self)
+    }
+
+    /// Opens a file of the size the manifest says; a file of another size is a finding.
+    fn open(&mut self, path: &Path, expected: u64) -> Option<File> {
+        let opened = open_sized(path, expected);
+        opened.map_err(|finding| self.findings.push(Finding::File(finding))).ok()
+    }
+
+    fn text(&mut self, dir: &Path, name: &'static str, covered: Covered) -> Result<(), VerifyError> {
+        let path = dir.join(name);
+        let Some(file) = self.open(&path, covered.bytes) else { return Ok(()) };
+        let mut hasher = blake3::Hasher::new();
+        let read = io::copy(&mut (&file).take(covered.bytes), &mut hasher);
+        self.bytes += read.map_err(|source| VerifyError::Read { path, source })?;
+        if covered.digest != hasher.finalize().into() {
+            self.findings.push(Finding::Text { name });
+        }
+        Ok(())
+    }
+
+    fn memory(
+        &mut self,
+        dir: &Path,
+        name: &'static str,
+        manifest: &Manifest,
+        placement: &Placement,
+    ) -> Result<(), VerifyError> {
+        let path = dir.join(name);
+        let Some(file) = self.open(&path, placement.bytes()) else { return Ok(()) };
+        let mut blocks = CheckedBlocks::new(&file, name, manifest, placement);
+        loop {
+            match blocks.next_block() {
+                Ok(None) => break,
+                Ok(Some(block)) => self.bytes += block.length,
+                Err(error) => match error.get_ref().and_then(|inner| inner.downcast_ref::<Altered>()) {
+                    Some(altered) => altered.ranges.iter().for_each(|&range| self.altered(name, range)),
+                    None => return Err(VerifyError::Read { path, source: error }),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes altered memory, joined to what was noted just before where the two touch.
+    fn altered(&mut self, name: &'static str, range: GpaRange) {
+        if let Some(Finding::Memory { range: last, .. }) = self.findings.last_mut()
+            && last.end() == range.start()
+        {
+            *last = GpaRange::from_bounds(last.start(), range.end()).expect("it only grows");
+        } else {
+            self.findings.push(Finding::Memory { name, range });
+        }
+    }
+
+    /// Checks that the state lists the memory that the manifest does: both may be sound and yet not belong together.
+    fn listing(&mut self, dir: &Path, manifest: &Manifest, limits: &Limits) {
+        let state = read_bounded(&dir.join(STATE_FILE), limits.state_bytes);
+        let state = state.ok().and_then(|text| VmState::parse(text, limits).ok());
+        if !state.is_some_and(|state| state.memory().ranges().eq(manifest.memory.ranges())) {
+            self.findings.push(Finding::Text { name: STATE_FILE });
+        }
+    }
+}
+
+/// Bytes that do not match their digest.
+#[derive(Debug, Error)]
+#[error("Memory at GPA {} in {name} was altered", listed(.ranges))]
+pub(super) struct Altered {
+    name: &'static str,
+    ranges: Vec<GpaRange>,
+}
+
+fn listed(ranges: &[GpaRange]) -> String {
+    ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// Reads the blocks of a file in order and checks each against its digest; holes are not read.
+pub(super) struct CheckedBlocks<'a> {
+    blocks: BlockReader<'a>,
+    name: &'static str,
+    table: &'a BlockTable,
+    placement: &'a Placement,
+}
+
+impl<'a> CheckedBlocks<'a> {
+    /// Reads `file`, called `name`, which holds memory as `placement` says, against the digests of `manifest`.
+    pub(super) fn new(
+        file: &'a File,
+        name: &'static str,
+        manifest: &'a Manifest,
+        placement: &'a Placement,
+    ) -> Self {
+        let table = &manifest.blocks;
+        let blocks = BlockReader::new(file, placement.bytes(), table.block_bytes);
+        Self { blocks, name, table, placement }
+    }
+
+    /// Reads the next block; `None` behind the last one. Its bytes, if it is no hole, are as they were written.
+    ///
+    /// # Errors
+    /// The file cannot be read; or the block was altered, then the error holds [`Altered`] and the next call goes on behind it.
+    pub(super) fn next_block(&mut self) -> io::Result<Option<Block<'_>>> {
+        let Some(block) = self.blocks.next_block()? else { return Ok(None) };
+        if block.bytes.and_then(BlockTable::entry) == self.table.digests[block.index] {
+            return Ok(Some(block));
+        }
+        let ranges = self.placement.gpas(block.offset, block.length).collect();
+        Err(io::Error::new(ErrorKind::InvalidData, Altered { name: self.name, ranges }))
+    }
+}

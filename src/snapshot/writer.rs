@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Writes a full snapshot.
+
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+use vm_memory::GuestMemoryBackend;
+
+use super::digest::Digest;
+use super::document::{DocumentError, VmConfig, VmState};
+use super::feed::{from_memory, from_stream};
+use super::files::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
+use super::limits::Limits;
+use super::manifest::Manifest;
+use super::memory_file::MemoryFile;
+use super::placement::{Placement, PlacementError};
+use super::staging::{StagedDir, StagingError, WORK_FILE};
+use crate::granule::Granule;
+use crate::layout::Layout;
+use crate::range::GpaRange;
+
+/// Why no snapshot was written. Nothing lies under its name.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum WriteError {
+    /// The directory could not be made, filled or moved to its name.
+    #[error(transparent)]
+    Staging(#[from] StagingError),
+    /// Configuration or state are not what they should be.
+    #[error(transparent)]
+    Document(#[from] DocumentError),
+    /// The VM's RAM exceeds the limits.
+    #[error("Cannot place the VM's RAM")]
+    Placement(#[from] PlacementError),
+    /// The state speaks of memory that the VM did not announce.
+    #[error("state.json lists memory {range}, which was not announced as RAM")]
+    Unannounced {
+        /// The memory.
+        range: GpaRange,
+    },
+    /// The state leaves out memory that cannot be unplugged, as the memory of a zone that shares a named file.
+    #[error("state.json leaves out memory {range}, so a snapshot would lack it")]
+    LeftOut {
+        /// The memory.
+        range: GpaRange,
+    },
+    /// Nothing names the snapshot to differ from.
+    #[error("{path} has no manifest to name it, so nothing can be a differential to it", path = .path.display())]
+    UnnamedBase {
+        /// The snapshot.
+        path: PathBuf,
+    },
+}
+
+/// The RAM of a VM as it is announced before its state is known.
+#[derive(Debug, Clone)]
+pub struct Announced {
+    layout: Layout,
+    hotpluggable: Placement,
+}
+
+impl Announced {
+    /// All of `layout` is memory of the VM.
+    pub fn all(layout: Layout) -> Self {
+        Self { layout, hotpluggable: Placement::default() }
+    }
+
+    /// All of `layout` is memory of the VM but for those parts of `hotpluggable` that its state does not list.
+    ///
+    /// # Errors
+    /// The parts overlap, or exceed `limits`.
+    pub fn with_hotpluggable(
+        layout: Layout,
+        hotpluggable: &[GpaRange],
+        limits: &Limits,
+    ) -> Result<Self, PlacementError> {
+        Ok(Self { layout, hotpluggable: Placement::new(hotpluggable.iter().copied(), limits)? })
+    }
+
+    /// The VM's RAM.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Returns where memory goes once the `state` is known: ascending, and only what the state lists.
+    pub(super) fn settle(
+        &self,
+        state: &VmState,
+        placement: &Placement,
+        limits: &Limits,
+    ) -> Result<Placement, WriteError> {
+        let listed = state.memory();
+        if let Some(range) = listed.ranges().flat_map(|range| placement.missing(range)).next() {
+            return Err(WriteError::Unannounced { range });
+        }
+        if placement.same_memory(listed) {
+            return Ok(placement.clone());
+        }
+        let mut left_out = placement.ranges().flat_map(|range| listed.missing(range));
+        if let Some(range) = left_out.find(|&range| !self.hotpluggable.holds(range)) {
+            return Err(WriteError::LeftOut { range });
+        }
+        Ok(Placement::new(listed.ascending().iter().map(|extent| extent.range), limits)?)
+    }
+}
+
+/// A full snapshot being written: takes pages in any order, from any number of threads.
+///
+/// Nothing lies under the final name before [`SnapshotWriter::finish`] returns; dropped before, it leaves nothing behind.
+///
+/// ```
+/// use vfio_migration::{granule::Granule, layout::Layout, range::GpaRange, snapshot::*};
+/// let parent = tempfile::tempdir()?;
+/// let ram = GpaRange::new(0, 1 << 20)?;
+/// let layout = Layout::new([ram], Granule::host_page())?;
+/// let writer = SnapshotWriter::create(&parent.path().join("snapshot"), Announced::all(layout), Limits::default())?;
+/// writer.fill(ram, &mut [7; 1 << 20].as_slice())?;
+/// # let memory = r#"{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":1048576}]}}"#;
+/// # let child = format!(r#"{{"snapshots":{{}},"snapshot_data":{{"state":"{memory}"}}}}"#);
+/// # let state = format!(r#"{{"snapshots":{{"memory-manager":{child}}},"snapshot_data":null}}"#);
+/// let digest = writer.finish(br#"{"memory":{"size":1048576}}"#, state.as_bytes())?;
+/// assert_eq!(SnapshotDir::open(&parent.path().join("snapshot"), &Limits::default())?.digest(), Some(digest));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct SnapshotWriter {
+    staged: StagedDir,
+    announced: Announced,
+    memory: MemoryFile,
+    limits: Limits,
+}
+
+impl SnapshotWriter {
+    /// Begins a snapshot that will be the directory `target`, of a VM with the RAM `announced`.
+    ///
+    /// # Errors
+    /// `target` is there and not an empty directory, cannot be made, or the RAM exceeds `limits`.
+    pub fn create(target: &Path, announced: Announced, limits: Limits) -> Result<Self, WriteError> {
+        Self::begin(StagedDir::create(target)?, announced, limits)
+    }
+
+    pub(super) fn begin(staged: StagedDir, announced: Announced, limits: Limits) -> Result<Self, WriteError> {
+        let placement = Placement::of_layout(&announced.layout, &limits)?;
+        let memory = memory_file(&staged, MEMORY_FILE, placement, announced.layout.host_page())?;
+        Ok(Self { staged, announced, memory, limits })
+    }
+
+    /// The VM's RAM.
+    pub fn layout(&self) -> &Layout {
+        &self.announced.layout
+    }
+
+    /// Writes the bytes of `range` that `from` supplies, one after the other; later bytes replace earlier ones.
+    ///
+    /// Memory that is never filled reads as zero and takes no space.
+    ///
+    /// # Errors
+    /// `range` is not all RAM, `from` fails or ends early, or the disk is full. Part of the bytes may be written.
+    pub fn fill(&self, range: GpaRange, from: &mut dyn Read) -> io::Result<()> {
+        self.memory.fill(range, from_stream(from))
+    }
+
+    /// Writes `ranges` of guest memory.
+    ///
+    /// # Errors
+    /// A range is not all RAM, or the disk is full.
+    pub fn copy_from<M: GuestMemoryBackend>(
+        &self,
+        ranges: impl IntoIterator<Item = GpaRange>,
+        memory: &M,
+    ) -> io::Result<()> {
+        ranges.into_iter().try_for_each(|range| self.memory.fill(range, from_memory(memory)))
+    }
+
+    /// Completes the snapshot with the texts of `config.json` and `state.json` and moves it to its name, safe on disk.
+    ///
+    /// The state's list of memory ranges is put in ascending order where it is not. Returns what names the snapshot.
+    ///
+    /// # Errors
+    /// Nothing lies under the final name.
+    pub fn finish(self, config: &[u8], state: &[u8]) -> Result<Digest, WriteError> {
+        let config = VmConfig::parse(config, &self.limits)?;
+        let state = VmState::parse(state.to_vec(), &self.limits)?;
+        self.complete(&config, state, Vec::new())
+    }
+
+    /// Checks that `state` fits what was announced.
+    pub(super) fn check(&self, state: &VmState) -> Result<(), WriteError> {
+        self.announced.settle(state, self.memory.placement(), &self.limits).map(drop)
+    }
+
+    /// Completes the snapshot; it also answers to the names `aliases`.
+    pub(super) fn complete(
+        self,
+        config: &VmConfig,
+        state: VmState,
+        aliases: Vec<Digest>,
+    ) -> Result<Digest, WriteError> {
+        let Self { staged, announced, memory, limits } = self;
+        let placement = announced.settle(&state, memory.placement(), &limits)?;
+        let state = state.relist(&placement)?;
+        let page = announced.layout.host_page();
+        let memory = if placement == *memory.placement() {
+            memory
+        } else {
+            shrink(&staged, &memory, placement, page)?
+        };
+        let blocks = memory.finish().map_err(|source| staged.write_error(MEMORY_FILE, source))?;
+        let manifest = Manifest { aliases, ..Manifest::of_full(page, config, &state, blocks) };
+        Ok(publish(staged, config, &state, &manifest)?)
+    }
+}
+
+/// Adds the texts and the manifest to a directory whose pages are on disk already, and moves it to its name.
+pub(super) fn publish(
+    staged: StagedDir,
+    config: &VmConfig,
+    state: &VmState,
+    manifest: &Manifest,
+) -> Result<Digest, StagingError> {
+    let (bytes, digest) = manifest.encode();
+    staged.write_file(CONFIG_FILE, config.text().as_bytes())?;
+    staged.write_file(STATE_FILE, state.text())?;
+    staged.write_file(MANIFEST_FILE, &bytes)?;
+    staged.publish()?;
+    Ok(digest)
+}
+
+fn memory_file(
+    staged: &StagedDir,
+    name: &'static str,
+    placement: Placement,
+    page: Granule,
+) -> Result<MemoryFile, StagingError> {
+    let file = staged.make_file(name, 0)?;
+    MemoryFile::new(file, placement, page).map_err(|source| staged.write_error(name, source))
+}
+
+/// Leaves out the memory that `placement` leaves out.
+fn shrink(
+    staged: &StagedDir,
+    memory: &MemoryFile,
+    placement: Placement,
+    page: Granule,
+) -> Result<MemoryFile, StagingError> {
+    let smaller = memory_file(staged, WORK_FILE, placement, page)?;
+    memory.copy_to(&smaller).map_err(|source| staged.write_error(WORK_FILE, source))?;
+    staged.replace_file(WORK_FILE, MEMORY_FILE)?;
+    Ok(smaller)
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What lies behind guest memory, as far as it tells which pages nobody ever wrote.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::range::GpaRange;
+
+/// Where the kernel can be asked for the pages that were never written, for parts of a VM's memory.
+///
+/// Such a page reads zero, and does not have to be sent to a receiver whose own memory reads zero. Memory that nothing is
+/// said about counts as written, all of it: a private mapping of a file has to, because the file's holes say nothing of it.
+///
+/// ```
+/// use vfio_migration::vm::Backing;
+/// use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20), (GuestAddress(4 << 30), 1 << 20)])?;
+/// assert_eq!(Backing::of_mmap(&memory).parts(), 2);
+/// # Ok::<(), vm_memory::mmap::FromRangesError>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct Backing {
+    parts: Vec<(GpaRange, Behind)>,
+}
+
+/// Who knows the untouched pages of a part.
+#[derive(Debug, Clone)]
+pub(crate) enum Behind {
+    /// A file, by its holes.
+    SharedFile { file: Arc<File>, offset: u64 },
+    /// This process's page table.
+    Anonymous { hva: u64 },
+}
+
+impl Backing {
+    /// Adds a shared mapping of `file` (a memfd, as a rule) from `offset` on: its holes are the pages nobody wrote.
+    ///
+    /// The file's cursor moves.
+    #[must_use]
+    pub fn shared_file(mut self, gpa: GpaRange, file: Arc<File>, offset: u64) -> Self {
+        self.parts.push((gpa, Behind::SharedFile { file, offset }));
+        self
+    }
+
+    /// Adds private anonymous memory of this process that begins at `hva`: what is neither present nor swapped was never
+    /// written.
+    ///
+    /// Not for memory that a userfaultfd fills, nor for shared anonymous memory, whose pages come and go in the page table.
+    #[must_use]
+    pub fn anonymous(mut self, gpa: GpaRange, hva: u64) -> Self {
+        self.parts.push((gpa, Behind::Anonymous { hva }));
+        self
+    }
+
+    /// Tells from the mappings themselves: those vm-memory made, of files shared or of private anonymous memory.
+    pub fn of_mmap<B: Bitmap>(memory: &GuestMemoryMmap<B>) -> Self {
+        memory.iter().fold(Self::default(), |backing, region| {
+            let (start, flags) = (region.start_addr().raw_value(), region.flags());
+            let Ok(gpa) = GpaRange::new(start, region.len()) else { return backing };
+            match GuestMemoryRegion::file_offset(region) {
+                _ if !region.owned() => backing,
+                Some(file) if flags & libc::MAP_SHARED != 0 => {
+                    backing.shared_file(gpa, Arc::clone(file.arc()), file.start())
+                }
+                None if flags & libc::MAP_PRIVATE != 0 => backing.anonymous(gpa, region.as_ptr() as u64),
+                _ => backing,
+            }
+        })
+    }
+
+    /// Parts that something is said about.
+    pub fn parts(&self) -> usize {
+        self.parts.len()
+    }
+
+    pub(crate) fn into_parts(self) -> Vec<(GpaRange, Behind)> {
+        self.parts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::mmap::MmapRegionBuilder;
+    use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+
+    use super::*;
+
+    fn region(start: u64, flags: i32, file: Option<&Arc<File>>) -> Arc<GuestRegionMmap<()>> {
+        let builder = MmapRegionBuilder::new(1 << 20).with_mmap_flags(flags).with_mmap_prot(libc::PROT_READ);
+        let builder = match file {
+            Some(file) => builder.with_file_offset(FileOffset::from_arc(Arc::clone(file), 0)),
+            None => builder,
+        };
+        Arc::new(GuestRegionMmap::new(builder.build().unwrap(), GuestAddress(start)).unwrap())
+    }
+
+    #[test]
+    fn private_file_mappings_count_as_written_and_the_rest_is_recognised() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(1 << 20).unwrap();
+        let memory = GuestMemoryMmap::from_arc_regions(vec![
+            region(0, libc::MAP_SHARED, Some(&file)),
+            region(1 << 20, libc::MAP_PRIVATE, Some(&file)),
+            region(2 << 20, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None),
+            region(3 << 20, libc::MAP_SHARED | libc::MAP_ANONYMOUS, None),
+        ])
+        .unwrap();
+        let parts = Backing::of_mmap(&memory).into_parts();
+        let gpa = |start| GpaRange::new(start, 1 << 20).unwrap();
+        assert!(matches!(&parts[0], (range, Behind::SharedFile { offset: 0, .. }) if *range == gpa(0)));
+        assert!(matches!(&parts[1], (range, Behind::Anonymous { .. }) if *range == gpa(2 << 20)));
+        assert_eq!(parts.len(), 2);
+    }
+}
