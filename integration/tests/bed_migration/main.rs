@@ -102,9 +102,7 @@ fn guest_edu_and_mdev_move_by_the_dirty_ring() {
 fn guest_and_mdev_move_beside_a_page_table_that_tracks() {
     let Some(bed) = Bed::find("moving beside a page table") else { return };
     if bed.fact("kernel") != "own" || bed.fact("iommu") != "none" || bed.fact("scenario") == "no-vfio" {
-        eprintln!(
-            "SKIPPED moving beside a page table: only the own kernel has the mock domain, without an IOMMU"
-        );
+        skipped("moving beside a page table", "only the own kernel has the mock domain, without an IOMMU");
         return;
     }
     let Some(mdevs) = bed.two("moving beside a page table", "dirty_mdev") else { return };
