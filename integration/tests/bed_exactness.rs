@@ -13,11 +13,9 @@ use std::time::Duration;
 
 use vfio_migration::ledger::Attribution;
 use vfio_migration::migratable::MigratableDevice;
-use vfio_migration_integration::bed::{Bed, BedSetup, BedSide, EduDma, Mirror};
+use vfio_migration_integration::bed::{Bed, BedSetup, BedSide, EduDma, Here, Mirror};
 use vfio_migration_integration::device::stream_word;
-use vfio_migration_integration::vmm::{
-    AreaKind, MIN_RAM_BYTES, Memory, PAGE_BYTES, PAGE_LEN, RamLayout, Split,
-};
+use vfio_migration_integration::vmm::{AreaKind, MIN_RAM_BYTES, Memory, PAGE_BYTES, PAGE_LEN};
 use vm_memory::{Bytes, GuestAddress};
 
 const ROUNDS: u64 = 6;
@@ -78,16 +76,14 @@ impl Bench {
         let setup = BedSetup {
             memory_bytes: MIN_RAM_BYTES,
             dirty_ring_bytes,
+            vcpu_harvests: true,
             guest_rate: Some(2000),
             engine_rate: 0,
             seed: 77,
             mdev,
             edu: Some(edu),
         };
-        let memory = Memory::create(&RamLayout::new(MIN_RAM_BYTES, Split::default()).unwrap()).unwrap();
-        let files = memory.regions().iter().map(|region| region.file.try_clone().unwrap()).collect();
-        let side = BedSide::new(setup, files).unwrap();
-        let devices = side.migratable().unwrap();
+        let Here { side, devices, memory } = Here::new(setup).unwrap();
         side.boot().unwrap();
         let (pinned, held) = Default::default();
         Some(Self { side, devices, memory, position: 0, pinned, held, held_is_last: false })

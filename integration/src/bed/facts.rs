@@ -17,7 +17,7 @@ impl Bed {
     /// Reads what there is; outside the bed it says that `test` is skipped.
     pub fn find(test: &str) -> Option<Self> {
         let Ok(text) = fs::read_to_string(FACTS) else {
-            eprintln!("SKIPPED {test}: not inside the test bed (integration/testbed/run)");
+            skipped(test, "not inside the test bed (integration/testbed/run)");
             return None;
         };
         let facts = text.lines().filter_map(|line| line.split_once('='));
@@ -35,8 +35,14 @@ impl Bed {
         let two = names.try_into().ok();
         if two.is_none() {
             let (kernel, scenario) = (self.fact("kernel"), self.fact("scenario"));
-            eprintln!("SKIPPED {test}: no two {kind} in scenario {scenario} on the {kernel} kernel");
+            skipped(test, &format!("no two {kind} in scenario {scenario} on the {kernel} kernel"));
         }
         two
     }
+}
+
+/// Says that a test is skipped, on a line that tests on other threads do not break up.
+pub fn skipped(test: &str, why: &str) {
+    let line = format!("SKIPPED {test}: {why}\n");
+    eprint!("{line}");
 }

@@ -7,9 +7,8 @@
 #![expect(clippy::unwrap_used, reason = "a test's own steps must succeed")]
 
 use std::collections::BTreeSet;
-use std::process::Command;
 
-use vfio_migration_integration::bed::{Bed, BedSetup, Moving, Pair, process_main};
+use vfio_migration_integration::bed::{Bed, BedSetup, Moving, Pair, process_main, skipped};
 use vfio_migration_integration::demo::{Health, MigrationFigures};
 use vfio_migration_integration::vmm::MIN_RAM_BYTES;
 
@@ -22,12 +21,6 @@ fn process() {
     process_main().unwrap();
 }
 
-fn program() -> Command {
-    let mut program = Command::new(std::env::current_exe().unwrap());
-    program.args(["--exact", "process", "--ignored", "--nocapture"]);
-    program
-}
-
 /// A source and its destination, each with devices of its own.
 fn setups(mdevs: [String; 2], edus: Option<[String; 2]>) -> [BedSetup; 2] {
     let [first, second] = edus.map_or([None, None], |edus| edus.map(Some));
@@ -35,6 +28,7 @@ fn setups(mdevs: [String; 2], edus: Option<[String; 2]>) -> [BedSetup; 2] {
     let setup = |mdev, edu| BedSetup {
         memory_bytes: MIN_RAM_BYTES,
         dirty_ring_bytes: None,
+        vcpu_harvests: true,
         guest_rate: Some(400),
         engine_rate: 200,
         seed: 0x5eed,
@@ -46,10 +40,10 @@ fn setups(mdevs: [String; 2], edus: Option<[String; 2]>) -> [BedSetup; 2] {
 
 /// Moves a VM and checks that nothing is lost; returns what was measured.
 fn move_vm([source, destination]: &[BedSetup; 2]) -> MigrationFigures {
-    let mut pair = Pair::start(program, source, destination).unwrap();
+    let mut pair = Pair::start(source, destination).unwrap();
     let before = pair.check_source(1).unwrap();
     assert_well(&before);
-    let figures = pair.migrate(Moving::default(), || {}).unwrap();
+    let figures = pair.migrate(Moving::default()).unwrap();
     eprintln!("moved: {figures:?}");
     assert_eq!(pair.differing().unwrap(), BTreeSet::new(), "pages differ at the switchover");
 
@@ -108,9 +102,7 @@ fn guest_edu_and_mdev_move_by_the_dirty_ring() {
 fn guest_and_mdev_move_beside_a_page_table_that_tracks() {
     let Some(bed) = Bed::find("moving beside a page table") else { return };
     if bed.fact("kernel") != "own" || bed.fact("iommu") != "none" || bed.fact("scenario") == "no-vfio" {
-        eprintln!(
-            "SKIPPED moving beside a page table: only the own kernel has the mock domain, without an IOMMU"
-        );
+        skipped("moving beside a page table", "only the own kernel has the mock domain, without an IOMMU");
         return;
     }
     let Some(mdevs) = bed.two("moving beside a page table", "dirty_mdev") else { return };
