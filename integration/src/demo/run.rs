@@ -215,12 +215,18 @@ impl<'a> Demo<'a> {
             url,
             downtime_ms: if kill_in_round.is_some() { 0 } else { self.options.downtime_ms },
             timeout_s: self.options.timeout_s,
-            bandwidth_bytes_per_s: kill_in_round.map(|_| self.options.memory_bytes * 2),
+            bandwidth_bytes_per_s: self.slow_enough(kill_in_round.is_some()),
         })?;
         let deadline = started + Duration::from_secs(self.options.timeout_s) + GRACE;
         let (figures, socket_bytes) = self.follow(who, &mut destination, kill_in_round, deadline)?;
         (self.notify)(Note::Moved);
         Ok(Switchover { destination, figures, socket_bytes })
+    }
+
+    /// Caps the bandwidth where a fault needs time to show: a round to be killed in, a source's writes to be forgotten.
+    fn slow_enough(&self, kills: bool) -> Option<u64> {
+        let forgets = matches!(self.options.inject, Some(Inject::Forget(_)));
+        (kills || forgets).then_some(self.options.memory_bytes)
     }
 
     fn listen_url(&self) -> String {
