@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::control::Control;
+use super::control::{Control, Switchover};
 use super::lanes::{Lanes, Pipeline};
 use super::measuring::Measured;
 use super::progress::{Migration, Phase};
@@ -92,6 +92,7 @@ impl<'a, V: Vm> Session<'a, V> {
         control.config(&self.describe()?)?;
         self.arm()?;
         self.copy_memory(control)?;
+        control.hurry(self.switchover());
         let state = self.capture()?;
         self.copy_rest(control)?;
         control.state(&state)?;
@@ -164,6 +165,11 @@ impl<'a, V: Vm> Session<'a, V> {
         self.undo.vm_paused = None;
         self.measured.back_outs += 1;
         self.start_device_precopy()
+    }
+
+    /// Until when the stopped VM may stand still; `None` while it runs, and where it was paused before.
+    pub(super) fn switchover(&self) -> Option<Switchover> {
+        Some(Switchover::new(self.undo.vm_paused?, self.options.switchover_timeout()?))
     }
 
     /// Captures the stopped VM: the JSON text of State.

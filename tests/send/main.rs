@@ -368,6 +368,35 @@ fn a_migration_told_to_ignore_the_timeout_switches_over() {
     peer.end().0.assert_equals(&vm);
 }
 
+/// Sends to a receiver that holds the stopped VM up as `fault` says, and checks that it gets its time and no more.
+fn assert_a_held_switchover_is_given_up(fault: Fault, connections: u64) {
+    let mut vm = FakeVm::new(0);
+    let source = ScriptedSource::new(&vm.log, [Report::Pages(0..1), Report::Pages(0..8)]);
+    let mut machine = vm.builder().source(Box::new(source)).build().unwrap();
+    let peer = Peer::tcp(connections as usize, fault);
+    let mut options = options(&peer);
+    options.connections = ConnectionCount::new(connections).unwrap();
+    options.downtime_ms = 100;
+    options.limits.switchover_timeout = Duration::from_millis(300);
+    let began = Instant::now();
+    let error = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap_err();
+    // Four downtime limits are longer than the timeout.
+    assert!(matches!(error, SendError::SwitchoverTimedOut { limit_ms: 400 }), "{fault:?}: {error:?}");
+    assert_eq!(error.source_vm(), SourceVm::AsBefore);
+    assert!(began.elapsed() < Duration::from_millis(1900), "{fault:?}: {:?}", began.elapsed());
+    let log = log_of(&vm.log);
+    assert_eq!(log.last().map(String::as_str), Some("resume"), "{log:?}");
+    assert_retry_loses_nothing(&mut vm, &mut machine);
+}
+
+#[test]
+fn a_receiver_that_holds_the_stopped_vm_up_has_its_time_and_no_more() {
+    for connections in [1, 4] {
+        assert_a_held_switchover_is_given_up(Fault::Ignore(STATE), connections);
+        assert_a_held_switchover_is_given_up(Fault::IgnoreSecondPass, connections);
+    }
+}
+
 #[test]
 fn the_bandwidth_cap_holds_while_the_vm_runs() {
     let mut vm = FakeVm::new(0);
