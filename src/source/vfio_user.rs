@@ -44,6 +44,13 @@ pub enum VfioUserSourceError {
     Bitmap(#[from] ShortBitmap),
 }
 
+impl VfioUserSourceError {
+    /// Whether the connection to the device carries no more requests.
+    fn is_for_good(&self) -> bool {
+        matches!(self, Self::Client(error) if !error.leaves_connection_usable())
+    }
+}
+
 /// The DMA log of one vfio-user device, over all memory its client mapped for it.
 ///
 /// Each REPORT names just what one DMA_MAP did, since some servers take nothing else; only a bitmap over the server's
@@ -94,7 +101,9 @@ impl VfioUserSource {
     }
 
     fn failed(&self, operation: Operation, cause: impl Into<VfioUserSourceError>) -> SourceError {
-        SourceError::new(&self.id, operation, cause.into())
+        let cause = cause.into();
+        let gone = cause.is_for_good();
+        SourceError::new(&self.id, operation, cause).or_gone(gone)
     }
 
     /// Switches the log on over what is mapped now, or over everything.
@@ -114,14 +123,17 @@ impl VfioUserSource {
         vfio_user::lock(&self.client).stop_dma_logging()
     }
 
-    /// Reports every mapped range; a failure starts the log anew.
+    /// Reports every mapped range; a failure starts the log anew, unless the device is found to be gone.
     fn report(&mut self, sink: &mut Sink<'_>) -> Result<(), VfioUserSourceError> {
-        let reported = self.try_report(None, sink);
-        if reported.is_err() && self.on {
+        let Err(failure) = self.try_report(None, sink) else { return Ok(()) };
+        if self.on && !failure.is_for_good() {
             let _log_known_lost = self.disarm();
-            let _next_report_says_so = self.arm();
+            match self.arm().map_err(VfioUserSourceError::from) {
+                Err(gone) if gone.is_for_good() => return Err(gone),
+                _next_report_says_so => {}
+            }
         }
-        reported
+        Err(failure)
     }
 
     /// Reports the mapped ranges that share IOVAs with `within`, or all.

@@ -35,7 +35,7 @@ impl<V: Vm> Session<'_, V> {
         self.migration.enter(Phase::Precopy);
         loop {
             self.round(lanes)?;
-            let seen = self.take_stock();
+            let seen = self.take_stock()?;
             if self.options.complete_paused {
                 return Ok(());
             }

@@ -10,11 +10,16 @@ use super::rounds::{Bandwidth, Pace, SourceRates, rate};
 use super::send::SendError;
 use crate::device::{Basis, Estimate};
 use crate::ledger::{Attribution, Outstanding};
+use crate::migratable::MigratableDeviceError;
 use crate::precopy::{DeviceLeft, Forecast, Observation};
+use crate::source::SourceError;
 use crate::vm::Vm;
 
 /// Bytes of device state read in one round while the devices run.
 const DEVICE_BUDGET_BYTES: u64 = 64 << 20;
+
+/// Bytes of device state read between two looks whether the migration was cancelled.
+const DEVICE_PIECE_BYTES: u64 = 4 << 20;
 
 /// Figures of one migration.
 #[derive(Debug)]
@@ -115,24 +120,34 @@ impl<V: Vm> Session<'_, V> {
     }
 
     /// Collects between two rounds, reads what devices hand out, and measures.
-    pub(super) fn take_stock(&mut self) -> Observation {
+    pub(super) fn take_stock(&mut self) -> Result<Observation, SendError> {
         let left_over = self.left().pending_bytes;
-        self.collect();
+        self.collect()?;
         let since = self.measured.collected.elapsed();
         self.measured.collected = Instant::now();
         self.measured.dirty_rate = rate(self.left().pending_bytes - left_over, since);
         self.look_at_sources(since);
-        self.step_device_precopy();
-        let estimate = self.machine.devices().estimate();
+        self.step_device_precopy()?;
+        let estimate = self.machine.devices().estimate()?;
         let seen = self.observe(estimate);
         self.publish(&seen);
-        seen
+        Ok(seen)
     }
 
-    pub(super) fn collect(&mut self) {
-        for error in self.machine.collect() {
-            self.migration.degrade(error);
+    pub(super) fn collect(&mut self) -> Result<(), SendError> {
+        let failures = self.machine.collect();
+        self.bear(failures)
+    }
+
+    /// Goes on without what sources failed to report, all they cover being dirty; ends the migration where one is gone.
+    pub(super) fn bear(&mut self, failures: Vec<SourceError>) -> Result<(), SendError> {
+        for failure in failures {
+            if failure.gone {
+                return Err(MigratableDeviceError::from(failure).into());
+            }
+            self.migration.degrade(failure);
         }
+        Ok(())
     }
 
     fn look_at_sources(&mut self, since: Duration) {
@@ -140,11 +155,20 @@ impl<V: Vm> Session<'_, V> {
         self.measured.source_rates.look(self.machine.attribution(), page_bytes, since);
     }
 
-    /// A device whose PRE_COPY fails hands out its whole state in the downtime.
-    fn step_device_precopy(&mut self) {
-        if let Err(error) = self.machine.devices().precopy_step(DEVICE_BUDGET_BYTES) {
-            self.migration.degrade(error);
+    /// A device whose PRE_COPY fails hands out its whole state in the downtime; one that is gone ends the migration.
+    ///
+    /// A cancellation is heeded between two pieces of the state.
+    fn step_device_precopy(&mut self) -> Result<(), SendError> {
+        for _ in 0..DEVICE_BUDGET_BYTES / DEVICE_PIECE_BYTES {
+            self.migration.check()?;
+            match self.machine.devices().precopy_step(DEVICE_PIECE_BYTES) {
+                Ok(step) if step.drained || step.bytes == 0 => return Ok(()),
+                Ok(_) => {}
+                Err(error) if error.tells_of_lost_device() => return Err(error.into()),
+                Err(error) => self.migration.degrade(error),
+            }
         }
+        Ok(())
     }
 
     pub(super) fn start_device_precopy(&mut self) -> Result<(), SendError> {

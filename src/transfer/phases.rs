@@ -143,9 +143,8 @@ impl<'a, V: Vm> Session<'a, V> {
         self.undo.vm_paused = Some(Instant::now());
         self.vm.pause().map_err(vm_failed(VmOperation::Pause))?;
         let estimate = self.machine.devices().stop_for_copy()?;
-        for error in self.machine.collect_final() {
-            self.migration.degrade(error);
-        }
+        let failures = self.machine.collect_final();
+        self.bear(failures)?;
         let seen = self.observe(estimate);
         self.publish(&seen);
         if self.options.complete_paused {
@@ -183,7 +182,7 @@ impl<'a, V: Vm> Session<'a, V> {
     ///
     /// Imprecise sources have nothing to add: they speak of devices, and those stand still.
     fn copy_rest(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
-        self.collect();
+        self.collect()?;
         let Some(cursor) = self.undo.cursor else { return Ok(()) };
         self.machine.begin_round(cursor);
         while let Some(chunk) = self.machine.take(cursor, self.chunk_limits())? {

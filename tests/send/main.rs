@@ -426,6 +426,47 @@ fn a_failing_source_is_a_degradation_and_loses_nothing() {
 }
 
 #[test]
+fn a_source_that_is_gone_ends_the_migration_at_once() {
+    for before in [0, 2] {
+        let mut vm = FakeVm::new(2000);
+        let script = (0..before).map(|_| Report::Fail).chain([Report::Gone]);
+        let source = ScriptedSource::new(&vm.log, script);
+        let mut machine = vm.builder().source(Box::new(source)).build().unwrap();
+        let peer = Peer::unix(Fault::Slow(Duration::from_millis(2)));
+        let mut options = options(&peer);
+        options.downtime_ms = 1;
+        let migration = Migration::new();
+        let error = Sender::new(options).send(&mut vm, &mut machine, &migration).unwrap_err();
+        let SendError::Tracking(cause) = &error else { panic!("{error:?}") };
+        let source = std::error::Error::source(cause.as_ref()).unwrap().to_string();
+        assert_eq!(source, "Dirty source scripted cannot report dirty pages");
+        assert_eq!(migration.progress().round, before + 1);
+        assert_eq!(error.source_vm(), SourceVm::AsBefore);
+        assert!(vm.makes_progress());
+        assert_eq!(peer.end().0.commands().last(), Some(&ABANDON));
+    }
+}
+
+#[test]
+fn a_device_that_is_gone_ends_the_migration_at_once_with_its_name() {
+    for questions in [0, 1, 2, 4, 5, 6] {
+        let mut vm = FakeVm::new(20);
+        let mut machine = with_device(&vm, |io| io.gone_after = Some(questions));
+        let peer = Peer::unix(Fault::None);
+        let began = Instant::now();
+        let error = send(&peer, &mut vm, &mut machine).unwrap_err();
+        let mut causes =
+            std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
+        let named = causes.any(|cause| cause.to_string().contains("device \"net0\""));
+        assert!(named, "after {questions} questions: {error}");
+        assert_eq!(error.source_vm(), SourceVm::Stuck, "a device is missing: {error}");
+        assert!(vm.makes_progress(), "vCPUs run on");
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert_eq!(peer.end().0.commands().last(), Some(&ABANDON));
+    }
+}
+
+#[test]
 fn a_source_that_does_not_start_stops_the_migration_before_any_page() {
     let mut vm = FakeVm::new(5);
     let mut source = ScriptedSource::new(&vm.log, []);
