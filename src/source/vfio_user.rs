@@ -2,6 +2,8 @@
 
 //! DMA logging of a device in another process: what the device itself wrote.
 
+use std::time::{Duration, Instant};
+
 use thiserror::Error;
 
 use super::{Cover, DirtySource, Operation, ShortBitmap, Sink, SourceError};
@@ -39,10 +41,21 @@ pub enum VfioUserSourceError {
         /// The mapping.
         iova: IovaRange,
     },
+    /// The device takes so long over its log that nothing else of a migration would get done.
+    #[error("vfio-user device {device} did not report its log within {} s", .limit.as_secs())]
+    Slow {
+        /// The device's name.
+        device: String,
+        /// The time for all requests of one report together.
+        limit: Duration,
+    },
     /// The device's bitmap is too short.
     #[error(transparent)]
     Bitmap(#[from] ShortBitmap),
 }
+
+/// How long the requests of one report may take together; past it no other is begun.
+const REPORT_LIMIT: Duration = Duration::from_secs(20);
 
 impl VfioUserSourceError {
     /// Whether the connection to the device carries no more requests.
@@ -142,10 +155,11 @@ impl VfioUserSource {
         let Some(chosen) = self.granule else {
             return Err(VfioUserSourceError::NotRunning { device: client.device().to_owned() });
         };
+        let deadline = Instant::now() + REPORT_LIMIT;
         for index in 0..client.writeable_ranges().len() {
             let range = client.writeable_ranges()[index];
             if within.is_none_or(|within| within.intersection(range).is_some()) {
-                report_range(client, range, self.granule_for(range, chosen), sink)?;
+                report_range(client, range, self.granule_for(range, chosen), deadline, sink)?;
             }
         }
         Ok(())
@@ -162,9 +176,16 @@ fn report_range(
     client: &mut Client,
     range: IovaRange,
     granule: Granule,
+    deadline: Instant,
     sink: &mut Sink<'_>,
 ) -> Result<(), VfioUserSourceError> {
     for piece in range.pieces(client.report_bytes(granule)) {
+        if Instant::now() >= deadline {
+            return Err(VfioUserSourceError::Slow {
+                device: client.device().to_owned(),
+                limit: REPORT_LIMIT,
+            });
+        }
         let words = client.report_dma_log(piece, granule)?;
         sink.iova_words(piece, granule, words)?;
     }
