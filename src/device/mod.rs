@@ -216,7 +216,7 @@ impl DeviceError {
         Self { operation, cause, gone }
     }
 
-    /// As [`DeviceError::new`], for a cause that `gone` says more of: the device will not come back.
+    /// Adds what the back end knows of the cause: `gone` means that the device will not come back.
     #[must_use]
     pub fn or_gone(self, gone: bool) -> Self {
         Self { gone: self.gone || gone, ..self }

@@ -89,7 +89,7 @@ impl SourceError {
         Self { id: id.to_owned(), operation, cause, gone }
     }
 
-    /// As [`SourceError::new`], for a cause that `gone` says more of: what lies behind the source will not come back.
+    /// Adds what the back end knows of the cause: `gone` means that what lies behind the source will not come back.
     #[must_use]
     pub fn or_gone(self, gone: bool) -> Self {
         Self { gone: self.gone || gone, ..self }

@@ -220,6 +220,9 @@ impl<'a, V: Vm> Session<'a, V> {
             skipped_zero_bytes: progress.skipped_zero_bytes,
             unique_dirty_bytes,
             downtime,
+            downtime_exceeded: !self.options.complete_paused
+                && downtime > Duration::from_millis(self.options.downtime_ms),
+            forecast: progress.forecast,
             total,
             sources,
             device_state_bytes,

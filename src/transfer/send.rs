@@ -19,7 +19,7 @@ use super::url::{Endpoint, Url};
 use crate::device::DeviceSetError;
 use crate::granule::Granule;
 use crate::migratable::{MigratableDevice, MigratableDeviceError};
-use crate::precopy::{CancelReason, Policy, TimeoutStrategy};
+use crate::precopy::{CancelReason, Forecast, Policy, TimeoutStrategy};
 use crate::vm::{Vm, VmError};
 
 /// How to send a VM, and where to.
@@ -329,6 +329,10 @@ pub struct Sent {
     pub unique_dirty_bytes: u64,
     /// From pausing the VM to the receiver's word that it has it.
     pub downtime: Duration,
+    /// Whether that was longer than the limit; never for a VM that was paused before.
+    pub downtime_exceeded: bool,
+    /// What was to be expected when the VM had just been stopped: where the limit was exceeded, what was to blame.
+    pub forecast: Forecast,
     /// The whole of it.
     pub total: Duration,
     /// Who dirtied what during this migration.

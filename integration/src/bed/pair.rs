@@ -129,7 +129,13 @@ impl Pair {
         })?;
         let bandwidth_bytes_per_s = Some(moving.bytes_per_second);
         let downtime_ms = moving.downtime_ms;
-        self.source.send(&Command::Migrate { url, downtime_ms, timeout_s: 90, bandwidth_bytes_per_s })?;
+        self.source.send(&Command::Migrate {
+            url,
+            downtime_ms,
+            timeout_s: 90,
+            bandwidth_bytes_per_s,
+            insist: false,
+        })?;
         self.wait(Who::Source, |event| match event {
             Event::Progress(progress) => (progress.acknowledged_bytes > 0).then_some(()),
             _ => None,
