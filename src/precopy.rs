@@ -213,7 +213,7 @@ impl fmt::Display for CancelReason {
 
 /// Rounds that must have ended before a dirty rate is trusted enough to slow anybody down.
 const ROUNDS_BEFORE_THROTTLE: u32 = 2;
-/// Rounds that must have ended before a bandwidth is trusted enough to give up for it.
+/// Rounds that must have ended before a bandwidth, or a guess at a state's size, is trusted enough to give up for it.
 const ROUNDS_BEFORE_GIVING_UP: u32 = 5;
 const FIRST_THROTTLE_PERCENT: u8 = 20;
 const THROTTLE_STEP_PERCENT: u8 = 10;
@@ -275,10 +275,11 @@ impl Policy {
     fn hopeless(&self, seen: &Observation) -> Option<CancelReason> {
         let (bytes, state_ms) = (seen.device.bytes()?, seen.state_ms()?);
         let memory_ms = seen.expected_downtime_ms()?.saturating_sub(state_ms);
-        // A bandwidth may turn out higher than in the first rounds; what both ends get done does not.
-        let expected_ms = match seen.rounds < ROUNDS_BEFORE_GIVING_UP {
-            true => time_for(bytes.into(), seen.state_rate).unwrap_or(0),
-            false => state_ms,
+        // In the first rounds a bandwidth is not telling and a guess is often too high; what both ends get done is certain.
+        let expected_ms = match (seen.rounds < ROUNDS_BEFORE_GIVING_UP, seen.device) {
+            (false, _) => state_ms,
+            (true, DeviceLeft::Exact(_)) => time_for(bytes.into(), seen.state_rate)?,
+            (true, _) => return None,
         };
         let only_state = expected_ms > self.downtime_ms && memory_ms <= self.downtime_ms;
         let reason = CancelReason::DeviceStateTooLong { bytes, expected_ms, downtime_ms: self.downtime_ms };

@@ -244,6 +244,9 @@ fn a_device_state_that_alone_exceeds_the_limit_ends_precopy_before_the_timeout()
     let slow = Observation { bandwidth: 10 << 20, device: DeviceLeft::Exact(4 << 20), rounds: 1, ..heavy() };
     assert_eq!(cancel.decide(&slow), Decision::Continue, "a bandwidth of one round says little");
     assert!(matches!(cancel.decide(&Observation { rounds: 5, ..slow }), Decision::Cancel { .. }));
+    let guessed = Observation { device: DeviceLeft::Estimate(64 << 20), ..heavy() };
+    assert_eq!(cancel.decide(&guessed), Decision::Continue, "a first guess may be twice the state");
+    assert!(matches!(cancel.decide(&Observation { rounds: 5, ..guessed }), Decision::Cancel { .. }));
     let forecast = Forecast::new(&cancel, &heavy(), &[]);
     assert!(matches!(forecast, Forecast::Stuck(Blame::DeviceState { allowed_bytes: 45_000_000, .. })));
 }

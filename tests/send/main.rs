@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use peer::{ABANDON, COMPLETE, COMPLETE_PAUSED, CONFIG, Fault, MEMORY, Peer, START, STATE, Seen};
 use vfio_migration::device::{Device, DeviceState};
 use vfio_migration::migratable::MigratableDevice;
-use vfio_migration::precopy::{CancelReason, TimeoutStrategy};
+use vfio_migration::precopy::{Blame, CancelReason, Forecast, TimeoutStrategy};
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{
     Migration, Phase, SendError, SendOptions, SendOptionsError, SendStep, Sender, Sent, SourceVm,
@@ -635,6 +635,26 @@ fn a_switchover_that_turns_out_too_long_is_taken_back() {
     assert_eq!(sent.back_outs, 1);
     let log = log_of(&vm.log);
     assert_eq!(log, ["source on", "pause", "resume", "pause", "state", "source off"]);
+    peer.end().0.assert_equals(&vm);
+}
+
+#[test]
+fn a_device_state_beyond_the_limit_is_refused_early_or_sent_with_a_remark() {
+    let heavy = |vm: &FakeVm| with_device(vm, |io| io.size = Some(64 << 20));
+    let mut vm = FakeVm::new(5);
+    let began = Instant::now();
+    let mut machine = heavy(&vm);
+    let error = send(&Peer::unix(Fault::None), &mut vm, &mut machine).unwrap_err();
+    assert!(matches!(error, SendError::GivenUp(CancelReason::DeviceStateTooLong { .. })), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(5) && vm.makes_progress(), "{:?}", began.elapsed());
+
+    let peer = Peer::unix(Fault::Slow(Duration::from_millis(2)));
+    let mut options = options(&peer);
+    (options.downtime_ms, options.timeout_strategy) = (1, TimeoutStrategy::Ignore);
+    options.max_rounds = Some(8);
+    let sent = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap();
+    assert!(sent.downtime_exceeded, "{:?}", sent.downtime);
+    assert!(matches!(sent.forecast, Forecast::Stuck(Blame::DeviceState { .. })), "{}", sent.forecast);
     peer.end().0.assert_equals(&vm);
 }
 

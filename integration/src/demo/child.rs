@@ -268,8 +268,8 @@ fn progress_of(migration: &Migration) -> Progress {
 fn remark(sent: &Sent, downtime_ms: u64) -> Option<String> {
     let exceeded = format!("Downtime limit of {downtime_ms} ms exceeded");
     sent.downtime_exceeded.then(|| match &sent.forecast {
-        Forecast::Stuck(Blame::DeviceState { bytes, .. }) => {
-            format!("{exceeded}: device state of {} MiB is to blame", bytes >> 20)
+        Forecast::Stuck(Blame::DeviceState { .. }) => {
+            format!("{exceeded}: device state of {} MiB is to blame", sent.device_state_bytes >> 20)
         }
         Forecast::Stuck(blame) => format!("{exceeded}: {blame}"),
         _ => exceeded,
