@@ -91,8 +91,10 @@ pub struct Observation {
     pub bandwidth: u64,
     /// Bytes per second that become pending.
     pub dirty_rate: u64,
-    /// Device state that the downtime will carry.
+    /// Device state that the downtime will carry, as the devices count it.
     pub device: DeviceLeft,
+    /// Bytes of it per second that both ends get done, however much the connections carry; 0: as much as they carry.
+    pub state_rate: u64,
     /// Device state that its devices want read before they are stopped.
     pub device_initial_bytes: u64,
     /// Time since the migration began.
@@ -109,12 +111,30 @@ impl Observation {
     /// How long the VM would stand still if it were stopped now; `None` where that cannot be told.
     pub fn expected_downtime_ms(&self) -> Option<u64> {
         let memory = u128::from(self.pending_bytes) + u128::from(self.in_flight_bytes);
-        let bytes = memory + u128::from(self.device.bytes()?);
-        match (bytes, self.bandwidth) {
-            (0, _) => Some(0),
-            (_, 0) => None,
-            (bytes, bandwidth) => Some(ms_for(bytes, bandwidth)),
+        Some(time_for(memory, self.bandwidth)?.saturating_add(self.state_ms()?))
+    }
+
+    /// How much of that is for device state; `None` where that cannot be told.
+    pub fn state_ms(&self) -> Option<u64> {
+        let rate = if self.bandwidth == 0 { 0 } else { self.state_rate() };
+        time_for(self.device.bytes()?.into(), rate)
+    }
+
+    /// Bytes of device state per second: what both ends get done, but no more than arrives. In base64, three bytes are four.
+    fn state_rate(&self) -> u64 {
+        match self.state_rate {
+            0 => self.bandwidth,
+            rate => rate.min(self.bandwidth / 4 * 3).max(1),
         }
+    }
+}
+
+/// Milliseconds for `bytes`; `None` while the rate is unknown.
+fn time_for(bytes: u128, rate: u64) -> Option<u64> {
+    match (bytes, rate) {
+        (0, _) => Some(0),
+        (_, 0) => None,
+        (bytes, rate) => Some(ms_for(bytes, rate)),
     }
 }
 
@@ -151,6 +171,15 @@ pub enum CancelReason {
         /// The cap.
         max_rounds: u32,
     },
+    /// The device state alone takes longer than the downtime limit, and further rounds would not make it less.
+    DeviceStateTooLong {
+        /// Its bytes.
+        bytes: u64,
+        /// How long they take.
+        expected_ms: u64,
+        /// The limit.
+        downtime_ms: u64,
+    },
     /// Each time the VM was stopped, more was left than had been expected.
     SwitchoverTooLong {
         /// Times the VM was stopped and let run again.
@@ -167,6 +196,11 @@ impl fmt::Display for CancelReason {
                 write!(f, "not converged within the timeout of {timeout_ms} ms")
             }
             Self::OutOfRounds { max_rounds } => write!(f, "not converged within {max_rounds} rounds"),
+            Self::DeviceStateTooLong { bytes, expected_ms, downtime_ms } => write!(
+                f,
+                "device state of {} MiB takes about {expected_ms} ms, more than the downtime limit of {downtime_ms} ms",
+                bytes >> 20
+            ),
             Self::SwitchoverTooLong { back_outs, expected_downtime_ms: Some(ms) } => {
                 write!(f, "stopped VM {back_outs} times, and {ms} ms of downtime were still to come")
             }
@@ -179,6 +213,8 @@ impl fmt::Display for CancelReason {
 
 /// Rounds that must have ended before a dirty rate is trusted enough to slow anybody down.
 const ROUNDS_BEFORE_THROTTLE: u32 = 2;
+/// Rounds that must have ended before a bandwidth, or a guess at a state's size, is trusted enough to give up for it.
+const ROUNDS_BEFORE_GIVING_UP: u32 = 5;
 const FIRST_THROTTLE_PERCENT: u8 = 20;
 const THROTTLE_STEP_PERCENT: u8 = 10;
 const MAX_THROTTLE_PERCENT: u8 = 99;
@@ -192,14 +228,16 @@ impl Policy {
 
     /// Decides between two rounds, with the VM running.
     ///
-    /// A switchover waits for the devices' initial bytes, too. After each back-out the limit aimed at is halved, so that the next switchover has room for surprises.
+    /// A switchover waits for the devices' initial bytes, too. After each back-out the time aimed at for memory is halved, so
+    /// that the next switchover has room for surprises.
+    ///
+    /// Where memory fits the limit and only device state does not, further rounds gain nothing: the timeout counts as reached.
     pub fn decide(&self, seen: &Observation) -> Decision {
         let expected = seen.expected_downtime_ms();
-        let aim_ms = self.downtime_ms >> seen.back_outs.min(Self::MAX_BACK_OUTS);
-        if expected.is_some_and(|ms| ms <= aim_ms) && seen.device_initial_bytes == 0 {
+        if expected.is_some_and(|ms| ms <= self.aim_ms(seen)) && seen.device_initial_bytes == 0 {
             return Decision::SwitchOver { expected_downtime_ms: expected };
         }
-        match (self.exhausted(seen), self.timeout_strategy) {
+        match (self.exhausted(seen).or_else(|| self.hopeless(seen)), self.timeout_strategy) {
             (Some(reason), TimeoutStrategy::Cancel) => Decision::Cancel { reason },
             (Some(_), TimeoutStrategy::Ignore) => Decision::SwitchOver { expected_downtime_ms: expected },
             (None, _) => self.throttle(seen).map_or(Decision::Continue, Decision::ContinueThrottled),
@@ -215,7 +253,7 @@ impl Policy {
         let bearable =
             expected.is_some_and(|ms| ms <= self.downtime_ms.saturating_mul(Self::BACK_OUT_FACTOR));
         let strict = self.timeout_strategy == TimeoutStrategy::Cancel;
-        if bearable || (!strict && self.exhausted(seen).is_some()) {
+        if bearable || (!strict && self.exhausted(seen).or_else(|| self.hopeless(seen)).is_some()) {
             return Decision::SwitchOver { expected_downtime_ms: expected };
         }
         match self.exhausted(seen) {
@@ -225,6 +263,27 @@ impl Policy {
             }
             None => Decision::Continue,
         }
+    }
+
+    /// The downtime to switch over at: the limit, or after back-outs the device state's part of it and less for memory.
+    fn aim_ms(&self, seen: &Observation) -> u64 {
+        let state_ms = seen.state_ms().unwrap_or(0).min(self.downtime_ms);
+        state_ms + ((self.downtime_ms - state_ms) >> seen.back_outs.min(Self::MAX_BACK_OUTS))
+    }
+
+    /// Whether the device state alone breaks the limit, with all of it that should be read early read, and memory within it.
+    fn hopeless(&self, seen: &Observation) -> Option<CancelReason> {
+        let (bytes, state_ms) = (seen.device.bytes()?, seen.state_ms()?);
+        let memory_ms = seen.expected_downtime_ms()?.saturating_sub(state_ms);
+        // In the first rounds a bandwidth is not telling and a guess is often too high; what both ends get done is certain.
+        let expected_ms = match (seen.rounds < ROUNDS_BEFORE_GIVING_UP, seen.device) {
+            (false, _) => state_ms,
+            (true, DeviceLeft::Exact(_)) => time_for(bytes.into(), seen.state_rate)?,
+            (true, _) => return None,
+        };
+        let only_state = expected_ms > self.downtime_ms && memory_ms <= self.downtime_ms;
+        let reason = CancelReason::DeviceStateTooLong { bytes, expected_ms, downtime_ms: self.downtime_ms };
+        (only_state && seen.device_initial_bytes == 0).then_some(reason)
     }
 
     /// Whether the timeout, or the last round allowed, has been reached, and which.
@@ -325,12 +384,13 @@ impl Forecast {
         let Some(device_bytes) = seen.device.bytes() else {
             return Self::Stuck(Blame::DeviceSizeUnknown);
         };
-        let allowed_bytes = bytes_in(policy.downtime_ms, seen.bandwidth);
-        if device_bytes > allowed_bytes {
+        let left_ms = seen.state_ms().and_then(|state_ms| policy.downtime_ms.checked_sub(state_ms));
+        let Some(left_ms) = left_ms else {
+            let allowed_bytes = bytes_in(policy.downtime_ms, seen.state_rate());
             return Self::Stuck(Blame::DeviceState { bytes: device_bytes, allowed_bytes });
-        }
+        };
         let memory = seen.pending_bytes.saturating_add(seen.in_flight_bytes);
-        let above_limit = memory.saturating_sub(allowed_bytes - device_bytes);
+        let above_limit = memory.saturating_sub(bytes_in(left_ms, seen.bandwidth));
         match (above_limit, seen.bandwidth.saturating_sub(seen.dirty_rate)) {
             (0, _) => Self::Converges { in_ms: 0 },
             (_, 0) => Self::Stuck(blame(seen, sources)),

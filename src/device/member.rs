@@ -57,6 +57,17 @@ pub enum DeviceFailure {
     Reset,
 }
 
+impl DeviceFailure {
+    /// Whether the device is gone for good.
+    pub(super) fn tells_of_lost_device(&self) -> bool {
+        match self {
+            Self::Io(error) => error.gone,
+            Self::Stream(StreamError::Read { source, .. } | StreamError::Write { source, .. }) => source.gone,
+            _ => false,
+        }
+    }
+}
+
 /// A pass-through device: who it is, and its migration interface.
 pub struct Device {
     identity: Identity,
@@ -225,32 +236,38 @@ impl Device {
         Ok(self.stream.read_precopy(self.io.as_mut(), budget)?)
     }
 
-    /// Estimates what the device has still to hand over once it is stopped. Never fails: ignorance is an estimate too.
-    pub(super) fn estimate(&mut self) -> Estimate {
-        let (precopying, info) = match self.precopy_info() {
-            Ok(told) => told,
-            Err(failure) => return self.unknown(&failure),
-        };
+    /// Estimates what the device has still to hand over once it is stopped. Ignorance is an estimate too.
+    ///
+    /// # Errors
+    /// The device is gone for good.
+    pub(super) fn estimate(&mut self) -> Result<Estimate, DeviceFailure> {
+        match self.try_estimate() {
+            Err(failure) if !failure.tells_of_lost_device() => Ok(self.unknown(&failure)),
+            estimate => estimate,
+        }
+    }
+
+    fn try_estimate(&mut self) -> Result<Estimate, DeviceFailure> {
+        let (precopying, info) = self.precopy_info()?;
         if self.in_session && self.stream.is_complete() {
-            return Estimate::NOTHING;
+            return Ok(Estimate::NOTHING);
         }
         let initial_bytes = info.map_or(0, |info| info.initial_bytes);
         let precopy_bytes = info.map_or(0, |info| info.initial_bytes.saturating_add(info.dirty_bytes));
-        match self.io.data_size() {
-            Ok(Some(size)) => Estimate {
+        Ok(match self.io.data_size()? {
+            Some(size) => Estimate {
                 stop_copy_bytes: size.saturating_add(precopy_bytes),
                 initial_bytes,
                 basis: Basis::Told,
             },
-            Ok(None) => {
+            None => {
                 let stop_copy_bytes = precopy_bytes.max(self.guess());
                 // A device that has not paused once has initial bytes left, however many.
                 let unread = info.is_none() && precopying && self.stream.is_short_of_first_pause();
                 let initial_bytes = initial_bytes.max(unread.into());
                 Estimate { stop_copy_bytes, initial_bytes, basis: Basis::Guessed }
             }
-            Err(failure) => self.unknown(&failure.into()),
-        }
+        })
     }
 
     /// Asks whether PRE_COPY goes on and what it still has to bring; `None` where the interface has no such question.

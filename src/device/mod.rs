@@ -11,6 +11,8 @@ use std::fmt;
 
 use thiserror::Error;
 
+use crate::source::tells_of_lost_device;
+
 mod kernel;
 mod member;
 pub mod saved;
@@ -202,12 +204,22 @@ pub struct DeviceError {
     /// The interface's own error.
     #[source]
     pub cause: Box<dyn Error + Send + Sync>,
+    /// The device is gone for good: nothing can be asked of it any more.
+    pub gone: bool,
 }
 
 impl DeviceError {
-    /// Names the operation that `cause` stopped.
+    /// Names the operation that `cause` stopped. An `ENODEV` of the kernel in it means that the device is gone.
     pub fn new(operation: DeviceOperation, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { operation, cause: cause.into() }
+        let cause = cause.into();
+        let gone = tells_of_lost_device(&*cause);
+        Self { operation, cause, gone }
+    }
+
+    /// Adds what the back end knows of the cause: `gone` means that the device will not come back.
+    #[must_use]
+    pub fn or_gone(self, gone: bool) -> Self {
+        Self { gone: self.gone || gone, ..self }
     }
 }
 

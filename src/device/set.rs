@@ -62,6 +62,13 @@ pub enum DeviceSetError {
     },
 }
 
+impl DeviceSetError {
+    /// Whether it tells of a device that is gone for good: nothing can be asked of it any more.
+    pub fn tells_of_lost_device(&self) -> bool {
+        matches!(self, Self::Device { source, .. } if source.tells_of_lost_device())
+    }
+}
+
 /// What was being done with a device that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -70,6 +77,8 @@ pub enum Attempt {
     StartPrecopy,
     /// Reading its state while it runs.
     Precopy,
+    /// Asking how much state it has left.
+    Estimate,
     /// Stopping it.
     Stop,
     /// Saving its state.
@@ -87,6 +96,7 @@ impl std::fmt::Display for Attempt {
         f.write_str(match self {
             Self::StartPrecopy => "start precopy of",
             Self::Precopy => "read state of running",
+            Self::Estimate => "estimate state of",
             Self::Stop => "stop",
             Self::Save => "save state of",
             Self::Load => "load state of",
@@ -198,9 +208,16 @@ impl DeviceSet {
 
     /// Estimates what the devices have still to hand over once they are stopped, by asking each anew.
     ///
-    /// Ask again right before the switchover: `initial_bytes` may have grown again by then.
-    pub fn estimate(&mut self) -> Estimate {
-        self.devices.iter_mut().map(Device::estimate).fold(Estimate::NOTHING, Estimate::plus)
+    /// Ask again right before the switchover: `initial_bytes` may have grown again by then. A device that fails to tell is
+    /// an estimate, too.
+    ///
+    /// # Errors
+    /// A device is gone for good.
+    pub fn estimate(&mut self) -> Result<Estimate, DeviceSetError> {
+        self.devices.iter_mut().try_fold(Estimate::NOTHING, |sum, device| {
+            let estimate = device.estimate().map_err(failed(device, Attempt::Estimate))?;
+            Ok(sum.plus(estimate))
+        })
     }
 
     /// Moves all devices to STOP, for a pause. Ends PRE_COPY and drops what was read in it.
@@ -345,7 +362,7 @@ impl DeviceSet {
 
     fn try_stop(&mut self, goal: DeviceState) -> Result<Estimate, DeviceSetError> {
         self.each(Attempt::Stop, |device| device.quiesce(goal))?;
-        let estimate = if goal.is_saving() { self.estimate() } else { Estimate::NOTHING };
+        let estimate = if goal.is_saving() { self.estimate()? } else { Estimate::NOTHING };
         self.each(Attempt::Stop, |device| device.go(goal))?;
         Ok(estimate)
     }

@@ -39,6 +39,14 @@ pub enum VfioUserDeviceError {
     },
 }
 
+impl VfioUserDeviceError {
+    /// Names what the error stopped. A connection that carries no more requests takes the device with it.
+    fn during(self, operation: DeviceOperation) -> DeviceError {
+        let gone = matches!(&self, Self::Client(error) if !error.leaves_connection_usable());
+        DeviceError::new(operation, self).or_gone(gone)
+    }
+}
+
 /// The migration interface of a vfio-user device.
 ///
 /// The protocol has no question for the bytes left, so [`DeviceIo::precopy_info`] and [`DeviceIo::data_size`] are `None`.
@@ -97,25 +105,25 @@ impl DeviceIo for VfioUserDevice {
 
     fn state(&mut self) -> Result<DeviceState, DeviceError> {
         let state = state(&mut vfio_user::lock(&self.client));
-        self.state = state.map_err(|cause| DeviceError::new(DeviceOperation::State, cause))?;
+        self.state = state.map_err(|cause| cause.during(DeviceOperation::State))?;
         Ok(self.state)
     }
 
     fn set_state(&mut self, state: DeviceState) -> Result<(), DeviceError> {
         self.drained = false;
         let set = vfio_user::lock(&self.client).set_device_state(state as u32);
-        set.map_err(|cause| DeviceError::new(DeviceOperation::SetState(state), cause))?;
+        set.map_err(|cause| VfioUserDeviceError::from(cause).during(DeviceOperation::SetState(state)))?;
         self.state = state;
         Ok(())
     }
 
     fn read_data(&mut self, buffer: &mut [u8]) -> Result<DataRead, DeviceError> {
-        self.try_read(buffer).map_err(|cause| DeviceError::new(DeviceOperation::ReadData, cause))
+        self.try_read(buffer).map_err(|cause| cause.during(DeviceOperation::ReadData))
     }
 
     fn write_data(&mut self, data: &[u8]) -> Result<(), DeviceError> {
         let written = vfio_user::lock(&self.client).write_migration_data(data);
-        written.map_err(|cause| DeviceError::new(DeviceOperation::WriteData, cause))
+        written.map_err(|cause| VfioUserDeviceError::from(cause).during(DeviceOperation::WriteData))
     }
 
     fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
@@ -128,7 +136,7 @@ impl DeviceIo for VfioUserDevice {
 
     fn reset(&mut self) -> Result<(), DeviceError> {
         let reset = vfio_user::lock(&self.client).reset();
-        reset.map_err(|cause| DeviceError::new(DeviceOperation::Reset, cause))?;
+        reset.map_err(|cause| VfioUserDeviceError::from(cause).during(DeviceOperation::Reset))?;
         (self.state, self.drained) = (DeviceState::Running, false);
         Ok(())
     }

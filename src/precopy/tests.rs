@@ -29,10 +29,10 @@ fn observations() -> impl Strategy<Value = Observation> {
         Just(DeviceLeft::Unknown),
     ];
     let initial = prop_oneof![Just(0), any::<u64>()];
-    let bytes = (any_or_small(), any_or_small(), any_or_small(), any_or_small(), initial);
+    let bytes = (any_or_small(), any_or_small(), any_or_small(), any_or_small(), any_or_small(), initial);
     (bytes, device, 0..150_000u64, 0..50u32, 0..=100u8, 0..5u32).prop_map(
         |(
-            (pending_bytes, in_flight_bytes, bandwidth, dirty_rate, device_initial_bytes),
+            (pending_bytes, in_flight_bytes, bandwidth, dirty_rate, state_rate, device_initial_bytes),
             device,
             elapsed_ms,
             rounds,
@@ -45,6 +45,7 @@ fn observations() -> impl Strategy<Value = Observation> {
                 bandwidth,
                 dirty_rate,
                 device,
+                state_rate,
                 device_initial_bytes,
                 elapsed_ms,
                 rounds,
@@ -67,6 +68,7 @@ proptest! {
     #[test]
     fn more_bandwidth_never_delays_a_switchover(policy in policies(), seen in observations(), more in any_or_small()) {
         let faster = Observation { bandwidth: seen.bandwidth.saturating_add(more), ..seen };
+        prop_assume!(policy.hopeless(&seen).is_none(), "which is no longer so when more rounds gain something");
         prop_assert!(!switches_over(policy.decide(&seen)) || switches_over(policy.decide(&faster)));
         prop_assert!(!switches_over(policy.confirm(&seen)) || switches_over(policy.confirm(&faster)));
     }
@@ -80,7 +82,8 @@ proptest! {
     #[test]
     fn an_estimate_above_the_limit_switches_over_only_when_told_to_ignore_it(policy in policies(), seen in observations()) {
         let within = seen.expected_downtime_ms().is_some_and(|ms| ms <= policy.downtime_ms);
-        let told = policy.timeout_strategy == TimeoutStrategy::Ignore && policy.exhausted(&seen).is_some();
+        let given = policy.exhausted(&seen).or_else(|| policy.hopeless(&seen));
+        let told = policy.timeout_strategy == TimeoutStrategy::Ignore && given.is_some();
         prop_assert!(!switches_over(policy.decide(&seen)) || within || told);
     }
 
@@ -204,6 +207,55 @@ fn a_device_state_beyond_the_limit_is_to_blame_before_any_source() {
     let seen = Observation { device: DeviceLeft::Estimate(GIB), dirty_rate: 0, ..losing() };
     let forecast = Forecast::new(&Policy::default(), &seen, &[]);
     assert!(matches!(forecast, Forecast::Stuck(Blame::DeviceState { bytes: GIB, .. })), "{forecast}");
+}
+
+/// A device state that takes 447 ms, with little else left.
+fn heavy() -> Observation {
+    Observation {
+        pending_bytes: 1 << 20,
+        bandwidth: GIB,
+        device: DeviceLeft::Exact(64 << 20),
+        state_rate: 150_000_000,
+        rounds: 2,
+        ..Observation::default()
+    }
+}
+
+#[test]
+fn a_device_state_that_alone_exceeds_the_limit_ends_precopy_before_the_timeout() {
+    let cancel = Policy::default();
+    let Decision::Cancel { reason } = cancel.decide(&heavy()) else {
+        panic!("{:?}", cancel.decide(&heavy()))
+    };
+    assert_eq!(
+        reason.to_string(),
+        "device state of 64 MiB takes about 448 ms, more than the downtime limit of 300 ms"
+    );
+    let ignore = Policy { timeout_strategy: TimeoutStrategy::Ignore, ..cancel };
+    assert_eq!(ignore.decide(&heavy()), Decision::SwitchOver { expected_downtime_ms: Some(449) });
+    let tight = Policy { downtime_ms: 100, ..ignore };
+    assert!(switches_over(tight.confirm(&heavy())), "no back-out makes it less");
+    for policy in [cancel, ignore] {
+        let much = Observation { pending_bytes: GIB, ..heavy() };
+        assert_eq!(policy.decide(&much), Decision::Continue, "rounds still gain something");
+        let early = Observation { device_initial_bytes: 1, ..heavy() };
+        assert_eq!(policy.decide(&early), Decision::Continue, "it may be read while the VM runs");
+    }
+    let slow = Observation { bandwidth: 10 << 20, device: DeviceLeft::Exact(4 << 20), rounds: 1, ..heavy() };
+    assert_eq!(cancel.decide(&slow), Decision::Continue, "a bandwidth of one round says little");
+    assert!(matches!(cancel.decide(&Observation { rounds: 5, ..slow }), Decision::Cancel { .. }));
+    let guessed = Observation { device: DeviceLeft::Estimate(64 << 20), ..heavy() };
+    assert_eq!(cancel.decide(&guessed), Decision::Continue, "a first guess may be twice the state");
+    assert!(matches!(cancel.decide(&Observation { rounds: 5, ..guessed }), Decision::Cancel { .. }));
+    let forecast = Forecast::new(&cancel, &heavy(), &[]);
+    assert!(matches!(forecast, Forecast::Stuck(Blame::DeviceState { allowed_bytes: 45_000_000, .. })));
+}
+
+#[test]
+fn a_back_out_takes_nothing_from_the_time_for_device_state() {
+    let seen = Observation { device: DeviceLeft::Exact(30_000_000), back_outs: 3, ..heavy() };
+    assert_eq!(seen.state_ms(), Some(200));
+    assert!(switches_over(Policy::default().decide(&seen)));
 }
 
 #[test]

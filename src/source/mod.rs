@@ -77,13 +77,32 @@ pub struct SourceError {
     /// The interface's own error.
     #[source]
     pub cause: Box<dyn Error + Send + Sync>,
+    /// What the source reports on is gone for good: no later attempt can succeed, and a migration that needs it must end.
+    pub gone: bool,
 }
 
 impl SourceError {
-    /// Names the source and the operation that `cause` stopped.
+    /// Names the source and the operation that `cause` stopped. An `ENODEV` of the kernel in it means that the device is gone.
     pub fn new(id: &str, operation: Operation, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { id: id.to_owned(), operation, cause: cause.into() }
+        let cause = cause.into();
+        let gone = tells_of_lost_device(&*cause);
+        Self { id: id.to_owned(), operation, cause, gone }
     }
+
+    /// Adds what the back end knows of the cause: `gone` means that what lies behind the source will not come back.
+    #[must_use]
+    pub fn or_gone(self, gone: bool) -> Self {
+        Self { gone: self.gone || gone, ..self }
+    }
+}
+
+/// Whether a kernel says that the device behind it is no more.
+pub(crate) fn tells_of_lost_device(error: &(dyn Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |&error| error.source());
+    causes.any(|cause| {
+        let cause: Option<&std::io::Error> = cause.downcast_ref();
+        cause.and_then(std::io::Error::raw_os_error) == Some(libc::ENODEV)
+    })
 }
 
 /// The pages a source speaks for.
@@ -448,6 +467,19 @@ mod tests {
             .gpa_words(range, Granule::KIB_4, &[1 << 17])
             .unwrap();
         assert_eq!(marked(&layout, &marks.dirty), BTreeSet::from([64 << 10]));
+    }
+
+    #[test]
+    fn a_kernel_that_has_no_such_device_any_more_tells_that_it_is_gone() {
+        let report = |errno| {
+            let iova = IovaRange::new(0, 4096).unwrap();
+            let source = std::io::Error::from_raw_os_error(errno);
+            SourceError::new("device-log", Operation::Collect, DeviceLogError::Report { iova, source }).gone
+        };
+        assert!(report(libc::ENODEV));
+        assert!(!report(libc::EIO));
+        assert!(!SourceError::new("kvm-log", Operation::Collect, "broken").gone);
+        assert!(SourceError::new("kvm-log", Operation::Collect, "broken").or_gone(true).gone);
     }
 
     #[test]

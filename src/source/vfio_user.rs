@@ -2,6 +2,8 @@
 
 //! DMA logging of a device in another process: what the device itself wrote.
 
+use std::time::{Duration, Instant};
+
 use thiserror::Error;
 
 use super::{Cover, DirtySource, Operation, ShortBitmap, Sink, SourceError};
@@ -39,9 +41,27 @@ pub enum VfioUserSourceError {
         /// The mapping.
         iova: IovaRange,
     },
+    /// The device takes so long over its log that nothing else of a migration would get done.
+    #[error("vfio-user device {device} did not report its log within {} s", .limit.as_secs())]
+    Slow {
+        /// The device's name.
+        device: String,
+        /// The time for all requests of one report together.
+        limit: Duration,
+    },
     /// The device's bitmap is too short.
     #[error(transparent)]
     Bitmap(#[from] ShortBitmap),
+}
+
+/// How long the requests of one report may take together; past it no other is begun.
+const REPORT_LIMIT: Duration = Duration::from_secs(20);
+
+impl VfioUserSourceError {
+    /// Whether the connection to the device carries no more requests.
+    fn is_for_good(&self) -> bool {
+        matches!(self, Self::Client(error) if !error.leaves_connection_usable())
+    }
 }
 
 /// The DMA log of one vfio-user device, over all memory its client mapped for it.
@@ -94,7 +114,9 @@ impl VfioUserSource {
     }
 
     fn failed(&self, operation: Operation, cause: impl Into<VfioUserSourceError>) -> SourceError {
-        SourceError::new(&self.id, operation, cause.into())
+        let cause = cause.into();
+        let gone = cause.is_for_good();
+        SourceError::new(&self.id, operation, cause).or_gone(gone)
     }
 
     /// Switches the log on over what is mapped now, or over everything.
@@ -114,14 +136,17 @@ impl VfioUserSource {
         vfio_user::lock(&self.client).stop_dma_logging()
     }
 
-    /// Reports every mapped range; a failure starts the log anew.
+    /// Reports every mapped range; a failure starts the log anew, unless the device is found to be gone.
     fn report(&mut self, sink: &mut Sink<'_>) -> Result<(), VfioUserSourceError> {
-        let reported = self.try_report(None, sink);
-        if reported.is_err() && self.on {
+        let Err(failure) = self.try_report(None, sink) else { return Ok(()) };
+        if self.on && !failure.is_for_good() {
             let _log_known_lost = self.disarm();
-            let _next_report_says_so = self.arm();
+            match self.arm().map_err(VfioUserSourceError::from) {
+                Err(gone) if gone.is_for_good() => return Err(gone),
+                _next_report_says_so => {}
+            }
         }
-        reported
+        Err(failure)
     }
 
     /// Reports the mapped ranges that share IOVAs with `within`, or all.
@@ -130,10 +155,11 @@ impl VfioUserSource {
         let Some(chosen) = self.granule else {
             return Err(VfioUserSourceError::NotRunning { device: client.device().to_owned() });
         };
+        let deadline = Instant::now() + REPORT_LIMIT;
         for index in 0..client.writeable_ranges().len() {
             let range = client.writeable_ranges()[index];
             if within.is_none_or(|within| within.intersection(range).is_some()) {
-                report_range(client, range, self.granule_for(range, chosen), sink)?;
+                report_range(client, range, self.granule_for(range, chosen), deadline, sink)?;
             }
         }
         Ok(())
@@ -150,9 +176,16 @@ fn report_range(
     client: &mut Client,
     range: IovaRange,
     granule: Granule,
+    deadline: Instant,
     sink: &mut Sink<'_>,
 ) -> Result<(), VfioUserSourceError> {
     for piece in range.pieces(client.report_bytes(granule)) {
+        if Instant::now() >= deadline {
+            return Err(VfioUserSourceError::Slow {
+                device: client.device().to_owned(),
+                limit: REPORT_LIMIT,
+            });
+        }
         let words = client.report_dma_log(piece, granule)?;
         sink.iova_words(piece, granule, words)?;
     }

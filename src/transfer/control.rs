@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryBackend;
 
@@ -30,14 +30,50 @@ pub(super) struct Control<'a> {
     migration: &'a Migration,
     /// `None` while it carries precopied memory, and once an exchange on it was cut short.
     connection: Option<Connection>,
+    switchover: Option<Switchover>,
     completing: bool,
+}
+
+/// Until when the VM may stand still before it is handed over.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Switchover {
+    paused: Instant,
+    limit: Duration,
+}
+
+impl Switchover {
+    /// Begins with the pause.
+    pub(super) fn new(paused: Instant, limit: Duration) -> Self {
+        Self { paused, limit }
+    }
+
+    fn left(self) -> Duration {
+        self.limit.saturating_sub(self.paused.elapsed())
+    }
+
+    /// Looks whether the VM may stand still any longer.
+    pub(super) fn check(self) -> Result<(), SendError> {
+        match self.left() {
+            Duration::ZERO => Err(SendError::SwitchoverTimedOut { limit_ms: self.limit.as_millis() }),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl<'a> Control<'a> {
     /// Connects to the receiver.
     pub(super) fn connect(options: &'a SendOptions, migration: &'a Migration) -> Result<Self, SendError> {
         let connection = Some(dial(options, migration, SendStep::Connect)?);
-        Ok(Self { options, migration, connection, completing: false })
+        Ok(Self { options, migration, connection, switchover: None, completing: false })
+    }
+
+    /// Cuts every exchange short, from here to the Complete, once the switchover has taken too long.
+    pub(super) fn hurry(&mut self, switchover: Option<Switchover>) {
+        self.switchover = switchover;
+    }
+
+    fn check_switchover(&self) -> Result<(), SendError> {
+        self.switchover.map_or(Ok(()), Switchover::check)
     }
 
     /// Agrees on the protocol.
@@ -72,6 +108,7 @@ impl<'a> Control<'a> {
     /// [`SendError::Peer`]: the receiver said that it does not; [`SendError::OutcomeUnknown`]: it did not say.
     pub(super) fn complete(&mut self, paused: bool) -> Result<(), SendError> {
         let command = if paused { Command::CompletePaused } else { Command::Complete };
+        self.check_switchover()?;
         self.migration.pass_return()?;
         let mut connection = self.take(SendStep::Complete)?;
         self.completing = true;
@@ -126,7 +163,7 @@ impl<'a> Control<'a> {
         self.exchange(step, bytes, |connection| send(connection, request, payload))
     }
 
-    /// Makes an exchange that a cancellation cuts short. The connection is kept only if the receiver may be asked again.
+    /// Makes an exchange that a cancellation, or the end of the time for the switchover, cuts short. The connection is kept only if the receiver may be asked again.
     fn exchange(
         &mut self,
         step: SendStep,
@@ -134,7 +171,9 @@ impl<'a> Control<'a> {
         say: impl FnOnce(&mut Connection) -> Result<(), PeerError>,
     ) -> Result<(), SendError> {
         self.migration.check()?;
+        self.check_switchover()?;
         let mut connection = self.take(step)?;
+        connection.end_at(self.switchover.map(Switchover::left));
         let handle = connection.handle();
         let within = match step {
             SendStep::Start => self.options.limits.handshake_timeout,
@@ -149,9 +188,13 @@ impl<'a> Control<'a> {
             },
         )?;
         if matches!(answer, Ok(_) | Err(PeerError::Refused)) {
+            connection.end_at(None);
             self.connection = Some(connection);
         }
         self.migration.check()?;
+        if answer.is_err() {
+            self.check_switchover()?;
+        }
         answer.map_err(failed(step))?;
         self.migration.count_acknowledged(bytes);
         Ok(())

@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::control::Switchover;
 use super::exchange::PeerError;
 use super::lanes::{Content, Event, Lanes};
 use super::phases::Session;
@@ -34,7 +35,7 @@ impl<V: Vm> Session<'_, V> {
         self.migration.enter(Phase::Precopy);
         loop {
             self.round(lanes)?;
-            let seen = self.take_stock();
+            let seen = self.take_stock()?;
             if self.options.complete_paused {
                 return Ok(());
             }
@@ -144,8 +145,9 @@ impl<V: Vm> Session<'_, V> {
         }
     }
 
-    /// Gives up in the middle of a round when the time is up and the VM still runs.
+    /// Gives up in the middle of a round when the time is up: for precopy while the VM runs, for the switchover afterwards.
     fn check_time(&self) -> Result<(), SendError> {
+        self.switchover().map_or(Ok(()), Switchover::check)?;
         match self.time_is_up() && self.policy.timeout_strategy == TimeoutStrategy::Cancel {
             true => {
                 let timeout_ms = self.policy.timeout_ms;

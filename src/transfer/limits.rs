@@ -99,10 +99,18 @@ pub struct Limits {
     pub answer_timeout: Duration,
     /// How long a sender waits for the answer to a Complete, which a receiver may write everything to disk before; 1 h.
     pub complete_timeout: Duration,
+    /// How long a sender holds its VM stopped before it tells the receiver to run it; 30 s, or
+    /// [`Limits::SWITCHOVER_DOWNTIMES`] downtime limits where those are longer. Then the VM runs on at the source.
+    pub switchover_timeout: Duration,
     /// The slowest peer tolerated in the middle of a message; 64 KiB in 30 s.
     pub pace: Pace,
     /// How long a failed connection is read on, so that the peer finds the answer that says so; 500 ms.
     pub linger: Duration,
+}
+
+impl Limits {
+    /// Downtime limits that a switchover may take, however short [`Limits::switchover_timeout`] is.
+    pub const SWITCHOVER_DOWNTIMES: u32 = 4;
 }
 
 impl Default for Limits {
@@ -120,6 +128,7 @@ impl Default for Limits {
             idle_timeout: Duration::from_secs(120),
             answer_timeout: Duration::from_secs(300),
             complete_timeout: Duration::from_secs(60 * 60),
+            switchover_timeout: Duration::from_secs(30),
             pace: Pace { window: Duration::from_secs(30), bytes: 64 << 10 },
             linger: Duration::from_millis(500),
         }

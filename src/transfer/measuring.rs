@@ -10,11 +10,20 @@ use super::rounds::{Bandwidth, Pace, SourceRates, rate};
 use super::send::SendError;
 use crate::device::{Basis, Estimate};
 use crate::ledger::{Attribution, Outstanding};
+use crate::migratable::MigratableDeviceError;
 use crate::precopy::{DeviceLeft, Forecast, Observation};
+use crate::source::SourceError;
 use crate::vm::Vm;
 
 /// Bytes of device state read in one round while the devices run.
 const DEVICE_BUDGET_BYTES: u64 = 64 << 20;
+
+/// Bytes of device state read between two looks whether the migration was cancelled.
+const DEVICE_PIECE_BYTES: u64 = 4 << 20;
+
+/// Bytes of device state per second, as the devices count it, that are read, put into base64 and JSON, checked, sent, and
+/// taken apart again at the receiver. Rather too few: the text is a third longer, and no step of this overlaps another.
+const STATE_BYTES_PER_SECOND: u64 = 150_000_000;
 
 /// Figures of one migration.
 #[derive(Debug)]
@@ -115,24 +124,34 @@ impl<V: Vm> Session<'_, V> {
     }
 
     /// Collects between two rounds, reads what devices hand out, and measures.
-    pub(super) fn take_stock(&mut self) -> Observation {
+    pub(super) fn take_stock(&mut self) -> Result<Observation, SendError> {
         let left_over = self.left().pending_bytes;
-        self.collect();
+        self.collect()?;
         let since = self.measured.collected.elapsed();
         self.measured.collected = Instant::now();
         self.measured.dirty_rate = rate(self.left().pending_bytes - left_over, since);
         self.look_at_sources(since);
-        self.step_device_precopy();
-        let estimate = self.machine.devices().estimate();
+        self.step_device_precopy()?;
+        let estimate = self.machine.devices().estimate()?;
         let seen = self.observe(estimate);
         self.publish(&seen);
-        seen
+        Ok(seen)
     }
 
-    pub(super) fn collect(&mut self) {
-        for error in self.machine.collect() {
-            self.migration.degrade(error);
+    pub(super) fn collect(&mut self) -> Result<(), SendError> {
+        let failures = self.machine.collect();
+        self.bear(failures)
+    }
+
+    /// Goes on without what sources failed to report, all they cover being dirty; ends the migration where one is gone.
+    pub(super) fn bear(&mut self, failures: Vec<SourceError>) -> Result<(), SendError> {
+        for failure in failures {
+            if failure.gone {
+                return Err(MigratableDeviceError::from(failure).into());
+            }
+            self.migration.degrade(failure);
         }
+        Ok(())
     }
 
     fn look_at_sources(&mut self, since: Duration) {
@@ -140,11 +159,20 @@ impl<V: Vm> Session<'_, V> {
         self.measured.source_rates.look(self.machine.attribution(), page_bytes, since);
     }
 
-    /// A device whose PRE_COPY fails hands out its whole state in the downtime.
-    fn step_device_precopy(&mut self) {
-        if let Err(error) = self.machine.devices().precopy_step(DEVICE_BUDGET_BYTES) {
-            self.migration.degrade(error);
+    /// A device whose PRE_COPY fails hands out its whole state in the downtime; one that is gone ends the migration.
+    ///
+    /// A cancellation is heeded between two pieces of the state.
+    fn step_device_precopy(&mut self) -> Result<(), SendError> {
+        for _ in 0..DEVICE_BUDGET_BYTES / DEVICE_PIECE_BYTES {
+            self.migration.check()?;
+            match self.machine.devices().precopy_step(DEVICE_PIECE_BYTES) {
+                Ok(step) if step.drained || step.bytes == 0 => return Ok(()),
+                Ok(_) => {}
+                Err(error) if error.tells_of_lost_device() => return Err(error.into()),
+                Err(error) => self.migration.degrade(error),
+            }
         }
+        Ok(())
     }
 
     pub(super) fn start_device_precopy(&mut self) -> Result<(), SendError> {
@@ -160,6 +188,7 @@ impl<V: Vm> Session<'_, V> {
             bandwidth: self.measured.bandwidth(),
             dirty_rate: self.measured.dirty_rate,
             device: self.device_left(estimate),
+            state_rate: STATE_BYTES_PER_SECOND,
             device_initial_bytes: estimate.initial_bytes,
             elapsed_ms: self.elapsed_ms(),
             rounds: self.measured.rounds,
@@ -173,13 +202,12 @@ impl<V: Vm> Session<'_, V> {
         if self.undo.vm_paused.is_some() { 0 } else { self.machine.imprecise_bytes() }
     }
 
-    /// What the State message will carry of the devices. All their state is in it, what PRE_COPY brought too, as base64.
+    /// What the State message will carry of the devices. All their state is in it, what PRE_COPY brought too.
     fn device_left(&mut self, estimate: Estimate) -> DeviceLeft {
         let bytes = self.machine.devices().precopy_bytes().saturating_add(estimate.stop_copy_bytes);
-        let encoded = bytes.div_ceil(3).saturating_mul(4);
         match estimate.basis {
-            Basis::Told => DeviceLeft::Exact(encoded),
-            Basis::Guessed => DeviceLeft::Estimate(encoded),
+            Basis::Told => DeviceLeft::Exact(bytes),
+            Basis::Guessed => DeviceLeft::Estimate(bytes),
             Basis::Unknown => DeviceLeft::Unknown,
         }
     }
@@ -215,5 +243,28 @@ impl<V: Vm> Session<'_, V> {
                 },
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_of_64_mib_is_known_to_exceed_300_ms_on_any_connection() {
+        for bandwidth in [1, 100 << 20, 1 << 30, u64::MAX] {
+            let device = DeviceLeft::Exact(64 << 20);
+            let seen = Observation {
+                bandwidth,
+                device,
+                state_rate: STATE_BYTES_PER_SECOND,
+                ..Observation::default()
+            };
+            assert!(
+                seen.expected_downtime_ms() > Some(400),
+                "{bandwidth}: {:?}",
+                seen.expected_downtime_ms()
+            );
+        }
     }
 }

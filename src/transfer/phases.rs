@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::control::Control;
+use super::control::{Control, Switchover};
 use super::lanes::{Lanes, Pipeline};
 use super::measuring::Measured;
 use super::progress::{Migration, Phase};
@@ -92,6 +92,7 @@ impl<'a, V: Vm> Session<'a, V> {
         control.config(&self.describe()?)?;
         self.arm()?;
         self.copy_memory(control)?;
+        control.hurry(self.switchover());
         let state = self.capture()?;
         self.copy_rest(control)?;
         control.state(&state)?;
@@ -142,9 +143,8 @@ impl<'a, V: Vm> Session<'a, V> {
         self.undo.vm_paused = Some(Instant::now());
         self.vm.pause().map_err(vm_failed(VmOperation::Pause))?;
         let estimate = self.machine.devices().stop_for_copy()?;
-        for error in self.machine.collect_final() {
-            self.migration.degrade(error);
-        }
+        let failures = self.machine.collect_final();
+        self.bear(failures)?;
         let seen = self.observe(estimate);
         self.publish(&seen);
         if self.options.complete_paused {
@@ -166,6 +166,11 @@ impl<'a, V: Vm> Session<'a, V> {
         self.start_device_precopy()
     }
 
+    /// Until when the stopped VM may stand still; `None` while it runs, and where it was paused before.
+    pub(super) fn switchover(&self) -> Option<Switchover> {
+        Some(Switchover::new(self.undo.vm_paused?, self.options.switchover_timeout()?))
+    }
+
     /// Captures the stopped VM: the JSON text of State.
     fn capture(&mut self) -> Result<Vec<u8>, SendError> {
         let devices = self.machine.devices().save()?;
@@ -177,7 +182,7 @@ impl<'a, V: Vm> Session<'a, V> {
     ///
     /// Imprecise sources have nothing to add: they speak of devices, and those stand still.
     fn copy_rest(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
-        self.collect();
+        self.collect()?;
         let Some(cursor) = self.undo.cursor else { return Ok(()) };
         self.machine.begin_round(cursor);
         while let Some(chunk) = self.machine.take(cursor, self.chunk_limits())? {
@@ -215,6 +220,9 @@ impl<'a, V: Vm> Session<'a, V> {
             skipped_zero_bytes: progress.skipped_zero_bytes,
             unique_dirty_bytes,
             downtime,
+            downtime_exceeded: !self.options.complete_paused
+                && downtime > Duration::from_millis(self.options.downtime_ms),
+            forecast: progress.forecast,
             total,
             sources,
             device_state_bytes,

@@ -17,8 +17,9 @@ use super::progress::{Cancelled, Degradation, Migration, SourceProgress};
 use super::tls::ClientTls;
 use super::url::{Endpoint, Url};
 use crate::device::DeviceSetError;
+use crate::granule::Granule;
 use crate::migratable::{MigratableDevice, MigratableDeviceError};
-use crate::precopy::{CancelReason, Policy, TimeoutStrategy};
+use crate::precopy::{CancelReason, Forecast, Policy, TimeoutStrategy};
 use crate::vm::{Vm, VmError};
 
 /// How to send a VM, and where to.
@@ -91,13 +92,20 @@ impl SendOptions {
         }
     }
 
+    /// How long the VM may stand still before the receiver is told to run it; `None` where it stands still anyway.
+    pub(super) fn switchover_timeout(&self) -> Option<Duration> {
+        let downtime = Duration::from_millis(self.downtime_ms);
+        let least = downtime.saturating_mul(Limits::SWITCHOVER_DOWNTIMES);
+        (!self.complete_paused).then(|| self.limits.switchover_timeout.max(least))
+    }
+
     fn check(&self) -> Result<(), SendOptionsError> {
         let in_bounds = |option, value, bounds: RangeInclusive<u64>| match bounds.contains(&value) {
             true => Ok(()),
             false => Err(SendOptionsError::OutOfBounds { option, value, bounds }),
         };
         in_bounds("window", self.window as u64, 1..=64)?;
-        in_bounds("chunk_bytes", self.chunk_bytes, 4096..=64 << 20)?;
+        in_bounds("chunk_bytes", self.chunk_bytes, Granule::host_page().bytes()..=64 << 20)?;
         in_bounds("bandwidth", self.bandwidth.unwrap_or(u64::MAX), 1..=u64::MAX)?;
         if self.connections != ConnectionCount::ONE && matches!(self.url.endpoint(), Endpoint::Unix(_)) {
             return Err(SendOptionsError::OneConnectionOnly {
@@ -202,6 +210,12 @@ pub enum SendError {
     /// The policy gave up.
     #[error("Migration was given up: {0}")]
     GivenUp(CancelReason),
+    /// The VM stood still for too long before the receiver could be told to run it.
+    #[error("VM stood still for {limit_ms} ms, and the receiver did not have all of it yet")]
+    SwitchoverTimedOut {
+        /// How long it may: see [`Limits::switchover_timeout`].
+        limit_ms: u128,
+    },
     /// The connection failed, or the receiver broke the protocol or refused.
     #[error("Cannot {step}")]
     Peer {
@@ -315,6 +329,10 @@ pub struct Sent {
     pub unique_dirty_bytes: u64,
     /// From pausing the VM to the receiver's word that it has it.
     pub downtime: Duration,
+    /// Whether that was longer than the limit; never for a VM that was paused before.
+    pub downtime_exceeded: bool,
+    /// What was to be expected when the VM had just been stopped: where the limit was exceeded, what was to blame.
+    pub forecast: Forecast,
     /// The whole of it.
     pub total: Duration,
     /// Who dirtied what during this migration.

@@ -19,7 +19,7 @@ use super::message::{
     RegionInfo,
 };
 use super::version::{
-    Capabilities, MAX_DATA_XFER_BYTES, MAX_VERSION_DATA_BYTES, MigrationCapability, Version,
+    Capabilities, MAX_DATA_XFER_BYTES, MAX_VERSION_DATA_BYTES, MIN_BITMAP_BYTES, MigrationCapability, Version,
 };
 use crate::granule::Granule;
 use crate::range::IovaRange;
@@ -76,7 +76,8 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// The server does not answer, refuses, speaks another major version, or allows no data transfer at all.
+    /// The server does not answer, refuses, speaks another major version, or allows no data transfer at all, or dirty
+    /// bitmaps under [`MIN_BITMAP_BYTES`] only.
     pub fn connect(stream: UnixStream, device: impl Into<String>, options: &Options) -> Result<Self, Error> {
         let limit = options.max_data_xfer_bytes.clamp(1, MAX_DATA_XFER_BYTES);
         let proposal = Version::current(Capabilities {
@@ -447,6 +448,10 @@ fn accept(proposal: &Version, server: Version) -> Result<Version, DecodeError> {
     if server.minor > proposal.minor {
         let (value, limit) = (server.minor.into(), proposal.minor.into());
         return Err(DecodeError::OverLimit { what: "minor version", value, limit });
+    }
+    let bitmap_bytes = server.capabilities.bitmap_bytes();
+    if bitmap_bytes < MIN_BITMAP_BYTES {
+        return Err(DecodeError::Invalid { what: "max_bitmap_size", value: bitmap_bytes });
     }
     match server.capabilities.data_xfer_bytes() {
         0 => Err(DecodeError::Invalid { what: "max_data_xfer_size", value: 0 }),

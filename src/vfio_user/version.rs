@@ -17,6 +17,9 @@ pub const MINOR: u16 = 1;
 pub const MAX_VERSION_DATA_BYTES: usize = 16 << 10;
 /// What a peer that announces no `max_data_xfer_size` takes, in bytes.
 pub const DEFAULT_DATA_XFER_BYTES: u64 = 1 << 20;
+/// Smallest dirty bitmap that a server's limit may allow in one message, in bytes: 8 MiB of memory at 4 KiB, so that the log
+/// of a VM of 2 GiB takes 256 requests at most.
+pub const MIN_BITMAP_BYTES: u64 = 256;
 /// Largest data transfer this library makes, whatever the peer allows, in bytes.
 pub const MAX_DATA_XFER_BYTES: u64 = 16 << 20;
 

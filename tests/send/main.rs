@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use peer::{ABANDON, COMPLETE, COMPLETE_PAUSED, CONFIG, Fault, MEMORY, Peer, START, STATE, Seen};
 use vfio_migration::device::{Device, DeviceState};
 use vfio_migration::migratable::MigratableDevice;
-use vfio_migration::precopy::{CancelReason, TimeoutStrategy};
+use vfio_migration::precopy::{Blame, CancelReason, Forecast, TimeoutStrategy};
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{
     Migration, Phase, SendError, SendOptions, SendOptionsError, SendStep, Sender, Sent, SourceVm,
@@ -368,6 +368,35 @@ fn a_migration_told_to_ignore_the_timeout_switches_over() {
     peer.end().0.assert_equals(&vm);
 }
 
+/// Sends to a receiver that holds the stopped VM up as `fault` says, and checks that it gets its time and no more.
+fn assert_a_held_switchover_is_given_up(fault: Fault, connections: u64) {
+    let mut vm = FakeVm::new(0);
+    let source = ScriptedSource::new(&vm.log, [Report::Pages(0..1), Report::Pages(0..8)]);
+    let mut machine = vm.builder().source(Box::new(source)).build().unwrap();
+    let peer = Peer::tcp(connections as usize, fault);
+    let mut options = options(&peer);
+    options.connections = ConnectionCount::new(connections).unwrap();
+    options.downtime_ms = 100;
+    options.limits.switchover_timeout = Duration::from_millis(300);
+    let began = Instant::now();
+    let error = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap_err();
+    // Four downtime limits are longer than the timeout.
+    assert!(matches!(error, SendError::SwitchoverTimedOut { limit_ms: 400 }), "{fault:?}: {error:?}");
+    assert_eq!(error.source_vm(), SourceVm::AsBefore);
+    assert!(began.elapsed() < Duration::from_millis(1900), "{fault:?}: {:?}", began.elapsed());
+    let log = log_of(&vm.log);
+    assert_eq!(log.last().map(String::as_str), Some("resume"), "{log:?}");
+    assert_retry_loses_nothing(&mut vm, &mut machine);
+}
+
+#[test]
+fn a_receiver_that_holds_the_stopped_vm_up_has_its_time_and_no_more() {
+    for connections in [1, 4] {
+        assert_a_held_switchover_is_given_up(Fault::Ignore(STATE), connections);
+        assert_a_held_switchover_is_given_up(Fault::IgnoreSecondPass, connections);
+    }
+}
+
 #[test]
 fn the_bandwidth_cap_holds_while_the_vm_runs() {
     let mut vm = FakeVm::new(0);
@@ -394,6 +423,47 @@ fn a_failing_source_is_a_degradation_and_loses_nothing() {
     assert_eq!(sent.degradations.len(), 1);
     assert_eq!(sent.degradations[0].to_string(), "Dirty source scripted cannot report dirty pages (3 times)",);
     assert_eq!(migration.progress().degradations.len(), 1);
+}
+
+#[test]
+fn a_source_that_is_gone_ends_the_migration_at_once() {
+    for before in [0, 2] {
+        let mut vm = FakeVm::new(2000);
+        let script = (0..before).map(|_| Report::Fail).chain([Report::Gone]);
+        let source = ScriptedSource::new(&vm.log, script);
+        let mut machine = vm.builder().source(Box::new(source)).build().unwrap();
+        let peer = Peer::unix(Fault::Slow(Duration::from_millis(2)));
+        let mut options = options(&peer);
+        options.downtime_ms = 1;
+        let migration = Migration::new();
+        let error = Sender::new(options).send(&mut vm, &mut machine, &migration).unwrap_err();
+        let SendError::Tracking(cause) = &error else { panic!("{error:?}") };
+        let source = std::error::Error::source(cause.as_ref()).unwrap().to_string();
+        assert_eq!(source, "Dirty source scripted cannot report dirty pages");
+        assert_eq!(migration.progress().round, before + 1);
+        assert_eq!(error.source_vm(), SourceVm::AsBefore);
+        assert!(vm.makes_progress());
+        assert_eq!(peer.end().0.commands().last(), Some(&ABANDON));
+    }
+}
+
+#[test]
+fn a_device_that_is_gone_ends_the_migration_at_once_with_its_name() {
+    for questions in [0, 1, 2, 4, 5, 6] {
+        let mut vm = FakeVm::new(20);
+        let mut machine = with_device(&vm, |io| io.gone_after = Some(questions));
+        let peer = Peer::unix(Fault::None);
+        let began = Instant::now();
+        let error = send(&peer, &mut vm, &mut machine).unwrap_err();
+        let mut causes =
+            std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
+        let named = causes.any(|cause| cause.to_string().contains("device \"net0\""));
+        assert!(named, "after {questions} questions: {error}");
+        assert_eq!(error.source_vm(), SourceVm::Stuck, "a device is missing: {error}");
+        assert!(vm.makes_progress(), "vCPUs run on");
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert_eq!(peer.end().0.commands().last(), Some(&ABANDON));
+    }
 }
 
 #[test]
@@ -565,6 +635,26 @@ fn a_switchover_that_turns_out_too_long_is_taken_back() {
     assert_eq!(sent.back_outs, 1);
     let log = log_of(&vm.log);
     assert_eq!(log, ["source on", "pause", "resume", "pause", "state", "source off"]);
+    peer.end().0.assert_equals(&vm);
+}
+
+#[test]
+fn a_device_state_beyond_the_limit_is_refused_early_or_sent_with_a_remark() {
+    let heavy = |vm: &FakeVm| with_device(vm, |io| io.size = Some(64 << 20));
+    let mut vm = FakeVm::new(5);
+    let began = Instant::now();
+    let mut machine = heavy(&vm);
+    let error = send(&Peer::unix(Fault::None), &mut vm, &mut machine).unwrap_err();
+    assert!(matches!(error, SendError::GivenUp(CancelReason::DeviceStateTooLong { .. })), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(5) && vm.makes_progress(), "{:?}", began.elapsed());
+
+    let peer = Peer::unix(Fault::Slow(Duration::from_millis(2)));
+    let mut options = options(&peer);
+    (options.downtime_ms, options.timeout_strategy) = (1, TimeoutStrategy::Ignore);
+    options.max_rounds = Some(8);
+    let sent = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap();
+    assert!(sent.downtime_exceeded, "{:?}", sent.downtime);
+    assert!(matches!(sent.forecast, Forecast::Stuck(Blame::DeviceState { .. })), "{}", sent.forecast);
     peer.end().0.assert_equals(&vm);
 }
 

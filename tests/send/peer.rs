@@ -35,6 +35,8 @@ pub(crate) enum Fault {
     Refuse(u16),
     /// Reads the header of this command, and then neither reads nor answers, until the source goes away.
     Ignore(u16),
+    /// Neither reads nor answers what comes of memory once there was as much as there is RAM.
+    IgnoreSecondPass,
     /// Waits so long before it answers each Memory.
     Slow(Duration),
 }
@@ -199,7 +201,7 @@ impl Talk {
         let command = u16::from_le_bytes(header[..2].try_into().unwrap());
         let length = u64::from_le_bytes(header[8..].try_into().unwrap());
         let headers = header[2..8].try_into().unwrap();
-        if self.fault == Fault::Ignore(command) {
+        if self.fault == Fault::Ignore(command) || self.is_ignored_second_pass(command) {
             let seen = Seen { connection: self.connection, command, headers, table: vec![], payload: vec![] };
             self.transcript.lock().unwrap().seen.push(seen);
             return self.sit_there();
@@ -240,6 +242,11 @@ impl Talk {
         response[0] = status;
         self.stream.write_all(&response)?;
         Ok(Some(command))
+    }
+
+    fn is_ignored_second_pass(&self, command: u16) -> bool {
+        let bytes = self.transcript.lock().unwrap().bytes as u64;
+        self.fault == Fault::IgnoreSecondPass && command == MEMORY && bytes > PAGES * PAGE
     }
 
     fn sit_there(&mut self) -> io::Result<Option<u16>> {

@@ -234,6 +234,7 @@ impl Vm for FakeVm {
 pub(crate) enum Report {
     Pages(std::ops::Range<u64>),
     Fail,
+    Gone,
 }
 
 /// A source that says what its script says, and nothing once that is over.
@@ -278,6 +279,7 @@ impl DirtySource for ScriptedSource {
                 Ok(())
             }
             Some(Report::Fail) => Err(Self::broken(Operation::Collect)),
+            Some(Report::Gone) => Err(Self::broken(Operation::Collect).or_gone(true)),
             None => Ok(()),
         }
     }
@@ -313,12 +315,23 @@ pub(crate) struct FakeDevice {
     pub(crate) writes: Option<(Arc<Memory>, u64)>,
     /// Fails the next move to this state.
     pub(crate) fail: Option<DeviceState>,
+    /// Answers so many questions where it is, and then it is gone.
+    pub(crate) gone_after: Option<u32>,
 }
 
 impl FakeDevice {
     pub(crate) fn new(log: &Log, data: &[u8]) -> Self {
         let (state, data) = (DeviceState::Running, data.to_vec());
-        Self { log: Arc::clone(log), state, data, read: 0, size: Some(0), writes: None, fail: None }
+        Self {
+            log: Arc::clone(log),
+            state,
+            data,
+            read: 0,
+            size: Some(0),
+            writes: None,
+            fail: None,
+            gone_after: None,
+        }
     }
 
     /// Bytes handed out in PRE_COPY.
@@ -333,6 +346,11 @@ impl DeviceIo for FakeDevice {
     }
 
     fn state(&mut self) -> Result<DeviceState, DeviceError> {
+        match &mut self.gone_after {
+            Some(0) => return Err(DeviceError::new(DeviceOperation::State, "no such device").or_gone(true)),
+            Some(questions) => *questions -= 1,
+            None => {}
+        }
         Ok(self.state)
     }
 
@@ -379,6 +397,9 @@ impl DeviceIo for FakeDevice {
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
+        if self.gone_after == Some(0) {
+            return Err(DeviceError::new(DeviceOperation::Reset, "no such device").or_gone(true));
+        }
         note(&self.log, "reset");
         self.state = DeviceState::Running;
         Ok(())

@@ -134,7 +134,13 @@ impl Pair {
         })?;
         let bandwidth_bytes_per_s = Some(moving.bytes_per_second);
         let downtime_ms = moving.downtime_ms;
-        self.source.send(&Command::Migrate { url, downtime_ms, timeout_s: 90, bandwidth_bytes_per_s })?;
+        self.source.send(&Command::Migrate {
+            url,
+            downtime_ms,
+            timeout_s: 90,
+            bandwidth_bytes_per_s,
+            insist: false,
+        })?;
         let figures = self.wait(Who::Source, |event| match event {
             Event::Migrated(figures) => Some(figures),
             _ => None,

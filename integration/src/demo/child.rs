@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use vfio_migration::migratable::MigratableDevice;
+use vfio_migration::precopy::{Blame, Forecast, TimeoutStrategy};
 use vfio_migration::source::KvmLogMode;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
@@ -130,11 +131,14 @@ impl<S: Hosted> Child<S> {
         self.answer(|child| child.side.start().map(|()| Event::Ready))?;
         while let Ok(command) = self.commands.recv() {
             self.answer(|child| match command {
-                Command::Migrate { url, downtime_ms, timeout_s, bandwidth_bytes_per_s } => {
+                Command::Migrate { url, downtime_ms, timeout_s, bandwidth_bytes_per_s, insist } => {
                     let mut options = SendOptions::new(url.parse()?);
                     options.downtime_ms = downtime_ms;
                     options.timeout_s = timeout_s;
                     options.bandwidth = bandwidth_bytes_per_s;
+                    if insist {
+                        options.timeout_strategy = TimeoutStrategy::Ignore;
+                    }
                     child.migrate(options)
                 }
                 Command::Check { passes } => child.side.check(passes).map(Event::Health),
@@ -171,7 +175,7 @@ impl<S: Hosted> Child<S> {
     }
 
     fn migrate(&mut self, options: SendOptions) -> anyhow::Result<Event> {
-        let migration = Migration::new();
+        let (migration, downtime_ms) = (Migration::new(), options.downtime_ms);
         *self.migration.lock().unwrap_or_else(PoisonError::into_inner) = migration.clone();
         let mut vm = self.side.source();
         let (over, events) = (AtomicBool::new(false), &self.events);
@@ -191,7 +195,7 @@ impl<S: Hosted> Child<S> {
             over.store(true, Ordering::SeqCst);
             sent
         })?;
-        Ok(Event::Migrated(figures_of(&sent)))
+        Ok(Event::Migrated(figures_of(&sent, downtime_ms)))
     }
 
     fn receive(&mut self, url: &str) -> anyhow::Result<Event> {
@@ -260,7 +264,19 @@ fn progress_of(migration: &Migration) -> Progress {
     }
 }
 
-fn figures_of(sent: &Sent) -> MigrationFigures {
+/// Tells that the VM stood still for longer than it should have, and why if that was foreseen.
+fn remark(sent: &Sent, downtime_ms: u64) -> Option<String> {
+    let exceeded = format!("Downtime limit of {downtime_ms} ms exceeded");
+    sent.downtime_exceeded.then(|| match &sent.forecast {
+        Forecast::Stuck(Blame::DeviceState { .. }) => {
+            format!("{exceeded}: device state of {} MiB is to blame", sent.device_state_bytes >> 20)
+        }
+        Forecast::Stuck(blame) => format!("{exceeded}: {blame}"),
+        _ => exceeded,
+    })
+}
+
+fn figures_of(sent: &Sent, downtime_ms: u64) -> MigrationFigures {
     let source = |source: &vfio_migration::transfer::SourceProgress| SourceReport {
         id: source.id.clone(),
         pages: source.attribution.pages,
@@ -279,6 +295,7 @@ fn figures_of(sent: &Sent) -> MigrationFigures {
             precopy_bytes: sent.device_precopy_bytes,
         },
         degradations: sent.degradations.iter().map(degradation).collect(),
+        remark: remark(sent, downtime_ms),
     }
 }
 

@@ -58,8 +58,14 @@ pub(super) struct DeviceSetup {
 /// What the parent asks of a child.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Command {
-    /// Source: migrate to `url`.
-    Migrate { url: String, downtime_ms: u64, timeout_s: u64, bandwidth_bytes_per_s: Option<u64> },
+    /// Source: migrate to `url`; `insist` on it even where the downtime limit cannot be kept.
+    Migrate {
+        url: String,
+        downtime_ms: u64,
+        timeout_s: u64,
+        bandwidth_bytes_per_s: Option<u64>,
+        insist: bool,
+    },
     /// Source: give up the migration under way.
     Cancel,
     /// Destination: bind to `url` and wait for a source.

@@ -44,6 +44,8 @@ pub struct MigrationFigures {
     pub device: DeviceReport,
     /// What failed on the way.
     pub degradations: Vec<String>,
+    /// That the downtime limit was exceeded, and what is to blame.
+    pub remark: Option<String>,
 }
 
 /// What one source of dirty pages reported over the whole migration.

@@ -216,10 +216,14 @@ impl<'a> Demo<'a> {
             downtime_ms: if kill_in_round.is_some() { 0 } else { self.options.downtime_ms },
             timeout_s: self.options.timeout_s,
             bandwidth_bytes_per_s: self.slow_enough(kill_in_round.is_some()),
+            insist: kill_in_round.is_none(),
         })?;
         let deadline = started + Duration::from_secs(self.options.timeout_s) + GRACE;
         let (figures, socket_bytes) = self.follow(who, &mut destination, kill_in_round, deadline)?;
         (self.notify)(Note::Moved);
+        if let Some(remark) = &figures.remark {
+            self.say(remark.clone());
+        }
         Ok(Switchover { destination, figures, socket_bytes })
     }
 

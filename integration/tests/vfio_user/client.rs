@@ -174,7 +174,7 @@ fn state_moves_to_another_device_which_goes_on_where_the_first_stopped() {
             assert!(image.len() > 256 << 10, "the initial bytes");
             wait_for_position(&mut source, 300);
             let dirty = read_all(&mut source);
-            assert!(!dirty.is_empty() && dirty.len() < 100 << 10, "{} dirty bytes", dirty.len());
+            assert!(!dirty.is_empty(), "what the device wrote since");
             image.extend(dirty);
         }
         wait_for_position(&mut source, 500);

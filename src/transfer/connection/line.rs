@@ -74,6 +74,11 @@ impl Line {
         self.stopwatch.wait_until(Instant::now(), within);
     }
 
+    /// Lets no read or write last longer than `within` from now, until this is taken back with `None`.
+    pub(super) fn end_at(&mut self, within: Option<Duration>) {
+        self.stopwatch.end_at(Instant::now(), within);
+    }
+
     /// Asks reads and writes to keep the pace.
     pub(super) fn keep_pace(&mut self) {
         self.stopwatch.keep_pace();

@@ -173,6 +173,13 @@ impl Connection {
         self.line().handle()
     }
 
+    /// Lets no wait, of whatever kind, last longer than `within` from now; `None` takes that back.
+    ///
+    /// A wait that is cut short fails with [`Stall::Late`], and leaves the connection in the middle of a message.
+    pub fn end_at(&mut self, within: Option<Duration>) {
+        self.line_mut().end_at(within);
+    }
+
     /// Waits up to `within` for a message's first byte, then reads its first `N` bytes at the pace.
     ///
     /// # Errors

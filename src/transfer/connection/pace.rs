@@ -19,6 +19,12 @@ pub enum Stall {
         /// How long it was waited for.
         waited: Duration,
     },
+    /// The time set for all that is said on the connection is over.
+    #[error("Time of {:.3} s for the exchange is over", .allowed.as_secs_f64())]
+    Late {
+        /// How long it was, when it was set.
+        allowed: Duration,
+    },
     /// Bytes come or go too slowly in the middle of a message.
     #[error("Peer stalled: {bytes} bytes in {:.3} s of waiting", .waited.as_secs_f64())]
     Slow {
@@ -49,6 +55,8 @@ pub(super) struct Stopwatch {
     waited: Duration,
     bytes: u64,
     until: Option<Deadline>,
+    /// Past which no wait begins, whatever the others say.
+    end: Option<Deadline>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -57,16 +65,27 @@ struct Deadline {
     at: Instant,
 }
 
+impl Deadline {
+    fn new(now: Instant, within: Duration) -> Self {
+        // A deadline past the end of time is none that matters: a year stands for it.
+        let year = Duration::from_secs(365 * 24 * 60 * 60);
+        Self { begun: now, at: now + within.min(year) }
+    }
+}
+
 impl Stopwatch {
     pub(super) fn new(pace: Pace) -> Self {
-        Self { pace, waited: Duration::ZERO, bytes: 0, until: None }
+        Self { pace, waited: Duration::ZERO, bytes: 0, until: None, end: None }
     }
 
     /// Lets waits last until `within` from `now`, whatever moves meanwhile.
     pub(super) fn wait_until(&mut self, now: Instant, within: Duration) {
-        // A deadline past the end of time is none that matters: a year stands for it.
-        let year = Duration::from_secs(365 * 24 * 60 * 60);
-        self.until = Some(Deadline { begun: now, at: now + within.min(year) });
+        self.until = Some(Deadline::new(now, within));
+    }
+
+    /// Lets no wait last longer than `within` from `now`, neither at the pace nor with a deadline of its own.
+    pub(super) fn end_at(&mut self, now: Instant, within: Option<Duration>) {
+        self.end = within.map(|within| Deadline::new(now, within));
     }
 
     /// Asks for the pace again.
@@ -88,6 +107,11 @@ impl Stopwatch {
 
     /// Checks whether another wait may begin at `now`.
     pub(super) fn check(&self, now: Instant) -> Result<(), Stall> {
+        if let Some(Deadline { begun, at }) = self.end
+            && now >= at
+        {
+            return Err(Stall::Late { allowed: at - begun });
+        }
         match self.until {
             Some(Deadline { begun, at }) if now >= at => Err(Stall::Silent { waited: now - begun }),
             None if self.waited >= self.pace.window => {
@@ -140,6 +164,20 @@ mod tests {
             Ok(()),
             "waits with a deadline do not count"
         );
+    }
+
+    #[test]
+    fn an_end_is_the_end_of_waits_of_either_kind() {
+        let mut stopwatch = Stopwatch::new(PACE);
+        let now = Instant::now();
+        let late = Err(Stall::Late { allowed: Duration::from_secs(3) });
+        stopwatch.end_at(now, Some(Duration::from_secs(3)));
+        assert_eq!(stopwatch.check(now + Duration::from_secs(2)), Ok(()));
+        assert_eq!(stopwatch.check(now + Duration::from_secs(3)), late);
+        stopwatch.wait_until(now, Duration::from_secs(60));
+        assert_eq!(stopwatch.check(now + Duration::from_secs(3)), late);
+        stopwatch.end_at(now, None);
+        assert_eq!(stopwatch.check(now + Duration::from_secs(3)), Ok(()));
     }
 
     #[test]

@@ -257,14 +257,26 @@ fn report_that_is_short_or_about_something_else_is_rejected() {
 
 #[test]
 fn report_over_the_servers_bitmap_limit_is_not_sent() {
-    let migration = MigrationCapability { pgsize: None, max_bitmap_size: Some(8) };
+    let migration = MigrationCapability { pgsize: None, max_bitmap_size: Some(MIN_BITMAP_BYTES) };
     let version = Capabilities { migration: Some(migration), ..Capabilities::default() };
     let (stream, _) = server(Version::current(version), |_| panic!("nothing is to be sent"));
     let mut client = Client::connect(stream, "dma0", &options()).unwrap();
-    assert_eq!(client.report_bytes(Granule::KIB_4), 64 << 12);
-    let error = client.report_dma_log(iova(0, 65 << 12), Granule::KIB_4).unwrap_err();
+    assert_eq!(client.report_bytes(Granule::KIB_4), 2048 << 12);
+    let error = client.report_dma_log(iova(0, 2049 << 12), Granule::KIB_4).unwrap_err();
     assert!(matches!(error, Error::TooLarge { .. }), "{error}");
     assert!(error.leaves_connection_usable());
+}
+
+#[test]
+fn a_server_that_reports_its_log_in_crumbs_is_refused() {
+    for max_bitmap_size in [0, 8, MIN_BITMAP_BYTES - 1] {
+        let migration = MigrationCapability { pgsize: None, max_bitmap_size: Some(max_bitmap_size) };
+        let version = Capabilities { migration: Some(migration), ..Capabilities::default() };
+        let (stream, _) = server(Version::current(version), |_| panic!("nothing is to be sent"));
+        let error = Client::connect(stream, "dma0", &options()).unwrap_err();
+        let Error::Malformed { source, .. } = error else { panic!("{error}") };
+        assert!(source.to_string().contains("max_bitmap_size"), "{source}");
+    }
 }
 
 #[test]
