@@ -288,10 +288,12 @@ impl MigratableDevice {
         if !self.logging {
             return Ok(());
         }
+        // All are told, whoever fails: one that did not know of the mapping would take it for clean.
+        let mut told = Ok(());
         for attached in self.sources.iter_mut().filter(|attached| attached.space == space) {
-            attached.source.mapped(&mapping)?;
+            told = told.and(attached.source.mapped(&mapping));
         }
-        Ok(())
+        Ok(told?)
     }
 
     /// Harvests the mappings in `iova` that are about to go, and forgets them; the caller unmaps whatever the answer.

@@ -222,7 +222,7 @@ fn check_bitmap(
 ) -> Result<(), Blocker> {
     let Some(bitmap) = bitmap else { return Err(Blocker::NoSource { devices: unlogged.to_vec() }) };
     let page_bytes = bitmap.page_sizes & bitmap.page_sizes.wrapping_neg();
-    let most = u128::from(bitmap.max_bytes / 8 * 64) * u128::from(page_bytes);
+    let most = (u128::from(bitmap.max_bytes / 8) * 64).saturating_mul(page_bytes.into());
     if u128::from(mapping_bytes) > most {
         return Err(Blocker::MappingTooLarge { mapping_bytes, max_bytes: bitmap.max_bytes });
     }

@@ -149,8 +149,11 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
             return sys::unmap(&self.container, iova)
                 .map_err(|source| ContainerLogError::Unmap { iova, source });
         }
-        let inside = self.mapped.iter().map(|mapping| mapping.iova()).filter(|mapping| iova.covers(*mapping));
-        let requests = self.limits.requests(inside)?;
+        let known = || self.mapped.iter().map(|mapping| mapping.iova());
+        // A region may be mapped in parts, of which this is one: it is asked for as it is, and the kernel refuses what bisects.
+        let part = known().any(|mapping| mapping.covers(iova)).then_some(iova);
+        let inside = known().filter(|mapping| iova.covers(*mapping) && *mapping != iova);
+        let requests = self.limits.requests(part.into_iter().chain(inside))?;
         let (mut bytes, mut lost) = (0, None);
         for request in requests {
             match self.unmap_request(request, sink) {
@@ -272,6 +275,10 @@ impl<F: AsRawFd + Send> DirtySource for ContainerLog<F> {
     }
 
     fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        if !self.on {
+            // A read would fail, and the log be started anew behind everybody's back.
+            return Ok(());
+        }
         let result = self.try_collect(sink);
         if let Err(ContainerLogError::Read { .. }) = result {
             // Where this fails too, so does the next read: it is tried again there.
@@ -389,6 +396,7 @@ mod tests {
         let mut log = broken();
         log.start(&layout, &iova).unwrap_err();
         log.mapped = Mapped::at_start(&layout, &iova);
+        log.on = true;
         let mut marks = Marks::new(&layout);
         let error = log.collect(&mut Sink::new(&layout, &iova, &mut marks)).unwrap_err();
         assert_eq!(error.operation, Operation::Collect);

@@ -160,11 +160,16 @@ fn type1_v1_is_refused_by_the_kernel_and_never_asked_by_the_library() {
 
 #[test]
 fn a_bitmap_too_small_fails_a_larger_one_will_do_and_one_over_the_limit_fails() {
+    const MAX_BYTES: u64 = 256 << 20;
     let Some(device) = logging("sizes of the bitmap") else { return };
-    for bitmap_bytes in [0, 8, RIGHT.bitmap_bytes - 8, (256 << 20) + 8] {
+    for bitmap_bytes in [0, 8, RIGHT.bitmap_bytes - 8, MAX_BYTES + 8] {
         get(&device, Get { bitmap_bytes, ..RIGHT }).unwrap_err();
     }
-    get(&device, Get { bitmap_bytes: 2 * RIGHT.bitmap_bytes, ..RIGHT }).unwrap();
+    // Not on the stack: so many bytes from there would reach beyond user space.
+    let mut bitmap = vec![0; 2 * PAGES / 64];
+    for bitmap_bytes in [2 * RIGHT.bitmap_bytes, MAX_BYTES] {
+        get_into(&device, Get { bitmap_bytes, ..RIGHT }, &mut bitmap).unwrap();
+    }
 }
 
 #[test]
@@ -222,6 +227,26 @@ fn unmap_with_bitmap_reports_the_last_writes_and_takes_the_mapping_down() {
 }
 
 #[test]
+fn unmap_with_bitmap_takes_one_of_a_regions_mappings_down() {
+    let Some([name, _]) = two("unmap with bitmap, one of two mappings", "dirty_mdev") else { return };
+    let device = open_mdev(&name);
+    let half = BYTES / 2;
+    let mut unmap = [24, IOVA, BYTES];
+    vfio(&device.container, 114, &raw mut unmap).unwrap();
+    map(&device, IOVA, 0, PAGES / 2 * PAGE);
+    map(&device, IOVA + half, PAGES / 2 * PAGE, PAGES / 2 * PAGE);
+    let log = ContainerLog::new("container", device.container.as_fd(), 3, Meaning::Written).unwrap();
+    let mut tracked = Tracked::new(log);
+    write(&device, [0, 127, 128]);
+    let iova = vfio_migration::range::IovaRange::new(IOVA, half).unwrap();
+    let Tracked { source, ledger, iova: map, .. } = &mut tracked;
+    assert_eq!(source.unmap_with_bitmap(iova, &mut ledger.sink(0, map)).unwrap(), half);
+    assert_eq!(tracked.taken(), set([0, 127]));
+    device.write(WRITE_AT, at(0)).unwrap_err();
+    assert_eq!(tracked.pages(), set([128]), "the other mapping stands, and so do its bits");
+}
+
+#[test]
 fn unmap_with_bitmap_of_a_part_fails_and_changes_nothing() {
     let Some(device) = logging("unmap with bitmap, bisecting") else { return };
     write(&device, [7]);
@@ -234,11 +259,19 @@ fn unmap_with_bitmap_of_a_part_fails_and_changes_nothing() {
 }
 
 #[test]
-fn a_buffer_that_cannot_be_written_fails_the_get_and_what_it_held_is_lost() {
+fn a_buffer_that_cannot_be_written_fails_the_get_and_what_was_read_before_is_lost() {
     let Some(device) = logging("an unwritable bitmap") else { return };
-    write(&device, [7]);
-    let nowhere = 0x1000u64;
-    let mut argument = [48 | GET << 32, IOVA, BYTES, PAGE as u64, RIGHT.bitmap_bytes, nowhere];
-    let refused = vfio(&device.container, IOMMU_DIRTY_PAGES, &raw mut argument);
-    assert_eq!(errno(refused), libc::EFAULT);
+    map(&device, at(PAGES as u64), 0, 10 * PAGE);
+    write(&device, [7, 260]);
+    // The words of the first mapping end where the writable page does; those of the second lie beyond it.
+    let buffer = anonymous_memory();
+    let beyond = buffer.wrapping_add(PAGE);
+    // SAFETY: nobody else knows this memory.
+    assert_eq!(unsafe { libc::mprotect(beyond.cast(), PAGE, libc::PROT_NONE) }, 0);
+    let pointer = beyond.addr() as u64 - RIGHT.bitmap_bytes;
+    let both = Get { bytes: BYTES + 10 * PAGE as u64, bitmap_bytes: RIGHT.bitmap_bytes + 8, ..RIGHT };
+    let Get { argsz, flags, iova, bytes, page_bytes, bitmap_bytes } = both;
+    let mut argument = [argsz | flags << 32, iova, bytes, page_bytes, bitmap_bytes, pointer];
+    vfio(&device.container, IOMMU_DIRTY_PAGES, &raw mut argument).unwrap_err();
+    assert_eq!(get(&device, both).unwrap(), [260], "page 7 was cleared with a read that failed");
 }
