@@ -3,6 +3,7 @@
 //! What a source and a destination process in the bed have in common: a KVM machine, kernel devices, and the library over them.
 
 use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, ensure};
@@ -62,6 +63,15 @@ enum Second {
     Mock(Arc<MockDomain>),
 }
 
+/// What the vCPU's thread does about its dirty ring when that is full.
+#[derive(Default)]
+struct FullRing {
+    /// What empties it, where the vCPU's thread is to do so.
+    harvester: OnceLock<Harvester<Arc<VmFd>>>,
+    /// How often KVM did not let the vCPU go on.
+    exits: AtomicU64,
+}
+
 /// A machine and its devices.
 pub struct BedSide {
     // The driver goes before the device that it drives.
@@ -70,7 +80,7 @@ pub struct BedSide {
     engine: Engine,
     stream: EngineStream,
     territory: Territory,
-    harvester: Arc<OnceLock<Harvester<Arc<VmFd>>>>,
+    full_ring: Arc<FullRing>,
     machine: Arc<Machine>,
     setup: BedSetup,
 }
@@ -83,8 +93,8 @@ impl BedSide {
     pub fn new(setup: BedSetup, files: Vec<File>) -> anyhow::Result<Self> {
         let layout = RamLayout::new(setup.memory_bytes, Split::default())?;
         let memory = Memory::adopt(&layout, files)?;
-        let harvester = Arc::new(OnceLock::new());
-        let machine = Arc::new(machine(&setup, memory.clone(), &harvester)?);
+        let full_ring = Arc::new(FullRing::default());
+        let machine = Arc::new(machine(&setup, memory.clone(), &full_ring)?);
         let territory = Territory::new(machine.map());
         let engine = Engine::open(&setup.mdev, &memory)?;
         let stream = EngineStream { seed: setup.seed, windows: territory.engine.clone() };
@@ -93,7 +103,7 @@ impl BedSide {
             None => Second::Mock(Arc::new(MockDomain::open(&memory)?)),
         };
         let driver = second.driver(&territory, setup.seed);
-        Ok(Self { driver, second, engine, stream, territory, harvester, machine, setup })
+        Ok(Self { driver, second, engine, stream, territory, full_ring, machine, setup })
     }
 
     /// The machine.
@@ -132,9 +142,14 @@ impl BedSide {
         let mut ring = KvmRing::new(Arc::clone(vm), slots, RingSize::enabled_elsewhere(vm, bytes)?);
         ring.add_vcpu(&self.machine.vcpu_fd().context("A software machine has no ring")?)?;
         if self.setup.vcpu_harvests {
-            let _only_the_first_is_harvested = self.harvester.set(ring.harvester());
+            let _only_the_first_is_harvested = self.full_ring.harvester.set(ring.harvester());
         }
         Ok(Box::new(ring))
+    }
+
+    /// How often the vCPU could not go on because its dirty ring was full.
+    pub fn full_ring_exits(&self) -> u64 {
+        self.full_ring.exits.load(Ordering::Relaxed)
     }
 
     /// What the mediated device writes, and where.
@@ -256,25 +271,23 @@ fn guest_rate(setup: &BedSetup) -> Rate {
     setup.guest_rate.map_or(Rate::Unlimited, Rate::PagesPerSecond)
 }
 
-fn machine(
-    setup: &BedSetup,
-    memory: Memory,
-    harvester: &Arc<OnceLock<Harvester<Arc<VmFd>>>>,
-) -> anyhow::Result<Machine> {
+fn machine(setup: &BedSetup, memory: Memory, full_ring: &Arc<FullRing>) -> anyhow::Result<Machine> {
     let mut config = MachineConfig::new(memory, CpuKind::Kvm { dirty_ring_bytes: setup.dirty_ring_bytes });
     config.guest_rate = guest_rate(setup);
     config.vmm_rate = Rate::PagesPerSecond(50);
     config.seed = setup.seed;
-    config.exit_hook = setup.dirty_ring_bytes.map(|_| harvest_when_full(harvester));
+    config.exit_hook = setup.dirty_ring_bytes.map(|_| harvest_when_full(full_ring));
     Ok(Machine::new(config)?)
 }
 
-fn harvest_when_full(harvester: &Arc<OnceLock<Harvester<Arc<VmFd>>>>) -> ExitHook {
-    let harvester = Arc::clone(harvester);
+fn harvest_when_full(full_ring: &Arc<FullRing>) -> ExitHook {
+    let full_ring = Arc::clone(full_ring);
     Arc::new(move |exit| {
-        if exit == VcpuExitKind::DirtyRingFull
-            && let Some(Err(error)) = harvester.get().map(Harvester::harvest)
-        {
+        if exit != VcpuExitKind::DirtyRingFull {
+            return;
+        }
+        full_ring.exits.fetch_add(1, Ordering::Relaxed);
+        if let Some(Err(error)) = full_ring.harvester.get().map(Harvester::harvest) {
             log::warn!("Cannot harvest the dirty ring: {error}");
         }
     })
