@@ -2,8 +2,12 @@
 
 //! The probe, in every scenario of the bed.
 
+use std::path::Path;
+use std::process::Command;
+
 use crate::kernel::bed;
 use vfio_migration::probe::{BusKind, Device, Finding, LogFacts, Report, Roots, Seen, evaluate, read};
+use vfio_migration_integration::skip;
 
 fn codes<'a>(findings: &'a [Finding], subject: &str) -> Vec<&'a str> {
     let about = findings.iter().filter(|finding| finding.subject == subject);
@@ -78,5 +82,35 @@ fn each_device_is_told_of_as_it_is() {
 fn probing_twice_tells_the_same() {
     if bed("probe twice").is_some() {
         assert_eq!(report(), report());
+    }
+}
+
+const TOOL: &str = "/bin/vfio-migrate";
+
+/// What the tool's probe prints. It has to be asked while no device is open: those in use tell it nothing.
+fn printed(arguments: &[&str]) -> String {
+    let output = Command::new(TOOL).arg("probe").args(arguments).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_tool_prints_the_same_report() {
+    let test = "probe by the tool";
+    if bed(test).is_none() {
+        return;
+    }
+    if !Path::new(TOOL).exists() {
+        return skip(test, format!("no {TOOL} (integration/testbed/run --bin vfio-migrate)"));
+    }
+    let report = report();
+    assert_eq!(serde_json::from_str::<Report>(&printed(&["--json"])).unwrap(), report);
+    let text = printed(&[]);
+    for finding in [&report.blockers, &report.degradations, &report.unseen].into_iter().flatten() {
+        let named = format!("{} ({})", finding.code, finding.subject);
+        assert!(text.contains(&named), "{named} is missing:\n{text}");
+    }
+    for device in &report.facts.devices {
+        assert!(text.contains(&device.name), "{} is missing:\n{text}", device.name);
     }
 }
