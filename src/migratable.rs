@@ -35,6 +35,12 @@ pub enum MigratableDeviceError {
         /// The name.
         id: String,
     },
+    /// A source cannot tell written pages from pages that could have been written, and that was not allowed.
+    #[error("Dirty source {id} is imprecise: it reports every page its devices could have written")]
+    Imprecise {
+        /// The source.
+        id: String,
+    },
     /// The snapshot holds nothing of these devices.
     #[error("Snapshot has no child {id}")]
     NoSnapshot {
@@ -75,6 +81,17 @@ pub struct Builder {
     spaces: Vec<IovaMap>,
     sources: Vec<Attached>,
     devices: Vec<Device>,
+    allow_imprecise: bool,
+}
+
+/// Names a source whose reports say what could have been written, for the migration's degradations.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error(
+    "Dirty source {id} reports every page its devices could have written; they are sent in the last round"
+)]
+pub struct ImpreciseSource {
+    /// The source.
+    pub id: String,
 }
 
 impl Builder {
@@ -100,6 +117,13 @@ impl Builder {
         SpaceId(self.spaces.len() - 1)
     }
 
+    /// Allows sources that cannot tell written pages from pages that could have been written, which [`Builder::build`] refuses
+    /// otherwise. What they cover is sent in the last round, while the VM stands still, and each is named as a degradation.
+    pub fn allow_imprecise(mut self) -> Self {
+        self.allow_imprecise = true;
+        self
+    }
+
     /// Adds a device whose state moves.
     pub fn device(mut self, device: Device) -> Self {
         self.devices.push(device);
@@ -109,11 +133,16 @@ impl Builder {
     /// Builds it, with no log running.
     ///
     /// # Errors
-    /// Two sources share an id, or the devices cannot be migrated together.
+    /// Two sources share an id, one is imprecise and that was not allowed, or the devices cannot be migrated together.
     pub fn build(self) -> Result<MigratableDevice, MigratableDeviceError> {
         let ids: Vec<_> = self.sources.iter().map(|attached| attached.source.id()).collect();
         if let Some((_, id)) = ids.iter().enumerate().find(|(at, id)| ids[..*at].contains(id)) {
             return Err(MigratableDeviceError::TwoSources { id: (*id).to_owned() });
+        }
+        if let Some(attached) =
+            self.sources.iter().find(|attached| !attached.precise && !self.allow_imprecise)
+        {
+            return Err(MigratableDeviceError::Imprecise { id: attached.source.id().to_owned() });
         }
         Ok(MigratableDevice {
             id: self.id,
@@ -168,7 +197,8 @@ impl MigratableDevice {
     /// Starts naming the parts of the device `id` of a VM with this RAM.
     pub fn builder(id: impl Into<String>, layout: Layout) -> Builder {
         let spaces = vec![IovaMap::Identity];
-        Builder { id: id.into(), layout, spaces, sources: Vec::new(), devices: Vec::new() }
+        let (sources, devices) = (Vec::new(), Vec::new());
+        Builder { id: id.into(), layout, spaces, sources, devices, allow_imprecise: false }
     }
 
     /// The VM's RAM.
@@ -218,6 +248,12 @@ impl MigratableDevice {
     #[must_use = "each error is a degradation to report"]
     pub fn collect_final(&mut self) -> Vec<SourceError> {
         self.collect_from(|_| true)
+    }
+
+    /// Sources that report what could have been written; see [`Builder::allow_imprecise`].
+    pub fn imprecise_sources(&self) -> impl Iterator<Item = ImpreciseSource> {
+        let imprecise = self.sources.iter().filter(|attached| !attached.precise);
+        imprecise.map(|attached| ImpreciseSource { id: attached.source.id().to_owned() })
     }
 
     /// Bytes that only [`MigratableDevice::collect_final`] makes pending: the RAM imprecise sources cover, rather too much.

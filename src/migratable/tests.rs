@@ -124,7 +124,7 @@ impl DirtySource for Scripted {
 }
 
 fn with(sources: &[&Scripted]) -> MigratableDevice {
-    let mut builder = MigratableDevice::builder("vm", layout());
+    let mut builder = MigratableDevice::builder("vm", layout()).allow_imprecise();
     for source in sources {
         builder = builder.source(Box::new((*source).clone()));
     }
@@ -256,6 +256,16 @@ fn c15_a_switch_of_the_whole_address_space_harvests_every_mapping() {
     device.write(303);
     assert!(vm.unmap(space, IovaRange::from_bounds(0, u64::MAX).unwrap()).unwrap().is_empty());
     assert_eq!(drain(&mut vm, cursor), BTreeSet::from([41, 63]));
+}
+
+#[test]
+fn an_imprecise_source_is_refused_unless_allowed_and_then_named() {
+    let container = Scripted::imprecise("container");
+    let refused = MigratableDevice::builder("vm", layout()).source(Box::new(container.clone())).build();
+    let Err(error) = refused else { panic!("accepted") };
+    assert!(matches!(&error, MigratableDeviceError::Imprecise { id } if id == "container"), "{error}");
+    let named: Vec<_> = with(&[&container]).imprecise_sources().collect();
+    assert_eq!(named, [ImpreciseSource { id: "container".to_owned() }]);
 }
 
 #[test]

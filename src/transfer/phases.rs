@@ -107,6 +107,7 @@ impl<'a, V: Vm> Session<'a, V> {
     /// Switches every source on, before the first page is copied (C1), and lets devices begin to hand out their state.
     fn arm(&mut self) -> Result<(), SendError> {
         self.undo.cursor = Some(self.machine.begin(Start::Empty)?);
+        self.machine.imprecise_sources().for_each(|source| self.migration.degrade(source));
         self.start_measuring();
         self.start_device_precopy()
     }

@@ -557,6 +557,8 @@ fn pages_of_an_imprecise_source_go_over_once_in_the_last_round() {
     options.downtime_ms = 5000;
     let sent = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap();
     assert_eq!((sent.rounds, sent.back_outs), (2, 0));
+    assert_eq!(sent.degradations.len(), 1, "it is named as a degradation");
+    assert!(sent.degradations[0].error.to_string().contains("could have written"));
     let (transcript, _) = peer.end();
     let bytes: u64 = transcript.of(MEMORY).iter().flat_map(|seen| &seen.table).map(|range| range.1).sum();
     assert_eq!(

@@ -146,6 +146,7 @@ impl FakeVm {
     pub(crate) fn builder(&self) -> Builder {
         let layout = Layout::from_guest_memory(&*self.memory).unwrap();
         MigratableDevice::builder("devices", layout)
+            .allow_imprecise()
             .source(Box::new(GuestMemoryLog::new(Arc::clone(&self.memory))))
     }
 

@@ -4,7 +4,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io;
 
 use vfio_migration::granule::Granule;
 use vfio_migration::iova::IovaMap;
@@ -39,10 +38,6 @@ pub(crate) fn at(page: u64) -> u64 {
 
 pub(crate) fn set(pages: impl IntoIterator<Item = u64>) -> BTreeSet<u64> {
     pages.into_iter().collect()
-}
-
-pub(crate) fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
-    result.unwrap_err().raw_os_error().unwrap()
 }
 
 /// A module's parameter with a value that lasts as long as this.

@@ -102,7 +102,8 @@ fn an_imprecise_container_is_left_to_the_final_round() {
     let Some([edu, _]) = two("imprecise container, final round", "edu_vfio") else { return };
     let edu = open_edu(&edu);
     let container = ContainerLog::new("container", clone(&edu.container), 3, Meaning::Mapped).unwrap();
-    let mut vm = MigratableDevice::builder("vm", layout()).source(Box::new(container)).build().unwrap();
+    let builder = MigratableDevice::builder("vm", layout()).allow_imprecise();
+    let mut vm = builder.source(Box::new(container)).build().unwrap();
     let cursor = vm.begin(Start::Empty).unwrap();
     let mut copy = vec![0; PAGES * PAGE / 8];
     assert_eq!(send(&mut vm, cursor, &edu, &mut copy), set(0..256));
