@@ -174,16 +174,29 @@ impl Drop for StagedDir {
 
 /// Adds a file to the finished directory `dir`: whole or not at all, safe on disk when it returns.
 pub(super) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result<(), StagingError> {
-    let temporary = dir.join(format!(".{name}.partial"));
+    // A name nobody can foresee: a link that waits under it is refused, and never followed.
+    let temporary = dir.join(format!(".{name}.partial-{:016x}", random()));
     let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o600);
-    let added = options.open(&temporary).and_then(|mut file| {
-        io::Write::write_all(&mut file, content)?;
-        file.sync_all()?;
-        fs::rename(&temporary, dir.join(name))?;
+    options.write(true).create_new(true).mode(0o600);
+    let added = options.open(&temporary).and_then(|file| {
+        let moved = move_synced(&file, content, &temporary, &dir.join(name));
+        moved.inspect_err(|_| discard(&temporary))?;
         File::open(dir)?.sync_all()
     });
     added.map_err(|source| StagingError::Write { name, path: dir.to_owned(), source })
+}
+
+/// Writes `content` to `file`, and moves it from `temporary` to `target`.
+fn move_synced(mut file: &File, content: &[u8], temporary: &Path, target: &Path) -> io::Result<()> {
+    io::Write::write_all(&mut file, content)?;
+    file.sync_all()?;
+    fs::rename(temporary, target)
+}
+
+fn discard(temporary: &Path) {
+    if let Err(error) = fs::remove_file(temporary) {
+        log::warn!("Cannot remove {}: {error}", temporary.display());
+    }
 }
 
 /// Follows `target` where it exists, as an empty directory.
@@ -358,5 +371,31 @@ mod tests {
         living.publish().unwrap();
         second.write_file(CONFIG_FILE, b"second").unwrap();
         second.publish().unwrap();
+    }
+
+    #[test]
+    fn a_file_is_added_past_planted_links_and_a_failure_leaves_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("snapshot");
+        fs::create_dir(&target).unwrap();
+        let victim = dir.path().join("victim");
+        fs::write(&victim, "precious").unwrap();
+        let planted = format!(".{MANIFEST_FILE}.partial");
+        for link in [planted.as_str(), MANIFEST_FILE] {
+            std::os::unix::fs::symlink(&victim, target.join(link)).unwrap();
+        }
+
+        add_file(&target, MANIFEST_FILE, b"{}").unwrap();
+        assert_eq!(fs::read(&victim).unwrap(), b"precious");
+        let made = fs::symlink_metadata(target.join(MANIFEST_FILE)).unwrap();
+        assert!(made.is_file() && made.mode() & 0o777 == 0o600);
+        assert_eq!(fs::read(target.join(MANIFEST_FILE)).unwrap(), b"{}");
+
+        fs::create_dir(target.join(CONFIG_FILE)).unwrap();
+        let refused = add_file(&target, CONFIG_FILE, b"{}");
+        assert!(matches!(refused, Err(StagingError::Write { name: CONFIG_FILE, .. })));
+        let mut expected = [planted.as_str(), MANIFEST_FILE, CONFIG_FILE];
+        expected.sort();
+        assert_eq!(names(&target), expected);
     }
 }

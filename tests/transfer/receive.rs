@@ -352,13 +352,14 @@ fn what_the_destination_does_not_take_is_answered_with_error() {
 struct Difficult {
     layout: Layout,
     time: Option<Duration>,
+    begun: AtomicBool,
     done: AtomicBool,
 }
 
 impl Difficult {
     fn new(time: Option<Duration>) -> Arc<Self> {
         let layout = Layout::new([GpaRange::new(0, REGION).unwrap()], Granule::KIB_4).unwrap();
-        Arc::new(Self { layout, time, done: AtomicBool::new(false) })
+        Arc::new(Self { layout, time, begun: AtomicBool::new(false), done: AtomicBool::new(false) })
     }
 }
 
@@ -369,6 +370,7 @@ impl PageStore for Difficult {
 
     fn fill(&self, _table: &MemoryTable, pages: &mut Pages<'_>) -> io::Result<()> {
         let Some(time) = self.time else { return Err(io::ErrorKind::StorageFull.into()) };
+        self.begun.store(true, Ordering::Release);
         thread::sleep(time);
         io::copy(pages, &mut io::sink())?;
         self.done.store(true, Ordering::Release);
@@ -420,6 +422,42 @@ fn state_waits_until_the_memory_of_every_connection_is_in_place() {
         main.say(&[message(COMPLETE, &[])]);
     });
     received.unwrap();
+}
+
+/// Answers to State and Complete that came while a Memory was under way which is cut off in mid-pages.
+fn answers_past_a_cut() -> [Option<u16>; 2] {
+    let store = Difficult::new(Some(Duration::ZERO));
+    let seen = Arc::clone(&store);
+    let mut vmm = Vmm { store: Some(store), ..Vmm::new() };
+    let (received, answers) = receive_on_tcp(quick(), &mut vmm, |listener| {
+        let mut main = Peer::to(listener);
+        main.begin();
+        let mut additional = Peer::to(listener);
+        announce(&mut additional);
+        let whole = memory(&[(0, &[1; 8192])]);
+        additional.send(&whole[..whole.len() - 8192 + 100]);
+        while !seen.begun.load(Ordering::Acquire) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        main.send(&[message(STATE, b"{}"), message(COMPLETE, &[])].concat());
+        thread::sleep(Duration::from_millis(30));
+        drop(additional);
+        [main.answer(), main.answer()]
+    });
+    let error = text_of(&received.unwrap_err());
+    assert!(error.starts_with("Cannot read the pages of Memory: "), "{error}");
+    assert_eq!(vmm.calls, ["config {}", "abandoned"]);
+    answers
+}
+
+#[test]
+fn memory_cut_off_on_an_additional_connection_is_never_taken_for_whole() {
+    // What could go wrong is a matter of microseconds.
+    thread::scope(|scope| {
+        for _ in 0..5 {
+            scope.spawn(|| (0..10).for_each(|_| assert_eq!(answers_past_a_cut(), [Some(2), None])));
+        }
+    });
 }
 
 #[test]

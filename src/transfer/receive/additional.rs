@@ -2,9 +2,11 @@
 
 //! An additional connection: Memory, one after the other, until its end.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::error::{Part, ReceiveError};
+use super::gate::Ticket;
 use super::message::{answer, decode, refuse, take_memory};
 use super::roster::Entry;
 use super::session::{Context, TICK};
@@ -14,14 +16,18 @@ use crate::transfer::frame::{Command, HEADER_BYTES, Request, Response, Status};
 /// Serves an additional connection whose role was read; a failure ends the migration.
 pub(super) fn serve(mut connection: Connection, entry: Entry, context: Context<'_>) {
     let Context { gate, limits, .. } = context;
-    let outcome = gate.connect(limits.connections).and_then(|()| take_all(&mut connection, context));
+    let mut under_way = None;
+    let connected = gate.connect(limits.connections);
+    let outcome = connected.and_then(|()| take_all(&mut connection, context, &mut under_way));
     // Bounded by itself from here on: the end of the migration need not close it.
     drop(entry);
     match outcome {
         Ok(()) => connection.close(Duration::ZERO),
         Err(error) => {
             log::debug!("Connection from {} failed: {}", connection.peer(), error.in_full());
+            // While the Memory it cut off is under way: State does not get in between.
             gate.fail(error);
+            drop(under_way);
             refuse(&mut connection, limits.linger);
             connection.close(limits.linger);
         }
@@ -29,14 +35,21 @@ pub(super) fn serve(mut connection: Connection, entry: Entry, context: Context<'
 }
 
 /// Takes Memory until the source closes the connection or the migration is over.
-fn take_all(connection: &mut Connection, context: Context<'_>) -> Result<(), ReceiveError> {
+///
+/// A Memory that fails stays `under_way`.
+fn take_all<'a>(
+    connection: &mut Connection,
+    context: Context<'a>,
+    under_way: &mut Option<Ticket<'a>>,
+) -> Result<(), ReceiveError> {
     let Context { gate, limits, .. } = context;
     let mut buffer = Vec::new();
     while let Some(head) = await_head(connection, context)? {
         let request = memory_of(head)?;
-        let memory = gate.enter()?;
-        take_memory(connection, request, memory.store.as_ref(), gate, limits, &mut buffer)?;
+        let store = Arc::clone(&under_way.insert(gate.enter()?).store);
+        take_memory(connection, request, store.as_ref(), gate, limits, &mut buffer)?;
         answer(connection, request.command(), Response::new(Status::Ok))?;
+        under_way.take().into_iter().for_each(Ticket::done);
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 //! What the connections of one migration know of each other.
 
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::error::{ReceiveError, Step};
@@ -34,6 +35,15 @@ struct State {
     connections: usize,
     failure: Option<ReceiveError>,
     memory: MemoryCount,
+}
+
+impl State {
+    /// Keeps the first failure; after the end there is nobody to find it.
+    fn fail(&mut self, error: ReceiveError) {
+        if !matches!(self.phase, Phase::Over) {
+            self.failure.get_or_insert(error);
+        }
+    }
 }
 
 /// Memory that came so far.
@@ -104,7 +114,7 @@ impl Gate {
         Ok(())
     }
 
-    /// Lets a Memory of an additional connection in, which is under way until what is returned is dropped.
+    /// Lets a Memory of an additional connection in, which is under way until what is returned is done or dropped.
     ///
     /// # Errors
     /// State has come, or the migration is over.
@@ -115,7 +125,7 @@ impl Gate {
         };
         let store = Arc::clone(store);
         state.under_way += 1;
-        Ok(Ticket { gate: self, store })
+        Ok(Ticket { gate: self, store, done: false })
     }
 
     /// Waits until no Memory is under way on an additional connection.
@@ -146,11 +156,7 @@ impl Gate {
 
     /// Keeps the first failure of an additional connection, for the main one to find.
     pub(super) fn fail(&self, error: ReceiveError) {
-        let mut state = self.lock();
-        if matches!(state.phase, Phase::Over) {
-            return;
-        }
-        state.failure.get_or_insert(error);
+        self.lock().fail(error);
         self.changed.notify_all();
     }
 
@@ -188,15 +194,80 @@ fn take_failure(state: &mut State) -> Result<(), ReceiveError> {
     state.failure.take().map_or(Ok(()), Err)
 }
 
-/// A Memory that is under way.
+/// A Memory that is under way. Dropped before it is done, it ends the migration.
+///
+/// Who knows why it is not done tells [`Gate::fail`] first.
 pub(super) struct Ticket<'a> {
     gate: &'a Gate,
     pub(super) store: Arc<dyn PageStore>,
+    done: bool,
+}
+
+impl Ticket<'_> {
+    /// Notes that all of the Memory is in place.
+    pub(super) fn done(mut self) {
+        self.done = true;
+    }
 }
 
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
-        self.gate.lock().under_way -= 1;
+        let mut state = self.gate.lock();
+        // With the failure under one lock: no one may see that nothing is under way, and not that this was cut off.
+        state.under_way -= 1;
+        if !self.done {
+            state.fail(ReceiveError::Store { source: io::Error::other("Memory was taken in part") });
+        }
         self.gate.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Layout;
+    use crate::transfer::frame::MemoryTable;
+    use crate::transfer::receive::store::Pages;
+
+    struct NoStore;
+
+    impl PageStore for NoStore {
+        fn layout(&self) -> &Layout {
+            unreachable!("no Memory is read")
+        }
+
+        fn fill(&self, _table: &MemoryTable, _pages: &mut Pages<'_>) -> io::Result<()> {
+            unreachable!("no Memory is read")
+        }
+    }
+
+    fn opened() -> Gate {
+        let gate = Gate::default();
+        gate.open(Arc::new(NoStore));
+        gate
+    }
+
+    #[test]
+    fn memory_that_is_done_lets_state_in() {
+        let gate = opened();
+        gate.enter().unwrap().done();
+        gate.seal().unwrap();
+        gate.check().unwrap();
+    }
+
+    #[test]
+    fn memory_that_is_not_done_keeps_state_out() {
+        let gate = opened();
+        drop(gate.enter().unwrap());
+        assert!(matches!(gate.seal(), Err(ReceiveError::Store { .. })));
+    }
+
+    #[test]
+    fn why_memory_is_not_done_goes_before_that_it_is_not() {
+        let gate = opened();
+        let ticket = gate.enter().unwrap();
+        gate.fail(ReceiveError::Postcopy);
+        drop(ticket);
+        assert!(matches!(gate.seal(), Err(ReceiveError::Postcopy)));
     }
 }

@@ -146,6 +146,8 @@ impl Session<'_> {
     fn complete(&mut self, destination: &mut dyn Destination) -> Result<(bool, bool), ReceiveError> {
         let request = self.next_of(&[Command::Complete, Command::CompletePaused])?;
         check_empty(request)?;
+        // The last look: what fails on another connection from here on fails too late.
+        self.context.gate.check()?;
         if !self.context.roster.commit() {
             return Err(ReceiveError::Stopped);
         }
