@@ -5,6 +5,7 @@
 use std::fmt;
 use std::io::{self, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use thiserror::Error;
@@ -169,7 +170,8 @@ impl SnapshotDestination {
                 Writer::Differential(writer)
             }
         };
-        let store = Arc::new(Store { layout, writer: RwLock::new(Some(writer)) });
+        let store =
+            Arc::new(Store { layout, writer: RwLock::new(Some(writer)), closed: AtomicBool::new(false) });
         self.phase = Phase::Receiving { config: message.vm_config().clone(), store: Arc::clone(&store) };
         Ok(store)
     }
@@ -253,6 +255,8 @@ enum Writer {
 struct Store {
     layout: Layout,
     writer: RwLock<Option<Writer>>,
+    /// Ends what is being written, ahead of the lock.
+    closed: AtomicBool,
 }
 
 impl Store {
@@ -264,8 +268,9 @@ impl Store {
         }
     }
 
-    /// Takes the writer away, once no page is being written.
+    /// Takes the writer away, once the ranges being written are; no other range is written any more.
     fn close(&self) -> Option<Writer> {
+        self.closed.store(true, Ordering::Relaxed);
         self.writer.write().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
@@ -279,9 +284,14 @@ impl PageStore for Store {
         let writer = self.writer.read().unwrap_or_else(PoisonError::into_inner);
         let mut pages = BufReader::with_capacity(READ_BYTES, pages);
         table.ranges().try_for_each(|range| match &*writer {
+            _ if self.closed.load(Ordering::Relaxed) => Err(ended()),
             Some(Writer::Full(writer)) => writer.fill(range, &mut pages),
             Some(Writer::Differential(writer)) => writer.fill(range, &mut pages),
-            None => Err(io::Error::new(ErrorKind::BrokenPipe, "The snapshot was ended")),
+            None => Err(ended()),
         })
     }
+}
+
+fn ended() -> io::Error {
+    io::Error::new(ErrorKind::BrokenPipe, "The snapshot was ended")
 }

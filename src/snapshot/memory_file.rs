@@ -24,6 +24,21 @@ pub(super) const LEAST_BLOCK_BYTES: u64 = 16 << 10;
 /// Smallest part of the file that one thread writes at a time.
 const LEAST_CELL_BYTES: u64 = 256 << 10;
 
+/// What is known of a block.
+#[derive(Debug, Clone, Copy, Default)]
+struct Block {
+    /// The digest when it was hashed last; `None` for zeros.
+    digest: Option<Digest>,
+    /// Bytes written since, where that did not replace the whole block.
+    unhashed: usize,
+}
+
+impl Block {
+    fn is_hole(&self) -> bool {
+        self.digest.is_none() && self.unhashed == 0
+    }
+}
+
 /// The file, and the digest of each of its blocks. Blocks of zeros are holes.
 #[derive(Debug)]
 pub(super) struct MemoryFile {
@@ -31,8 +46,8 @@ pub(super) struct MemoryFile {
     feed: Feed,
     page_bytes: usize,
     block_bytes: usize,
-    /// The digests of the blocks of one cell; locked while bytes of the cell are written, so that digest and bytes agree.
-    cells: Vec<Mutex<Vec<Option<Digest>>>>,
+    /// The blocks of one cell; locked while bytes of the cell are written, so that digest and bytes agree.
+    cells: Vec<Mutex<Vec<Block>>>,
     flusher: Flusher,
     failed: AtomicBool,
 }
@@ -48,7 +63,8 @@ impl MemoryFile {
             let left = bytes - cell * feed.cell_bytes();
             index(left.min(feed.cell_bytes()).div_ceil(block_bytes))
         };
-        let cells = (0..feed.cells()).map(|cell| Mutex::new(vec![None; blocks_of(cell)])).collect();
+        let cells =
+            (0..feed.cells()).map(|cell| Mutex::new(vec![Block::default(); blocks_of(cell)])).collect();
         let flusher = Flusher::start(&file)?;
         let (page_bytes, block_bytes) = (index(page.bytes()), index(block_bytes));
         Ok(Self { file, feed, page_bytes, block_bytes, cells, flusher, failed: AtomicBool::new(false) })
@@ -74,34 +90,28 @@ impl MemoryFile {
 
     fn store(&self, piece: Extent, bytes: &[u8]) -> io::Result<()> {
         let cell = self.feed.cell_of(piece);
-        let mut digests = self.cells[cell].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut blocks = self.cells[cell].lock().unwrap_or_else(PoisonError::into_inner);
         let start = index(piece.offset % self.feed.cell_bytes());
-        self.write_sparsely(&digests, piece.offset, start, bytes)?;
-        let blocks = start / self.block_bytes..(start + bytes.len()).div_ceil(self.block_bytes);
-        for block in blocks {
-            let first = block * self.block_bytes;
-            let whole = first
-                .checked_sub(start)
-                .and_then(|from| bytes.get(from..from + self.block_length(cell, block)));
-            digests[block] = self.settle(cell, block, digests[block], whole)?;
+        self.write_sparsely(&blocks, piece.offset, start, bytes)?;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let at = start + bytes.len() - rest.len();
+            let block = at / self.block_bytes;
+            let (part, after) = rest.split_at(rest.len().min((block + 1) * self.block_bytes - at));
+            blocks[block] = self.note(cell, block, blocks[block], part)?;
+            rest = after;
         }
         self.flusher.wrote(bytes.len() as u64)
     }
 
     /// Writes pages that hold something, and pages of zeros only where a block may hold something already.
-    fn write_sparsely(
-        &self,
-        digests: &[Option<Digest>],
-        offset: u64,
-        start: usize,
-        bytes: &[u8],
-    ) -> io::Result<()> {
+    fn write_sparsely(&self, blocks: &[Block], offset: u64, start: usize, bytes: &[u8]) -> io::Result<()> {
         let mut run = 0..0;
         let mut at = 0;
         while at < bytes.len() {
             let end =
                 bytes.len().min((start + at) / self.page_bytes * self.page_bytes + self.page_bytes - start);
-            let skip = digests[(start + at) / self.block_bytes].is_none() && is_zero(&bytes[at..end]);
+            let skip = blocks[(start + at) / self.block_bytes].is_hole() && is_zero(&bytes[at..end]);
             if skip {
                 self.write_run(offset, bytes, run)?;
                 run = end..end;
@@ -120,34 +130,46 @@ impl MemoryFile {
         self.file.write_all_at(&bytes[run.clone()], offset + run.start as u64)
     }
 
-    /// Returns the entry of a block just written: from its bytes where all are at hand, else from the file.
-    fn settle(
-        &self,
-        cell: usize,
-        block: usize,
-        before: Option<Digest>,
-        whole: Option<&[u8]>,
-    ) -> io::Result<Option<Digest>> {
-        let offset = cell as u64 * self.feed.cell_bytes() + (block * self.block_bytes) as u64;
+    /// Returns what is known of a block that `part` was just written to.
+    ///
+    /// A block written in parts is hashed each time that as many bytes were written as it has, however small the parts:
+    /// hashing takes no longer than writing does.
+    fn note(&self, cell: usize, block: usize, before: Block, part: &[u8]) -> io::Result<Block> {
         let length = self.block_length(cell, block);
-        let entry = match whole {
-            Some(bytes) => BlockTable::entry(bytes),
-            None => {
-                let mut bytes = vec![0; length];
-                self.file.read_exact_at(&mut bytes, offset)?;
-                BlockTable::entry(&bytes)
-            }
-        };
-        if entry.is_none() && before.is_some() {
-            punch(&self.file, offset, length as u64)?;
+        let after = Block { unhashed: before.unhashed + part.len(), ..before };
+        if part.len() == length {
+            self.settle(cell, block, before, part)
+        } else if before.is_hole() && is_zero(part) {
+            Ok(before)
+        } else if after.unhashed >= length {
+            self.settle_from_file(cell, block, after)
+        } else {
+            Ok(after)
         }
-        Ok(entry)
+    }
+
+    fn settle_from_file(&self, cell: usize, block: usize, before: Block) -> io::Result<Block> {
+        let mut bytes = vec![0; self.block_length(cell, block)];
+        self.file.read_exact_at(&mut bytes, self.block_offset(cell, block))?;
+        self.settle(cell, block, before, &bytes)
+    }
+
+    /// Hashes a block from all its bytes, and makes a hole of it where it became zeros.
+    fn settle(&self, cell: usize, block: usize, before: Block, bytes: &[u8]) -> io::Result<Block> {
+        let digest = BlockTable::entry(bytes);
+        if digest.is_none() && !before.is_hole() {
+            punch(&self.file, self.block_offset(cell, block), bytes.len() as u64)?;
+        }
+        Ok(Block { digest, unhashed: 0 })
+    }
+
+    fn block_offset(&self, cell: usize, block: usize) -> u64 {
+        cell as u64 * self.feed.cell_bytes() + (block * self.block_bytes) as u64
     }
 
     /// Bytes of a block: less than the others' at the end of the file.
     fn block_length(&self, cell: usize, block: usize) -> usize {
-        let offset = cell as u64 * self.feed.cell_bytes() + (block * self.block_bytes) as u64;
-        index((self.placement().bytes() - offset).min(self.block_bytes as u64))
+        index((self.placement().bytes() - self.block_offset(cell, block)).min(self.block_bytes as u64))
     }
 
     /// Brings everything to disk and returns the digests.
@@ -155,15 +177,27 @@ impl MemoryFile {
     /// # Errors
     /// Bytes handed to [`MemoryFile::fill`], now or earlier, could not be written.
     pub(super) fn finish(self) -> io::Result<BlockTable> {
-        if self.failed.into_inner() {
+        if self.failed.load(Ordering::Relaxed) {
             return Err(io::Error::other("Some pages could not be written"));
         }
+        let digests = self.digests()?;
         self.flusher.finish()?;
         self.file.sync_all()?;
-        let cells = self.cells.into_iter();
-        let digests =
-            cells.flat_map(|cell| cell.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
         Ok(BlockTable { block_bytes: self.block_bytes as u64, digests })
+    }
+
+    /// Hashes what was written in part since it was hashed, and returns the digests of all blocks.
+    fn digests(&self) -> io::Result<Vec<Option<Digest>>> {
+        let mut digests = Vec::new();
+        for (cell, blocks) in self.cells.iter().enumerate() {
+            let blocks = blocks.lock().unwrap_or_else(PoisonError::into_inner);
+            for (index, &block) in blocks.iter().enumerate() {
+                let hashed =
+                    if block.unhashed > 0 { self.settle_from_file(cell, index, block)? } else { block };
+                digests.push(hashed.digest);
+            }
+        }
+        Ok(digests)
     }
 
     /// Writes the memory of `kept`, whose every range this file holds, to `into`, which holds no other.
