@@ -2,19 +2,25 @@
 
 //! [`MigratableDevice`]: every source of dirty pages and every device of a VM under one roof.
 
+mod builder;
+#[cfg(test)]
+mod tests;
+
 use thiserror::Error;
 use vm_migration::protocol::MemoryRangeTable;
 use vm_migration::{
     Migratable, MigratableError, Pausable, Snapshot, Snapshottable, Transportable, snapshot_from_id,
 };
 
-use crate::device::{Device, DeviceSet, DeviceSetError};
+use crate::device::{DeviceSet, DeviceSetError};
 use crate::iova::{IovaError, IovaMap, Mapping};
 use crate::layout::Layout;
 use crate::ledger::{Attribution, Chunk, ChunkLimits, CursorId, Ledger, Outstanding, Start};
 use crate::range::IovaRange;
 use crate::source::{DirtySource, SourceError};
 use crate::table::table_of;
+
+pub use builder::{Builder, ImpreciseSource};
 
 /// Why a [`MigratableDevice`] could not do its part.
 #[derive(Debug, Error)]
@@ -73,91 +79,6 @@ struct Attached {
     precise: bool,
 }
 
-/// Names the parts of a [`MigratableDevice`].
-#[must_use = "a builder does nothing until it builds"]
-pub struct Builder {
-    id: String,
-    layout: Layout,
-    spaces: Vec<IovaMap>,
-    sources: Vec<Attached>,
-    devices: Vec<Device>,
-    allow_imprecise: bool,
-}
-
-/// Names a source whose reports say what could have been written, for the migration's degradations.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error(
-    "Dirty source {id} reports every page its devices could have written; they are sent in the last round"
-)]
-pub struct ImpreciseSource {
-    /// The source.
-    pub id: String,
-}
-
-impl Builder {
-    /// Adds a source whose addresses are guest-physical, or IOVAs equal to them.
-    pub fn source(self, source: Box<dyn DirtySource>) -> Self {
-        self.source_in(SpaceId::IDENTITY, source)
-    }
-
-    /// Adds a source that reports IOVAs of `space`.
-    ///
-    /// # Panics
-    /// `space` was not made by this builder.
-    pub fn source_in(mut self, space: SpaceId, source: Box<dyn DirtySource>) -> Self {
-        assert!(space.0 < self.spaces.len(), "a space of another builder");
-        let precise = source.cover().precise;
-        self.sources.push(Attached { source, space, precise });
-        self
-    }
-
-    /// Adds the IOVA space of a virtual IOMMU, with the mappings that stand.
-    pub fn space(&mut self, map: IovaMap) -> SpaceId {
-        self.spaces.push(map);
-        SpaceId(self.spaces.len() - 1)
-    }
-
-    /// Allows sources that cannot tell written pages from pages that could have been written, which [`Builder::build`] refuses
-    /// otherwise. What they cover is sent in the last round, while the VM stands still, and each is named as a degradation.
-    pub fn allow_imprecise(mut self) -> Self {
-        self.allow_imprecise = true;
-        self
-    }
-
-    /// Adds a device whose state moves.
-    pub fn device(mut self, device: Device) -> Self {
-        self.devices.push(device);
-        self
-    }
-
-    /// Builds it, with no log running.
-    ///
-    /// # Errors
-    /// Two sources share an id, one is imprecise and that was not allowed, or the devices cannot be migrated together.
-    pub fn build(self) -> Result<MigratableDevice, MigratableDeviceError> {
-        let ids: Vec<_> = self.sources.iter().map(|attached| attached.source.id()).collect();
-        if let Some((_, id)) = ids.iter().enumerate().find(|(at, id)| ids[..*at].contains(id)) {
-            return Err(MigratableDeviceError::TwoSources { id: (*id).to_owned() });
-        }
-        if let Some(attached) =
-            self.sources.iter().find(|attached| !attached.precise && !self.allow_imprecise)
-        {
-            return Err(MigratableDeviceError::Imprecise { id: attached.source.id().to_owned() });
-        }
-        Ok(MigratableDevice {
-            id: self.id,
-            ledger: Ledger::new(self.layout, self.sources.len()),
-            spaces: self.spaces,
-            sources: self.sources,
-            devices: DeviceSet::new(self.devices)?,
-            logging: false,
-            migrating: false,
-            paused: false,
-            session: None,
-        })
-    }
-}
-
 /// What the `vm-migration` traits' caller holds: a cursor, and the table it was given last.
 #[derive(Debug)]
 struct Session {
@@ -197,8 +118,7 @@ impl MigratableDevice {
     /// Starts naming the parts of the device `id` of a VM with this RAM.
     pub fn builder(id: impl Into<String>, layout: Layout) -> Builder {
         let spaces = vec![IovaMap::Identity];
-        let (sources, devices) = (Vec::new(), Vec::new());
-        Builder { id: id.into(), layout, spaces, sources, devices, allow_imprecise: false }
+        Builder::new(id.into(), layout, spaces)
     }
 
     /// The VM's RAM.
@@ -533,6 +453,3 @@ impl Migratable for MigratableDevice {
         self.devices.retire().map_err(|error| failed(error.into()))
     }
 }
-
-#[cfg(test)]
-mod tests;
