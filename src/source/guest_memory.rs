@@ -31,7 +31,7 @@ impl TakeDirtyWords for AtomicBitmap {
 /// Words under one bit of a [`SummaryBitmap`]'s upper level.
 const WORDS: usize = BLOCK_WORDS;
 
-/// A dirty bitmap for vm-memory with a summary level: taking an idle one costs a word per 2 MiB of bits' pages, and no allocation.
+/// A dirty bitmap for vm-memory with a summary level: taking an idle one reads a word per 128 MiB of 4 KiB pages, and allocates nothing.
 ///
 /// A drop-in for [`AtomicBitmap`] as the `B` of `GuestMemoryMmap<B>`.
 #[derive(Debug, Default)]
