@@ -152,10 +152,9 @@ impl MigratableDevice {
             self.collect_or_warn(|attached| attached.precise);
         } else if start == Start::Copied {
             let ram: Vec<_> = self.layout().regions().iter().map(Region::range).collect();
-            if let Err(error) = self.before_read(&ram) {
+            self.before_read(&ram).inspect_err(|_| {
                 let _already_failing = self.end(cursor);
-                return Err(error.into());
-            }
+            })?;
         }
         Ok(cursor)
     }
@@ -244,6 +243,8 @@ impl MigratableDevice {
     ///
     /// This is how one snapshot after another is taken: see [`crate::snapshot`]. Call [`MigratableDevice::collect_final`]
     /// right before, when vCPUs and devices are stopped and their state is captured. `save` is called even if nothing is pending.
+    /// A VM that is to run on once its pages are copied, before they are safe on disk, does the same with `take`, `commit` and
+    /// `roll_back`.
     ///
     /// # Errors
     /// The cursor is closed, a chunk of it is neither committed nor rolled back, a source could not clear its bits, or `save`
