@@ -9,6 +9,7 @@ mod both_ends;
 #[expect(dead_code, reason = "certificates that fail are for the tests of TLS")]
 mod certificates;
 mod peer;
+mod polled;
 mod skipping;
 mod vm;
 
