@@ -175,7 +175,8 @@ pub(crate) struct SendArguments {
     /// Most bytes of memory a second, a number with K, M or G behind it [default: as many as go].
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) bandwidth: Option<u64>,
-    /// Send holes and zero pages, too: for a receiver whose memory does not read zero, as a zone backed by a used file.
+    /// Send holes and zero pages, too: for a receiver whose memory does not read zero. So it is done anyway where DIR's
+    /// configuration has a memory zone backed by a file.
     #[arg(long)]
     pub(crate) all_pages: bool,
     /// How memory moves: precopy. Postcopy is refused.
