@@ -10,41 +10,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use rustls::crypto::ring::default_provider;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use vfio_migration::precopy::TimeoutStrategy;
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::url::Url;
 use vfio_migration::transfer::{Migration, SendOptions, Sender};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::bare_tls;
 use crate::certificates::Files;
 use crate::peer::{COMPLETE, CONFIG, MEMORY, STATE};
 use crate::vm::{FakeVm, Memory, PAGES, empty_memory, read_page};
 
 type Stream = StreamOwned<ServerConnection, TcpStream>;
-
-/// What Cloud Hypervisor makes of the files: rustls as it is, session tickets included.
-fn config(files: &Files) -> ServerConfig {
-    let file = |name| files.path().join(name);
-    let provider = Arc::new(default_provider());
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(file("ca-cert.pem")).unwrap()).unwrap();
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider));
-    let chain = CertificateDer::pem_file_iter(file("server-cert.pem")).unwrap();
-    ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_client_cert_verifier(verifier.build().unwrap())
-        .with_single_cert(
-            chain.map(Result::unwrap).collect(),
-            PrivateKeyDer::from_pem_file(file("server-key.pem")).unwrap(),
-        )
-        .unwrap()
-}
 
 struct Receiver {
     listener: TcpListener,
@@ -131,8 +109,7 @@ impl Receiver {
     /// Takes what comes after `head`.
     fn take(&self, stream: &mut Stream, head: [u8; 16]) -> io::Result<u16> {
         let command = u16::from_le_bytes([head[0], head[1]]);
-        let mut payload =
-            vec![0; usize::from(head[8]) | usize::from(head[9]) << 8 | usize::from(head[10]) << 16];
+        let mut payload = vec![0; u64::from_le_bytes(head[8..].try_into().unwrap()) as usize];
         stream.read_exact(&mut payload)?;
         if command == MEMORY {
             for entry in payload.as_chunks::<16>().0 {
@@ -163,7 +140,7 @@ fn arrives(mut vm: FakeVm, connections: usize, chunk_bytes: u64) {
     options.timeout_strategy = TimeoutStrategy::Ignore;
     options.tls = Some(files.client());
     options.limits.answer_timeout = Duration::from_secs(5);
-    let config = Arc::new(config(&files));
+    let config = bare_tls::server(&files);
     let receiver = Receiver { listener, config, memory: empty_memory(), state_came: AtomicBool::new(false) };
     let mut machine = vm.machine();
     thread::scope(|scope| {
