@@ -102,6 +102,7 @@ mod flusher;
 mod limits;
 mod manifest;
 mod memory_file;
+mod parallel;
 mod placement;
 mod source;
 mod staging;
