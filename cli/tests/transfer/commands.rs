@@ -132,6 +132,22 @@ fn a_snapshot_without_a_manifest_is_sealed() {
 }
 
 #[test]
+fn a_snapshot_whose_texts_were_edited_is_sealed_as_it_stands() {
+    let place = Place::new();
+    let stored = place.stored("stored", 1);
+    fs::remove_file(stored.join(MANIFEST_FILE)).unwrap();
+    for name in [CONFIG_FILE, STATE_FILE] {
+        let value: Value = serde_json::from_slice(&fs::read(stored.join(name)).unwrap()).unwrap();
+        fs::write(stored.join(name), format!("\n{value:#}\n")).unwrap();
+    }
+    result(&["seal", text(&stored)]);
+    result(&["verify", text(&stored)]);
+    let whole = place.path("whole");
+    result(&["apply", text(&stored), "--into", text(&whole)]);
+    result(&["diff", text(&stored), text(&whole)]);
+}
+
+#[test]
 fn people_are_told_in_sentences() {
     let place = Place::new();
     let stored = place.stored("stored", 1);
