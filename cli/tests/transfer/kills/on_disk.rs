@@ -48,6 +48,11 @@ impl Setting {
         }
     }
 
+    /// Makes `target`; returns how long that takes.
+    fn run(&self, writer: Writer, target: &Path) -> Duration {
+        timed(|| drop(run(self.command(writer, target)).succeeded()))
+    }
+
     /// Brings `target` to where `writer` begins.
     fn prepare(&self, writer: Writer, target: &Path) {
         if let Writer::Seal = writer {
@@ -111,18 +116,16 @@ fn is_made(writer: Writer, target: &Path) -> bool {
 fn a_killed_apply_create_or_seal_leaves_a_whole_directory_or_none_and_a_retry_succeeds() {
     let setting = Setting::new();
     let writers = [Writer::Apply, Writer::Create, Writer::Seal];
-    let undisturbed: Vec<Duration> = writers
-        .iter()
-        .map(|&writer| {
-            let target = setting.place.path(&format!("undisturbed-{writer:?}"));
-            setting.prepare(writer, &target);
-            timed(|| drop(run(setting.command(writer, &target)).succeeded()))
-        })
-        .collect();
+    let mut undisturbed = writers.map(|writer| {
+        let target = setting.place.path(&format!("undisturbed-{writer:?}"));
+        setting.prepare(writer, &target);
+        setting.run(writer, &target)
+    });
     let mut tally = Tally::default();
     for kill in 0..kills() {
-        let writer = writers[kill % writers.len()];
-        let moment = Moment::random(undisturbed[kill % writers.len()]);
+        let turn = kill % writers.len();
+        let writer = writers[turn];
+        let moment = Moment::random(undisturbed[turn]);
         let name = format!("into-{kill}");
         let target = setting.place.path(&name);
         setting.prepare(writer, &target);
@@ -134,8 +137,8 @@ fn a_killed_apply_create_or_seal_leaves_a_whole_directory_or_none_and_a_retry_su
 
         let made = is_made(writer, &target);
         tally.count(format!("{writer:?}"), made);
-        if !made || matches!(writer, Writer::Seal) {
-            run(setting.command(writer, &target)).succeeded();
+        if !made {
+            undisturbed[turn] = setting.run(writer, &target);
         }
         setting.check_whole(writer, &target);
         assert!(setting.place.partial(&name).is_empty());
