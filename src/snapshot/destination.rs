@@ -191,11 +191,11 @@ impl SnapshotDestination {
         Ok(())
     }
 
-    fn pause(&mut self, json: &[u8]) -> Result<(), DestinationError> {
+    fn pause(&mut self, json: Vec<u8>) -> Result<(), DestinationError> {
         let Phase::Receiving { config, store } = std::mem::replace(&mut self.phase, Phase::Over) else {
             return Err(DestinationError::OutOfTurn { message: "State" });
         };
-        let state = VmState::parse(json.to_vec(), &self.options.limits)?;
+        let state = VmState::parse(json, &self.options.limits)?;
         store.check(&state)?;
         if let Some(on_paused) = &mut self.options.on_paused {
             on_paused().map_err(DestinationError::OnPaused)?;
@@ -226,7 +226,7 @@ impl Destination for SnapshotDestination {
         Ok(self.begin(json)?)
     }
 
-    fn state(&mut self, json: &[u8]) -> Result<(), VmError> {
+    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
         Ok(self.pause(json)?)
     }
 
