@@ -12,10 +12,11 @@ use thiserror::Error;
 
 use super::differential_writer::{Base, DifferentialWriter};
 use super::digest::Digest;
-use super::document::{ConfigMessage, DocumentError, VmConfig, VmState};
+use super::document::{ConfigMessage, DocumentError, VmConfig};
 use super::limits::Limits;
 use super::placement::PlacementError;
 use super::staging::{StagedDir, StagingError};
+use super::state::VmState;
 use super::writer::{Announced, SnapshotWriter, WriteError};
 use crate::layout::Layout;
 use crate::transfer::frame::MemoryTable;

@@ -116,9 +116,9 @@ impl Vm for SnapshotSource {
         Ok(())
     }
 
-    /// Returns the tree as it was stored, the state of pass-through devices in it.
+    /// Returns the text as it was stored, the state of pass-through devices in it.
     fn state(&mut self, _devices: Snapshot) -> Result<Captured, VmError> {
-        Ok(self.dir.state().tree().clone().into())
+        Ok(Captured::Text(self.dir.state().shared_text()))
     }
 
     fn can_throttle(&self) -> bool {
