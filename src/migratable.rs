@@ -14,9 +14,9 @@ use vm_migration::{
 
 use crate::device::{DeviceSet, DeviceSetError};
 use crate::iova::{IovaError, IovaMap, Mapping};
-use crate::layout::Layout;
+use crate::layout::{Layout, Region};
 use crate::ledger::{Attribution, Chunk, ChunkLimits, CursorId, Ledger, Outstanding, Start};
-use crate::range::IovaRange;
+use crate::range::{GpaRange, IovaRange};
 use crate::source::{DirtySource, SourceError};
 use crate::table::table_of;
 
@@ -53,9 +53,15 @@ pub enum MigratableDeviceError {
         /// The child looked for.
         id: String,
     },
-    /// No dirty log runs.
+    /// No dirty log runs, or not for this cursor.
     #[error("Dirty log is not running")]
     NotLogging,
+    /// Pages that should be saved together are elsewhere.
+    #[error("Cannot save all pending pages at once while {bytes} bytes are in flight")]
+    InFlight {
+        /// Bytes of the chunks that were neither committed nor rolled back.
+        bytes: u64,
+    },
 }
 
 impl From<DeviceSetError> for MigratableDeviceError {
@@ -133,16 +139,22 @@ impl MigratableDevice {
 
     /// Opens a cursor for a receiver that holds what `start` says; switches all sources on first, unless they run.
     ///
-    /// With [`Start::Copied`], pages whose bits stand in a kernel are pending: another write to them shows no more once
-    /// another receiver's copy has cleared them.
+    /// With [`Start::Copied`] and sources that ran before, pages whose bits stand in a kernel are pending: another write to
+    /// them shows no more once another receiver's copy has cleared them. A kernel that begins with every bit set has them cleared.
     ///
     /// # Errors
-    /// A source could not be switched on; all are off again.
+    /// A source could not be switched on, or not begin with clean pages; all are off again unless another cursor is open.
     pub fn begin(&mut self, start: Start) -> Result<CursorId, MigratableDeviceError> {
+        let ran_before = self.logging;
         self.arm()?;
         let cursor = self.ledger.open(start);
-        if start == Start::Copied {
+        if start == Start::Copied && ran_before {
             self.collect_or_warn(|attached| attached.precise);
+        } else if start == Start::Copied {
+            let ram: Vec<_> = self.layout().regions().iter().map(Region::range).collect();
+            self.before_read(&ram).inspect_err(|_| {
+                let _already_failing = self.end(cursor);
+            })?;
         }
         Ok(cursor)
     }
@@ -210,11 +222,9 @@ impl MigratableDevice {
         limits: ChunkLimits,
     ) -> Result<Option<Chunk>, MigratableDeviceError> {
         let Some(chunk) = self.ledger.take(cursor, limits) else { return Ok(None) };
-        for attached in &mut self.sources {
-            if let Err(error) = attached.source.before_read(chunk.ranges()) {
-                self.ledger.roll_back(chunk);
-                return Err(error.into());
-            }
+        if let Err(error) = self.before_read(chunk.ranges()) {
+            self.ledger.roll_back(chunk);
+            return Err(error.into());
         }
         Ok(Some(chunk))
     }
@@ -227,6 +237,36 @@ impl MigratableDevice {
     /// Makes pages pending again whose copy did not arrive.
     pub fn roll_back(&mut self, chunk: Chunk) {
         self.ledger.roll_back(chunk);
+    }
+
+    /// Hands all pending pages to `save` at once: committed if it succeeds, pending again if it fails, for another attempt.
+    ///
+    /// This is how one snapshot after another is taken: see [`crate::snapshot`]. Call [`MigratableDevice::collect_final`]
+    /// right before, when vCPUs and devices are stopped and their state is captured. `save` is called even if nothing is pending.
+    /// A VM that is to run on once its pages are copied, before they are safe on disk, does the same with `take`, `commit` and
+    /// `roll_back`.
+    ///
+    /// # Errors
+    /// The cursor is closed, a chunk of it is neither committed nor rolled back, a source could not clear its bits, or `save`
+    /// failed. What was pending is pending.
+    pub fn save_pending<T, E: From<MigratableDeviceError>>(
+        &mut self,
+        cursor: CursorId,
+        save: impl FnOnce(&[GpaRange]) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let outstanding = self.outstanding(cursor).ok_or(MigratableDeviceError::NotLogging)?;
+        if outstanding.in_flight_bytes > 0 {
+            return Err(MigratableDeviceError::InFlight { bytes: outstanding.in_flight_bytes }.into());
+        }
+        self.begin_round(cursor);
+        let chunk = self.take(cursor, ChunkLimits::NONE)?;
+        let saved = save(chunk.as_ref().map_or(&[][..], Chunk::ranges));
+        match (chunk, saved.is_ok()) {
+            (Some(chunk), true) => self.commit(chunk),
+            (Some(chunk), false) => self.roll_back(chunk),
+            (None, _) => {}
+        }
+        saved
     }
 
     /// Pages each source reported since this value was built, by source id.
@@ -321,6 +361,11 @@ impl MigratableDevice {
             first_error = first_error.and(attached.source.stop());
         }
         Ok(first_error?)
+    }
+
+    /// Tells every source that the bytes of `ranges`, which ascend, are about to be read.
+    fn before_read(&mut self, ranges: &[GpaRange]) -> Result<(), SourceError> {
+        self.sources.iter_mut().try_for_each(|attached| attached.source.before_read(ranges))
     }
 
     fn collect_from(&mut self, which: impl Fn(&Attached) -> bool) -> Vec<SourceError> {

@@ -28,6 +28,19 @@ pub enum Captured {
     Text(Arc<String>),
 }
 
+impl Captured {
+    /// Returns the JSON text, as `state.json` holds it; makes it of a tree.
+    ///
+    /// # Errors
+    /// A tree has no JSON form.
+    pub fn into_text(self) -> serde_json::Result<Arc<String>> {
+        match self {
+            Self::Tree(tree) => serde_json::to_string(&tree).map(Arc::new),
+            Self::Text(text) => Ok(text),
+        }
+    }
+}
+
 impl From<Snapshot> for Captured {
     fn from(tree: Snapshot) -> Self {
         Self::Tree(tree)

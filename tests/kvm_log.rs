@@ -202,6 +202,23 @@ fn c21_what_one_receiver_clears_unreported_is_not_lost_to_one_that_holds_a_copy(
 }
 
 #[test]
+fn who_holds_a_copy_lacks_only_what_is_written_from_then_on() {
+    for mode in MODES {
+        let Some(mut guest) = Guest::new(&RAM, None) else { return };
+        let source = KvmLog::new(Arc::clone(&guest.vm), guest.slots(), mode);
+        let builder = MigratableDevice::builder("vm", guest.layout()).source(Box::new(source));
+        let mut vm = builder.build().unwrap();
+        let copied = vm.begin(Start::Copied).unwrap();
+        guest.write(odd_pages(), || {});
+        assert!(vm.collect().is_empty());
+        let lacks = vm.take(copied, ChunkLimits::NONE).unwrap().unwrap();
+        let pages = lacks.ranges().iter().flat_map(|range| range.pieces(PAGE)).map(GpaRange::start);
+        assert_eq!(pages.collect::<BTreeSet<_>>(), odd_pages(), "{mode:?}");
+        vm.commit(lacks);
+    }
+}
+
+#[test]
 fn a_log_can_be_started_again_after_a_stop_and_starts_clean() {
     for mode in MODES {
         let Some((mut guest, mut source, mut ledger)) = started(mode) else { return };

@@ -176,7 +176,8 @@ pub(crate) struct SendArguments {
     /// Most bytes of memory a second, a number with K, M or G behind it [default: as many as go].
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) bandwidth: Option<u64>,
-    /// Send holes and zero pages, too: for a receiver whose memory does not read zero, as a zone backed by a used file.
+    /// Send holes and zero pages, too: for a receiver whose memory does not read zero. So it is done anyway where DIR's
+    /// configuration has a memory zone backed by a file.
     #[arg(long)]
     pub(crate) all_pages: bool,
     /// How memory moves: precopy. Postcopy is refused.
@@ -190,9 +191,9 @@ pub(crate) struct SendArguments {
 }
 
 impl SendArguments {
-    /// What the receiver is held to.
+    /// What the receiver is held to; not to hurry with the State, for a stored VM stands still anyway.
     pub(crate) fn limits(&self) -> Limits {
-        self.patience.limits()
+        Limits { switchover_timeout: Duration::MAX, ..self.patience.limits() }
     }
 }
 
@@ -411,6 +412,16 @@ mod tests {
             Arguments::try_parse_from(words(line)).unwrap_or_else(|error| panic!("{line}: {error}"));
         });
         assert!(parsed.count() >= 5);
+    }
+
+    #[test]
+    fn a_stored_vm_may_stand_still_for_as_long_as_the_receiver_answers_in_time() {
+        let words = ["vfio-migrate", "send", "unix:socket", "--from", "dir", "--idle-timeout", "900"];
+        let Command::Send(arguments) = Arguments::try_parse_from(words).unwrap().command else {
+            panic!("send is send")
+        };
+        assert_eq!(arguments.limits().switchover_timeout, Duration::MAX);
+        assert_eq!(arguments.limits().answer_timeout, Duration::from_secs(900));
     }
 
     #[test]

@@ -36,13 +36,13 @@ pub(crate) fn send(arguments: &SendArguments) -> ExitCode {
 
 fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Failure> {
     let stop = stop_flag()?;
-    let sender = Sender::new(options(arguments)?);
     let mut source = SnapshotSource::new(SnapshotDir::open(&arguments.from, &Limits::default())?)?;
+    let sender = Sender::new(options(arguments, &source)?);
     let mut machine = MigratableDevice::builder("snapshot", source.layout().clone()).build()?;
     Ok(watch(&sender, &mut source, &mut machine, &stop, output)?)
 }
 
-fn options(arguments: &SendArguments) -> Result<SendOptions, Failure> {
+fn options(arguments: &SendArguments, source: &SnapshotSource) -> Result<SendOptions, Failure> {
     let mut options = SendOptions::new(arguments.url.clone());
     options.connections = arguments.connections;
     options.bandwidth = arguments.bandwidth;
@@ -50,7 +50,7 @@ fn options(arguments: &SendArguments) -> Result<SendOptions, Failure> {
     options.timeout_s = arguments.timeout_s;
     options.timeout_strategy = arguments.timeout_strategy.into();
     options.complete_paused = arguments.paused;
-    options.receiver_reads_zero = !arguments.all_pages;
+    options.receiver_reads_zero = source.receiver_reads_zero() && !arguments.all_pages;
     options.tls = arguments.tls_dir.as_deref().map(ClientTls::from_directory).transpose()?;
     options.limits = arguments.limits();
     Ok(options)

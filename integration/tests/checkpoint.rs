@@ -4,7 +4,8 @@
 //! on; from the directory a second machine comes to life.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::os::unix::net::UnixStream;
+mod restoring;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,59 +13,28 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vfio_migration::migratable::MigratableDevice;
-use vfio_migration::snapshot::{
-    DestinationOptions, Limits as SnapshotLimits, SnapshotDestination, SnapshotDir, SnapshotSource, verify,
-};
+use vfio_migration::snapshot::{DestinationOptions, Limits, SnapshotDestination, verify};
 use vfio_migration::source::KvmLogMode;
-use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::{ConnectionCount, Limits};
-use vfio_migration::transfer::receive::{Destination, ReceiveError, Received, Receiver};
-use vfio_migration::transfer::url::Url;
-use vfio_migration::transfer::{Migration, SendError, SendOptions, SendStep, Sender, Sent, SourceVm as Left};
-use vfio_migration::vm::Vm;
-use vfio_migration_integration::demo::{DestinationVm, Health, MachineSetup, Side, SourceVm};
-use vfio_migration_integration::device::{DeviceConfig, DmaDevice};
+use vfio_migration::transfer::limits::ConnectionCount;
+use vfio_migration::transfer::{SendError, SendStep, SourceVm as Left};
+use vfio_migration_integration::demo::{MachineSetup, Side, SourceVm};
 use vfio_migration_integration::skip;
-use vfio_migration_integration::vmm::{Machine, Memory, Phase, RamLayout, Split, probe_kvm};
-use vm_migration::Pausable;
+use vfio_migration_integration::vmm::{Machine, Phase, probe_kvm};
+
+use restoring::{assert_well, restore, transfer};
 
 const MEMORY_BYTES: u64 = 64 << 20;
 const DOWNTIME_LIMIT_MS: u64 = 300;
 
-/// Makes a machine whose device serves on a thread.
-fn machine(kvm: bool) -> Side {
-    let layout = RamLayout::new(MEMORY_BYTES, Split::default()).unwrap();
-    let memory = Memory::create(&layout).unwrap();
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    thread::spawn(move || DmaDevice::serve(theirs, DeviceConfig::default()));
-    let files = memory.regions().iter().map(|region| region.file.try_clone().unwrap()).collect();
-    let setup = MachineSetup {
+fn setup(kvm: bool) -> MachineSetup {
+    MachineSetup {
         memory_bytes: MEMORY_BYTES,
         kvm,
         guest_rate: 20_000,
         device_rate: 5_000,
         seed: 11,
         forget: None,
-    };
-    Side::new(setup, ours, files).unwrap()
-}
-
-fn transfer(
-    vm: &mut impl Vm,
-    devices: &mut MigratableDevice,
-    destination: &mut (dyn Destination + Send),
-    adjust: impl FnOnce(&mut SendOptions),
-) -> (Result<Sent, SendError>, Result<Received, ReceiveError>) {
-    let listener = Listener::bind(&Url::tcp("127.0.0.1", 0).unwrap()).unwrap();
-    let mut options = SendOptions::new(listener.url().clone());
-    options.downtime_ms = DOWNTIME_LIMIT_MS;
-    adjust(&mut options);
-    thread::scope(|scope| {
-        let receiving =
-            scope.spawn(|| Receiver::new(Limits::default(), None).receive(&listener, destination));
-        let sent = Sender::new(options).send(vm, devices, &Migration::new());
-        (sent, receiving.join().unwrap())
-    })
+    }
 }
 
 /// Watches a guest's own counter of pages from outside.
@@ -108,6 +78,7 @@ fn checkpoint(side: &Side, devices: &mut MigratableDevice, target: &Path, connec
     let watch = Watch::start(&side.machine);
     let (sent, received) = transfer(&mut vm, devices, &mut directory, |options| {
         options.connections = ConnectionCount::new(connections).unwrap();
+        options.downtime_ms = DOWNTIME_LIMIT_MS;
     });
     thread::sleep(Duration::from_millis(50));
     let gap = watch.longest_gap();
@@ -119,37 +90,12 @@ fn checkpoint(side: &Side, devices: &mut MigratableDevice, target: &Path, connec
     assert!(directory.kept().is_some(), "{received:?}");
     assert_eq!(side.machine.phase(), Phase::Running);
     assert!(gap <= Duration::from_millis(DOWNTIME_LIMIT_MS), "the guest stood still for {gap:?}");
-    assert!(verify(target, &SnapshotLimits::default()).unwrap().is_clean());
-}
-
-fn assert_well(health: &Health) {
-    assert!(health.wrong_pages.is_empty(), "the guest found {:#x?}", health.wrong_pages);
-    assert!(health.wrong_records.is_empty(), "the VMM found {:#x?}", health.wrong_records);
-    assert!(health.wrong_device_pages.is_empty(), "the device's pages {:#x?}", health.wrong_device_pages);
-}
-
-/// Brings a checkpoint to life; returns how the machine fares, and how far it was in passes and in the device's stream.
-fn restore(kvm: bool, target: &Path) -> Health {
-    let side = machine(kvm);
-    let mut devices = side.migratable(KvmLogMode::ManualAtRead).unwrap();
-    let directory = SnapshotDir::open(target, &SnapshotLimits::default()).unwrap();
-    let mut snapshot = SnapshotSource::new(directory).unwrap();
-    let layout = snapshot.layout().clone();
-    let mut nothing = MigratableDevice::builder("pass-through", layout).build().unwrap();
-    let mut vm = DestinationVm::new(&side.machine, &mut devices);
-    let (sent, received) =
-        transfer(&mut snapshot, &mut nothing, &mut vm, |options| options.complete_paused = true);
-    received.unwrap();
-    let sent = sent.unwrap();
-    assert!(sent.skipped_hole_bytes > 0, "holes of the file stay holes");
-    devices.resume().unwrap();
-    side.machine.start().unwrap();
-    side.check(2).unwrap()
+    assert!(verify(target, &Limits::default()).unwrap().is_clean());
 }
 
 fn a_checkpoint_is_whole_and_its_machine_runs_on(kvm: bool) {
     let folder = tempfile::tempdir().unwrap();
-    let side = machine(kvm);
+    let (side, _) = Side::in_process(setup(kvm)).unwrap();
     side.start().unwrap();
     let mut devices = side.migratable(KvmLogMode::ManualAtRead).unwrap();
     let mut before = side.check(1).unwrap();
@@ -160,7 +106,7 @@ fn a_checkpoint_is_whole_and_its_machine_runs_on(kvm: bool) {
         assert_well(&after);
         assert!(after.device_position > before.device_position, "the device goes on");
 
-        let restored = restore(kvm, &target);
+        let restored = restore(setup(kvm), &target);
         assert_well(&restored);
         assert!(restored.passes >= before.passes + 2, "it does not begin anew");
         assert!(restored.device_position > before.device_position, "nor does its device");

@@ -4,28 +4,21 @@
 //! RAM, asks for a table a round, reads the pages with no further call, and concatenates tables.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::os::unix::net::UnixStream;
 use std::thread;
 
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::source::KvmLogMode;
 use vfio_migration_integration::demo::{MachineSetup, Side, compare};
-use vfio_migration_integration::device::{DeviceConfig, DmaDevice};
 use vfio_migration_integration::skip;
-use vfio_migration_integration::vmm::{Memory, RamLayout, Split, probe_kvm};
+use vfio_migration_integration::vmm::{Memory, probe_kvm};
 use vm_memory::{Bytes, GuestAddress};
 use vm_migration::protocol::{MemoryRange, MemoryRangeTable};
 use vm_migration::{Migratable, Pausable, Snapshot, Snapshottable};
 
 const MEMORY_BYTES: u64 = 64 << 20;
 
-/// Makes a machine whose device serves on a thread, and returns a second handle on its RAM.
+/// Makes a machine, and returns a second handle on its RAM.
 fn machine(kvm: bool, device_rate: u32) -> (Side, Memory) {
-    let layout = RamLayout::new(MEMORY_BYTES, Split::default()).unwrap();
-    let memory = Memory::create(&layout).unwrap();
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    thread::spawn(move || DmaDevice::serve(theirs, DeviceConfig::default()));
-    let files = memory.regions().iter().map(|region| region.file.try_clone().unwrap()).collect();
     let setup = MachineSetup {
         memory_bytes: MEMORY_BYTES,
         kvm,
@@ -34,7 +27,7 @@ fn machine(kvm: bool, device_rate: u32) -> (Side, Memory) {
         seed: 7,
         forget: None,
     };
-    (Side::new(setup, ours, files).unwrap(), memory)
+    Side::in_process(setup).unwrap()
 }
 
 /// Copies the bytes of a table, as a connection would.

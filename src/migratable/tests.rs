@@ -136,9 +136,7 @@ fn drain(vm: &mut MigratableDevice, cursor: CursorId) -> BTreeSet<u64> {
     let mut taken = BTreeSet::new();
     vm.begin_round(cursor);
     while let Some(chunk) = vm.take(cursor, ChunkLimits { bytes: 7 << 12, ranges: 2 }).unwrap() {
-        for range in chunk.ranges() {
-            taken.extend((range.start() >> 12)..(range.end() >> 12));
-        }
+        taken.extend(pages_of(chunk.ranges()));
         vm.commit(chunk);
     }
     taken
@@ -310,6 +308,68 @@ fn c23_the_traits_session_commits_a_table_only_by_the_next_call() {
     assert!(vm.dirty_log().is_err());
 }
 
+fn pages_of(ranges: &[GpaRange]) -> BTreeSet<u64> {
+    ranges.iter().flat_map(|range| (range.start() >> 12)..(range.end() >> 12)).collect()
+}
+
+/// Saves what is pending, and returns its pages.
+fn saved(vm: &mut MigratableDevice, cursor: CursorId) -> BTreeSet<u64> {
+    vm.save_pending(cursor, |ranges| Ok::<_, MigratableDeviceError>(pages_of(ranges))).unwrap()
+}
+
+#[test]
+fn c23_pages_whose_snapshot_fails_are_in_the_next_one() {
+    let kvm = Scripted::new("kvm");
+    let mut vm = with(&[&kvm]);
+    let cursor = vm.begin(Start::Empty).unwrap();
+    assert_eq!(saved(&mut vm, cursor), everything());
+    kvm.write(3);
+    assert!(vm.collect_final().is_empty());
+    let failed = vm.save_pending(cursor, |ranges| {
+        assert_eq!(pages_of(ranges), BTreeSet::from([3]));
+        Err::<(), _>(Box::<dyn std::error::Error>::from("The disk is full"))
+    });
+    assert_eq!(failed.unwrap_err().to_string(), "The disk is full");
+    kvm.write(4);
+    assert!(vm.collect_final().is_empty());
+    kvm.fail_next(Operation::BeforeRead);
+    let cleared = vm.save_pending(cursor, |_| Ok::<_, MigratableDeviceError>(()));
+    assert!(matches!(cleared, Err(MigratableDeviceError::Source(_))));
+    assert_eq!(saved(&mut vm, cursor), BTreeSet::from([3, 4]));
+    assert_eq!(saved(&mut vm, cursor), BTreeSet::new(), "a snapshot that equals its base is one, too");
+}
+
+#[test]
+fn a_snapshot_that_would_lack_pages_is_refused() {
+    let kvm = Scripted::new("kvm");
+    let mut vm = with(&[&kvm]);
+    let cursor = vm.begin(Start::Empty).unwrap();
+    let chunk = vm.take(cursor, ChunkLimits { bytes: 2 << 12, ranges: 1 }).unwrap().unwrap();
+    let refused = vm.save_pending(cursor, |_| Ok::<_, MigratableDeviceError>(()));
+    assert!(matches!(refused, Err(MigratableDeviceError::InFlight { bytes: 8192 })), "{refused:?}");
+    vm.roll_back(chunk);
+    assert_eq!(saved(&mut vm, cursor), everything());
+    vm.end(cursor).unwrap();
+    let refused = vm.save_pending(cursor, |_| Ok::<_, MigratableDeviceError>(()));
+    assert!(matches!(refused, Err(MigratableDeviceError::NotLogging)), "{refused:?}");
+}
+
+#[test]
+fn who_holds_a_copy_begins_with_clean_pages_where_a_kernel_begins_with_every_bit_set() {
+    let kvm = Scripted::new("kvm");
+    let mut vm = with(&[&kvm]);
+    kvm.fail_next(Operation::BeforeRead);
+    assert!(vm.begin(Start::Copied).is_err());
+    assert!(!kvm.script().running, "nothing was left on");
+    kvm.script().log.clear();
+    let cursor = vm.begin(Start::Copied).unwrap();
+    assert_eq!(kvm.script().log, [Operation::Start, Operation::BeforeRead]);
+    kvm.script().log.clear();
+    vm.begin(Start::Copied).unwrap();
+    assert_eq!(kvm.script().log, [Operation::Collect], "what others have not read yet stands");
+    assert_eq!(saved(&mut vm, cursor), BTreeSet::new());
+}
+
 #[test]
 fn two_sources_of_one_name_are_refused() {
     let source = Scripted::new("twin");
@@ -355,5 +415,48 @@ proptest! {
         }
         prop_assert!(vm.collect_final().is_empty());
         prop_assert_eq!(copy_round(&mut vm, &memory), memory);
+    }
+
+    /// Snapshots, each on top of the last that succeeded, amount to what memory holds, whatever fails in between and whoever
+    /// else reads.
+    #[test]
+    fn no_fault_at_any_point_loses_a_page_of_a_chain_of_snapshots(
+        rounds in prop::collection::vec(
+            (prop::collection::vec((0..2usize, 0..PAGES), 0..12), prop::option::of((0..2usize, any::<bool>())), any::<bool>(), any::<bool>()),
+            1..12,
+        ),
+    ) {
+        let sources = [Scripted::new("kvm"), Scripted::new("device")];
+        let mut vm = with(&[&sources[0], &sources[1]]);
+        let cursor = vm.begin(Start::Empty).unwrap();
+        let (mut memory, mut chain) = (vec![0u32; 256], vec![u32::MAX; 256]);
+        for (writes, fault, disk_full, other_reader) in rounds {
+            for (source, page) in writes {
+                memory[usize::try_from(page).unwrap()] += 1;
+                sources[source].write(page);
+            }
+            if other_reader {
+                let other = vm.begin(Start::Empty).unwrap();
+                let _degradations = vm.collect();
+                drain(&mut vm, other);
+                vm.end(other).unwrap();
+            }
+            if let Some((source, at_collect)) = fault {
+                sources[source].fail_next(if at_collect { Operation::Collect } else { Operation::BeforeRead });
+            }
+            let _degradations = vm.collect_final();
+            let saved = vm.save_pending(cursor, |ranges| {
+                if disk_full { Err(MigratableDeviceError::NotLogging) } else { Ok(pages_of(ranges)) }
+            });
+            for source in &sources {
+                source.script().fail = None;
+            }
+            let Ok(pages) = saved else { continue };
+            for page in pages {
+                let page = usize::try_from(page).unwrap();
+                chain[page] = memory[page];
+            }
+            prop_assert_eq!(&chain, &memory);
+        }
     }
 }

@@ -54,45 +54,7 @@ impl Base {
 /// A page that never comes is as in the base. Nothing lies under the final name before [`DifferentialWriter::finish`] returns;
 /// dropped before, it leaves nothing behind.
 ///
-/// With every page that changed since the last snapshot, whoever wrote it, from a cursor that stands for that snapshot; chunks are
-/// committed once the differential is safe on disk, and rolled back if it never is:
-/// ```
-/// # use std::sync::Arc;
-/// # use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, bitmap::AtomicBitmap};
-/// use vfio_migration::layout::Layout;
-/// use vfio_migration::ledger::{ChunkLimits, Start};
-/// use vfio_migration::migratable::MigratableDevice;
-/// use vfio_migration::snapshot::{Announced, Base, DifferentialWriter, Digest, Limits};
-/// use vfio_migration::source::GuestMemoryLog;
-/// # let dir = tempfile::tempdir()?;
-/// # let target = dir.path().join("monday");
-/// # let sunday = Digest::of(b"a full snapshot");
-/// # let state = r#"{"snapshots":{"memory-manager":{"snapshots":{},"snapshot_data":{"state":
-/// #     "{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":1048576}]}}"}}},"snapshot_data":null}"#.as_bytes();
-/// # let config = br#"{"memory":{"size":1048576}}"#;
-/// let memory = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&[(GuestAddress(0), 1 << 20)])?);
-/// let layout = Layout::from_guest_memory(&*memory)?;
-/// let mut vm = MigratableDevice::builder("vm", layout.clone())
-///     .source(Box::new(GuestMemoryLog::new(memory.clone())))
-///     .build()?;
-/// let since_sunday = vm.begin(Start::Copied)?;
-/// memory.write_obj(7u32, GuestAddress(0x5004))?;
-///
-/// // The vCPUs and devices stand still from here on.
-/// let base = Base::Named(sunday);
-/// let writer = DifferentialWriter::create(&target, Announced::all(layout), base, Limits::default())?;
-/// assert!(vm.collect_final().is_empty(), "no source failed");
-/// vm.begin_round(since_sunday);
-/// let mut chunks = Vec::new();
-/// while let Some(chunk) = vm.take(since_sunday, ChunkLimits { bytes: 4 << 20, ranges: 1024 })? {
-///     writer.copy_from(chunk.ranges().iter().copied(), &*memory)?;
-///     chunks.push(chunk);
-/// }
-/// writer.finish(config, state)?;
-/// chunks.into_iter().for_each(|chunk| vm.commit(chunk));
-/// # assert_eq!(std::fs::metadata(target.join("memory-changes"))?.len(), 4096);
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
+/// [`crate::snapshot`] shows how it gets every page that changed since its base, whoever wrote it, and no other.
 #[derive(Debug)]
 pub struct DifferentialWriter {
     staged: StagedDir,

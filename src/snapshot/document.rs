@@ -148,6 +148,7 @@ pub struct VmConfig {
     memory_bytes: u64,
     writable_disks: Vec<String>,
     vdpa: Vec<String>,
+    file_zones: Vec<String>,
     shared_file_zones: Vec<String>,
 }
 
@@ -167,15 +168,15 @@ impl VmConfig {
         let disks = disks.map(|disk| disk.path.or(disk.vhost_socket).unwrap_or_default());
         let pmem = fields.pmem.unwrap_or_default().into_iter().filter(|pmem| !pmem.discard_writes);
         let zones = fields.memory.zones.unwrap_or_default().into_iter();
+        let file_zones: Vec<_> = zones.filter(|zone| zone.file.is_some()).collect();
+        let shared = file_zones.iter().filter(|zone| zone.shared);
         Ok(Self {
             text,
             memory_bytes: fields.memory.size,
             writable_disks: disks.chain(pmem.map(|pmem| pmem.file)).collect(),
             vdpa: fields.vdpa.unwrap_or_default().into_iter().map(|vdpa| vdpa.path).collect(),
-            shared_file_zones: zones
-                .filter(|zone| zone.file.is_some() && zone.shared)
-                .map(|zone| zone.id)
-                .collect(),
+            shared_file_zones: shared.map(|zone| zone.id.clone()).collect(),
+            file_zones: file_zones.into_iter().map(|zone| zone.id).collect(),
         })
     }
 
@@ -201,6 +202,11 @@ impl VmConfig {
     /// Paths of the vDPA devices, which stay suspended when a migration fails.
     pub fn vdpa(&self) -> &[String] {
         &self.vdpa
+    }
+
+    /// Ids of the memory zones that are mappings of a named file, shared or not: there a new VM finds what the file holds.
+    pub fn file_zones(&self) -> &[String] {
+        &self.file_zones
     }
 
     /// Ids of the memory zones that are shared mappings of a named file, which snapshots leave out.

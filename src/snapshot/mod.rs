@@ -15,6 +15,74 @@
 //! all; [`SnapshotDir`] and [`Chain`] read them; [`verify`] finds altered bytes, [`apply`] turns a chain into a full
 //! snapshot, [`subtract`] a snapshot into a differential, [`compare`] lists what differs, [`describe`] says what a
 //! directory holds. `docs/snapshot-format.md` has the bytes.
+//!
+//! # One snapshot after another
+//!
+//! A cursor of [`MigratableDevice`](crate::migratable::MigratableDevice) stands for the last snapshot: it knows every page that
+//! was written since, whoever wrote it, and no other reader takes pages from it. It begins with all RAM pending, so the first
+//! snapshot is a full one; each later one holds what is pending then.
+//! [`save_pending`](crate::migratable::MigratableDevice::save_pending) makes pages that went into a snapshot that failed part of
+//! the next one, which still is to the last snapshot that succeeded. A VM that was restored from a snapshot begins with
+//! [`Start::Copied`](crate::ledger::Start::Copied) instead, before it runs, and takes differentials to that one at once.
+//!
+//! ```
+//! # use std::error::Error;
+//! # use std::path::Path;
+//! # use std::sync::Arc;
+//! # use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, bitmap::AtomicBitmap};
+//! # use vfio_migration::layout::Layout;
+//! # use vfio_migration::source::GuestMemoryLog;
+//! use vfio_migration::ledger::{CursorId, Start};
+//! use vfio_migration::migratable::MigratableDevice;
+//! use vfio_migration::snapshot::{Announced, Base, DifferentialWriter, Digest, Limits, SnapshotWriter};
+//!
+//! # type Memory = GuestMemoryMmap<AtomicBitmap>;
+//! # const CONFIG: &[u8] = br#"{"memory":{"size":1048576}}"#;
+//! # const STATE: &[u8] = r#"{"snapshots":{"memory-manager":{"snapshots":{},"snapshot_data":{"state":
+//! #     "{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":1048576}]}}"}}},"snapshot_data":null}"#.as_bytes();
+//! /// Takes a snapshot of a VM whose vCPUs and devices stand still, and whose state is captured.
+//! fn take(
+//!     vm: &mut MigratableDevice,
+//!     cursor: CursorId,
+//!     last: Option<Digest>,
+//!     memory: &Memory,
+//!     target: &Path,
+//! ) -> Result<Digest, Box<dyn Error>> {
+//!     for degradation in vm.collect_final() {
+//!         eprintln!("{degradation}; all it covers is saved");
+//!     }
+//!     let (ram, limits) = (Announced::all(vm.layout().clone()), Limits::default());
+//!     vm.save_pending(cursor, |pages| match last {
+//!         None => {
+//!             let writer = SnapshotWriter::create(target, ram, limits)?;
+//!             writer.copy_from(pages.iter().copied(), memory)?;
+//!             Ok(writer.finish(CONFIG, STATE)?)
+//!         }
+//!         Some(base) => {
+//!             let writer = DifferentialWriter::create(target, ram, Base::Named(base), limits)?;
+//!             writer.copy_from(pages.iter().copied(), memory)?;
+//!             Ok(writer.finish(CONFIG, STATE)?)
+//!         }
+//!     })
+//! }
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), 1 << 20)])?);
+//! # let layout = Layout::from_guest_memory(&*memory)?;
+//! # let builder = MigratableDevice::builder("vm", layout).source(Box::new(GuestMemoryLog::new(memory.clone())));
+//! # let mut vm = builder.build()?;
+//! let cursor = vm.begin(Start::Empty)?;
+//! let sunday = take(&mut vm, cursor, None, &memory, &dir.path().join("sunday"))?;
+//! memory.write_obj(7u32, GuestAddress(0x5004))?;
+//! # std::fs::write(dir.path().join("taken"), "")?;
+//! assert!(take(&mut vm, cursor, Some(sunday), &memory, &dir.path().join("taken")).is_err());
+//! memory.write_obj(7u32, GuestAddress(0x9004))?;
+//! let monday = take(&mut vm, cursor, Some(sunday), &memory, &dir.path().join("monday"))?;
+//! let changes = std::fs::metadata(dir.path().join("monday/memory-changes"))?;
+//! assert_eq!(changes.len(), 2 * vm.layout().host_page().bytes());
+//! # assert_ne!(sunday, monday);
+//! # Ok::<(), Box<dyn Error>>(())
+//! ```
 
 mod apply;
 mod block_reader;

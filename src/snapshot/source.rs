@@ -71,6 +71,13 @@ impl SnapshotSource {
         &self.layout
     }
 
+    /// Whether the memory of a VM that is made with the snapshot's configuration reads zero: none of it is a named file's.
+    ///
+    /// See [`SendOptions::receiver_reads_zero`](crate::transfer::SendOptions::receiver_reads_zero).
+    pub fn receiver_reads_zero(&self) -> bool {
+        self.dir.config().file_zones().is_empty()
+    }
+
     /// The snapshot.
     pub fn dir(&self) -> &SnapshotDir {
         &self.dir

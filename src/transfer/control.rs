@@ -165,7 +165,9 @@ impl<'a> Control<'a> {
         self.exchange(step, bytes, |connection| send(connection, request, payload))
     }
 
-    /// Makes an exchange that a cancellation, or the end of the time for the switchover, cuts short. The connection is kept only if the receiver may be asked again.
+    /// Makes an exchange that a cancellation, or the end of the time for the switchover, cuts short.
+    ///
+    /// The connection is kept only if the receiver may be asked again: one that refused is done with the migration.
     fn exchange(
         &mut self,
         step: SendStep,
@@ -189,7 +191,7 @@ impl<'a> Control<'a> {
                 read_answer(&mut connection, within)
             },
         )?;
-        if matches!(answer, Ok(_) | Err(PeerError::Refused)) {
+        if answer.is_ok() {
             connection.end_at(None);
             self.connection = Some(connection);
         }

@@ -45,7 +45,7 @@ pub(super) enum Content {
 /// How much a connection may have on its way, and for how long.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pipeline {
-    /// Chunks without an acknowledgement.
+    /// Chunks without an acknowledgement on one connection.
     pub(super) window: usize,
     /// How long the next acknowledgement may take.
     pub(super) answer_timeout: Duration,

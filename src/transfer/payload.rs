@@ -86,6 +86,7 @@ mod tests {
             payload.write_to(&mut written).unwrap();
             assert_eq!(payload.bytes(), text.len() as u64);
             assert_eq!(written, text.as_bytes());
+            assert_eq!(*payload.captured.into_text().unwrap(), text);
         }
     }
 }

@@ -116,8 +116,10 @@ impl<'a, V: Vm> Session<'a, V> {
     /// Copies all memory on all connections; the VM runs at first, and stands still at the end.
     fn copy_memory(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
         let connections = control.open_lanes()?;
-        let SendOptions { window, ref limits, .. } = *self.options;
-        let pipeline = Pipeline { window, answer_timeout: limits.answer_timeout };
+        let pipeline = Pipeline {
+            window: self.options.pipelined_chunks(),
+            answer_timeout: self.options.limits.answer_timeout,
+        };
         let host_page = self.machine.layout().host_page();
         let sieve = self.options.receiver_reads_zero.then(|| Sieve::new(self.vm.backing(), host_page));
         let lanes = Lanes::start(connections, &self.memory, sieve, pipeline, self.migration);

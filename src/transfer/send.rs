@@ -30,7 +30,7 @@ pub struct SendOptions {
     pub url: Url,
     /// Connections that carry memory: one, or several beside the first one (TCP only).
     pub connections: ConnectionCount,
-    /// Chunks that may await their acknowledgement on each connection.
+    /// Chunks that may await their acknowledgement on each connection; just one on each of several connections under TLS.
     pub window: usize,
     /// Guest memory in one chunk, in bytes; at most 64 MiB.
     pub chunk_bytes: u64,
@@ -80,6 +80,16 @@ impl SendOptions {
             tls: None,
             limits: Limits::default(),
         }
+    }
+
+    /// Chunks that may be unacknowledged on a connection, as any receiver can take them.
+    ///
+    /// A Cloud Hypervisor polls the socket of an additional connection for its next request. What its TLS has read ahead,
+    /// together with the end of the request before, that poll does not see: a request all of which was read ahead would wait
+    /// for ever.
+    pub(super) fn pipelined_chunks(&self) -> usize {
+        let is_polled = self.tls.is_some() && self.connections != ConnectionCount::ONE;
+        if is_polled { 1 } else { self.window }
     }
 
     pub(super) fn policy(&self, vm_can_throttle: bool) -> Policy {

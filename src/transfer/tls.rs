@@ -183,13 +183,21 @@ fn authority_file(directory: &Path) -> PathBuf {
     directory.join("ca-cert.pem")
 }
 
+/// Reads whom to trust. Certificates that are nothing of the kind are passed over, as Cloud Hypervisor does, unless all are.
 fn authority(directory: &Path) -> Result<RootCertStore, TlsError> {
     let file = authority_file(directory);
     let mut roots = RootCertStore::empty();
+    let mut unusable = None;
     for certificate in certificates(&file)? {
-        roots.add(certificate).map_err(|source| TlsError::Unusable { file: file.clone(), source })?;
+        if let Err(source) = roots.add(certificate) {
+            log::warn!("Passed over a certificate in {}: {source}", file.display());
+            unusable = Some(source);
+        }
     }
-    Ok(roots)
+    match unusable {
+        Some(source) if roots.is_empty() => Err(TlsError::Unusable { file, source }),
+        _ => Ok(roots),
+    }
 }
 
 /// Reads every certificate in `file`, at least one.

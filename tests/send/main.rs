@@ -4,11 +4,15 @@
 
 #![expect(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "tests, on a 64-bit host")]
 
+#[path = "../transfer/bare_tls.rs"]
+#[expect(dead_code, reason = "the source is ours")]
+mod bare_tls;
 mod both_ends;
 #[path = "../transfer/certificates.rs"]
 #[expect(dead_code, reason = "certificates that fail are for the tests of TLS")]
 mod certificates;
 mod peer;
+mod polled;
 mod skipping;
 mod vm;
 

@@ -3,6 +3,9 @@
 //! The transfer over real sockets: connections, TLS, and a receiver with sources of every kind.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod bare_source;
+#[expect(dead_code, reason = "the receiver is ours")]
+mod bare_tls;
 mod captures;
 mod certificates;
 mod connection;

@@ -174,6 +174,19 @@ fn files_that_are_missing_or_something_else_are_named() {
 }
 
 #[test]
+fn an_authority_among_certificates_that_are_none_is_trusted() {
+    let files = Files::good();
+    let good = fs::read_to_string(files.path().join("ca-cert.pem")).unwrap();
+    let nonsense = "-----BEGIN CERTIFICATE-----\nbm9uc2Vuc2U=\n-----END CERTIFICATE-----\n";
+    files.write("ca-cert.pem", &format!("{nonsense}{good}"), 0o644);
+    assert_eq!(outcomes(&files, &files), [Ok(()), Ok(())]);
+
+    files.write("ca-cert.pem", nonsense, 0o644);
+    let error = ClientTls::from_directory(files.path()).unwrap_err().to_string();
+    assert!(error.starts_with("Cannot use ") && error.ends_with("ca-cert.pem"), "{error}");
+}
+
+#[test]
 fn a_key_of_another_certificate_is_refused() {
     let files = Files::good();
     let other = fs::read_to_string(Files::good().path().join("server-key.pem")).unwrap();

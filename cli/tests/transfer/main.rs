@@ -12,7 +12,13 @@ mod hostile_source;
 mod kills;
 mod paused;
 mod raw;
+mod recorded;
+#[path = "../../../tests/recorded/relay.rs"]
+mod relay;
 mod round_trip;
 mod stored;
 mod tls;
 mod tool;
+#[path = "../../../tests/recorded/wire.rs"]
+#[expect(dead_code, reason = "the library's own tests use more of it")]
+mod wire;

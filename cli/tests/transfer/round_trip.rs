@@ -2,8 +2,11 @@
 
 //! What is sent is what is received.
 
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
+
+use vfio_migration::snapshot::{CONFIG_FILE, MANIFEST_FILE};
 
 use crate::certificates::Files;
 use crate::stored::{Place, assert_same};
@@ -74,6 +77,21 @@ fn holes_and_zeros_are_left_out_unless_the_receiver_needs_them() {
         assert!((least..most).contains(&sent), "{options:?}: {sent}");
         assert!((64 << 20..65 << 20).contains(&(sent + skipped)), "{options:?}: {sent} and {skipped}");
     }
+}
+
+#[test]
+fn nothing_is_left_out_where_the_memory_of_a_new_vm_is_what_a_file_holds() {
+    let place = Place::new();
+    let from = place.stored("from", 7);
+    let config =
+        r#"{"memory":{"size":0,"zones":[{"id":"mem0","size":67108864,"file":"/used","shared":false}]}}"#;
+    fs::write(from.join(CONFIG_FILE), config).unwrap();
+    fs::remove_file(from.join(MANIFEST_FILE)).unwrap();
+    let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &place.path("into"), &[]);
+    let sent = Tool::send(&url, &from, &[]).end().succeeded().last();
+    receiver.end().succeeded();
+    assert_eq!(sent["skipped_bytes"], 0);
+    assert!(sent["sent_bytes"].as_u64().unwrap() > 64 << 20);
 }
 
 #[test]

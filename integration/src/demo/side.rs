@@ -22,7 +22,7 @@ use super::control::{Health, MachineSetup};
 use super::forget::Forgetful;
 use super::vm::{PASS_THROUGH, SourceVm, layout_of};
 use crate::device::control as device;
-use crate::device::{PAGE_BYTES as STREAM_PAGE_BYTES, Stream, Window};
+use crate::device::{DeviceConfig, DmaDevice, PAGE_BYTES as STREAM_PAGE_BYTES, Stream, Window};
 use crate::vmm::{AreaKind, CpuKind, Machine, MachineConfig, Memory, RamLayout, Rate, Split};
 
 /// Name of the one device.
@@ -69,6 +69,21 @@ impl Side {
             .collect();
         let stream = Stream { seed: setup.seed, windows: windows.context("Device areas are whole pages")? };
         Ok(Self { machine, client, stream, setup })
+    }
+
+    /// Makes the machine in RAM of its own, with a device that serves on a thread of this process.
+    ///
+    /// Returns another handle on the RAM with it.
+    ///
+    /// # Errors
+    /// RAM, KVM or the device refuse.
+    pub fn in_process(setup: MachineSetup) -> anyhow::Result<(Self, Memory)> {
+        let memory = Memory::create(&RamLayout::new(setup.memory_bytes, Split::default())?)?;
+        let (ours, theirs) = UnixStream::pair()?;
+        std::thread::spawn(move || DmaDevice::serve(theirs, DeviceConfig::default()));
+        let files =
+            memory.regions().iter().map(|region| region.file.try_clone()).collect::<Result<_, _>>()?;
+        Ok((Self::new(setup, ours, files)?, memory))
     }
 
     /// Boots the guest, programs the device, and lets both run.

@@ -135,6 +135,7 @@ fn a_config_message_tells_what_a_snapshot_must_know() {
     assert_eq!(vm_config.text(), config, "stored as it came");
     assert_eq!(vm_config.writable_disks(), ["/b", "/s", "/c"]);
     assert_eq!(vm_config.vdpa(), ["/dev/vdpa"]);
+    assert_eq!(vm_config.file_zones(), ["file", "private"]);
     assert_eq!(vm_config.shared_file_zones(), ["file"]);
 }
 
