@@ -116,7 +116,8 @@ pub(crate) struct ReceiveArguments {
     /// Most additional connections that the source may open, 1 to 128.
     #[arg(long, default_value = "128", value_name = "N", value_parser = connections)]
     pub(crate) connections: ConnectionCount,
-    /// Longest State message, which holds the devices' state; a number of bytes with K, M or G behind it.
+    /// Longest State message, which holds the devices' state in base64; a number of bytes with K, M or G behind it. It is
+    /// held in memory, once, as it arrives; a longer one fails the migration when all memory has moved.
     #[arg(long, default_value = "4G", value_name = "SIZE", value_parser = size)]
     pub(crate) state_limit: u64,
     #[command(flatten)]
