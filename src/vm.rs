@@ -16,6 +16,37 @@ pub(crate) use backing::Behind;
 /// A VMM's own error, whatever it is.
 pub type VmError = Box<dyn Error + Send + Sync>;
 
+/// A paused VM as it was captured: what the State message carries.
+///
+/// Neither is turned into the other: a tree is written to the receiver as it is gone through, which takes no memory.
+#[derive(Clone)]
+#[non_exhaustive]
+pub enum Captured {
+    /// A tree of states, as a VMM makes it.
+    Tree(Snapshot),
+    /// The JSON text of such a tree, as a snapshot on disk holds it.
+    Text(Arc<String>),
+}
+
+impl Captured {
+    /// Returns the JSON text, as `state.json` holds it; makes it of a tree.
+    ///
+    /// # Errors
+    /// A tree has no JSON form.
+    pub fn into_text(self) -> serde_json::Result<Arc<String>> {
+        match self {
+            Self::Tree(tree) => serde_json::to_string(&tree).map(Arc::new),
+            Self::Text(text) => Ok(text),
+        }
+    }
+}
+
+impl From<Snapshot> for Captured {
+    fn from(tree: Snapshot) -> Self {
+        Self::Tree(tree)
+    }
+}
+
 /// The VM as its sender sees it. Pass-through devices are the [`crate::migratable::MigratableDevice`]'s business, not its.
 pub trait Vm {
     /// The VM's guest memory.
@@ -48,13 +79,13 @@ pub trait Vm {
     /// The VM is stuck.
     fn resume(&mut self) -> Result<(), VmError>;
 
-    /// Captures the paused VM: the State message's tree, with `devices` where the VMM keeps its pass-through devices.
+    /// Captures the paused VM: what State carries, with `devices` where the VMM keeps its pass-through devices.
     ///
     /// May write guest memory (and marks what it writes).
     ///
     /// # Errors
     /// The VMM cannot capture its VM.
-    fn state(&mut self, devices: Snapshot) -> Result<Snapshot, VmError>;
+    fn state(&mut self, devices: Snapshot) -> Result<Captured, VmError>;
 
     /// Whether the vCPUs can be slowed down.
     fn can_throttle(&self) -> bool;

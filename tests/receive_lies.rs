@@ -42,8 +42,8 @@ impl Destination for Careful {
         self.0.config(json)
     }
 
-    fn state(&mut self, json: &[u8]) -> Result<(), VmError> {
-        let root: Snapshot = serde_json::from_slice(json)?;
+    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
+        let root: Snapshot = serde_json::from_slice(&json)?;
         let devices = snapshot_from_id(Some(&root), "device-manager");
         devices.ok_or("State has no device-manager")?;
         self.0.state(json)

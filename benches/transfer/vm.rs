@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::{Value, json};
 use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore};
-use vfio_migration::vm::{Backing, Vm, VmError};
+use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion as _,
@@ -105,11 +105,11 @@ impl Vm for StillVm {
         Ok(())
     }
 
-    fn state(&mut self, _devices: Snapshot) -> Result<Snapshot, VmError> {
+    fn state(&mut self, _devices: Snapshot) -> Result<Captured, VmError> {
         let mut root = Snapshot::new_from_state(&json!({ "common_cpuid": [] }))?;
         let memory_manager = Snapshot::new_from_state(&self.memory_manager())?;
         root.add_snapshot("memory-manager".to_owned(), memory_manager);
-        Ok(root)
+        Ok(root.into())
     }
 
     fn can_throttle(&self) -> bool {
@@ -127,7 +127,7 @@ impl Destination for Vmm {
         Ok(Arc::new(GuestPages::new(Arc::clone(&self.0))?))
     }
 
-    fn state(&mut self, _json: &[u8]) -> Result<(), VmError> {
+    fn state(&mut self, _json: Vec<u8>) -> Result<(), VmError> {
         Ok(())
     }
 

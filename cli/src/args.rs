@@ -6,6 +6,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use log::LevelFilter;
@@ -14,19 +15,24 @@ use vfio_migration::transfer::limits::{ConnectionCount, ConnectionCountError, Li
 use vfio_migration::transfer::url::Url;
 use vfio_migration_integration::demo::{Inject, Transport};
 
+/// What the help and the manual page of each command that moves or stores anything end with.
+const EXIT_STATUS: &str = "Exit status: 0 done, 1 compared snapshots differ, 2 usage, 3 the other side failed, \
+    4 something on this host failed, 5 verification failed, 6 outcome unknown: the VM may be on either side, \
+    130 given up on request.";
+
 /// Live-migrates, stores and checks VMs with pass-through devices.
 #[derive(Debug, Parser)]
 #[command(
     name = "vfio-migrate",
     version,
+    propagate_version = true,
     max_term_width = 100,
-    after_help = "Exit status: 0 done, 1 compared snapshots differ, 2 usage, 3 the other side failed, \
-    4 something on this host failed, 5 verification failed, 6 outcome unknown: the VM may be on either side, \
-    130 given up on request."
+    after_help = EXIT_STATUS
 )]
 pub(crate) struct Arguments {
-    /// How much to tell on stderr: off, error, warn, info, debug or trace.
-    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL")]
+    /// How much to tell on stderr.
+    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL", ignore_case = true)]
+    #[arg(value_parser = log_levels())]
     pub(crate) log_level: LevelFilter,
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -46,13 +52,15 @@ pub(crate) enum Command {
     ///
     /// Refused: VMs with writable disks, unless --on-paused or --memory-only is given; VMs with vDPA devices, which
     /// would stay suspended at the source; sources that pass memory as descriptors (local=on) or on demand (postcopy).
+    #[command(after_help = EXIT_STATUS)]
     Receive(ReceiveArguments),
     /// Sends a snapshot directory to a VMM that waits in `ch-remote receive-migration`, or to `vfio-migrate receive`.
     ///
     /// DIR is a full snapshot, written by `receive`, `snapshot apply` or Cloud Hypervisor. It stays as it is.
+    #[command(after_help = EXIT_STATUS)]
     Send(SendArguments),
     /// Checks, compares and rebuilds snapshots on disk.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = EXIT_STATUS)]
     Snapshot(SnapshotCommand),
     /// Moves a real KVM guest and its DMA-ing device to another process, and proves that every byte arrived.
     ///
@@ -108,7 +116,8 @@ pub(crate) struct ReceiveArguments {
     /// Most additional connections that the source may open, 1 to 128.
     #[arg(long, default_value = "128", value_name = "N", value_parser = connections)]
     pub(crate) connections: ConnectionCount,
-    /// Longest State message, which holds the devices' state; a number of bytes with K, M or G behind it.
+    /// Longest State message, which holds the devices' state in base64; a number of bytes with K, M or G behind it. It is
+    /// held in memory, once, as it arrives; a longer one fails the migration when all memory has moved.
     #[arg(long, default_value = "4G", value_name = "SIZE", value_parser = size)]
     pub(crate) state_limit: u64,
     #[command(flatten)]
@@ -345,6 +354,12 @@ pub(crate) struct DemoArguments {
     /// Let something go wrong: corrupt-page, forget-SOURCE (kvm-log, vmm-writes, device-log), kill-destination@round=N.
     #[arg(long, value_name = "FAULT")]
     pub(crate) inject: Option<Inject>,
+}
+
+/// Parses a level, and tells shells which there are.
+fn log_levels() -> impl TypedValueParser<Value = LevelFilter> {
+    PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"])
+        .map(|level| level.parse().expect("one of the levels"))
 }
 
 /// Parses a number of connections.

@@ -2,7 +2,7 @@
 
 //! What a distribution packs beside the tool: completions and manual pages, made from the command line itself.
 
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -10,25 +10,50 @@ use clap::CommandFactory;
 use clap_complete::Shell;
 
 use crate::args::Arguments;
+use crate::exit::Exit;
+use crate::failure::Failure;
 use crate::output::Output;
 
 /// Prints what makes `shell` complete the tool's words.
 pub(crate) fn completions(shell: Shell) -> ExitCode {
     let mut command = Arguments::command();
     let name = command.get_name().to_owned();
-    clap_complete::generate(shell, &mut command, name, &mut io::stdout());
-    ExitCode::SUCCESS
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut command, &name, &mut script);
+    if shell == Shell::Bash {
+        script = with_reachable_states(&script, &name);
+    }
+    finish(io::stdout().write_all(&script), "Cannot print")
+}
+
+/// Mends a script for bash that completes nothing behind a command: clap_complete 4.6 spells the hyphen of a tool's `name` one way
+/// where the script changes its state and another way where it looks the state up.
+fn with_reachable_states(script: &[u8], name: &str) -> Vec<u8> {
+    let [changed, looked_up] = ["__", "__subcmd__"].map(|hyphen| name.replace('-', hyphen));
+    String::from_utf8_lossy(script).replace(&looked_up, &changed).into_bytes()
 }
 
 /// Prints the tool's own manual page, or writes those of every command into the directory `into`.
 pub(crate) fn man(into: Option<&Path>) -> ExitCode {
     let command = Arguments::command();
-    let written = match into {
-        Some(into) => clap_mangen::generate_to(command, into),
-        None => clap_mangen::Man::new(command).render(&mut io::stdout()),
-    };
-    match written {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => Output::new(false).fail(&error.into()),
+    if let Some(into) = into {
+        let what = format!("Cannot write the manual pages into {}", into.display());
+        return finish(clap_mangen::generate_to(command, into), &what);
+    }
+    let mut page = Vec::new();
+    let printed =
+        clap_mangen::Man::new(command).render(&mut page).and_then(|()| io::stdout().write_all(&page));
+    finish(printed, "Cannot print")
+}
+
+/// Tells that `what` was done came to nothing, if it did.
+fn finish(done: io::Result<()>, what: &str) -> ExitCode {
+    match done {
+        // Whoever reads has enough.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            let failure = Failure { exit: Exit::Io, message: format!("{what}: {error}") };
+            Output::new(false).fail(&failure)
+        }
+        _ => ExitCode::SUCCESS,
     }
 }

@@ -34,7 +34,7 @@ impl Destination for Vmm {
         Ok(Arc::new(GuestPages::new(Arc::new(memory))?))
     }
 
-    fn state(&mut self, _json: &[u8]) -> Result<(), VmError> {
+    fn state(&mut self, _json: Vec<u8>) -> Result<(), VmError> {
         Ok(())
     }
 

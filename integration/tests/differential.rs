@@ -107,7 +107,7 @@ impl Subject {
         let message = ConfigMessage::parse(&vm.config().unwrap(), &Limits::default()).unwrap();
         let state = vm.state(self.devices.snapshot().unwrap()).unwrap();
         let config = message.vm_config().text().as_bytes().to_vec();
-        Texts { config, state: serde_json::to_vec(&state).unwrap() }
+        Texts { config, state: state.into_text().unwrap().as_bytes().to_vec() }
     }
 
     fn resume(&mut self) {

@@ -7,7 +7,7 @@ use std::fmt;
 use log::{error, warn};
 use thiserror::Error;
 
-use super::saved::{Identity, SavedVersion, to_snapshot};
+use super::saved::{Identity, SavedVersion, blob_to_snapshot};
 use super::state::{Recovery, quiescent_state, recovery};
 use super::stream::{PrecopyRead, STATE_LIMIT_BYTES, StateStream, write_all};
 use super::{
@@ -355,7 +355,7 @@ impl Device {
     pub(super) fn read_state(&mut self) -> Result<(), DeviceFailure> {
         let state = self.state()?;
         match state {
-            DeviceState::StopCopy if self.in_session => {}
+            DeviceState::StopCopy if self.in_session && !self.stream.is_taken() => {}
             DeviceState::StopCopy => {
                 self.go(DeviceState::Stop)?;
                 self.go(DeviceState::StopCopy)?;
@@ -371,9 +371,14 @@ impl Device {
         Ok(())
     }
 
-    /// Makes the device's node of the Snapshot tree from the state read.
-    pub(super) fn to_snapshot(&self, version: SavedVersion) -> Result<vm_migration::Snapshot, DeviceFailure> {
-        Ok(to_snapshot(&self.identity, self.stream.bytes(), self.precopy_bytes(), version)?)
+    /// Makes the device's node of the Snapshot tree from the state read, which is in it alone from then on: whoever wants
+    /// another has it read again.
+    pub(super) fn take_snapshot(
+        &mut self,
+        version: SavedVersion,
+    ) -> Result<vm_migration::Snapshot, DeviceFailure> {
+        let precopy_bytes = self.precopy_bytes();
+        Ok(blob_to_snapshot(&self.identity, self.stream.take(), precopy_bytes, version)?)
     }
 
     /// Makes ready for [`Device::write_state`] a device that earlier attempts left anywhere.

@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use crate::source::tells_of_lost_device;
 
+mod blob;
 mod kernel;
 mod member;
 pub mod saved;

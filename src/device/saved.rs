@@ -9,18 +9,18 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::io::{self, Write};
+use std::iter;
 
 use base64::Engine;
-use base64::display::Base64Display;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::de::value::{Error as ShapeError, MapDeserializer};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use versionize::crc::CRC64Writer;
 use versionize::{VersionMap, Versionize, VersionizeError, VersionizeResult};
 use versionize_derive::Versionize;
-use vm_migration::{MigratableError, Snapshot, state_from_id};
+use vm_migration::{MigratableError, Snapshot, SnapshotData, state_from_id};
 
+use super::blob::{Blob, checksum};
 use super::stream::STATE_LIMIT_BYTES;
 
 /// Id of the child that holds the device's stream.
@@ -196,13 +196,6 @@ struct StateText<'a> {
     blob: Cow<'a, str>,
 }
 
-/// The child [`STATE_CHILD`], as it is written: straight from the stream, without a second copy of it in base64.
-#[derive(Serialize)]
-struct StateBytes<'a> {
-    #[serde(serialize_with = "encode_text")]
-    blob: &'a [u8],
-}
-
 /// The child [`META_CHILD`].
 #[derive(Serialize, Deserialize)]
 struct MetaText<'a> {
@@ -316,17 +309,27 @@ pub fn to_snapshot(
     precopy_bytes: u64,
     version: SavedVersion,
 ) -> Result<Snapshot, SavedStateError> {
+    blob_to_snapshot(identity, Blob::of(stream), precopy_bytes, version)
+}
+
+/// As [`to_snapshot`], of a stream that was put in its shape as it came; its text is not copied.
+pub(super) fn blob_to_snapshot(
+    identity: &Identity,
+    blob: Blob,
+    precopy_bytes: u64,
+    version: SavedVersion,
+) -> Result<Snapshot, SavedStateError> {
     let meta = Meta {
         name: identity.name.clone(),
         kind: identity.kind.clone(),
-        state_bytes: stream.len() as u64,
+        state_bytes: blob.bytes() as u64,
         precopy_bytes,
-        checksum: checksum(stream),
+        checksum: blob.checksum(),
     };
     let meta = meta.to_bytes(version)?;
     check_names(&meta)?;
     let mut node = Snapshot::default();
-    add_child(&mut node, STATE_CHILD, &StateBytes { blob: stream })?;
+    node.add_snapshot(STATE_CHILD.to_owned(), leaf_of_text(STATE_CHILD, blob.into_text())?);
     let text = MetaText { version: version as u16, meta: BASE64.encode(meta).into() };
     add_child(&mut node, META_CHILD, &text)?;
     Ok(node)
@@ -350,8 +353,15 @@ fn add_child(
     Ok(())
 }
 
-fn encode_text<S: Serializer>(bytes: &&[u8], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&Base64Display::new(bytes, &BASE64))
+/// Makes a leaf of a state that is JSON text already, and may be large: it is moved.
+fn leaf_of_text(child: &'static str, text: String) -> Result<Snapshot, SavedStateError> {
+    let leaf = MapDeserializer::new(iter::once(("state", text)));
+    let data: Result<_, ShapeError> = SnapshotData::deserialize(leaf);
+    let wrong = |error: ShapeError| SavedStateError::Snapshot {
+        child,
+        source: MigratableError::Snapshot(error.into()),
+    };
+    data.map(Snapshot::from_data).map_err(wrong)
 }
 
 /// Decodes base64 that stands for at most `limit` bytes.
@@ -377,12 +387,6 @@ fn check_names(mut meta: &[u8]) -> Result<(), SavedStateError> {
         meta = &rest[length..];
     }
     Ok(())
-}
-
-fn checksum(stream: &[u8]) -> u64 {
-    let mut writer = CRC64Writer::new(io::sink());
-    writer.write_all(stream).expect("a sink takes everything");
-    writer.checksum()
 }
 
 #[cfg(test)]

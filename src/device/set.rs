@@ -298,15 +298,15 @@ impl DeviceSet {
     /// Saves the stopped devices' states: a tree with a node for each device, by name.
     ///
     /// Devices in STOP go to STOP_COPY first. All are left there, so that the way back is no part of the downtime:
-    /// [`DeviceSet::run`] or [`DeviceSet::retire`] ends it. Saving again gives the same again.
+    /// [`DeviceSet::run`] or [`DeviceSet::retire`] ends it. Saving again reads the states again.
     ///
     /// # Errors
     /// A device is not stopped, or failed. None was set going.
     pub fn save_as(&mut self, version: SavedVersion) -> Result<Snapshot, DeviceSetError> {
         self.each(Attempt::Save, Device::read_state)?;
         let mut tree = Snapshot::default();
-        for device in &self.devices {
-            let node = device.to_snapshot(version).map_err(failed(device, Attempt::Save))?;
+        for device in &mut self.devices {
+            let node = device.take_snapshot(version).map_err(failed(device, Attempt::Save))?;
             tree.add_snapshot(device.identity().name.clone(), node);
         }
         Ok(tree)

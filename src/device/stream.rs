@@ -6,6 +6,7 @@
 
 use thiserror::Error;
 
+use super::blob::Blob;
 use super::{DataRead, DeviceError, DeviceIo};
 
 /// Most bytes asked of a device, or given to it, at once.
@@ -77,11 +78,13 @@ pub(super) struct PrecopyRead {
 /// The state of one device as far as it was read in one session.
 #[derive(Debug)]
 pub(super) struct StateStream {
-    /// State up to `filled`, then room that is already zeroed.
-    buffer: Vec<u8>,
-    filled: usize,
+    /// What was read.
+    blob: Blob,
+    /// Where a read goes.
+    room: Vec<u8>,
     limit: usize,
     complete: bool,
+    taken: bool,
     precopy_bytes: usize,
     state_bytes: usize,
     /// Bytes since the device last paused, and between the two pauses before.
@@ -93,10 +96,11 @@ impl StateStream {
     /// Makes an empty stream that will hold at most `limit` bytes.
     pub(super) fn new(limit: usize) -> Self {
         Self {
-            buffer: Vec::new(),
-            filled: 0,
+            blob: Blob::new(),
+            room: Vec::new(),
             limit,
             complete: false,
+            taken: false,
             precopy_bytes: 0,
             state_bytes: 0,
             since_pause: 0,
@@ -106,27 +110,36 @@ impl StateStream {
 
     /// Begins anew for a new session.
     pub(super) fn restart(&mut self) {
-        let mut buffer = std::mem::take(&mut self.buffer);
-        buffer.truncate(FIRST_CHUNK_BYTES);
-        *self = Self { buffer, ..Self::new(self.limit) };
+        let room = std::mem::take(&mut self.room);
+        *self = Self { room, ..Self::new(self.limit) };
     }
 
     /// Frees the bytes of a session that is over; how many there were is still known.
     pub(super) fn release(&mut self) {
-        self.buffer.truncate(FIRST_CHUNK_BYTES);
-        self.buffer.shrink_to_fit();
-        self.filled = 0;
-        self.complete = false;
+        self.room.truncate(FIRST_CHUNK_BYTES);
+        self.room.shrink_to_fit();
+        self.blob = Blob::new();
+        (self.complete, self.taken) = (false, false);
     }
 
-    /// Bytes read, in order.
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.buffer[..self.filled]
+    /// Hands out what was read, in order, once: it may be large.
+    pub(super) fn take(&mut self) -> Blob {
+        self.taken = true;
+        std::mem::replace(&mut self.blob, Blob::new())
+    }
+
+    fn filled(&self) -> usize {
+        self.blob.bytes()
     }
 
     /// Whether the device said that this is all.
     pub(super) fn is_complete(&self) -> bool {
         self.complete
+    }
+
+    /// Whether what was read is here no more.
+    pub(super) fn is_taken(&self) -> bool {
+        self.taken
     }
 
     /// Bytes of the latest session that came in PRE_COPY.
@@ -146,7 +159,7 @@ impl StateStream {
 
     /// Whether the device has more in PRE_COPY than it could be asked for yet: it never paused, and there is room.
     pub(super) fn is_short_of_first_pause(&self) -> bool {
-        self.last_batch.is_none() && self.filled < self.limit / 2
+        self.last_batch.is_none() && self.filled() < self.limit / 2
     }
 
     /// Reads what a device in PRE_COPY has now, at most `budget` bytes.
@@ -160,19 +173,19 @@ impl StateStream {
         io: &mut dyn DeviceIo,
         budget: u64,
     ) -> Result<PrecopyRead, StreamError> {
-        let room = (self.limit / 2).saturating_sub(self.filled);
+        let room = (self.limit / 2).saturating_sub(self.filled());
         let mut left = usize::try_from(budget).unwrap_or(usize::MAX).min(room);
-        let before = self.filled;
+        let before = self.filled();
         let mut drained = false;
         while left > 0 && !drained {
             match self.read(io, left)? {
                 DataRead::Bytes(count) => left -= count,
                 DataRead::NothingNow => drained = true,
-                DataRead::End => return Err(StreamError::EarlyEnd { read_bytes: self.filled }),
+                DataRead::End => return Err(StreamError::EarlyEnd { read_bytes: self.filled() }),
             }
         }
-        let bytes = self.filled - before;
-        self.precopy_bytes = self.filled;
+        let bytes = self.filled() - before;
+        self.precopy_bytes = self.filled();
         self.since_pause += bytes;
         if drained {
             self.last_batch = Some(std::mem::take(&mut self.since_pause));
@@ -186,13 +199,13 @@ impl StateStream {
     /// The state is not complete and never will be.
     pub(super) fn read_to_end(&mut self, io: &mut dyn DeviceIo) -> Result<(), StreamError> {
         loop {
-            let offered = self.limit.saturating_add(1) - self.filled;
+            let offered = self.limit.saturating_add(1) - self.filled();
             match self.read(io, offered)? {
-                DataRead::Bytes(_) if self.filled > self.limit => {
+                DataRead::Bytes(_) if self.filled() > self.limit => {
                     return Err(StreamError::TooLong { limit_bytes: self.limit });
                 }
                 DataRead::Bytes(_) => {}
-                DataRead::NothingNow => return Err(StreamError::Pause { read_bytes: self.filled }),
+                DataRead::NothingNow => return Err(StreamError::Pause { read_bytes: self.filled() }),
                 DataRead::End => break,
             }
         }
@@ -202,20 +215,20 @@ impl StateStream {
 
     /// Reads once, at most `most` bytes, which is not 0.
     fn read(&mut self, io: &mut dyn DeviceIo, most: usize) -> Result<DataRead, StreamError> {
-        let offered = most.min(self.filled.clamp(FIRST_CHUNK_BYTES, CHUNK_BYTES));
-        let end = self.filled + offered;
-        if self.buffer.len() < end {
-            self.buffer.resize(end, 0);
+        let offered = most.min(self.filled().clamp(FIRST_CHUNK_BYTES, CHUNK_BYTES));
+        if self.room.len() < offered {
+            self.room.resize(offered, 0);
         }
-        let room = &mut self.buffer[self.filled..end];
-        let read =
-            io.read_data(room).map_err(|source| StreamError::Read { read_bytes: self.filled, source })?;
+        let room = &mut self.room[..offered];
+        let read = io
+            .read_data(room)
+            .map_err(|source| StreamError::Read { read_bytes: self.blob.bytes(), source })?;
         if let DataRead::Bytes(count) = read {
             if count == 0 || count > offered {
                 return Err(StreamError::Miscounted { claimed_bytes: count, offered_bytes: offered });
             }
-            self.filled += count;
-            self.state_bytes = self.filled;
+            self.blob.push(&room[..count]);
+            self.state_bytes = self.blob.bytes();
         }
         Ok(read)
     }
@@ -236,6 +249,9 @@ pub(super) fn write_all(io: &mut dyn DeviceIo, state: &[u8]) -> Result<(), Strea
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
+
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD as BASE64;
 
     use super::*;
     use crate::device::{Capabilities, DeviceOperation, DeviceState, PrecopyInfo};
@@ -297,6 +313,12 @@ mod tests {
 
     use DataRead::{Bytes, End, NothingNow};
 
+    /// Takes the bytes that were read.
+    fn bytes(stream: &mut StateStream) -> Vec<u8> {
+        let text: serde_json::Value = serde_json::from_str(&stream.take().into_text()).unwrap();
+        BASE64.decode(text["blob"].as_str().unwrap()).unwrap()
+    }
+
     #[test]
     fn c29_a_pause_is_no_end_and_an_end_is_no_pause() {
         let mut stream = StateStream::new(100);
@@ -309,8 +331,9 @@ mod tests {
         assert_eq!(stream.last_batch(), Some(1));
         assert!(!stream.is_complete());
         stream.read_to_end(&mut io).unwrap();
-        assert_eq!(stream.bytes(), [1, 1, 1, 3, 5, 5]);
         assert!(stream.is_complete());
+        assert_eq!(bytes(&mut stream), [1, 1, 1, 3, 5, 5]);
+        assert!(stream.is_complete() && stream.is_taken());
         assert_eq!((stream.precopy_bytes(), stream.state_bytes()), (4, 6));
 
         let early = StateStream::new(100).read_precopy(&mut reads([Bytes(3), End]), 50);
@@ -323,7 +346,7 @@ mod tests {
     fn a_state_of_exactly_the_limit_is_taken_and_a_longer_one_is_not() {
         let mut stream = StateStream::new(10);
         stream.read_to_end(&mut reads([Bytes(4), Bytes(6), End])).unwrap();
-        assert_eq!(stream.bytes().len(), 10);
+        assert_eq!(bytes(&mut stream).len(), 10);
         let mut stream = StateStream::new(10);
         let long = stream.read_to_end(&mut reads([Bytes(4), Bytes(7), End]));
         assert!(matches!(long, Err(StreamError::TooLong { limit_bytes: 10 })));
@@ -336,7 +359,7 @@ mod tests {
         assert_eq!(stream.read_precopy(&mut io, 50).unwrap(), PrecopyRead { bytes: 5, drained: false });
         assert_eq!(stream.read_precopy(&mut io, 50).unwrap(), PrecopyRead { bytes: 0, drained: false });
         stream.read_to_end(&mut io).unwrap();
-        assert_eq!(stream.bytes().len(), 10);
+        assert_eq!(bytes(&mut stream).len(), 10);
     }
 
     #[test]
@@ -358,16 +381,16 @@ mod tests {
         let pieces = (0..100).map(|_| Bytes(FIRST_CHUNK_BYTES));
         stream.read_to_end(&mut reads(pieces.chain([Bytes(1), End]))).unwrap();
         assert_eq!(stream.state_bytes(), 100 * FIRST_CHUNK_BYTES + 1);
-        assert!(stream.buffer.len() <= 100 * FIRST_CHUNK_BYTES + 1 + CHUNK_BYTES);
+        assert!(stream.room.len() <= CHUNK_BYTES);
         stream.release();
-        assert!(stream.bytes().is_empty() && !stream.is_complete());
-        assert!(stream.buffer.capacity() <= FIRST_CHUNK_BYTES);
+        assert!(!stream.is_complete() && bytes(&mut stream).is_empty());
+        assert!(stream.room.capacity() <= FIRST_CHUNK_BYTES);
         assert_eq!(stream.state_bytes(), 100 * FIRST_CHUNK_BYTES + 1);
-        let room = stream.buffer.as_ptr();
+        let room = stream.room.as_ptr();
         stream.restart();
         stream.read_to_end(&mut reads([Bytes(2), End])).unwrap();
-        assert_eq!((stream.bytes(), stream.state_bytes()), ([1, 1].as_slice(), 2));
-        assert_eq!(stream.buffer.as_ptr(), room);
+        assert_eq!(stream.room.as_ptr(), room);
+        assert_eq!((bytes(&mut stream), stream.state_bytes()), (vec![1, 1], 2));
     }
 
     #[test]

@@ -12,9 +12,9 @@ use super::block_reader::hash_memory;
 use super::differential::{Chain, Differential};
 use super::digest::Digest;
 use super::dir::{OpenError, SnapshotDir};
-use super::files::{CHANGES_FILE, MEMORY_FILE};
+use super::files::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, read_bounded};
 use super::limits::Limits;
-use super::manifest::Manifest;
+use super::manifest::{Covered, Manifest};
 use super::placement::Placement;
 use super::staging::{StagingError, add_file};
 use super::verify::CheckedBlocks;
@@ -154,9 +154,12 @@ pub fn seal(path: &Path, limits: &Limits) -> Result<Digest, SealError> {
     let page = Granule::host_page();
     let blocks = hash_memory(dir.memory(), dir.placement().bytes(), page)
         .map_err(|source| SealError::Read { path: path.to_owned(), source })?;
-    let manifest = Manifest::of_full(page, dir.config(), dir.state(), blocks);
+    // The file, and not the configuration in it: somebody may have edited it, and left blanks around it.
+    let config = read_bounded(&path.join(CONFIG_FILE), limits.config_bytes).map_err(OpenError::from)?;
+    let config = Covered::of(&config);
+    let manifest = Manifest { config, ..Manifest::of_full(page, dir.config(), dir.state(), blocks) };
     let (bytes, digest) = manifest.encode();
-    add_file(path, super::files::MANIFEST_FILE, &bytes)?;
+    add_file(path, MANIFEST_FILE, &bytes)?;
     Ok(digest)
 }
 

@@ -12,10 +12,11 @@ use thiserror::Error;
 
 use super::differential_writer::{Base, DifferentialWriter};
 use super::digest::Digest;
-use super::document::{ConfigMessage, DocumentError, VmConfig, VmState};
+use super::document::{ConfigMessage, DocumentError, VmConfig};
 use super::limits::Limits;
 use super::placement::PlacementError;
 use super::staging::{StagedDir, StagingError};
+use super::state::VmState;
 use super::writer::{Announced, SnapshotWriter, WriteError};
 use crate::layout::Layout;
 use crate::transfer::frame::MemoryTable;
@@ -191,11 +192,11 @@ impl SnapshotDestination {
         Ok(())
     }
 
-    fn pause(&mut self, json: &[u8]) -> Result<(), DestinationError> {
+    fn pause(&mut self, json: Vec<u8>) -> Result<(), DestinationError> {
         let Phase::Receiving { config, store } = std::mem::replace(&mut self.phase, Phase::Over) else {
             return Err(DestinationError::OutOfTurn { message: "State" });
         };
-        let state = VmState::parse(json.to_vec(), &self.options.limits)?;
+        let state = VmState::parse(json, &self.options.limits)?;
         store.check(&state)?;
         if let Some(on_paused) = &mut self.options.on_paused {
             on_paused().map_err(DestinationError::OnPaused)?;
@@ -226,7 +227,7 @@ impl Destination for SnapshotDestination {
         Ok(self.begin(json)?)
     }
 
-    fn state(&mut self, json: &[u8]) -> Result<(), VmError> {
+    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
         Ok(self.pause(json)?)
     }
 

@@ -10,12 +10,13 @@ use thiserror::Error;
 
 use super::digest::Digest;
 use super::dir::{Documents, OpenError, SnapshotDir, open_manifest};
-use super::document::{VmConfig, VmState};
+use super::document::VmConfig;
 use super::files::{CHANGES_FILE, FileError, MANIFEST_FILE, open_sized};
 use super::limits::Limits;
 use super::manifest::{Changes, Manifest};
 use super::memory_file::read_placed;
 use super::placement::Placement;
+use super::state::VmState;
 use crate::range::GpaRange;
 
 /// Why snapshots do not stand on each other.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::digest::Digest;
-use super::document::{DocumentError, VmConfig, VmState};
+use super::document::{DocumentError, VmConfig};
 use super::files::{
     CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, data_parts, open_sized, read_bounded,
 };
@@ -17,6 +17,7 @@ use super::limits::Limits;
 use super::manifest::{Covered, Manifest, ManifestError};
 use super::memory_file::read_placed;
 use super::placement::Placement;
+use super::state::VmState;
 use crate::range::GpaRange;
 
 /// Why a directory is not a snapshot that can be read.

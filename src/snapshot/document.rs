@@ -4,20 +4,18 @@
 //!
 //! Only what is needed is looked at; everything else passes through unread and unchanged.
 
-use std::collections::BTreeMap;
-
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use thiserror::Error;
-use vm_migration::{MigratableError, Snapshot, SnapshotData, state_from_id};
 
 use super::limits::Limits;
+use super::list::AtMost;
 use super::placement::{Placement, PlacementError};
 use crate::layout::{Layout, LayoutError};
 use crate::range::{GpaRange, RangeError};
 
-const MEMORY_MANAGER: &str = "memory-manager";
-const MEMORY_RANGES: &str = "memory_ranges";
+/// Most devices of a kind, memory zones and RAM mappings that are read.
+const ENTRIES: usize = 1 << 16;
 
 /// Why a JSON document is not one that Cloud Hypervisor wrote.
 #[derive(Debug, Error)]
@@ -31,7 +29,15 @@ pub enum DocumentError {
         /// Where and why.
         source: serde_json::Error,
     },
-    /// The document is larger than anything expected.
+    /// The document is no text at all.
+    #[error("{document} is not in UTF-8")]
+    Utf8 {
+        /// The document.
+        document: &'static str,
+        /// Where.
+        source: std::str::Utf8Error,
+    },
+    /// The document, or the state of a component in it, is larger than anything expected.
     #[error("{document} has {bytes} bytes, the limit is {limit}")]
     TooLarge {
         /// The document.
@@ -41,15 +47,15 @@ pub enum DocumentError {
         /// The limit.
         limit: u64,
     },
-    /// The state tree lacks a component, or it is of another shape.
+    /// The state of a component is of another shape.
     #[error("Cannot read state of {component} in state.json, which another version may have written")]
     State {
         /// The component.
         component: &'static str,
-        /// Why.
-        source: MigratableError,
+        /// Where and why.
+        source: serde_json::Error,
     },
-    /// The state tree has no such component.
+    /// The state tree has no such component, or no state of it.
     #[error("state.json holds no state of {component}")]
     NoState {
         /// The component.
@@ -76,33 +82,32 @@ pub enum DocumentError {
     Layout(#[from] LayoutError),
 }
 
-fn json(document: &'static str) -> impl FnOnce(serde_json::Error) -> DocumentError {
+pub(super) fn json(document: &'static str) -> impl FnOnce(serde_json::Error) -> DocumentError {
     move |source| DocumentError::Json { document, source }
 }
 
-fn within(document: &'static str, text: &[u8], limit: u64) -> Result<(), DocumentError> {
-    let bytes = text.len() as u64;
+/// Checks that `document`, of `bytes` bytes, is not too large to look into.
+pub(super) fn within(document: &'static str, bytes: usize, limit: u64) -> Result<(), DocumentError> {
+    let bytes = bytes as u64;
     if bytes <= limit { Ok(()) } else { Err(DocumentError::TooLarge { document, bytes, limit }) }
 }
-
-type Fields = BTreeMap<String, Box<RawValue>>;
 
 #[derive(Deserialize)]
 struct VmConfigFields {
     memory: MemoryConfig,
     #[serde(default)]
-    disks: Option<Vec<DiskConfig>>,
+    disks: Option<AtMost<ENTRIES, DiskConfig>>,
     #[serde(default)]
-    pmem: Option<Vec<PmemConfig>>,
+    pmem: Option<AtMost<ENTRIES, PmemConfig>>,
     #[serde(default)]
-    vdpa: Option<Vec<VdpaConfig>>,
+    vdpa: Option<AtMost<ENTRIES, VdpaConfig>>,
 }
 
 #[derive(Deserialize)]
 struct MemoryConfig {
     size: u64,
     #[serde(default)]
-    zones: Option<Vec<ZoneConfig>>,
+    zones: Option<AtMost<ENTRIES, ZoneConfig>>,
 }
 
 #[derive(Deserialize)]
@@ -153,7 +158,7 @@ impl VmConfig {
     /// # Errors
     /// It is not the configuration of a VM, or exceeds `limits`.
     pub fn parse(text: &[u8], limits: &Limits) -> Result<Self, DocumentError> {
-        within("config.json", text, limits.config_bytes)?;
+        within("config.json", text.len(), limits.config_bytes)?;
         Self::from_raw(serde_json::from_slice(text).map_err(json("config.json"))?)
     }
 
@@ -162,8 +167,8 @@ impl VmConfig {
         let disks = fields.disks.unwrap_or_default().into_iter().filter(|disk| !disk.readonly);
         let disks = disks.map(|disk| disk.path.or(disk.vhost_socket).unwrap_or_default());
         let pmem = fields.pmem.unwrap_or_default().into_iter().filter(|pmem| !pmem.discard_writes);
-        let mut file_zones = fields.memory.zones.unwrap_or_default();
-        file_zones.retain(|zone| zone.file.is_some());
+        let zones = fields.memory.zones.unwrap_or_default().into_iter();
+        let file_zones: Vec<_> = zones.filter(|zone| zone.file.is_some()).collect();
         let shared = file_zones.iter().filter(|zone| zone.shared);
         Ok(Self {
             text,
@@ -178,6 +183,10 @@ impl VmConfig {
     /// The JSON text.
     pub fn text(&self) -> &str {
         self.text.get()
+    }
+
+    pub(super) fn raw(&self) -> &RawValue {
+        &self.text
     }
 
     /// Bytes of RAM that the configuration gives the VM outside its memory zones.
@@ -214,7 +223,7 @@ struct ConfigFields {
 
 #[derive(Deserialize)]
 struct MemoryManagerConfig {
-    guest_ram_mappings: Vec<RamMapping>,
+    guest_ram_mappings: AtMost<ENTRIES, RamMapping>,
 }
 
 #[derive(Deserialize)]
@@ -238,7 +247,7 @@ impl ConfigMessage {
     /// # Errors
     /// It is not that of Cloud Hypervisor, exceeds `limits`, or its RAM mappings are impossible.
     pub fn parse(payload: &[u8], limits: &Limits) -> Result<Self, DocumentError> {
-        within("Config message", payload, limits.config_bytes)?;
+        within("Config message", payload.len(), limits.config_bytes)?;
         let fields: ConfigFields = serde_json::from_slice(payload).map_err(json("Config message"))?;
         let mappings = fields.memory_manager_data.guest_ram_mappings;
         let (mut ram, mut hotpluggable) = (Vec::new(), Vec::new());
@@ -268,130 +277,4 @@ impl ConfigMessage {
     pub fn hotpluggable(&self) -> &[GpaRange] {
         &self.hotpluggable
     }
-}
-
-#[derive(Deserialize)]
-struct RawTable {
-    data: Vec<RawRange>,
-}
-
-#[derive(Serialize)]
-struct TableOut {
-    data: Vec<RawRange>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct RawRange {
-    gpa: u64,
-    length: u64,
-}
-
-#[derive(Deserialize)]
-struct MemoryManagerState {
-    memory_ranges: RawTable,
-}
-
-#[derive(Deserialize)]
-struct RootState {
-    #[serde(default)]
-    common_cpuid: Option<Box<RawValue>>,
-}
-
-#[derive(Serialize)]
-struct ConfigOut<'a> {
-    vm_config: &'a RawValue,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    common_cpuid: Option<Box<RawValue>>,
-    memory_manager_data: Fields,
-}
-
-/// `state.json`: the tree of the VM's state, which lists the memory ranges.
-#[derive(Clone)]
-pub struct VmState {
-    text: Vec<u8>,
-    tree: Snapshot,
-    memory: Placement,
-}
-
-impl VmState {
-    /// Reads the text of `state.json`.
-    ///
-    /// # Errors
-    /// It is not the state of a VM, exceeds `limits`, or its memory ranges are impossible.
-    pub fn parse(text: Vec<u8>, limits: &Limits) -> Result<Self, DocumentError> {
-        within("state.json", &text, limits.state_bytes)?;
-        let tree: Snapshot = serde_json::from_slice(&text).map_err(json("state.json"))?;
-        let state: MemoryManagerState = memory_manager(&tree)?;
-        let pairs = state.memory_ranges.data.iter().map(|range| (range.gpa, range.length));
-        let memory = Placement::from_pairs(pairs, limits)
-            .map_err(|source| DocumentError::Ranges { document: "state.json", source })?;
-        Ok(Self { text, tree, memory })
-    }
-
-    /// The JSON text.
-    pub fn text(&self) -> &[u8] {
-        &self.text
-    }
-
-    /// The tree.
-    pub fn tree(&self) -> &Snapshot {
-        &self.tree
-    }
-
-    /// Where the memory ranges lie in `memory-ranges`.
-    pub fn memory(&self) -> &Placement {
-        &self.memory
-    }
-
-    /// Lists the memory ranges in the order and pieces of `memory`, whatever they were before.
-    pub(super) fn relist(mut self, memory: &Placement) -> Result<Self, DocumentError> {
-        if self.memory.ranges().eq(memory.ranges()) {
-            return Ok(self);
-        }
-        let mut fields: Fields = memory_manager(&self.tree)?;
-        fields.insert(MEMORY_RANGES.to_owned(), raw(&table(memory.ranges()))?);
-        let data = SnapshotData::new_from_state(&fields)
-            .map_err(|source| DocumentError::State { component: MEMORY_MANAGER, source })?;
-        if let Some(child) = self.tree.snapshots.get_mut(MEMORY_MANAGER) {
-            child.snapshot_data = Some(data);
-        }
-        self.text = serde_json::to_vec(&self.tree).map_err(json("state.json"))?;
-        self.memory = memory.clone();
-        Ok(self)
-    }
-
-    /// Makes the payload of the Config message of a VM with this state and `config`.
-    ///
-    /// # Errors
-    /// The state lacks what the message needs.
-    pub fn config_message(&self, config: &VmConfig) -> Result<Vec<u8>, DocumentError> {
-        let mut memory_manager_data: Fields = memory_manager(&self.tree)?;
-        memory_manager_data.insert(MEMORY_RANGES.to_owned(), raw(&table([]))?);
-        let root: RootState =
-            self.tree.to_state().map_err(|source| DocumentError::State { component: "the VM", source })?;
-        let message =
-            ConfigOut { vm_config: &config.text, common_cpuid: root.common_cpuid, memory_manager_data };
-        serde_json::to_vec(&message).map_err(json("Config message"))
-    }
-}
-
-impl std::fmt::Debug for VmState {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("VmState").field("bytes", &self.text.len()).field("memory", &self.memory).finish()
-    }
-}
-
-fn memory_manager<'a, T: Deserialize<'a>>(tree: &'a Snapshot) -> Result<T, DocumentError> {
-    state_from_id(Some(tree), MEMORY_MANAGER)
-        .map_err(|source| DocumentError::State { component: MEMORY_MANAGER, source })?
-        .ok_or(DocumentError::NoState { component: MEMORY_MANAGER })
-}
-
-fn table(ranges: impl IntoIterator<Item = GpaRange>) -> TableOut {
-    let entry = |range: GpaRange| RawRange { gpa: range.start(), length: range.len() };
-    TableOut { data: ranges.into_iter().map(entry).collect() }
-}
-
-fn raw(value: &TableOut) -> Result<Box<RawValue>, DocumentError> {
-    serde_json::value::to_raw_value(value).map_err(json("state.json"))
 }

@@ -87,17 +87,26 @@ pub(super) fn open_sized(path: &Path, expected: u64) -> Result<File, FileError> 
     }
 }
 
-/// Reads a whole regular file of at most `limit` bytes; allocates as bytes arrive.
+/// Reads a whole regular file of at most `limit` bytes into as much memory as it has bytes.
+///
+/// A file that says it is larger is not read.
 pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
-    let mut bytes = Vec::new();
-    open_regular(path)?
-        .take(limit.saturating_add(1))
-        .read_to_end(&mut bytes)
-        .map_err(|source| FileError::Read { path: path.to_owned(), source })?;
-    if bytes.len() as u64 > limit {
-        return Err(FileError::TooLarge { path: path.to_owned(), limit });
+    let file = open_regular(path)?;
+    let read = || {
+        let length = file.metadata()?.len();
+        let mut bytes = Vec::new();
+        if length <= limit {
+            // One byte more than there is, which shows that there is no more.
+            bytes.try_reserve_exact(usize::try_from(length).unwrap_or(usize::MAX).saturating_add(1))?;
+            (&file).take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+        }
+        Ok((length.max(bytes.len() as u64), bytes))
+    };
+    match read() {
+        Ok((length, bytes)) if length <= limit => Ok(bytes),
+        Ok(_) => Err(FileError::TooLarge { path: path.to_owned(), limit }),
+        Err(source) => Err(FileError::Read { path: path.to_owned(), source }),
     }
-    Ok(bytes)
 }
 
 /// Returns the parts of a file of `length` bytes that are no hole, ascending.

@@ -5,9 +5,9 @@
 /// The most that is read of a snapshot before it is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of `config.json`, and of a Config message.
+    /// Bytes of `config.json`, of a Config message, and of either state in `state.json` that such a message is made of.
     pub config_bytes: u64,
-    /// Bytes of `state.json`, which holds the state of pass-through devices too.
+    /// Bytes of `state.json`, which holds the state of pass-through devices too. It is in memory once, as the text that it is.
     pub state_bytes: u64,
     /// Bytes of `snapshot-manifest`.
     pub manifest_bytes: u64,

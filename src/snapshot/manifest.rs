@@ -10,9 +10,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::blocks::BlockTable;
 use super::digest::Digest;
-use super::document::{VmConfig, VmState};
+use super::document::VmConfig;
 use super::limits::Limits;
 use super::placement::{Placement, PlacementError};
+use super::state::VmState;
 use crate::granule::{Granule, GranuleError};
 use crate::range::GpaRange;
 

@@ -16,7 +16,7 @@ use super::placement::Extent;
 use crate::granule::Granule;
 use crate::layout::{Layout, LayoutError};
 use crate::range::GpaRange;
-use crate::vm::{Backing, Vm, VmError};
+use crate::vm::{Backing, Captured, Vm, VmError};
 
 /// Why a snapshot cannot be sent.
 #[derive(Debug, Error)]
@@ -123,9 +123,9 @@ impl Vm for SnapshotSource {
         Ok(())
     }
 
-    /// Returns the tree as it was stored, the state of pass-through devices in it.
-    fn state(&mut self, _devices: Snapshot) -> Result<Snapshot, VmError> {
-        Ok(self.dir.state().tree().clone())
+    /// Returns the text as it was stored, the state of pass-through devices in it.
+    fn state(&mut self, _devices: Snapshot) -> Result<Captured, VmError> {
+        Ok(Captured::Text(self.dir.state().shared_text()))
     }
 
     fn can_throttle(&self) -> bool {

@@ -88,19 +88,11 @@ impl StagedDir {
         let target = resolve(target)?;
         let (parent, name) = split(&target)?;
         let prefix = format!(".{}.partial-", name.display());
-        clear_leftovers(&parent, &prefix);
-        for _ in 0..ATTEMPTS {
-            let temporary = parent.join(format!("{prefix}{:016x}", random()));
-            match make_locked(&temporary) {
-                Ok(Some(handle)) => {
-                    return Ok(Self { handle, temporary, parent, target, published: false });
-                }
-                Ok(None) => {}
-                Err(source) if source.kind() == ErrorKind::AlreadyExists => {}
-                Err(source) => return Err(StagingError::Make { path: target, source }),
-            }
+        clear_leftovers(&parent, &prefix, fs::FileType::is_dir, remove_staged);
+        match make_locked(&parent, &prefix, make_dir) {
+            Ok((temporary, handle)) => Ok(Self { handle, temporary, parent, target, published: false }),
+            Err(source) => Err(StagingError::Make { path: target, source }),
         }
-        Err(StagingError::Make { path: target, source: ErrorKind::AlreadyExists.into() })
     }
 
     /// Makes an empty file, readable by its owner alone, of `bytes` bytes that are a hole.
@@ -172,13 +164,12 @@ impl Drop for StagedDir {
     }
 }
 
-/// Adds a file to the finished directory `dir`: whole or not at all, safe on disk when it returns.
+/// Adds a file to the finished directory `dir`: whole or not at all, safe on disk when it returns. Clears up after dead writers
+/// of the same file.
 pub(super) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result<(), StagingError> {
-    // A name nobody can foresee: a link that waits under it is refused, and never followed.
-    let temporary = dir.join(format!(".{name}.partial-{:016x}", random()));
-    let mut options = OpenOptions::new();
-    options.write(true).create_new(true).mode(0o600);
-    let added = options.open(&temporary).and_then(|file| {
+    let prefix = format!(".{name}.partial-");
+    clear_leftovers(dir, &prefix, fs::FileType::is_file, |path| fs::remove_file(path));
+    let added = make_locked(dir, &prefix, make_file).and_then(|(temporary, file)| {
         let moved = move_synced(&file, content, &temporary, &dir.join(name));
         moved.inspect_err(|_| discard(&temporary))?;
         File::open(dir)?.sync_all()
@@ -227,19 +218,51 @@ fn random() -> u64 {
     RandomState::new().hash_one(std::process::id())
 }
 
-/// Makes and locks a directory; `None` when somebody cleared it up in between.
-fn make_locked(path: &Path) -> io::Result<Option<File>> {
-    DirBuilder::new().mode(0o700).create(path)?;
-    let handle = match File::open(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        opened => opened?,
-    };
-    let locked = handle.try_lock().is_ok();
-    Ok((locked && handle.metadata()?.nlink() > 0).then_some(handle))
+/// Makes something in `parent`, under a name that begins with `prefix`, and locks it.
+///
+/// Nobody can foresee the name: a link that waits under it is refused, and never followed.
+fn make_locked(
+    parent: &Path,
+    prefix: &str,
+    make: impl Fn(&Path) -> io::Result<File>,
+) -> io::Result<(PathBuf, File)> {
+    let mut failed = ErrorKind::AlreadyExists.into();
+    for _ in 0..ATTEMPTS {
+        let path = parent.join(format!("{prefix}{:016x}", random()));
+        match make(&path) {
+            Ok(handle) if !is_taken(&handle)? => return Ok((path, handle)),
+            Ok(_) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::NotFound) => {
+                failed = error;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(failed)
 }
 
-/// Removes directories of the same prefix whose writer is dead. What cannot be removed is left.
-fn clear_leftovers(parent: &Path, prefix: &str) {
+/// Locks what was just made; returns whether somebody took it for a leftover before. Where the file system has no locks
+/// nobody does.
+fn is_taken(made: &File) -> io::Result<bool> {
+    Ok(matches!(made.try_lock(), Err(TryLockError::WouldBlock)) || made.metadata()?.nlink() == 0)
+}
+
+fn make_dir(path: &Path) -> io::Result<File> {
+    DirBuilder::new().mode(0o700).create(path)?;
+    File::open(path)
+}
+
+fn make_file(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// Removes what is of the same prefix and kind and whose writer is dead. What cannot be removed is left.
+fn clear_leftovers(
+    parent: &Path,
+    prefix: &str,
+    is_kind: impl Fn(&fs::FileType) -> bool,
+    remove: impl Fn(&Path) -> io::Result<()>,
+) {
     let Ok(entries) = fs::read_dir(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
     else {
         return;
@@ -248,16 +271,16 @@ fn clear_leftovers(parent: &Path, prefix: &str) {
         let name = entry.file_name();
         let tail = name.to_str().and_then(|name| name.strip_prefix(prefix));
         let ours = tail.is_some_and(|tail| tail.len() == 16 && tail.bytes().all(|c| c.is_ascii_hexdigit()));
-        if ours && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            clear_leftover(&entry.path());
+        if ours && entry.file_type().is_ok_and(|kind| is_kind(&kind)) {
+            clear_leftover(&entry.path(), &remove);
         }
     }
 }
 
-fn clear_leftover(path: &Path) {
+fn clear_leftover(path: &Path, remove: impl Fn(&Path) -> io::Result<()>) {
     let Ok(handle) = File::open(path) else { return };
     let removed = match handle.try_lock() {
-        Ok(()) => remove_staged(path),
+        Ok(()) => remove(path),
         Err(TryLockError::WouldBlock) => return,
         Err(TryLockError::Error(error)) => Err(error),
     };
@@ -371,6 +394,28 @@ mod tests {
         living.publish().unwrap();
         second.write_file(CONFIG_FILE, b"second").unwrap();
         second.publish().unwrap();
+    }
+
+    #[test]
+    fn leftovers_of_a_file_are_cleared_unless_their_writer_lives() {
+        let dir = tempfile::tempdir().unwrap();
+        let [dead, living, other, foreign] =
+            ["0123456789abcdef", "fedcba9876543210", "notes", "00000000deadbeef"]
+                .map(|tail| dir.path().join(format!(".{MANIFEST_FILE}.partial-{tail}")));
+        for file in [&dead, &living, &other] {
+            fs::write(file, "half").unwrap();
+        }
+        fs::create_dir(&foreign).unwrap();
+        let lock = File::open(&living).unwrap();
+        lock.lock().unwrap();
+
+        add_file(dir.path(), MANIFEST_FILE, b"{}").unwrap();
+        assert!(!dead.exists());
+        assert!(living.exists() && other.exists() && foreign.exists());
+        drop(lock);
+        add_file(dir.path(), MANIFEST_FILE, b"{}").unwrap();
+        assert!(!living.exists());
+        assert_eq!(names(dir.path()).len(), 3);
     }
 
     #[test]

@@ -13,13 +13,13 @@ use thiserror::Error;
 use super::block_reader::{Block, BlockReader};
 use super::blocks::BlockTable;
 use super::dir::OpenError;
-use super::document::VmState;
 use super::files::{
     CHANGES_FILE, CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, open_sized, read_bounded,
 };
 use super::limits::Limits;
 use super::manifest::{Covered, Manifest};
 use super::placement::Placement;
+use super::state::VmState;
 use crate::range::GpaRange;
 
 /// Why a snapshot could not be checked to the end. What was found so far is not known.

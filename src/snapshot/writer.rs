@@ -9,7 +9,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
 use super::digest::Digest;
-use super::document::{DocumentError, VmConfig, VmState};
+use super::document::{DocumentError, VmConfig};
 use super::feed::{from_memory, from_stream};
 use super::files::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 use super::limits::Limits;
@@ -17,6 +17,7 @@ use super::manifest::Manifest;
 use super::memory_file::MemoryFile;
 use super::placement::{Placement, PlacementError};
 use super::staging::{StagedDir, StagingError, WORK_FILE};
+use super::state::VmState;
 use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::GpaRange;

@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryBackend;
 
 use super::connection::Connection;
-use super::exchange::{PeerError, read_answer, send, send_memory};
+use super::exchange::{PeerError, read_answer, send, send_memory, send_state};
 use super::frame::{Command, ConnectionRole, HEADER_BYTES, Request};
 use super::lanes::wire_bytes;
 use super::limits::ConnectionCount;
+use super::payload::StatePayload;
 use super::progress::{Migration, Phase};
 use super::send::{SendError, SendOptions, SendStep};
 use crate::ledger::Chunk;
@@ -86,9 +87,10 @@ impl<'a> Control<'a> {
         self.request(SendStep::Config, Request::new(Command::Config, json.len() as u64), json)
     }
 
-    /// Hands over the stopped VM's state: JSON text.
-    pub(super) fn state(&mut self, json: &[u8]) -> Result<(), SendError> {
-        self.request(SendStep::State, Request::new(Command::State, json.len() as u64), json)
+    /// Hands over the stopped VM's state.
+    pub(super) fn state(&mut self, state: &StatePayload) -> Result<(), SendError> {
+        let bytes = HEADER_BYTES as u64 + state.bytes();
+        self.exchange(SendStep::State, bytes, |connection| send_state(connection, state))
     }
 
     /// Copies one chunk, and waits for its acknowledgement.

@@ -2,7 +2,7 @@
 
 //! The source's half of an exchange: a request goes out, an answer comes back.
 
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -12,6 +12,7 @@ use super::connection::{Connection, ConnectionError, Head};
 use super::frame::{
     Command, FrameError, HEADER_BYTES, RANGE_BYTES, Request, Response, Status, encode_ranges,
 };
+use super::payload::StatePayload;
 use crate::range::GpaRange;
 
 /// Payloads up to this size go out in one piece with their header.
@@ -60,6 +61,17 @@ pub(super) fn send(connection: &mut Connection, request: Request, payload: &[u8]
         connection.write_all(payload)?;
     }
     Ok(connection.flush()?)
+}
+
+/// Sends a State, small pieces of it together.
+pub(super) fn send_state(connection: &mut Connection, state: &StatePayload) -> Result<(), PeerError> {
+    let request = Request::new(Command::State, state.bytes());
+    let mut pieces = BufWriter::with_capacity(SMALL_BYTES, &mut *connection);
+    let sent = pieces.write_all(&request.to_bytes()).and_then(|()| state.write_to(&mut pieces));
+    let sent = sent.and_then(|()| pieces.flush());
+    // What a failure left over is not to be sent once more.
+    drop(pieces.into_parts());
+    Ok(sent?)
 }
 
 /// Sends a Memory: the table of `ranges` and their bytes, straight from `memory`. `table` is a buffer to reuse.

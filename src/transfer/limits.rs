@@ -66,7 +66,8 @@ pub struct Pace {
 
 /// Every limit on what a peer may ask for; each can be set by itself.
 ///
-/// No limit costs memory by itself: buffers grow as bytes arrive, never by what a peer claims.
+/// No limit costs memory by itself: buffers grow as bytes arrive, never by what a peer claims. A text is held once: it goes
+/// to the destination as it came.
 ///
 /// ```
 /// use vfio_migration::transfer::limits::Limits;
@@ -78,6 +79,9 @@ pub struct Limits {
     /// Bytes of JSON in a Config; 64 MiB.
     pub config_bytes: u64,
     /// Bytes of JSON in a State; 4 GiB, for a device's state is in it in base64.
+    ///
+    /// That is the most memory that a source can take up with texts; a VMM that makes a tree of one takes more. A State that
+    /// is too long shows when all memory has moved and the VM stands still, so the limit is no place to save.
     pub state_bytes: u64,
     /// Bytes of table in one Memory; 1 GiB, which is 64 Mi ranges. Tables of a large, fragmented VM are legal.
     pub table_bytes: u64,

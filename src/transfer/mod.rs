@@ -17,6 +17,7 @@ pub mod frame;
 mod lanes;
 pub mod limits;
 mod measuring;
+mod payload;
 mod phases;
 mod progress;
 pub mod receive;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::control::{Control, Switchover};
 use super::lanes::{Lanes, Pipeline};
 use super::measuring::Measured;
+use super::payload::StatePayload;
 use super::progress::{Migration, Phase};
 use super::send::{SendError, SendOptions, Sent, SourceVm, VmOperation};
 use super::skipping::Sieve;
@@ -174,11 +175,11 @@ impl<'a, V: Vm> Session<'a, V> {
         Some(Switchover::new(self.undo.vm_paused?, self.options.switchover_timeout()?))
     }
 
-    /// Captures the stopped VM: the JSON text of State.
-    fn capture(&mut self) -> Result<Vec<u8>, SendError> {
+    /// Captures the stopped VM: what State carries.
+    fn capture(&mut self) -> Result<StatePayload, SendError> {
         let devices = self.machine.devices().save()?;
         let state = self.vm.state(devices).map_err(vm_failed(VmOperation::State))?;
-        Ok(serde_json::to_vec(&state)?)
+        Ok(StatePayload::new(state)?)
     }
 
     /// Sends what capturing wrote (C4), on the control connection, with every other one drained and gone.

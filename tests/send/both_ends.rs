@@ -41,8 +41,8 @@ impl Destination for Vmm {
         Ok(Arc::new(GuestPages::new(Arc::clone(&self.memory))?))
     }
 
-    fn state(&mut self, json: &[u8]) -> Result<(), VmError> {
-        self.state = json.to_vec();
+    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
+        self.state = json;
         Ok(())
     }
 

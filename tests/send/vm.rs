@@ -16,7 +16,7 @@ use vfio_migration::layout::Layout;
 use vfio_migration::migratable::{Builder, MigratableDevice};
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, GuestMemoryLog, Operation, Sink, SourceError};
-use vfio_migration::vm::{Backing, Vm, VmError};
+use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vm_migration::Snapshot;
@@ -211,7 +211,7 @@ impl Vm for FakeVm {
     }
 
     /// Writes a page while it captures, as a VMM may.
-    fn state(&mut self, devices: Snapshot) -> Result<Snapshot, VmError> {
+    fn state(&mut self, devices: Snapshot) -> Result<Captured, VmError> {
         note(&self.log, "state");
         if self.fail_state {
             return Err("no state today".into());
@@ -219,7 +219,7 @@ impl Vm for FakeVm {
         self.memory.write_obj(0xc4c4_c4c4_u64, GuestAddress(page_gpa(3)))?;
         let mut snapshot = Snapshot::default();
         snapshot.add_snapshot("devices".into(), devices);
-        Ok(snapshot)
+        Ok(snapshot.into())
     }
 
     fn can_throttle(&self) -> bool {

@@ -54,8 +54,8 @@ impl Destination for Vmm {
         Ok(Arc::new(GuestPages::new(memory)?))
     }
 
-    fn state(&mut self, json: &[u8]) -> Result<(), VmError> {
-        let root: Snapshot = serde_json::from_slice(json)?;
+    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
+        let root: Snapshot = serde_json::from_slice(&json)?;
         self.components = root.snapshots.into_keys().collect();
         Ok(())
     }

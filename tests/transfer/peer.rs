@@ -147,8 +147,8 @@ impl Destination for Vmm {
         self.store.clone().map_or_else(|| Ok(own()?), Ok)
     }
 
-    fn state(&mut self, json: &[u8]) -> Result<(), VmError> {
-        self.call("state", std::str::from_utf8(json)?)
+    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
+        self.call("state", std::str::from_utf8(&json)?)
     }
 
     fn complete(&mut self, paused: bool) -> Result<(), VmError> {

@@ -3,8 +3,10 @@
 //! `snapshot` and what the tool says of itself.
 
 use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
 
 use serde_json::Value;
 use vfio_migration::snapshot::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
@@ -132,6 +134,22 @@ fn a_snapshot_without_a_manifest_is_sealed() {
 }
 
 #[test]
+fn a_snapshot_whose_texts_were_edited_is_sealed_as_it_stands() {
+    let place = Place::new();
+    let stored = place.stored("stored", 1);
+    fs::remove_file(stored.join(MANIFEST_FILE)).unwrap();
+    for name in [CONFIG_FILE, STATE_FILE] {
+        let value: Value = serde_json::from_slice(&fs::read(stored.join(name)).unwrap()).unwrap();
+        fs::write(stored.join(name), format!("\n{value:#}\n")).unwrap();
+    }
+    result(&["seal", text(&stored)]);
+    result(&["verify", text(&stored)]);
+    let whole = place.path("whole");
+    result(&["apply", text(&stored), "--into", text(&whole)]);
+    result(&["diff", text(&stored), text(&whole)]);
+}
+
+#[test]
 fn people_are_told_in_sentences() {
     let place = Place::new();
     let stored = place.stored("stored", 1);
@@ -144,12 +162,44 @@ fn people_are_told_in_sentences() {
 }
 
 #[test]
+fn bash_completes_the_options_of_every_command() {
+    let place = Place::new();
+    let script = place.path("completions.bash");
+    fs::write(&script, run(["completions", "bash"]).succeeded().stdout).unwrap();
+    for (words, expected) in [
+        ("rec", "receive"),
+        ("receive unix:/socket --che", "--checkpoint"),
+        ("snapshot ver", "verify"),
+        ("snapshot apply --in", "--into"),
+        ("send --timeout-strategy ca", "cancel"),
+        ("--log-level de", "debug"),
+    ] {
+        let ask = format!(
+            r#"source {}; COMP_WORDS=(vfio-migrate {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+            function=$(complete -p vfio-migrate | sed 's/.*-F \([^ ]*\) .*/\1/')
+            $function vfio-migrate "${{COMP_WORDS[COMP_CWORD]}}" "${{COMP_WORDS[COMP_CWORD - 1]}}"
+            echo "${{COMPREPLY[@]}}""#,
+            text(&script)
+        );
+        match Command::new("bash").args(["-c", &ask]).output() {
+            Ok(told) => {
+                assert_eq!(String::from_utf8_lossy(&told.stdout).trim(), expected, "{words}: {told:?}");
+            }
+            // Not `eprintln`: that is shown for failing tests only.
+            Err(error) => writeln!(io::stderr(), "SKIPPED: completions of bash: {error}").unwrap(),
+        }
+    }
+}
+
+#[test]
 fn completions_and_manual_pages_name_every_command() {
     let commands = ["receive", "send", "snapshot", "demo"];
     for shell in ["bash", "zsh", "fish"] {
         let ended = run(["completions", shell]).succeeded();
         assert!(commands.iter().all(|command| ended.stdout.contains(command)), "{shell}");
     }
+    run(["man", "--into", "/nonexistent"])
+        .failed(4, "Cannot write the manual pages into /nonexistent: No such file");
     let page = run(["man"]).succeeded().stdout;
     assert!(page.starts_with(".ie") || page.contains(".TH vfio-migrate 1"), "{page}");
     let place = Place::new();

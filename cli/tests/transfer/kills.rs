@@ -1,50 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Either side killed at any moment: what lies on disk is whole or not there, and a retry succeeds.
+//! Whoever writes a directory killed at any moment: what lies on disk is whole or not there, and a retry succeeds.
 
+mod on_disk;
+mod transfers;
+
+use std::collections::BTreeMap;
+use std::env;
 use std::hash::{BuildHasher, RandomState};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::stored::{Place, assert_same, assert_sound};
-use crate::tool::Tool;
+use vfio_migration::snapshot::CONFIG_FILE;
 
-/// How many kills to try, where this variable says so.
+use crate::stored::Place;
+use crate::tool::{Tool, run};
+
+/// How many kills each test tries, where this variable says so.
 const KILLS: &str = "VFIO_MIGRATE_TEST_KILLS";
 
 /// Kills tried otherwise.
-const FEW: u32 = 6;
+const FEW: usize = 12;
 
-/// Options that make a transfer last a while: a chance for each of its moments.
-const SLOW: [&str; 2] = ["--bandwidth", "32M"];
-
-#[derive(Debug, Clone, Copy)]
-enum Victim {
-    Source,
-    Receiver,
+/// How many kills to try.
+fn kills() -> usize {
+    env::var(KILLS).map_or(FEW, |text| text.parse().unwrap())
 }
 
-/// Kills `victim` at a moment of a transfer to `into`; both sides end.
-fn kill_one(url: &str, from: &Path, into: &Path, victim: Victim, moment: Duration) {
-    let (mut receiver, url) = Tool::receive(url, into, &[]);
-    let mut source = Tool::send(&url, from, &SLOW);
-    std::thread::sleep(moment);
-    match victim {
-        Victim::Source => {
-            source.kill();
-            source.end();
-            // Before its first message a source is none, and the receiver waits for another.
-            if !receiver.ends_within(Duration::from_secs(2)) {
-                receiver.signal("-TERM");
-            }
-            let code = receiver.end().code;
-            assert!([Some(0), Some(3), Some(6), Some(130)].contains(&code), "{code:?}");
+/// When to kill: half of all moments are near the end, where a directory gets its name.
+#[derive(Debug, Clone, Copy)]
+enum Moment {
+    /// After this time.
+    After(Duration),
+    /// This time after the first of the last files shows up.
+    Completing(Duration),
+}
+
+impl Moment {
+    /// One of the moments of what takes as long as `undisturbed`.
+    fn random(undisturbed: Duration) -> Self {
+        match random() {
+            0.0..0.5 => Self::After(undisturbed.mul_f64(random())),
+            0.5..0.75 => Self::After(undisturbed.mul_f64(0.9 + 0.15 * random())),
+            _ => Self::Completing(Duration::from_millis(30).mul_f64(random() * random())),
         }
-        Victim::Receiver => {
-            receiver.kill();
-            receiver.end();
-            let code = source.end().code;
-            assert!([Some(0), Some(3), Some(6)].contains(&code), "{code:?}");
+    }
+
+    /// Waits for the moment, or until `victim` has ended; `completing` tells whether the first of the last files is there.
+    fn wait(self, victim: &mut Tool, completing: impl Fn() -> bool) {
+        match self {
+            Self::After(time) => thread::sleep(time),
+            Self::Completing(time) => {
+                while !completing() && !victim.has_ended() {
+                    thread::sleep(Duration::from_micros(200));
+                }
+                thread::sleep(time);
+            }
         }
     }
 }
@@ -55,42 +67,53 @@ fn random() -> f64 {
     f64::from(u32::try_from(bits).unwrap()) / f64::from(u32::MAX)
 }
 
-/// Transfers `from` undisturbed; returns how long that takes from when a source may come.
-fn transfer(url: &str, from: &Path, into: &Path, options: &[&str]) -> Duration {
-    let (receiver, url) = Tool::receive(url, into, &[]);
-    let begun = Instant::now();
-    Tool::send(&url, from, options).end().succeeded();
-    receiver.end().succeeded();
-    assert_same(from, into);
-    begun.elapsed()
+impl Place {
+    /// The directories that are to be `name`, or should have been.
+    fn partial(&self, name: &str) -> Vec<PathBuf> {
+        partial(self.root(), name)
+    }
+
+    /// Whether the last files of what is to be `name` are being written.
+    fn is_completing(&self, name: &str) -> bool {
+        self.partial(name).iter().any(|dir| dir.join(CONFIG_FILE).exists())
+    }
 }
 
-#[test]
-fn killed_at_any_moment_the_directory_is_whole_or_absent_and_a_retry_succeeds() {
-    let kills = std::env::var(KILLS).map_or(FEW, |text| text.parse().unwrap());
-    let place = Place::new();
-    let from = place.stored("from", 1);
-    let socket = format!("unix:{}", place.path("socket").display());
-    let undisturbed = transfer(&socket, &from, &place.path("into"), &SLOW);
-    let (mut whole, mut absent) = (0, 0);
-    for kill in 0..kills {
-        let into = place.path(&format!("into-{kill}"));
-        let url = if kill % 4 < 2 { &socket } else { "tcp:127.0.0.1:0" };
-        let victim = if kill % 2 == 0 { Victim::Source } else { Victim::Receiver };
-        let moment = undisturbed.mul_f64(random());
-        eprintln!("kill {kill}: {victim:?} after {moment:?}, {url}");
-        kill_one(url, &from, &into, victim, moment);
-        if into.exists() {
-            whole += 1;
-            assert_sound(&into);
-            continue;
-        }
-        absent += 1;
-        transfer(url, &from, &into, &[]);
-        // What a killed receiver left is gone.
-        let name = format!(".into-{kill}.partial-");
-        let left = place.root().read_dir().unwrap().map(|entry| entry.unwrap().file_name());
-        assert_eq!(left.filter(|left| left.to_string_lossy().starts_with(&name)).count(), 0);
+/// What lies in `dir` and is to be `name`, or should have been.
+fn partial(dir: &Path, name: &str) -> Vec<PathBuf> {
+    let prefix = format!(".{name}.partial-");
+    let paths = dir.read_dir().unwrap().map(|entry| entry.unwrap().path());
+    paths.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(&prefix)).collect()
+}
+
+/// What was left by how many kills of each kind.
+#[derive(Default)]
+struct Tally(BTreeMap<String, [u32; 2]>);
+
+impl Tally {
+    /// Counts a kill of the kind `cell`, after which the directory was there or not.
+    fn count(&mut self, cell: String, whole: bool) {
+        self.0.entry(cell).or_default()[usize::from(whole)] += 1;
     }
-    eprintln!("{whole} kept whole, {absent} absent");
+
+    fn print(&self) {
+        for (cell, [absent, whole]) in &self.0 {
+            eprintln!("{whole:>3} whole {absent:>3} absent  {cell}");
+        }
+        let [absent, whole] = [0, 1].map(|kind| self.0.values().map(|counts| counts[kind]).sum::<u32>());
+        eprintln!("{whole:>3} whole {absent:>3} absent  in all");
+    }
+}
+
+/// Checks with the tool that every byte of `snapshot` is as its writer wrote it.
+#[track_caller]
+fn verify(snapshot: &Path) {
+    run(["snapshot", "verify", snapshot.to_str().unwrap()]).succeeded();
+}
+
+/// Does `work`; returns how long that takes.
+fn timed(work: impl FnOnce()) -> Duration {
+    let begun = Instant::now();
+    work();
+    begun.elapsed()
 }

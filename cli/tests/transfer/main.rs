@@ -12,6 +12,7 @@ mod hostile_source;
 mod kills;
 mod paused;
 mod raw;
+mod readme;
 mod recorded;
 #[path = "../../../tests/recorded/relay.rs"]
 mod relay;

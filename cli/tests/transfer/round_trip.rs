@@ -6,15 +6,22 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use vfio_migration::snapshot::{CONFIG_FILE, MANIFEST_FILE};
 
 use crate::certificates::Files;
 use crate::stored::{Place, assert_same};
 use crate::tool::{Tool, is_empty};
 
-/// Sends `from` to a receiver on `url` and checks what arrives.
+/// How many MiB of the large VM to populate, where this variable says so.
+const POPULATED: &str = "VFIO_MIGRATE_TEST_POPULATED_MIB";
+
+/// MiB populated otherwise.
+const FEW: u64 = 64;
+
+/// Sends `from` to a receiver on `url` and checks what arrives; returns the last word of the source.
 #[track_caller]
-fn round_trip(url: &str, from: &Path, place: &Place, receiving: &[&str], sending: &[&str]) {
+fn round_trip(url: &str, from: &Path, place: &Place, receiving: &[&str], sending: &[&str]) -> Value {
     let into = place.path("copy");
     let (receiver, url) = Tool::receive(url, &into, receiving);
     let sent = Tool::send(&url, from, sending).end().succeeded();
@@ -28,6 +35,7 @@ fn round_trip(url: &str, from: &Path, place: &Place, receiving: &[&str], sending
     assert_eq!(kept["confirmed"], true);
     assert_eq!(kept["into"], into.to_str().unwrap());
     assert_eq!(kept["digest"].as_str().unwrap().len(), 64);
+    sent
 }
 
 #[test]
@@ -54,6 +62,27 @@ fn over_tls_with_four_connections() {
     let tls = ["--tls-dir", files.path().to_str().unwrap()];
     let sending = [&tls[..], &["--connections", "4"]].concat();
     round_trip("tcp:localhost:0", &place.stored("from", 3), &place, &tls, &sending);
+}
+
+#[test]
+fn four_gib_in_two_regions_over_every_transport() {
+    let populated = std::env::var(POPULATED).map_or(FEW, |text| text.parse().unwrap());
+    let files = Files::good();
+    let tls = ["--tls-dir", files.path().to_str().unwrap()];
+    let large = Place::new();
+    let from = large.stored_large("from", 4096 / populated);
+    let tcp = "tcp:127.0.0.1:0";
+    let unix = format!("unix:{}", large.path("socket").display());
+    for (url, receiving, connections) in
+        [(unix.as_str(), &[][..], "1"), (tcp, &[], "1"), (tcp, &[], "4"), (tcp, &[], "16"), (tcp, &tls, "4")]
+    {
+        let place = Place::new();
+        let begun = Instant::now();
+        let sending = [receiving, &["--connections", connections]].concat();
+        let sent = round_trip(url, &from, &place, receiving, &sending);
+        let (bytes, ms, all) = (&sent["sent_bytes"], &sent["total_ms"], begun.elapsed());
+        eprintln!("{url} x{connections} {receiving:?}: {bytes} bytes in {ms} ms; compared after {all:?}");
+    }
 }
 
 #[test]

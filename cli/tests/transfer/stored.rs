@@ -2,11 +2,15 @@
 
 //! Snapshots to send, and what makes two of them the same.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
+use rustix::fs::{SeekFrom, seek};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
@@ -16,6 +20,12 @@ use vfio_migration::snapshot::{
 
 /// Bytes of RAM of a VM that is made up here, as of the captured one.
 const RAM: u64 = 64 << 20;
+
+/// RAM of a VM of 4 GiB: the devices lie below 4 GiB.
+const LARGE_RAM: [(u64, u64); 2] = [(0, 3 << 30), (4 << 30, 1 << 30)];
+
+/// What is populated at a time.
+const PIECE: u64 = 1 << 20;
 
 /// A directory for one test, removed afterwards.
 pub(crate) struct Place(TempDir);
@@ -35,43 +45,55 @@ impl Place {
 
     /// Writes a snapshot: a quarter populated, with bytes that depend on `seed`.
     pub(crate) fn stored(&self, name: &str, seed: u64) -> PathBuf {
-        let target = self.path(name);
         let (config, state) = documents();
-        let message = ConfigMessage::parse(&config, &Limits::default()).unwrap();
+        self.store(name, seed, (&config, &state), |number| Some(number.is_multiple_of(5)))
+    }
+
+    /// Writes a snapshot of a VM of 4 GiB: one MiB in `every` is populated, and a page here and there.
+    pub(crate) fn stored_large(&self, name: &str, every: u64) -> PathBuf {
+        let (config, state) = documents();
+        self.store(name, 1, (&config_of_large(&config), &state_of_large(state)), |number| {
+            let whole = number.is_multiple_of(every);
+            (whole || number.is_multiple_of(7)).then_some(whole)
+        })
+    }
+
+    /// Writes a snapshot of which `is_whole` tells for each MiB whether all of it is populated, a page or nothing.
+    fn store(
+        &self,
+        name: &str,
+        seed: u64,
+        (config, state): (&[u8], &[u8]),
+        is_whole: impl Fn(u64) -> Option<bool>,
+    ) -> PathBuf {
+        let target = self.path(name);
+        let message = ConfigMessage::parse(config, &Limits::default()).unwrap();
         let layout = message.layout().clone();
         let writer =
             SnapshotWriter::create(&target, Announced::all(layout.clone()), Limits::default()).unwrap();
-        for region in layout.regions() {
-            for (piece, number) in region.range().pieces(1 << 20).zip(0u64..) {
-                let populated = populated(piece, number);
-                writer.fill(populated, &mut noise(seed ^ number).take(populated.len())).unwrap();
-            }
+        let pieces = layout.regions().iter().flat_map(|region| region.range().pieces(PIECE));
+        for (piece, number) in pieces.zip(0u64..) {
+            let Some(whole) = is_whole(number) else { continue };
+            let page = GpaRange::new(piece.start() + 0x3000, 0x1000).unwrap();
+            let populated = if whole { piece } else { page };
+            writer.fill(populated, &mut Noise(seed ^ number).take(populated.len())).unwrap();
         }
-        writer.finish(message.vm_config().text().as_bytes(), &state).unwrap();
+        writer.finish(message.vm_config().text().as_bytes(), state).unwrap();
         target
     }
 }
 
-/// What is populated of the MiB `piece`: all of every fifth, a single page of the others.
-fn populated(piece: GpaRange, number: u64) -> GpaRange {
-    let page = GpaRange::new(piece.start() + 0x3000, 0x1000).unwrap();
-    if number.is_multiple_of(5) { piece } else { page }
-}
-
 /// Bytes without an end that no zero page is among.
-fn noise(seed: u64) -> impl Read {
-    struct Noise(u64);
-    impl Read for Noise {
-        fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-            for byte in &mut *bytes {
-                self.0 =
-                    self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                *byte = self.0.to_be_bytes()[0];
-            }
-            Ok(bytes.len())
+struct Noise(u64);
+
+impl Read for Noise {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        for word in bytes.chunks_mut(8) {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            word.copy_from_slice(&self.0.to_be_bytes()[..word.len()]);
         }
+        Ok(bytes.len())
     }
-    Noise(seed)
 }
 
 /// Config and State: those of a real VM, or made up ones.
@@ -84,6 +106,38 @@ fn documents() -> (Vec<u8>, Vec<u8>) {
         let _ = writeln!(io::stderr(), "SKIPPED: the captured VM, for a made up one: no captures beside");
         made_up()
     })
+}
+
+/// Gives the VM of a Config 4 GiB of RAM.
+fn config_of_large(config: &[u8]) -> Vec<u8> {
+    let mut config: Value = serde_json::from_slice(config).unwrap();
+    enlarge(&mut config["memory_manager_data"]);
+    config["vm_config"]["memory"]["size"] = json!(4u64 << 30);
+    config.to_string().into_bytes()
+}
+
+/// Gives the VM of a State 4 GiB of RAM; the rest of the text stays as it is.
+fn state_of_large(state: Vec<u8>) -> Vec<u8> {
+    let tree: Value = serde_json::from_slice(&state).unwrap();
+    let old = &tree["snapshots"]["memory-manager"]["snapshot_data"]["state"];
+    let mut memory_manager: Value = serde_json::from_str(old.as_str().unwrap()).unwrap();
+    enlarge(&mut memory_manager);
+    memory_manager["memory_ranges"]["data"] =
+        json!(LARGE_RAM.map(|(gpa, length)| json!({"gpa": gpa, "length": length})));
+    let new = Value::String(memory_manager.to_string());
+    String::from_utf8(state).unwrap().replacen(&old.to_string(), &new.to_string(), 1).into_bytes()
+}
+
+/// Maps 4 GiB of RAM where there was one mapping.
+fn enlarge(memory_manager: &mut Value) {
+    let mapping = &memory_manager["guest_ram_mappings"][0];
+    let mut mappings = LARGE_RAM.map(|(gpa, size)| {
+        let mut mapping = mapping.clone();
+        (mapping["gpa"], mapping["size"]) = (json!(gpa), json!(size));
+        mapping
+    });
+    (mappings[1]["slot"], mappings[1]["file_offset"]) = (json!(1), json!(LARGE_RAM[0].1));
+    memory_manager["guest_ram_mappings"] = json!(mappings);
 }
 
 fn made_up() -> (Vec<u8>, Vec<u8>) {
@@ -103,14 +157,42 @@ fn made_up() -> (Vec<u8>, Vec<u8>) {
 /// Checks that `copy` is `original` to the byte, and has its holes.
 #[track_caller]
 pub(crate) fn assert_same(original: &Path, copy: &Path) {
-    for file in [CONFIG_FILE, STATE_FILE, MEMORY_FILE, MANIFEST_FILE] {
+    for file in [CONFIG_FILE, STATE_FILE, MANIFEST_FILE] {
         let same = fs::read(original.join(file)).unwrap() == fs::read(copy.join(file)).unwrap();
         assert!(same, "{file} differs");
     }
-    let blocks = |dir: &Path| fs::metadata(dir.join(MEMORY_FILE)).unwrap().blocks();
+    let [of_original, of_copy] = [original, copy].map(|dir| File::open(dir.join(MEMORY_FILE)).unwrap());
+    assert_same_bytes(&of_original, &of_copy);
+    let blocks = |file: &File| file.metadata().unwrap().blocks();
     // The file system may put down a little more than it is given.
-    assert!(blocks(copy) <= blocks(original) + 2048, "{} and {} blocks", blocks(original), blocks(copy));
+    let [most, blocks] = [blocks(&of_original) + 2048, blocks(&of_copy)];
+    assert!(blocks <= most, "{blocks} blocks, of at most {most}");
     assert_sound(copy);
+}
+
+/// Checks that two files have the same bytes; reads them only where one of them has no hole.
+#[track_caller]
+fn assert_same_bytes(first: &File, second: &File) {
+    assert_eq!(first.metadata().unwrap().len(), second.metadata().unwrap().len());
+    let [mut one, mut other] = [(); 2].map(|()| vec![0; usize::try_from(PIECE).unwrap()]);
+    for part in data(first).chain(data(second)) {
+        for start in part.clone().step_by(one.len()) {
+            let bytes = usize::try_from(PIECE.min(part.end - start)).unwrap();
+            first.read_exact_at(&mut one[..bytes], start).unwrap();
+            second.read_exact_at(&mut other[..bytes], start).unwrap();
+            assert!(one[..bytes] == other[..bytes], "memory differs within 1 MiB of offset {start:#x}");
+        }
+    }
+}
+
+/// The parts of a file that are no hole.
+fn data(file: &File) -> impl Iterator<Item = Range<u64>> {
+    let mut end = 0;
+    std::iter::from_fn(move || {
+        let start = seek(file, SeekFrom::Data(end)).ok()?;
+        end = seek(file, SeekFrom::Hole(start)).unwrap();
+        Some(start..end)
+    })
 }
 
 /// Checks that every byte of the snapshot is as its writer wrote it.

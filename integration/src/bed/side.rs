@@ -16,7 +16,7 @@ use vfio_migration::source::{
     ContainerLog, DeviceLog, DirtySource, GuestMemoryLog, Harvester, HwptLog, KvmLog, KvmLogMode, KvmRing,
     Meaning, RingSize,
 };
-use vfio_migration::vm::{Backing, Vm, VmError};
+use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vm_migration::Snapshot;
@@ -431,7 +431,7 @@ impl Vm for BedVm<'_> {
         Ok(())
     }
 
-    fn state(&mut self, devices: Snapshot) -> Result<Snapshot, VmError> {
+    fn state(&mut self, devices: Snapshot) -> Result<Captured, VmError> {
         self.vm.state(devices)
     }
 

@@ -10,7 +10,7 @@ use thiserror::Error;
 use vfio_migration::layout::{Layout, LayoutError};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore};
-use vfio_migration::vm::{Backing, Vm, VmError};
+use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_migration::{Snapshot, snapshot_from_id, state_from_id};
@@ -78,7 +78,7 @@ impl Vm for SourceVm {
         Ok(self.machine.resume()?)
     }
 
-    fn state(&mut self, devices: Snapshot) -> Result<Snapshot, VmError> {
+    fn state(&mut self, devices: Snapshot) -> Result<Captured, VmError> {
         let regions = self.machine.regions();
         let mut device_manager = Snapshot::default();
         device_manager.add_snapshot(PASS_THROUGH.to_owned(), devices);
@@ -89,7 +89,7 @@ impl Vm for SourceVm {
             Snapshot::new_from_state(&memory_manager(regions, regions))?,
         );
         root.add_snapshot(DEVICE_MANAGER.to_owned(), device_manager);
-        Ok(root)
+        Ok(root.into())
     }
 
     fn can_throttle(&self) -> bool {
@@ -155,8 +155,9 @@ impl Destination for DestinationVm<'_> {
         Ok(Arc::new(GuestPages::new(Arc::new(self.machine.memory().clone()))?))
     }
 
-    fn state(&mut self, state: &[u8]) -> Result<(), VmError> {
-        let root: Snapshot = serde_json::from_slice(state)?;
+    fn state(&mut self, state: Vec<u8>) -> Result<(), VmError> {
+        let root: Snapshot = serde_json::from_slice(&state)?;
+        drop(state);
         let machine: MachineState =
             state_from_id(Some(&root), CPU_MANAGER)?.ok_or(VmMessageError::Missing(CPU_MANAGER))?;
         let device_manager =

@@ -36,7 +36,7 @@ struct RecordHeader {
 impl RecordHeader {
     fn new(kind: u32, index: u32, payload: &[u8]) -> Self {
         let length = u32::try_from(payload.len()).expect("records are small");
-        let check = check(kind, index, payload);
+        let check = check(kind, index, digest(payload));
         RecordHeader {
             kind: kind.into(),
             index: index.into(),
@@ -47,8 +47,8 @@ impl RecordHeader {
     }
 }
 
-fn check(kind: u32, index: u32, payload: &[u8]) -> u64 {
-    digest(payload) ^ u64::from(kind) << 32 ^ u64::from(index)
+fn check(kind: u32, index: u32, digest: u64) -> u64 {
+    digest ^ u64::from(kind) << 32 ^ u64::from(index)
 }
 
 /// Produces the stream of one saving session.
@@ -191,14 +191,15 @@ impl Loader {
             return Err(BadImage::Record);
         }
         let Some((payload, rest)) = rest.split_at_checked(length) else { return Ok(None) };
-        if check(kind, index, payload) != header.check.get() {
+        let digest = digest(payload);
+        if check(kind, index, digest) != header.check.get() {
             return Err(BadImage::Record);
         }
-        self.apply(kind, index, payload)?;
+        self.apply(kind, index, payload, digest)?;
         Ok(Some(rest))
     }
 
-    fn apply(&mut self, kind: u32, index: u32, payload: &[u8]) -> Result<(), BadImage> {
+    fn apply(&mut self, kind: u32, index: u32, payload: &[u8], digest: u64) -> Result<(), BadImage> {
         if self.head == (kind == HEAD) {
             return Err(BadImage::Head);
         }
@@ -215,7 +216,7 @@ impl Loader {
             }
             BLOCK => {
                 let block = index as usize;
-                if !self.blocks.replace(block, payload) {
+                if !self.blocks.replace(block, payload, digest) {
                     return Err(BadImage::Record);
                 }
                 self.missing.remove(&block);

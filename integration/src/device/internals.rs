@@ -95,13 +95,13 @@ impl Blocks {
         &self.bytes[start..self.bytes.len().min(start + BLOCK_BYTES)]
     }
 
-    /// Replaces a block; `false` when there is no such block or it has another size.
-    pub(super) fn replace(&mut self, block: usize, bytes: &[u8]) -> bool {
+    /// Replaces a block by bytes with the digest `digest`; `false` when there is no such block or it has another size.
+    pub(super) fn replace(&mut self, block: usize, bytes: &[u8], digest: u64) -> bool {
         if block >= self.count() || self.block(block).len() != bytes.len() {
             return false;
         }
         self.bytes[block * BLOCK_BYTES..][..bytes.len()].copy_from_slice(bytes);
-        self.digests[block] = digest(bytes);
+        self.digests[block] = digest;
         true
     }
 

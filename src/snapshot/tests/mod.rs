@@ -7,4 +7,5 @@ mod differential;
 mod full;
 mod guest;
 mod manifest;
+mod state;
 mod verify;

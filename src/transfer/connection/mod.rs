@@ -214,7 +214,7 @@ impl Connection {
             let held = payload.len();
             let left = usize::try_from(length - held as u64).unwrap_or(usize::MAX);
             let more = left.min(held.clamp(FIRST_BYTES, GROWTH_BYTES));
-            payload.reserve_exact(more);
+            payload.try_reserve_exact(more)?;
             payload.resize(held + more, 0);
             let outcome = read_fully(self, &mut payload[held..]);
             payload.truncate(held + *outcome.as_ref().unwrap_or(&0));

@@ -54,11 +54,11 @@ pub trait Destination {
     /// This VM cannot be had here.
     fn config(&mut self, json: &[u8]) -> Result<Arc<dyn PageStore>, VmError>;
 
-    /// Takes the JSON text of the State; every page is in place.
+    /// Takes the JSON text of the State; every page is in place. Nobody else keeps the text, which may be large.
     ///
     /// # Errors
     /// The state does not fit.
-    fn state(&mut self, json: &[u8]) -> Result<(), VmError>;
+    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError>;
 
     /// Runs the VM, or keeps it paused as it was at its source. The source gives its VM up when this succeeds, and runs it
     /// again when it does not.
@@ -112,7 +112,7 @@ pub struct Received {
 ///     fn config(&mut self, _json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
 ///         Ok(Arc::new(GuestPages::new(Arc::clone(&self.0))?))
 ///     }
-///     fn state(&mut self, _json: &[u8]) -> Result<(), VmError> {
+///     fn state(&mut self, _json: Vec<u8>) -> Result<(), VmError> {
 ///         Ok(())
 ///     }
 ///     fn complete(&mut self, _paused: bool) -> Result<(), VmError> {

@@ -137,7 +137,7 @@ impl Session<'_> {
     fn state(&mut self, request: Request, destination: &mut dyn Destination) -> Result<(), ReceiveError> {
         self.context.gate.seal()?;
         let text = read_text(&mut self.connection, request, self.context.limits)?;
-        destination.state(&text).map_err(|source| refused(request, source))?;
+        destination.state(text).map_err(|source| refused(request, source))?;
         self.step = Step::State;
         self.answer_ok(request)
     }
