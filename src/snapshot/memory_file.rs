@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -15,6 +15,7 @@ use super::blocks::{BlockTable, block_bytes_for, is_zero};
 use super::digest::Digest;
 use super::feed::Feed;
 use super::flusher::Flusher;
+use super::parallel;
 use super::placement::{Extent, Placement};
 use crate::granule::Granule;
 use crate::range::GpaRange;
@@ -90,7 +91,7 @@ impl MemoryFile {
 
     fn store(&self, piece: Extent, bytes: &[u8]) -> io::Result<()> {
         let cell = self.feed.cell_of(piece);
-        let mut blocks = self.cells[cell].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut blocks = self.blocks(cell);
         let start = index(piece.offset % self.feed.cell_bytes());
         self.write_sparsely(&blocks, piece.offset, start, bytes)?;
         let mut rest = bytes;
@@ -180,24 +181,34 @@ impl MemoryFile {
         if self.failed.load(Ordering::Relaxed) {
             return Err(io::Error::other("Some pages could not be written"));
         }
-        let digests = self.digests()?;
+        let digests = self.digests(parallel::processors())?;
         self.flusher.finish()?;
         self.file.sync_all()?;
         Ok(BlockTable { block_bytes: self.block_bytes as u64, digests })
     }
 
-    /// Hashes what was written in part since it was hashed, and returns the digests of all blocks.
-    fn digests(&self) -> io::Result<Vec<Option<Digest>>> {
-        let mut digests = Vec::new();
-        for (cell, blocks) in self.cells.iter().enumerate() {
-            let blocks = blocks.lock().unwrap_or_else(PoisonError::into_inner);
-            for (index, &block) in blocks.iter().enumerate() {
-                let hashed =
-                    if block.unhashed > 0 { self.settle_from_file(cell, index, block)? } else { block };
-                digests.push(hashed.digest);
+    /// Hashes what was written in part since it was hashed, on at most so many threads, and returns the digests of all blocks.
+    fn digests(&self, threads: usize) -> io::Result<Vec<Option<Digest>>> {
+        let is_unsettled = |&cell: &usize| self.blocks(cell).iter().any(|block| block.unhashed > 0);
+        let unsettled: Vec<_> = (0..self.cells.len()).filter(is_unsettled).collect();
+        parallel::for_each(&unsettled, threads, |&cell| {
+            let mut blocks = self.blocks(cell);
+            let unsettled = blocks.iter_mut().enumerate().filter(|(_, block)| block.unhashed > 0);
+            for (index, block) in unsettled {
+                *block = self.settle_from_file(cell, index, *block)?;
             }
+            Ok(())
+        })?;
+        let mut digests = Vec::new();
+        for cell in 0..self.cells.len() {
+            digests.extend(self.blocks(cell).iter().map(|block| block.digest));
         }
         Ok(digests)
+    }
+
+    /// The blocks of a cell; nobody writes any of it meanwhile.
+    fn blocks(&self, cell: usize) -> MutexGuard<'_, Vec<Block>> {
+        self.cells[cell].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes the memory of `kept`, whose every range this file holds, to `into`, which holds no other.
@@ -243,4 +254,55 @@ fn punch(file: &File, offset: u64, length: u64) -> io::Result<()> {
 
 fn index(number: u64) -> usize {
     usize::try_from(number).expect("sizes within a cell fit memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::snapshot::Limits;
+    use crate::snapshot::feed::from_stream;
+
+    /// Not whole cells, and in the end not a whole block.
+    const BYTES: u64 = 5 * LEAST_CELL_BYTES + 3 * LEAST_BLOCK_BYTES + 4096;
+
+    fn memory_file() -> MemoryFile {
+        let ram = GpaRange::new(0, BYTES).unwrap();
+        let placement = Placement::new([ram], &Limits::default()).unwrap();
+        MemoryFile::new(tempfile::tempfile().unwrap(), placement, Granule::KIB_4).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn any_number_of_threads_hashes_what_one_that_reads_the_file_does(
+            writes in prop::collection::vec((0..BYTES, 1..40_000_u64, 0..3_u8), 0..60),
+            threads in 1..9_usize,
+        ) {
+            let memory = memory_file();
+            let mut model = vec![0; index(BYTES)];
+            for (start, length, byte) in writes {
+                let range = GpaRange::from_bounds(start, BYTES.min(start + length)).unwrap();
+                memory.fill(range, from_stream(&mut io::repeat(byte))).unwrap();
+                model[index(range.start())..index(range.end())].fill(byte);
+            }
+            let naive: Vec<_> = model.chunks(index(LEAST_BLOCK_BYTES)).map(BlockTable::entry).collect();
+            prop_assert_eq!(memory.digests(threads).unwrap(), naive.clone());
+            prop_assert!(memory.cells.iter().all(|cell| cell.lock().unwrap().iter().all(|block| block.unhashed == 0)));
+            prop_assert_eq!(memory.finish().unwrap().digests, naive);
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_has_no_digests() {
+        let memory = memory_file();
+        for cell in 0..5 {
+            let page = GpaRange::new(cell * LEAST_CELL_BYTES, 4096).unwrap();
+            memory.fill(page, from_stream(&mut io::repeat(7))).unwrap();
+        }
+        memory.file.set_len(LEAST_CELL_BYTES).unwrap();
+        for threads in [1, 4] {
+            assert_eq!(memory.digests(threads).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        }
+    }
 }

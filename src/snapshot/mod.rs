@@ -103,6 +103,7 @@ mod limits;
 mod list;
 mod manifest;
 mod memory_file;
+mod parallel;
 mod placement;
 mod source;
 mod staging;

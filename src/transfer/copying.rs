@@ -17,6 +17,9 @@ use crate::vm::Vm;
 /// How often a waiting engine looks whether it was cancelled or its time is up.
 const TICK: Duration = Duration::from_millis(20);
 
+/// Guest memory in a chunk below which one more message costs more than one more connection gains, in bytes.
+const LEAST_CHUNK_BYTES: u64 = 64 << 10;
+
 /// Ranges in one chunk's table.
 const CHUNK_RANGES: usize = 1 << 16;
 
@@ -54,9 +57,10 @@ impl<V: Vm> Session<'_, V> {
         let Some(cursor) = self.undo.cursor else { return Ok(()) };
         self.begin_round();
         self.machine.begin_round(cursor);
+        let limits = self.chunk_limits(lanes.count());
         while !self.is_cut_short() {
             self.await_room(lanes)?;
-            let Some(chunk) = self.machine.take(cursor, self.chunk_limits())? else { break };
+            let Some(chunk) = self.machine.take(cursor, limits)? else { break };
             let content = self.content_of(&chunk, lanes)?;
             self.dispatch(lanes, chunk, content);
         }
@@ -72,10 +76,12 @@ impl<V: Vm> Session<'_, V> {
         Ok(())
     }
 
-    pub(super) fn chunk_limits(&self) -> ChunkLimits {
+    /// The chunks of a round that begins now, on so many connections.
+    pub(super) fn chunk_limits(&self, connections: usize) -> ChunkLimits {
         let paced = self.options.bandwidth.filter(|_| self.undo.vm_paused.is_none());
         let slice = paced.map_or(u64::MAX, |cap| cap / PACED_CHUNKS_PER_SECOND);
-        ChunkLimits { bytes: self.options.chunk_bytes.min(slice), ranges: CHUNK_RANGES }
+        let share = share_of_round(self.left().pending_bytes, connections);
+        ChunkLimits { bytes: self.options.chunk_bytes.min(share).min(slice), ranges: CHUNK_RANGES }
     }
 
     /// Says whether pages of a chunk may be left out: in the first pass only, in which no page was sent before (C36).
@@ -169,5 +175,53 @@ impl<V: Vm> Session<'_, V> {
     fn throttle(&mut self, percent: u8) {
         self.undo.throttle_percent = percent;
         self.vm.throttle(percent);
+    }
+}
+
+/// Bytes per chunk that give each of `connections` at least one chunk of a round of `bytes`, where that is worth a message.
+fn share_of_round(bytes: u64, connections: usize) -> u64 {
+    (bytes / connections.max(1) as u64).max(LEAST_CHUNK_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Chunks of a round of `pages` pages, counted one by one.
+    fn chunks(pages: u64, page_bytes: u64, connections: usize, chunk_bytes: u64) -> usize {
+        let bytes = chunk_bytes.min(share_of_round(pages * page_bytes, connections));
+        let chunk_pages = (bytes / page_bytes).max(1);
+        (0..pages).step_by(usize::try_from(chunk_pages).unwrap()).count()
+    }
+
+    proptest! {
+        #[test]
+        fn every_connection_gets_a_chunk_of_any_round_with_64_kib_for_each(
+            connections in 1..=128_usize,
+            extra_pages in 0..1_000_000_u64,
+            page_bytes in prop::sample::select(vec![4096_u64, 16384, 65536]),
+        ) {
+            let least = connections as u64 * LEAST_CHUNK_BYTES / page_bytes;
+            prop_assert!(chunks(least + extra_pages, page_bytes, connections, 4 << 20) >= connections);
+        }
+
+        #[test]
+        fn a_smaller_round_is_cut_no_finer_than_64_kib(connections in 1..=128_usize, pages in 1..2048_u64) {
+            prop_assume!(pages * 4096 <= connections as u64 * LEAST_CHUNK_BYTES);
+            let expected = usize::try_from((pages * 4096).div_ceil(LEAST_CHUNK_BYTES)).unwrap();
+            prop_assert_eq!(chunks(pages, 4096, connections, 4 << 20), expected);
+        }
+
+        #[test]
+        fn a_round_has_few_chunks_more_than_connections_or_than_it_needs(
+            connections in 1..=128_usize,
+            pages in 1..10_000_000_u64,
+        ) {
+            let needed = usize::try_from((pages * 4096).div_ceil(4 << 20)).unwrap();
+            let most = needed.max(connections + connections / 16 + 1);
+            prop_assert!(chunks(pages, 4096, connections, 4 << 20) <= most);
+        }
     }
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The connections that carry memory: one worker thread each, several chunks in flight on each, one queue before them all.
+//! The connections that carry memory: one worker thread each, with a queue before it and several chunks in flight.
 //!
-//! The engine hands chunks in and gets each back when its acknowledgement has been read. A worker that fails keeps its
-//! chunks: the migration ends, and with it the cursor they belong to.
+//! The engine hands chunks in and gets each back when its acknowledgement has been read. A chunk goes to the connection that
+//! has the fewest, by turns where several have as few: a connection that has none is never passed over, however late its
+//! worker wakes up. A worker that fails keeps its chunks: the migration ends, and with it the cursor they belong to.
 
 use std::collections::VecDeque;
 use std::io;
@@ -51,14 +52,24 @@ pub(super) struct Pipeline {
     pub(super) answer_timeout: Duration,
 }
 
+/// One connection and what waits for it.
+struct Lane {
+    queue: Arc<Queue>,
+    worker: JoinHandle<Option<Connection>>,
+    handle: ConnectionHandle,
+    /// Chunks handed in that did not come back.
+    load: usize,
+}
+
 /// The workers and what is on its way through them.
 pub(super) struct Lanes {
-    queue: Arc<Queue>,
-    events: Receiver<Event>,
-    workers: Vec<JoinHandle<Option<Connection>>>,
-    handles: Vec<ConnectionHandle>,
-    in_flight: usize,
-    most_in_flight: usize,
+    lanes: Vec<Lane>,
+    /// What the worker of the lane with this index tells.
+    events: Receiver<(usize, Event)>,
+    /// Chunks that one lane may hold: those on their way, and one to follow them.
+    most_load: usize,
+    /// The lane whose turn it is.
+    turn: usize,
 }
 
 impl Lanes {
@@ -77,21 +88,19 @@ impl Lanes {
         let (report, events) = mpsc::channel();
         let sieve = Arc::new(sieve);
         let mut lanes = Self {
-            queue: Arc::default(),
+            lanes: Vec::with_capacity(connections.len()),
             events,
-            workers: Vec::with_capacity(connections.len()),
-            handles: Vec::with_capacity(connections.len()),
-            in_flight: 0,
-            most_in_flight: connections.len() * (pipeline.window + 1),
+            most_load: pipeline.window + 1,
+            turn: 0,
         };
         for (index, connection) in connections.into_iter().enumerate() {
-            lanes.handles.push(connection.handle());
+            let (queue, handle) = (Arc::<Queue>::default(), connection.handle());
             let worker = Worker {
                 connection,
                 memory: Arc::clone(memory),
                 sieve: Arc::clone(&sieve),
-                queue: Arc::clone(&lanes.queue),
-                report: report.clone(),
+                queue: Arc::clone(&queue),
+                report: Report { lane: index, events: report.clone() },
                 migration: migration.clone(),
                 pipeline,
                 in_flight: VecDeque::with_capacity(pipeline.window),
@@ -99,67 +108,79 @@ impl Lanes {
                 table: Vec::new(),
             };
             let thread = thread::Builder::new().name(format!("migrate-{index}"));
-            lanes.workers.push(thread.spawn(move || worker.run())?);
+            let worker = thread.spawn(move || worker.run())?;
+            lanes.lanes.push(Lane { queue, worker, handle, load: 0 });
         }
         Ok(lanes)
     }
 
+    /// How many connections there are.
+    pub(super) fn count(&self) -> usize {
+        self.lanes.len()
+    }
+
     /// Whether another chunk may be sent without an event before it.
     pub(super) fn has_room(&self) -> bool {
-        self.in_flight < self.most_in_flight
+        self.lanes.iter().any(|lane| lane.load < self.most_load)
     }
 
     /// Whether every chunk has been acknowledged.
     pub(super) fn is_drained(&self) -> bool {
-        self.in_flight == 0
+        self.lanes.iter().all(|lane| lane.load == 0)
     }
 
-    /// Hands a chunk to whichever worker is free first.
+    /// Hands a chunk to the connection that has the fewest.
     pub(super) fn send(&mut self, chunk: Chunk, content: Content) {
-        self.in_flight += 1;
-        self.queue.push((chunk, content));
+        let count = self.lanes.len();
+        let by_turns = (self.turn..count).chain(0..self.turn);
+        let index = by_turns.min_by_key(|&index| self.lanes[index].load).expect("there is a connection");
+        self.turn = (index + 1) % count;
+        self.lanes[index].load += 1;
+        self.lanes[index].queue.push((chunk, content));
     }
 
     /// Waits for the next event, but no longer than `patience`.
     pub(super) fn next_event(&mut self, patience: Duration) -> Option<Event> {
-        let ended = self.workers.iter().any(JoinHandle::is_finished);
-        let event = match self.events.recv_timeout(patience) {
-            Ok(event) => event,
-            Err(_) if ended => Event::Died,
-            Err(_) => return None,
-        };
-        self.in_flight -= usize::from(matches!(event, Event::Acknowledged { .. }));
-        Some(event)
+        let ended = self.lanes.iter().any(|lane| lane.worker.is_finished());
+        match self.events.recv_timeout(patience) {
+            Ok((lane, event)) => {
+                self.lanes[lane].load -= usize::from(matches!(event, Event::Acknowledged { .. }));
+                Some(event)
+            }
+            Err(_) => ended.then_some(Event::Died),
+        }
     }
 
     /// Ends the workers and returns the connections that are between two requests.
     ///
     /// What is queued is dropped; what is on its way has `grace` to be acknowledged, then its connection is cut.
     pub(super) fn stop(mut self, grace: Duration) -> Vec<Connection> {
-        self.queue.close();
+        self.close_queues();
         let deadline = Instant::now() + grace;
-        while Instant::now() < deadline && !self.workers.iter().all(JoinHandle::is_finished) {
+        while Instant::now() < deadline && !self.lanes.iter().all(|lane| lane.worker.is_finished()) {
             let _late = self.events.recv_timeout(Duration::from_millis(1));
         }
-        let workers = std::mem::take(&mut self.workers);
-        for (worker, handle) in workers.iter().zip(&self.handles) {
-            if !worker.is_finished() {
-                handle.close();
+        let lanes = std::mem::take(&mut self.lanes);
+        for lane in &lanes {
+            if !lane.worker.is_finished() {
+                lane.handle.close();
             }
         }
-        workers.into_iter().filter_map(|worker| worker.join().ok().flatten()).collect()
+        lanes.into_iter().filter_map(|lane| lane.worker.join().ok().flatten()).collect()
+    }
+
+    fn close_queues(&self) {
+        self.lanes.iter().for_each(|lane| lane.queue.close());
     }
 }
 
 /// Ends the workers of lanes that were not stopped in order.
 impl Drop for Lanes {
     fn drop(&mut self) {
-        self.queue.close();
-        if !self.workers.is_empty() {
-            self.handles.iter().for_each(ConnectionHandle::close);
-        }
-        for worker in self.workers.drain(..) {
-            let _ended = worker.join();
+        self.close_queues();
+        self.lanes.iter().for_each(|lane| lane.handle.close());
+        for lane in self.lanes.drain(..) {
+            let _ended = lane.worker.join();
         }
     }
 }
@@ -170,7 +191,7 @@ struct Waiting {
     closed: bool,
 }
 
-/// Chunks no worker has taken yet.
+/// Chunks a worker has not taken yet.
 #[derive(Debug, Default)]
 struct Queue {
     waiting: Mutex<Waiting>,
@@ -192,7 +213,7 @@ impl Queue {
         waiting.closed = true;
         waiting.chunks.clear();
         drop(waiting);
-        self.changed.notify_all();
+        self.changed.notify_one();
     }
 
     fn try_pop(&self) -> Option<(Chunk, Content)> {
@@ -208,6 +229,18 @@ impl Queue {
     }
 }
 
+/// The way from a worker to the engine.
+struct Report {
+    lane: usize,
+    events: Sender<(usize, Event)>,
+}
+
+impl Report {
+    fn tell(&self, event: Event) {
+        let _engine_gone = self.events.send((self.lane, event));
+    }
+}
+
 /// A chunk that was written to a connection.
 struct Written {
     chunk: Chunk,
@@ -220,7 +253,7 @@ struct Worker<M> {
     memory: Arc<M>,
     sieve: Arc<Option<Sieve>>,
     queue: Arc<Queue>,
-    report: Sender<Event>,
+    report: Report,
     migration: Migration,
     pipeline: Pipeline,
     /// Written, oldest first: acknowledgements come in order.
@@ -236,7 +269,7 @@ impl<M: GuestMemoryBackend> Worker<M> {
         match outcome {
             Ok(()) => Some(self.connection),
             Err(error) => {
-                self.tell(Event::Failed(error));
+                self.report.tell(Event::Failed(error));
                 None
             }
         }
@@ -268,7 +301,7 @@ impl<M: GuestMemoryBackend> Worker<M> {
             _ => chunk.ranges(),
         };
         if ranges.is_empty() {
-            self.tell(Event::Acknowledged { chunk, sent_bytes: 0 });
+            self.report.tell(Event::Acknowledged { chunk, sent_bytes: 0 });
             return Ok(());
         }
         send_memory(&mut self.connection, &*self.memory, ranges, &mut self.table)?;
@@ -283,13 +316,9 @@ impl<M: GuestMemoryBackend> Worker<M> {
         read_answer(&mut self.connection, self.pipeline.answer_timeout)?;
         if let Some(Written { chunk, sent_bytes, wire_bytes }) = self.in_flight.pop_front() {
             self.migration.count_acknowledged(wire_bytes);
-            self.tell(Event::Acknowledged { chunk, sent_bytes });
+            self.report.tell(Event::Acknowledged { chunk, sent_bytes });
         }
         Ok(())
-    }
-
-    fn tell(&self, event: Event) {
-        let _engine_gone = self.report.send(event);
     }
 }
 

@@ -189,7 +189,8 @@ impl<'a, V: Vm> Session<'a, V> {
         self.collect()?;
         let Some(cursor) = self.undo.cursor else { return Ok(()) };
         self.machine.begin_round(cursor);
-        while let Some(chunk) = self.machine.take(cursor, self.chunk_limits())? {
+        let limits = self.chunk_limits(1);
+        while let Some(chunk) = self.machine.take(cursor, limits)? {
             match control.memory(&*self.memory, &chunk) {
                 Ok(()) => self.machine.commit(chunk),
                 Err(failure) => {
