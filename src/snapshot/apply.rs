@@ -12,11 +12,11 @@ use super::block_reader::hash_memory;
 use super::differential::{Chain, Differential};
 use super::digest::Digest;
 use super::dir::{OpenError, SnapshotDir};
-use super::files::{CHANGES_FILE, MEMORY_FILE};
+use super::files::{CHANGES_FILE, MANIFEST_FILE, MEMORY_FILE};
 use super::limits::Limits;
 use super::manifest::Manifest;
 use super::placement::Placement;
-use super::staging::{StagingError, add_file};
+use super::staging::{StagingError, add_file, clear_added};
 use super::verify::CheckedBlocks;
 use super::writer::{Announced, SnapshotWriter, WriteError};
 use crate::granule::Granule;
@@ -149,6 +149,7 @@ pub enum SealError {
 pub fn seal(path: &Path, limits: &Limits) -> Result<Digest, SealError> {
     let dir = SnapshotDir::open(path, limits)?;
     if let Some(digest) = dir.digest() {
+        clear_added(path, MANIFEST_FILE);
         return Ok(digest);
     }
     let page = Granule::host_page();
@@ -156,7 +157,7 @@ pub fn seal(path: &Path, limits: &Limits) -> Result<Digest, SealError> {
         .map_err(|source| SealError::Read { path: path.to_owned(), source })?;
     let manifest = Manifest::of_full(page, dir.config(), dir.state(), blocks);
     let (bytes, digest) = manifest.encode();
-    add_file(path, super::files::MANIFEST_FILE, &bytes)?;
+    add_file(path, MANIFEST_FILE, &bytes)?;
     Ok(digest)
 }
 
