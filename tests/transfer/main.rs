@@ -9,4 +9,5 @@ mod connection;
 mod cut_off;
 mod peer;
 mod receive;
+mod strangers;
 mod tls;
