@@ -71,7 +71,11 @@ fn lies_about_lengths_are_refused_and_cost_no_memory() {
 fn the_state_limit_is_an_option() {
     let longer = state();
     let messages = [precopy(NO_DISKS), vec![longer]].concat();
-    refused_with(&["--state-limit", "64"], &messages, "more than the limit state_bytes = 64");
+    refused_with(
+        &["--state-limit", "64"],
+        &messages,
+        "more than the limit state_bytes = 64 (--state-limit sets",
+    );
 }
 
 #[test]
@@ -126,7 +130,7 @@ fn a_source_that_stalls_is_given_up() {
     let patience = ["--idle-timeout", "1"];
     let target = Target::new(&patience);
     let (_source, _) = target.tell(&precopy(NO_DISKS));
-    target.refuses("Source was silent for");
+    target.refuses("Source was silent for 1.0 s after Config (--idle-timeout sets the limit)");
 
     let target = Target::new(&patience);
     let (mut source, _) = target.tell(&[started(), config(NO_DISKS)]);
