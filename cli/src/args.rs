@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use log::LevelFilter;
@@ -101,9 +101,15 @@ pub(crate) struct ReceiveArguments {
     #[arg(long)]
     pub(crate) checkpoint: bool,
     /// Run CMD in a shell while the VM is paused and its disks are quiet: the place to snapshot them. DIR's path to be is
-    /// in VFIO_MIGRATE_INTO. When CMD fails, nothing is kept and the source's VM runs on.
+    /// in VFIO_MIGRATE_INTO. When CMD fails, nothing is kept and the source's VM runs on. CMD ends with vfio-migrate: it and
+    /// what it started get a SIGTERM, and 2 s later a SIGKILL, when its time is over, when the source goes away, and when
+    /// vfio-migrate is given up or killed.
     #[arg(long, value_name = "CMD")]
     pub(crate) on_paused: Option<OsString>,
+    /// Longest that CMD may take, in seconds, for the VM stands still meanwhile. A source may have less patience; Cloud
+    /// Hypervisor waits.
+    #[arg(long, requires = "on_paused", default_value_t = 60, value_name = "S", value_parser = seconds())]
+    pub(crate) on_paused_timeout: u64,
     /// Take a VM with writable disks though nothing is done about them.
     #[arg(long)]
     pub(crate) memory_only: bool,
@@ -138,7 +144,7 @@ impl ReceiveArguments {
 pub(crate) struct Patience {
     /// Longest silence of the other side between messages, in seconds; also the time in which 64 KiB have to move in the
     /// middle of one [default: 120 between, 30 in the middle].
-    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "S", value_parser = seconds())]
     pub(crate) idle_timeout: Option<u64>,
 }
 
@@ -336,8 +342,9 @@ pub(crate) struct DemoArguments {
     /// Longest acceptable downtime, in milliseconds.
     #[arg(long, default_value_t = 300, value_name = "MS")]
     pub(crate) downtime_ms: u64,
-    /// Longest acceptable migration, in seconds.
-    #[arg(long, default_value_t = 60, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    /// Longest the guest is copied while it runs, in seconds. The demo insists: then it is stopped and moved, however long
+    /// the downtime gets; 30 s later the demo gives up.
+    #[arg(long, default_value_t = 60, value_name = "S", value_parser = seconds())]
     pub(crate) timeout_s: u64,
     /// How the two processes are connected: tcp, tcp:PORT or unix.
     #[arg(long, default_value = "tcp", value_name = "HOW")]
@@ -360,6 +367,11 @@ pub(crate) struct DemoArguments {
 fn log_levels() -> impl TypedValueParser<Value = LevelFilter> {
     PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"])
         .map(|level| level.parse().expect("one of the levels"))
+}
+
+/// Parses a number of seconds: at least one, at most a day.
+fn seconds() -> RangedU64ValueParser {
+    clap::value_parser!(u64).range(1..=86_400)
 }
 
 /// Parses a number of connections.

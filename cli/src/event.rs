@@ -27,6 +27,22 @@ pub(crate) enum Event<'a> {
         /// Over the last moments.
         bytes_per_second: u64,
     },
+    /// The command of `--on-paused` begins; the source's VM is paused while it runs.
+    CommandStarted {
+        /// The command.
+        command: &'a str,
+        /// How long it may take.
+        timeout_s: u64,
+    },
+    /// The command of `--on-paused` is over.
+    CommandEnded {
+        /// The command.
+        command: &'a str,
+        /// Whether it did what it was to do.
+        succeeded: bool,
+        /// How long the VM was paused for it.
+        ran_ms: u128,
+    },
     /// The snapshot is whole and safe on disk.
     Kept {
         /// The directory.

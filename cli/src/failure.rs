@@ -13,10 +13,11 @@ use vfio_migration::snapshot::{
 use vfio_migration::transfer::connection::ConnectionError;
 use vfio_migration::transfer::receive::ReceiveError;
 use vfio_migration::transfer::tls::TlsError;
-use vfio_migration::transfer::{PeerError, SendError};
+use vfio_migration::transfer::{PeerError, SendError, SendStep};
 use vfio_migration_integration::demo::chain;
 
 use crate::exit::Exit;
+use crate::on_paused::CommandError;
 
 /// Why a command did not do what it was told.
 #[derive(Debug)]
@@ -29,11 +30,18 @@ pub(crate) struct Failure {
 /// The class that a library error belongs to.
 trait Class: Error {
     fn exit(&self) -> Exit;
+
+    /// The option that sets the limit which was reached.
+    fn option(&self) -> Option<&'static str> {
+        None
+    }
 }
 
 impl<E: Class> From<E> for Failure {
     fn from(error: E) -> Self {
-        Self { exit: error.exit(), message: chain(&error) }
+        let option = error.option().map(|option| format!(" ({option} sets the limit)"));
+        let message = chain(&error) + &option.unwrap_or_default();
+        Self { exit: error.exit(), message }
     }
 }
 
@@ -154,11 +162,20 @@ impl Class for SealError {
     }
 }
 
+impl Class for CommandError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::SourceGone { .. } => Exit::Peer,
+            _ => Exit::Io,
+        }
+    }
+}
+
 impl Class for DestinationError {
     fn exit(&self) -> Exit {
         match self {
             Self::Write(WriteError::Staging(error)) => error.exit(),
-            Self::OnPaused(_) => Exit::Io,
+            Self::OnPaused(error) => error.downcast_ref::<CommandError>().map_or(Exit::Io, Class::exit),
             _ => Exit::Peer,
         }
     }
@@ -176,6 +193,15 @@ impl Class for ReceiveError {
             _ => Exit::Peer,
         }
     }
+
+    fn option(&self) -> Option<&'static str> {
+        match self {
+            Self::Idle { .. } => Some("--idle-timeout"),
+            Self::TooLong { name: "state_bytes", .. } => Some("--state-limit"),
+            Self::Connections { .. } => Some("--connections"),
+            _ => None,
+        }
+    }
 }
 
 impl Class for SendError {
@@ -184,9 +210,17 @@ impl Class for SendError {
             Self::Options(_) => Exit::Usage,
             Self::Cancelled => Exit::Cancelled,
             Self::Peer { source: PeerError::Connection(error), .. } => error.exit(),
-            Self::Peer { .. } | Self::GivenUp(_) => Exit::Peer,
+            Self::Peer { .. } | Self::GivenUp(_) | Self::SwitchoverTimedOut { .. } => Exit::Peer,
             Self::OutcomeUnknown { .. } => Exit::OutcomeUnknown,
             _ => Exit::Io,
+        }
+    }
+
+    fn option(&self) -> Option<&'static str> {
+        match self {
+            Self::Peer { step: SendStep::Start | SendStep::Complete, .. } => None,
+            Self::Peer { source: PeerError::Silent { .. }, .. } => Some("--idle-timeout"),
+            _ => None,
         }
     }
 }

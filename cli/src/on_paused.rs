@@ -1,6 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Runs the operator's command while the source's VM is paused.
+//! Runs the operator's command while the source's VM is paused, and never for longer than it may.
+//!
+//! ```text
+//!  vfio-migrate ──lifeline (pipe)──► guard: leads a process group, waits for the end of the pipe
+//!       │                              │  TERM, and KILL after a grace, to all of the group
+//!       └──────── starts ───────────► command: a member of the group
+//! ```
+//!
+//! The pipe ends when the command has to, and also when this process is killed: so nothing outlives it unbounded.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -8,20 +16,28 @@ use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
 use thiserror::Error;
 use vfio_migration::snapshot::OnPaused;
+use vfio_migration::transfer::receive::ReceiverHandle;
+
+use crate::event::Event;
+use crate::output::Output;
 
 /// Names the directory to be in the command's environment. The directory is not there yet.
 pub(crate) const DIR_VARIABLE: &str = "VFIO_MIGRATE_INTO";
 
 /// How often a running command is looked at.
-const TICK: Duration = Duration::from_millis(20);
+const TICK: Duration = Duration::from_millis(5);
+
+const SHELL: &str = "/bin/sh";
+
+/// What the guard does: once its standard input ends, it asks the group to end, and kills what is left of it 2 s later.
+///
+/// It is the group's leader, and waited for last: so nobody else can have the group's number meanwhile.
+const GUARD: &str = "trap '' HUP INT TERM; read -r line; kill -TERM 0; sleep 2; kill -KILL 0";
 
 /// Why the command did not do what it was to do.
 #[derive(Debug, Error)]
@@ -43,46 +59,164 @@ pub(crate) enum CommandError {
         /// How it ended.
         status: ExitStatus,
     },
+    /// It was ended because it took too long.
+    #[error("{command:?} was ended: it took longer than the {} s of --on-paused-timeout", .limit.as_secs())]
+    TimedOut {
+        /// The command.
+        command: OsString,
+        /// How long it may take.
+        limit: Duration,
+    },
+    /// It was ended because nobody waits for it.
+    #[error("{command:?} was ended: the source closed the connection meanwhile")]
+    SourceGone {
+        /// The command.
+        command: OsString,
+    },
+    /// It was ended on request.
+    #[error("{command:?} was ended: the migration was given up here")]
+    GivenUp {
+        /// The command.
+        command: OsString,
+    },
 }
 
-/// Makes what a destination does while the VM is paused: run `command` in a shell and wait for its success.
-///
-/// When `given_up` is raised meanwhile, the command and what it started are asked to end.
-pub(crate) fn run_on_paused(command: OsString, into: PathBuf, given_up: Arc<AtomicBool>) -> OnPaused {
-    Box::new(move || Ok(run(&command, &into, &given_up)?))
+/// The operator's command, and what it is held to.
+#[derive(Debug)]
+pub(crate) struct PausedCommand {
+    /// What a shell runs.
+    pub(crate) command: OsString,
+    /// The directory to be.
+    pub(crate) into: PathBuf,
+    /// How long it may take.
+    pub(crate) limit: Duration,
+    /// Tells whether anybody waits for it.
+    pub(crate) receiver: ReceiverHandle,
+    /// Where it is told that the VM is paused, and for how long.
+    pub(crate) output: Output,
 }
 
-fn run(command: &OsStr, into: &Path, given_up: &AtomicBool) -> Result<(), CommandError> {
-    let failed = |source| CommandError::Run { command: command.to_owned(), source };
-    log::info!("The source's VM is paused while {command:?} runs");
-    let mut child = start(command, into).map_err(failed)?;
-    let status = wait(&mut child, given_up).map_err(failed)?;
-    if status.success() { Ok(()) } else { Err(CommandError::Failed { command: command.to_owned(), status }) }
+impl PausedCommand {
+    /// Makes what a destination does while the VM is paused: run the command, and wait for its success.
+    pub(crate) fn hook(self) -> OnPaused {
+        Box::new(move || Ok(self.run()?))
+    }
+
+    fn run(&self) -> Result<(), CommandError> {
+        self.tell_started();
+        let begun = Instant::now();
+        let outcome = self.run_watched(begun);
+        self.tell_ended(outcome.is_ok(), begun.elapsed());
+        outcome
+    }
+
+    fn run_watched(&self, begun: Instant) -> Result<(), CommandError> {
+        let failed = |source| CommandError::Run { command: self.command.clone(), source };
+        let mut running = Running::start(&self.command, &self.into).map_err(failed)?;
+        loop {
+            if let Some(status) = running.poll().map_err(failed)? {
+                return match status.success() {
+                    true => Ok(()),
+                    false => Err(CommandError::Failed { command: self.command.clone(), status }),
+                };
+            }
+            if let Some(reason) = self.reason_to_end(begun) {
+                running.end().map_err(failed)?;
+                return Err(reason);
+            }
+            thread::sleep(TICK);
+        }
+    }
+
+    fn reason_to_end(&self, begun: Instant) -> Option<CommandError> {
+        let (command, limit) = (|| self.command.clone(), self.limit);
+        if self.receiver.is_stopped() {
+            Some(CommandError::GivenUp { command: command() })
+        } else if self.receiver.source_has_gone() {
+            Some(CommandError::SourceGone { command: command() })
+        } else {
+            (begun.elapsed() >= limit).then(|| CommandError::TimedOut { command: command(), limit })
+        }
+    }
+
+    fn tell_started(&self) {
+        let (command, timeout_s) = (self.command.to_string_lossy(), self.limit.as_secs());
+        self.output.tell(&Event::CommandStarted { command: &command, timeout_s }, || {
+            format!("Running {command:?} for at most {timeout_s} s; the source's VM is paused meanwhile")
+        });
+    }
+
+    fn tell_ended(&self, succeeded: bool, ran: Duration) {
+        let command = self.command.to_string_lossy();
+        let event = Event::CommandEnded { command: &command, succeeded, ran_ms: ran.as_millis() };
+        self.output.tell(&event, || {
+            let how = if succeeded { "succeeded" } else { "failed" };
+            format!("{command:?} {how} after {:.1} s", ran.as_secs_f64())
+        });
+    }
 }
 
-/// Starts the command in a process group of its own; what it prints goes to standard error.
-fn start(command: &OsStr, into: &Path) -> io::Result<Child> {
+/// A command under way.
+#[derive(Debug)]
+struct Running {
+    guard: Child,
+    command: Child,
+}
+
+impl Running {
+    /// Starts the guard, and then the command in its group; what the command prints goes to standard error.
+    fn start(command: &OsStr, into: &Path) -> io::Result<Self> {
+        let mut guard = Command::new(SHELL)
+            .args(["-c", GUARD])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        match start_in_group(command, into, &guard) {
+            Ok(command) => Ok(Self { guard, command }),
+            Err(error) => {
+                dismiss(&mut guard)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns how the command ended, if it did. What it left running in the background may run on.
+    fn poll(&mut self) -> io::Result<Option<ExitStatus>> {
+        let status = self.command.try_wait()?;
+        if status.is_some() {
+            dismiss(&mut self.guard)?;
+        }
+        Ok(status)
+    }
+
+    /// Ends the command and what it started.
+    fn end(mut self) -> io::Result<()> {
+        drop(self.guard.stdin.take());
+        self.guard.wait()?;
+        // In vain, unless somebody ended the guard itself.
+        self.command.kill()?;
+        self.command.wait()?;
+        Ok(())
+    }
+}
+
+fn start_in_group(command: &OsStr, into: &Path, guard: &Child) -> io::Result<Child> {
     let out = io::stderr().as_fd().try_clone_to_owned()?;
-    Command::new("/bin/sh")
+    let group = i32::try_from(guard.id()).expect("process numbers are positive ints");
+    Command::new(SHELL)
         .arg("-c")
         .arg(command)
         .env(DIR_VARIABLE, into)
         .stdin(Stdio::null())
         .stdout(out)
-        .process_group(0)
+        .process_group(group)
         .spawn()
 }
 
-fn wait(child: &mut Child, given_up: &AtomicBool) -> io::Result<ExitStatus> {
-    let mut asked = false;
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(status);
-        }
-        if !asked && given_up.load(Ordering::Relaxed) {
-            asked = true;
-            kill_process_group(Pid::from_child(child), Signal::TERM)?;
-        }
-        thread::sleep(TICK);
-    }
+/// Ends a guard that has nobody to watch.
+fn dismiss(guard: &mut Child) -> io::Result<()> {
+    guard.kill()?;
+    guard.wait().map(drop)
 }

@@ -3,7 +3,6 @@
 //! `vfio-migrate receive`: a running VM becomes a snapshot directory.
 
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,7 +18,7 @@ use crate::args::ReceiveArguments;
 use crate::event::Event;
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::on_paused::run_on_paused;
+use crate::on_paused::PausedCommand;
 use crate::output::Output;
 use crate::signals::stop_flag;
 
@@ -55,13 +54,12 @@ pub(crate) fn receive(arguments: &ReceiveArguments) -> ExitCode {
 fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept, Failure> {
     let stop = stop_flag()?;
     let tls = arguments.tls_dir.as_deref().map(ServerTls::from_directory).transpose()?;
-    let given_up = Arc::default();
-    let mut destination = SnapshotDestination::create(&arguments.into, options(arguments, &given_up)?)?;
-    let listener = Listener::bind(&arguments.url)?;
     let receiver = Receiver::new(arguments.limits(), tls);
+    let options = options(arguments, receiver.handle())?;
+    let mut destination = SnapshotDestination::create(&arguments.into, options)?;
+    let listener = Listener::bind(&arguments.url)?;
     tell_listening(arguments, &listener, output);
-    let signals = Signals { stop: &stop, given_up: &given_up };
-    let received = watch(&receiver, &listener, &mut destination, signals, output);
+    let received = watch(&receiver, &listener, &mut destination, &stop, output);
     let received_bytes = receiver.handle().received_bytes();
     match (received, destination.kept()) {
         (Ok(received), Some(digest)) => Ok(Kept { digest, confirmed: received.confirmed, received_bytes }),
@@ -73,30 +71,24 @@ fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept
     }
 }
 
-fn options(arguments: &ReceiveArguments, given_up: &Arc<AtomicBool>) -> Result<DestinationOptions, Failure> {
+fn options(arguments: &ReceiveArguments, receiver: ReceiverHandle) -> Result<DestinationOptions, Failure> {
     let limits = Limits { state_bytes: arguments.limits().state_bytes, ..Limits::default() };
     let base = match arguments.base.is_empty() {
         true => None,
         false => Some(Base::open(&arguments.base, &limits)?),
     };
-    let on_paused = arguments.on_paused.clone();
     let into = std::path::absolute(&arguments.into)?;
+    let limit = Duration::from_secs(arguments.on_paused_timeout);
+    let output = Output::new(arguments.json);
+    let on_paused = arguments.on_paused.clone();
+    let on_paused = on_paused.map(|command| PausedCommand { command, into, limit, receiver, output }.hook());
     Ok(DestinationOptions {
         base,
         checkpoint: arguments.checkpoint,
         memory_only: arguments.memory_only,
-        on_paused: on_paused.map(|command| run_on_paused(command, into, Arc::clone(given_up))),
+        on_paused,
         limits,
     })
-}
-
-/// What passes a signal on.
-#[derive(Clone, Copy)]
-struct Signals<'a> {
-    /// Raised by the first signal.
-    stop: &'a AtomicBool,
-    /// Raised once the receiver has given up: what fails from then on is not why.
-    given_up: &'a AtomicBool,
 }
 
 /// Receives on a thread of its own, while this one shows progress and heeds signals.
@@ -104,7 +96,7 @@ fn watch(
     receiver: &Receiver,
     listener: &Listener,
     destination: &mut SnapshotDestination,
-    signals: Signals<'_>,
+    stop: &AtomicBool,
     output: &mut Output,
 ) -> Result<Received, ReceiveError> {
     thread::scope(|scope| {
@@ -113,9 +105,9 @@ fn watch(
         let mut rate = Rate::new();
         let mut asked = false;
         while !receiving.is_finished() {
-            if !asked && signals.stop.load(Ordering::Relaxed) {
+            if !asked && stop.load(Ordering::Relaxed) {
                 asked = true;
-                give_up(&handle, signals, output);
+                give_up(&handle, output);
             }
             tell_progress(&handle, &mut rate, output);
             thread::sleep(TICK);
@@ -145,9 +137,8 @@ fn seen_from_source(url: &Url) -> String {
     }
 }
 
-fn give_up(handle: &ReceiverHandle, signals: Signals<'_>, output: &Output) {
+fn give_up(handle: &ReceiverHandle, output: &Output) {
     if handle.stop() {
-        signals.given_up.store(true, Ordering::Relaxed);
         output.remark("Giving up; the source's VM runs on");
     } else {
         output.remark("Too late to give up: the snapshot is being completed");

@@ -16,7 +16,7 @@ use super::files::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, read_b
 use super::limits::Limits;
 use super::manifest::{Covered, Manifest};
 use super::placement::Placement;
-use super::staging::{StagingError, add_file};
+use super::staging::{StagingError, add_file, clear_added};
 use super::verify::CheckedBlocks;
 use super::writer::{Announced, SnapshotWriter, WriteError};
 use crate::granule::Granule;
@@ -149,6 +149,7 @@ pub enum SealError {
 pub fn seal(path: &Path, limits: &Limits) -> Result<Digest, SealError> {
     let dir = SnapshotDir::open(path, limits)?;
     if let Some(digest) = dir.digest() {
+        clear_added(path, MANIFEST_FILE);
         return Ok(digest);
     }
     let page = Granule::host_page();

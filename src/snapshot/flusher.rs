@@ -1,22 +1,92 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Brings a file to disk while it is being written, so that little is left to do when the VM is paused.
+//!
+//! Writers that are ahead of the disk wait here, while the VM runs, and not at the end, while it stands still.
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
 
-/// Bytes written between two syncs.
-const FLUSH_BYTES: u64 = 256 << 20;
+/// Bytes written that begin a sync.
+const FLUSH_BYTES: u64 = 32 << 20;
+
+/// Bytes that may not be on disk yet: beyond that, writers wait.
+const MOST_BYTES: u64 = 2 * FLUSH_BYTES;
+
+/// What syncs the bytes of a file.
+type Sync = Box<dyn Fn() -> io::Result<()> + Send>;
+
+#[derive(Debug, Default)]
+struct State {
+    /// Bytes written that no sync has taken on.
+    written: u64,
+    /// Bytes that the sync under way has taken on.
+    syncing: u64,
+    /// Whether to sync what there is, however little.
+    hurried: bool,
+    over: bool,
+    failed: bool,
+}
+
+impl State {
+    fn is_due(&self) -> bool {
+        self.written >= FLUSH_BYTES || self.hurried
+    }
+
+    fn is_full(&self) -> bool {
+        self.written + self.syncing >= MOST_BYTES && !self.failed
+    }
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    /// There may be something to sync, or nothing more to come.
+    due: Condvar,
+    /// A sync has ended.
+    synced: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self) {
+        self.lock().over = true;
+        self.due.notify_one();
+    }
+
+    /// Syncs whenever it is due, until it is over or a sync fails.
+    fn run(&self, sync: &Sync) -> io::Result<()> {
+        while self.await_due() {
+            let outcome = sync();
+            let mut state = self.lock();
+            state.syncing = 0;
+            state.failed = outcome.is_err();
+            self.synced.notify_all();
+            outcome?;
+        }
+        Ok(())
+    }
+
+    /// Waits until there is something to sync, and takes it on; `false` where nothing more will come.
+    fn await_due(&self) -> bool {
+        let waiting = |state: &mut State| !state.is_due() && !state.over;
+        let state = self.due.wait_while(self.lock(), waiting);
+        let mut state = state.unwrap_or_else(PoisonError::into_inner);
+        state.syncing = std::mem::take(&mut state.written);
+        std::mem::take(&mut state.hurried) || !state.over
+    }
+}
 
 /// A thread that syncs a file each time [`FLUSH_BYTES`] were written to it.
 #[derive(Debug)]
 pub(super) struct Flusher {
-    unsynced: AtomicU64,
-    wake: SyncSender<()>,
-    thread: JoinHandle<io::Result<()>>,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<io::Result<()>>>,
 }
 
 impl Flusher {
@@ -26,38 +96,112 @@ impl Flusher {
     /// The system has no descriptor or thread left.
     pub(super) fn start(file: &File) -> io::Result<Self> {
         let file = file.try_clone()?;
-        let (wake, woken) = sync_channel(1);
-        let thread = std::thread::Builder::new()
-            .name("snapshot-flush".to_owned())
-            .spawn(move || sync_whenever(&file, &woken))?;
-        Ok(Self { unsynced: AtomicU64::new(0), wake, thread })
+        Self::with(Box::new(move || file.sync_data()))
     }
 
-    /// Tells that `bytes` more were written; never waits.
+    fn with(sync: Sync) -> io::Result<Self> {
+        let shared = Arc::<Shared>::default();
+        let of_thread = Arc::clone(&shared);
+        let thread = Builder::new().name("snapshot-flush".into()).spawn(move || of_thread.run(&sync))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Tells that `bytes` more were written, and waits while more than [`MOST_BYTES`] are not on disk.
     ///
     /// # Errors
     /// A sync failed; [`Flusher::finish`] says why.
     pub(super) fn wrote(&self, bytes: u64) -> io::Result<()> {
-        if self.unsynced.fetch_add(bytes, Ordering::Relaxed) + bytes < FLUSH_BYTES {
-            return Ok(());
+        let mut state = self.shared.lock();
+        state.written += bytes;
+        if state.is_due() {
+            self.shared.due.notify_one();
         }
-        self.unsynced.store(0, Ordering::Relaxed);
-        match self.wake.try_send(()) {
-            Ok(()) | Err(TrySendError::Full(())) => Ok(()),
-            Err(TrySendError::Disconnected(())) => Err(io::Error::other("Cannot bring the pages to disk")),
+        let state = self.shared.synced.wait_while(state, |state| state.is_full());
+        match state.unwrap_or_else(PoisonError::into_inner).failed {
+            true => Err(io::Error::other("Cannot bring the pages to disk")),
+            false => Ok(()),
         }
+    }
+
+    /// Begins to sync what was written until now; does not wait for it.
+    pub(super) fn hurry(&self) {
+        self.shared.lock().hurried = true;
+        self.shared.due.notify_one();
     }
 
     /// Ends the thread. What was written since its last sync is the caller's to sync.
     ///
     /// # Errors
     /// A sync failed: bytes written before it may be lost for good.
-    pub(super) fn finish(self) -> io::Result<()> {
-        drop(self.wake);
-        self.thread.join().unwrap_or_else(|_| Err(io::Error::other("The syncing thread panicked")))
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        self.shared.end();
+        let thread = self.thread.take().expect("only this takes it, once");
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("The syncing thread panicked")))
     }
 }
 
-fn sync_whenever(file: &File, woken: &Receiver<()>) -> io::Result<()> {
-    woken.iter().try_for_each(|()| file.sync_data())
+impl Drop for Flusher {
+    /// Does not wait for a sync: what was written is not wanted any more.
+    fn drop(&mut self) {
+        self.shared.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// A flusher whose syncs each wait for a word from the test; counts them.
+    fn scripted() -> (Flusher, Sender<io::Result<()>>, Arc<AtomicU32>) {
+        let (say, said): (_, Receiver<io::Result<()>>) = channel();
+        let syncs = Arc::<AtomicU32>::default();
+        let counted = Arc::clone(&syncs);
+        let sync = move || {
+            counted.fetch_add(1, Ordering::SeqCst);
+            said.recv().unwrap_or(Ok(()))
+        };
+        (Flusher::with(Box::new(sync)).unwrap(), say, syncs)
+    }
+
+    #[test]
+    fn writers_ahead_of_the_disk_wait_for_it() {
+        let (flusher, say, _) = scripted();
+        flusher.wrote(MOST_BYTES - 1).unwrap();
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| flusher.wrote(1));
+            thread::sleep(Duration::from_millis(50));
+            assert!(!writer.is_finished(), "more than may be missing is not on disk");
+            say.send(Ok(())).unwrap();
+            say.send(Ok(())).unwrap();
+            writer.join().unwrap().unwrap();
+        });
+        drop(say);
+        flusher.finish().unwrap();
+    }
+
+    #[test]
+    fn little_is_synced_only_in_a_hurry() {
+        let (flusher, say, syncs) = scripted();
+        flusher.wrote(1).unwrap();
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(syncs.load(Ordering::SeqCst), 0);
+        flusher.hurry();
+        say.send(Ok(())).unwrap();
+        flusher.finish().unwrap();
+        assert_eq!(syncs.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_failed_sync_lets_no_writer_wait_and_is_told_at_the_end() {
+        let (flusher, say, _) = scripted();
+        say.send(Err(io::ErrorKind::StorageFull.into())).unwrap();
+        let failed = (0..4).any(|_| flusher.wrote(MOST_BYTES).is_err());
+        assert!(failed);
+        assert_eq!(flusher.finish().unwrap_err().kind(), io::ErrorKind::StorageFull);
+    }
 }

@@ -85,15 +85,18 @@ impl MemoryFile {
         read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
         self.feed.run(range, read, |piece, bytes| {
-            self.store(piece, bytes).inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
+            // Waiting for the disk comes after, with no cell locked.
+            let stored = self.store(piece, bytes).and_then(|written| self.flusher.wrote(written));
+            stored.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
         })
     }
 
-    fn store(&self, piece: Extent, bytes: &[u8]) -> io::Result<()> {
+    /// Puts bytes in their place; returns how many were written, the others being zeros of a hole.
+    fn store(&self, piece: Extent, bytes: &[u8]) -> io::Result<u64> {
         let cell = self.feed.cell_of(piece);
         let mut blocks = self.blocks(cell);
         let start = index(piece.offset % self.feed.cell_bytes());
-        self.write_sparsely(&blocks, piece.offset, start, bytes)?;
+        let written = self.write_sparsely(&blocks, piece.offset, start, bytes)?;
         let mut rest = bytes;
         while !rest.is_empty() {
             let at = start + bytes.len() - rest.len();
@@ -102,11 +105,14 @@ impl MemoryFile {
             blocks[block] = self.note(cell, block, blocks[block], part)?;
             rest = after;
         }
-        self.flusher.wrote(bytes.len() as u64)
+        Ok(written)
     }
 
     /// Writes pages that hold something, and pages of zeros only where a block may hold something already.
-    fn write_sparsely(&self, blocks: &[Block], offset: u64, start: usize, bytes: &[u8]) -> io::Result<()> {
+    ///
+    /// Returns the number of bytes written.
+    fn write_sparsely(&self, blocks: &[Block], offset: u64, start: usize, bytes: &[u8]) -> io::Result<u64> {
+        let mut written = 0;
         let mut run = 0..0;
         let mut at = 0;
         while at < bytes.len() {
@@ -114,21 +120,23 @@ impl MemoryFile {
                 bytes.len().min((start + at) / self.page_bytes * self.page_bytes + self.page_bytes - start);
             let skip = blocks[(start + at) / self.block_bytes].is_hole() && is_zero(&bytes[at..end]);
             if skip {
-                self.write_run(offset, bytes, run)?;
+                written += self.write_run(offset, bytes, run)?;
                 run = end..end;
             } else {
                 run.end = end;
             }
             at = end;
         }
-        self.write_run(offset, bytes, run)
+        written += self.write_run(offset, bytes, run)?;
+        Ok(written)
     }
 
-    fn write_run(&self, offset: u64, bytes: &[u8], run: std::ops::Range<usize>) -> io::Result<()> {
-        if run.is_empty() {
-            return Ok(());
+    fn write_run(&self, offset: u64, bytes: &[u8], run: std::ops::Range<usize>) -> io::Result<u64> {
+        let length = run.len() as u64;
+        if length > 0 {
+            self.file.write_all_at(&bytes[run.clone()], offset + run.start as u64)?;
         }
-        self.file.write_all_at(&bytes[run.clone()], offset + run.start as u64)
+        Ok(length)
     }
 
     /// Returns what is known of a block that `part` was just written to.
@@ -173,6 +181,11 @@ impl MemoryFile {
         index((self.placement().bytes() - self.block_offset(cell, block)).min(self.block_bytes as u64))
     }
 
+    /// Begins to bring to disk what was written until now; does not wait for it.
+    pub(super) fn hurry(&self) {
+        self.flusher.hurry();
+    }
+
     /// Brings everything to disk and returns the digests.
     ///
     /// # Errors
@@ -181,6 +194,8 @@ impl MemoryFile {
         if self.failed.load(Ordering::Relaxed) {
             return Err(io::Error::other("Some pages could not be written"));
         }
+        // The disk works while the last blocks are hashed.
+        self.flusher.hurry();
         let digests = self.digests(parallel::processors())?;
         self.flusher.finish()?;
         self.file.sync_all()?;

@@ -2,27 +2,25 @@
 
 //! A directory that appears under its name whole, or not at all.
 //!
-//! It is filled under a name of its own beside the final one, `.NAME.partial-<16 hex digits>`, which its writer holds an
-//! advisory lock on. A lock that can be taken shows that the writer is dead; the next writer of the same name clears up.
+//! It is filled under a name of its own beside the final one, as [`partial`] says, through descriptors: nobody who swaps
+//! a name for a link leads its writer elsewhere.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::hash::{BuildHasher, RandomState};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::directory::Directory;
 use super::files::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
+use super::partial::{self, Partial, clear_leftovers};
 
 /// Where pages of a differential wait for their order to be known.
 pub(super) const WORK_FILE: &str = "memory-work";
 
 /// Everything a writer may leave behind in a directory it did not finish.
 const FILES: [&str; 6] = [CONFIG_FILE, STATE_FILE, MEMORY_FILE, CHANGES_FILE, MANIFEST_FILE, WORK_FILE];
-
-/// Attempts to make a directory that no one clears up before it is locked.
-const ATTEMPTS: u32 = 8;
 
 /// Why a directory was not written. Nothing lies under its name.
 #[derive(Debug, Error)]
@@ -68,13 +66,47 @@ pub enum StagingError {
     },
 }
 
+/// A directory as its writer fills it.
+#[derive(Debug)]
+struct Staged(Directory);
+
+impl Partial for Staged {
+    fn make(parent: &Directory, name: &OsStr) -> io::Result<Option<Self>> {
+        parent.make_directory(name)?;
+        match Self::open(parent, name) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            opened => opened.map(Some),
+        }
+    }
+
+    fn open(parent: &Directory, name: &OsStr) -> io::Result<Self> {
+        parent.open_directory(name).map(Self)
+    }
+
+    fn file(&self) -> &File {
+        self.0.file()
+    }
+
+    fn remove(&self, parent: &Directory, name: &OsStr) -> io::Result<()> {
+        for file in FILES {
+            match self.0.remove_file(file.as_ref()) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        // Of what is in the meantime by that name in its place, no more than an empty directory goes.
+        parent.remove_directory(name)
+    }
+}
+
 /// A directory being filled. Dropped before it is published, it is removed.
 #[derive(Debug)]
 pub(super) struct StagedDir {
-    /// Holds the lock.
-    handle: File,
-    temporary: PathBuf,
-    parent: PathBuf,
+    staged: Staged,
+    temporary: OsString,
+    parent: Directory,
+    name: OsString,
+    /// For messages.
     target: PathBuf,
     published: bool,
 }
@@ -86,20 +118,17 @@ impl StagedDir {
     /// `target` is taken or cannot be made.
     pub(super) fn create(target: &Path) -> Result<Self, StagingError> {
         let target = resolve(target)?;
-        let (parent, name) = split(&target)?;
-        let prefix = format!(".{}.partial-", name.display());
-        clear_leftovers(&parent, &prefix, fs::FileType::is_dir, remove_staged);
-        match make_locked(&parent, &prefix, make_dir) {
-            Ok((temporary, handle)) => Ok(Self { handle, temporary, parent, target, published: false }),
-            Err(source) => Err(StagingError::Make { path: target, source }),
-        }
+        let name = target.file_name().ok_or_else(|| StagingError::Name { path: target.clone() })?.to_owned();
+        let make = |source| StagingError::Make { path: target.clone(), source };
+        let parent = Directory::open(target.parent().unwrap_or(Path::new(""))).map_err(make)?;
+        clear_leftovers::<Staged>(&parent, &name);
+        let (temporary, staged) = partial::make(&parent, &name).map_err(make)?;
+        Ok(Self { staged, temporary, parent, name, target, published: false })
     }
 
     /// Makes an empty file, readable by its owner alone, of `bytes` bytes that are a hole.
     pub(super) fn make_file(&self, name: &'static str, bytes: u64) -> Result<File, StagingError> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(0o600);
-        let made = options.open(self.temporary.join(name)).and_then(|file| {
+        let made = self.staged.0.make_file(name.as_ref()).and_then(|file| {
             file.set_len(bytes)?;
             Ok(file)
         });
@@ -109,17 +138,16 @@ impl StagedDir {
     /// Makes a file with `content`, safe on disk.
     pub(super) fn write_file(&self, name: &'static str, content: &[u8]) -> Result<(), StagingError> {
         let file = self.make_file(name, 0)?;
-        let written = io::Write::write_all(&mut &file, content).and_then(|()| file.sync_all());
-        written.map_err(|source| self.write_error(name, source))
+        write_synced(&file, content).map_err(|source| self.write_error(name, source))
     }
 
     pub(super) fn remove_file(&self, name: &'static str) -> Result<(), StagingError> {
-        fs::remove_file(self.temporary.join(name)).map_err(|source| self.write_error(name, source))
+        self.staged.0.remove_file(name.as_ref()).map_err(|source| self.write_error(name, source))
     }
 
     /// Moves the file `from` to the place of the file `to`.
     pub(super) fn replace_file(&self, from: &'static str, to: &'static str) -> Result<(), StagingError> {
-        let moved = fs::rename(self.temporary.join(from), self.temporary.join(to));
+        let moved = self.staged.0.rename(from.as_ref(), to.as_ref());
         moved.map_err(|source| self.write_error(to, source))
     }
 
@@ -143,11 +171,10 @@ impl StagedDir {
     }
 
     fn rename_synced(&self) -> io::Result<()> {
-        self.handle.sync_all()?;
-        let parent = File::open(&self.parent)?;
-        fs::rename(&self.temporary, &self.target)?;
-        parent.sync_all().inspect_err(|_| {
-            if let Err(error) = fs::rename(&self.target, &self.temporary) {
+        self.staged.file().sync_all()?;
+        self.parent.rename(&self.temporary, &self.name)?;
+        self.parent.file().sync_all().inspect_err(|_| {
+            if let Err(error) = self.parent.rename(&self.name, &self.temporary) {
                 log::error!("Cannot take {} back: {error}", self.target.display());
             }
         })
@@ -157,35 +184,43 @@ impl StagedDir {
 impl Drop for StagedDir {
     fn drop(&mut self) {
         if !self.published
-            && let Err(error) = remove_staged(&self.temporary)
+            && let Err(error) = self.staged.remove(&self.parent, &self.temporary)
         {
-            log::warn!("Cannot remove {}: {error}", self.temporary.display());
+            log::warn!(
+                "Cannot remove {}, to be {}: {error}",
+                self.temporary.display(),
+                self.target.display()
+            );
         }
     }
 }
 
-/// Adds a file to the finished directory `dir`: whole or not at all, safe on disk when it returns. Clears up after dead writers
-/// of the same file.
+/// Adds a file to the finished directory `dir`: whole or not at all, safe on disk when it returns.
 pub(super) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result<(), StagingError> {
-    let prefix = format!(".{name}.partial-");
-    clear_leftovers(dir, &prefix, fs::FileType::is_file, |path| fs::remove_file(path));
-    let added = make_locked(dir, &prefix, make_file).and_then(|(temporary, file)| {
-        let moved = move_synced(&file, content, &temporary, &dir.join(name));
-        moved.inspect_err(|_| discard(&temporary))?;
-        File::open(dir)?.sync_all()
+    clear_added(dir, name);
+    let added = Directory::open(dir).and_then(|directory| {
+        let (temporary, file) = partial::make::<File>(&directory, name.as_ref())?;
+        let moved = write_synced(&file, content).and_then(|()| directory.rename(&temporary, name.as_ref()));
+        moved.inspect_err(|_| discard(&directory, &temporary))?;
+        directory.file().sync_all()
     });
     added.map_err(|source| StagingError::Write { name, path: dir.to_owned(), source })
 }
 
-/// Writes `content` to `file`, and moves it from `temporary` to `target`.
-fn move_synced(mut file: &File, content: &[u8], temporary: &Path, target: &Path) -> io::Result<()> {
-    io::Write::write_all(&mut file, content)?;
-    file.sync_all()?;
-    fs::rename(temporary, target)
+/// Clears up after dead writers of the file `name` in the finished directory `dir`.
+pub(super) fn clear_added(dir: &Path, name: &'static str) {
+    if let Ok(directory) = Directory::open(dir) {
+        clear_leftovers::<File>(&directory, name.as_ref());
+    }
 }
 
-fn discard(temporary: &Path) {
-    if let Err(error) = fs::remove_file(temporary) {
+fn write_synced(mut file: &File, content: &[u8]) -> io::Result<()> {
+    io::Write::write_all(&mut file, content)?;
+    file.sync_all()
+}
+
+fn discard(directory: &Directory, temporary: &OsStr) {
+    if let Err(error) = directory.remove_file(temporary) {
         log::warn!("Cannot remove {}: {error}", temporary.display());
     }
 }
@@ -207,102 +242,10 @@ fn resolve(target: &Path) -> Result<PathBuf, StagingError> {
     }
 }
 
-/// Splits into the directory above and the last component.
-fn split(target: &Path) -> Result<(PathBuf, &std::ffi::OsStr), StagingError> {
-    let name = target.file_name().ok_or_else(|| StagingError::Name { path: target.to_owned() })?;
-    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
-    Ok((parent.unwrap_or(Path::new(".")).to_owned(), name))
-}
-
-fn random() -> u64 {
-    RandomState::new().hash_one(std::process::id())
-}
-
-/// Makes something in `parent`, under a name that begins with `prefix`, and locks it.
-///
-/// Nobody can foresee the name: a link that waits under it is refused, and never followed.
-fn make_locked(
-    parent: &Path,
-    prefix: &str,
-    make: impl Fn(&Path) -> io::Result<File>,
-) -> io::Result<(PathBuf, File)> {
-    let mut failed = ErrorKind::AlreadyExists.into();
-    for _ in 0..ATTEMPTS {
-        let path = parent.join(format!("{prefix}{:016x}", random()));
-        match make(&path) {
-            Ok(handle) if !is_taken(&handle)? => return Ok((path, handle)),
-            Ok(_) => {}
-            Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::NotFound) => {
-                failed = error;
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Err(failed)
-}
-
-/// Locks what was just made; returns whether somebody took it for a leftover before. Where the file system has no locks
-/// nobody does.
-fn is_taken(made: &File) -> io::Result<bool> {
-    Ok(matches!(made.try_lock(), Err(TryLockError::WouldBlock)) || made.metadata()?.nlink() == 0)
-}
-
-fn make_dir(path: &Path) -> io::Result<File> {
-    DirBuilder::new().mode(0o700).create(path)?;
-    File::open(path)
-}
-
-fn make_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
-}
-
-/// Removes what is of the same prefix and kind and whose writer is dead. What cannot be removed is left.
-fn clear_leftovers(
-    parent: &Path,
-    prefix: &str,
-    is_kind: impl Fn(&fs::FileType) -> bool,
-    remove: impl Fn(&Path) -> io::Result<()>,
-) {
-    let Ok(entries) = fs::read_dir(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
-    else {
-        return;
-    };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let tail = name.to_str().and_then(|name| name.strip_prefix(prefix));
-        let ours = tail.is_some_and(|tail| tail.len() == 16 && tail.bytes().all(|c| c.is_ascii_hexdigit()));
-        if ours && entry.file_type().is_ok_and(|kind| is_kind(&kind)) {
-            clear_leftover(&entry.path(), &remove);
-        }
-    }
-}
-
-fn clear_leftover(path: &Path, remove: impl Fn(&Path) -> io::Result<()>) {
-    let Ok(handle) = File::open(path) else { return };
-    let removed = match handle.try_lock() {
-        Ok(()) => remove(path),
-        Err(TryLockError::WouldBlock) => return,
-        Err(TryLockError::Error(error)) => Err(error),
-    };
-    match removed {
-        Ok(()) => log::info!("Removed {}, which an interrupted run left behind", path.display()),
-        Err(error) => log::warn!("Cannot remove {}: {error}", path.display()),
-    }
-}
-
-/// Removes a directory with the files a writer makes; with anything else in it, it stays.
-fn remove_staged(path: &Path) -> io::Result<()> {
-    for name in FILES {
-        match fs::remove_file(path.join(name)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-    }
-    fs::remove_dir(path)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     fn names(dir: &Path) -> Vec<String> {
@@ -390,32 +333,10 @@ mod tests {
         let second = StagedDir::create(&target).unwrap();
         assert!(!dead.exists());
         assert!(foreign.join("diary").exists() && other.exists());
-        assert!(living.temporary.exists() && second.temporary.exists());
+        assert!([&living, &second].iter().all(|staged| dir.path().join(&staged.temporary).exists()));
         living.publish().unwrap();
         second.write_file(CONFIG_FILE, b"second").unwrap();
         second.publish().unwrap();
-    }
-
-    #[test]
-    fn leftovers_of_a_file_are_cleared_unless_their_writer_lives() {
-        let dir = tempfile::tempdir().unwrap();
-        let [dead, living, other, foreign] =
-            ["0123456789abcdef", "fedcba9876543210", "notes", "00000000deadbeef"]
-                .map(|tail| dir.path().join(format!(".{MANIFEST_FILE}.partial-{tail}")));
-        for file in [&dead, &living, &other] {
-            fs::write(file, "half").unwrap();
-        }
-        fs::create_dir(&foreign).unwrap();
-        let lock = File::open(&living).unwrap();
-        lock.lock().unwrap();
-
-        add_file(dir.path(), MANIFEST_FILE, b"{}").unwrap();
-        assert!(!dead.exists());
-        assert!(living.exists() && other.exists() && foreign.exists());
-        drop(lock);
-        add_file(dir.path(), MANIFEST_FILE, b"{}").unwrap();
-        assert!(!living.exists());
-        assert_eq!(names(dir.path()).len(), 3);
     }
 
     #[test]
@@ -442,5 +363,68 @@ mod tests {
         let mut expected = [planted.as_str(), MANIFEST_FILE, CONFIG_FILE];
         expected.sort();
         assert_eq!(names(&target), expected);
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_a_leftover_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let precious = dir.path().join("precious");
+        fs::create_dir(&precious).unwrap();
+        fs::write(precious.join(CONFIG_FILE), "precious").unwrap();
+        let name = ".snapshot.partial-0123456789abcdef";
+        let link = dir.path().join(name);
+        std::os::unix::fs::symlink(&precious, &link).unwrap();
+        StagedDir::create(&dir.path().join("snapshot")).unwrap();
+        assert!(precious.join(CONFIG_FILE).exists() && link.is_symlink());
+
+        // Swapped between the look at it and its removal: what was looked at is emptied, and no other.
+        fs::remove_file(&link).unwrap();
+        fs::create_dir(&link).unwrap();
+        fs::write(link.join(CONFIG_FILE), "left over").unwrap();
+        let parent = Directory::open(dir.path()).unwrap();
+        let leftover = Staged::open(&parent, name.as_ref()).unwrap();
+        let moved = dir.path().join("moved");
+        fs::rename(&link, &moved).unwrap();
+        std::os::unix::fs::symlink(&precious, &link).unwrap();
+        assert_eq!(leftover.remove(&parent, name.as_ref()).unwrap_err().kind(), ErrorKind::NotADirectory);
+        assert!(precious.join(CONFIG_FILE).exists() && names(&moved).is_empty());
+    }
+
+    #[test]
+    fn a_directory_swapped_for_a_link_while_it_is_filled_leads_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let precious = dir.path().join("precious");
+        fs::create_dir(&precious).unwrap();
+        fs::write(precious.join(STATE_FILE), "precious").unwrap();
+        let staged = StagedDir::create(&dir.path().join("snapshot")).unwrap();
+        let temporary = dir.path().join(&staged.temporary);
+        fs::rename(&temporary, dir.path().join("moved")).unwrap();
+        std::os::unix::fs::symlink(&precious, &temporary).unwrap();
+        staged.write_file(CONFIG_FILE, b"{}").unwrap();
+        drop(staged);
+        assert_eq!(names(&precious), [STATE_FILE]);
+        assert!(names(&dir.path().join("moved")).is_empty());
+    }
+
+    #[test]
+    fn what_a_dead_seal_left_is_cleared_and_what_a_living_one_holds_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let partial = |digits: &str| format!(".{MANIFEST_FILE}.partial-{digits}");
+        let [dead, held, linked] = ["0123456789abcdef", "fedcba9876543210", "00000000deadbeef"].map(partial);
+        for name in [&dead, &held] {
+            fs::write(dir.path().join(name), "half").unwrap();
+        }
+        let holder = File::open(dir.path().join(&held)).unwrap();
+        holder.lock().unwrap();
+        fs::write(dir.path().join("precious"), "precious").unwrap();
+        std::os::unix::fs::symlink("precious", dir.path().join(&linked)).unwrap();
+
+        add_file(dir.path(), MANIFEST_FILE, b"{}").unwrap();
+        let mut expected = [linked.as_str(), held.as_str(), "precious", MANIFEST_FILE];
+        expected.sort();
+        assert_eq!(names(dir.path()), expected);
+        drop(holder);
+        clear_added(dir.path(), MANIFEST_FILE);
+        assert!(!names(dir.path()).contains(&held));
     }
 }

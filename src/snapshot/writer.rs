@@ -192,6 +192,11 @@ impl SnapshotWriter {
         self.announced.settle(state, self.memory.placement(), &self.limits).map(drop)
     }
 
+    /// Begins to bring to disk what was written until now; does not wait for it.
+    pub(super) fn hurry(&self) {
+        self.memory.hurry();
+    }
+
     /// Completes the snapshot; it also answers to the names `aliases`.
     pub(super) fn complete(
         self,

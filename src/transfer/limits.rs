@@ -89,13 +89,11 @@ pub struct Limits {
     pub chunk_bytes: u64,
     /// Additional connections a receiver accepts; 128.
     pub connections: ConnectionCount,
-    /// Callers that do not come as far as a Start before a receiver gives up; 64.
-    pub turned_away: u32,
     /// How long a receiver waits for a source; one day.
     pub source_wait: Duration,
     /// How long connecting may take, for each address of the peer; 10 s.
     pub connect_timeout: Duration,
-    /// How long a new connection may take for its TLS handshake and its first message; 10 s.
+    /// How long a new connection may take, in all, for its TLS handshake and the first bytes of its first message; 10 s.
     pub handshake_timeout: Duration,
     /// How long a receiver waits for the next message while nothing arrives on any connection; 120 s.
     pub idle_timeout: Duration,
@@ -125,7 +123,6 @@ impl Default for Limits {
             table_bytes: 1 << 30,
             chunk_bytes: 64 << 20,
             connections: ConnectionCount::MAX,
-            turned_away: 64,
             source_wait: Duration::from_secs(24 * 60 * 60),
             connect_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),

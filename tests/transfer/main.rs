@@ -12,4 +12,5 @@ mod connection;
 mod cut_off;
 mod peer;
 mod receive;
+mod strangers;
 mod tls;

@@ -53,6 +53,11 @@ pub(crate) fn memory(ranges: &[(u64, &[u8])]) -> Vec<u8> {
     message(MEMORY, &table).into_iter().chain(pages).collect()
 }
 
+/// Makes `connection` an additional one.
+pub(crate) fn announce(connection: &mut Peer) {
+    connection.send(&[1, 0]);
+}
+
 /// What can carry a raw source's bytes.
 pub(crate) trait Wire: Read + Write + Send {}
 

@@ -5,6 +5,7 @@
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -51,32 +52,85 @@ fn a_receiver_that_goes_away_is_named() {
     ended.failed(3, "closed the connection without an answer");
 }
 
+const OK: [u8; 16] = [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// Answers everything up to Complete, which is left to the caller, with Ok.
+fn answer_until_complete(mut stream: &TcpStream) {
+    loop {
+        let mut head = [0; 16];
+        stream.read_exact(&mut head).unwrap();
+        let length = u64::from_le_bytes(head[8..].try_into().unwrap());
+        let mut payload = Vec::new();
+        stream.take(length).read_to_end(&mut payload).unwrap();
+        match head[0] {
+            4 => {
+                let pages: u64 =
+                    payload.chunks(16).map(|entry| u64::from_le_bytes(entry[8..].try_into().unwrap())).sum();
+                std::io::copy(&mut stream.take(pages), &mut std::io::sink()).unwrap();
+            }
+            5 => return,
+            _ => {}
+        }
+        stream.write_all(&OK).unwrap();
+    }
+}
+
 #[test]
 fn an_unanswered_complete_leaves_the_outcome_unknown() {
-    let ended = send_to(&[], |mut stream| {
-        loop {
-            let mut head = [0; 16];
-            stream.read_exact(&mut head).unwrap();
-            let length = u64::from_le_bytes(head[8..].try_into().unwrap());
-            let mut payload = Vec::new();
-            (&stream).take(length).read_to_end(&mut payload).unwrap();
-            match head[0] {
-                4 => {
-                    let pages: u64 = payload
-                        .chunks(16)
-                        .map(|entry| u64::from_le_bytes(entry[8..].try_into().unwrap()))
-                        .sum();
-                    std::io::copy(&mut (&stream).take(pages), &mut std::io::sink()).unwrap();
-                }
-                5 => return,
-                _ => {}
-            }
-            stream.write_all(&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]).unwrap();
-        }
-    });
+    let ended = send_to(&[], |stream| answer_until_complete(&stream));
     let failed = ended.failed(6, "Outcome unknown").last();
     assert_eq!(failed["class"], "outcome-unknown");
     assert_eq!(failed["exit"], 6);
+}
+
+#[test]
+fn a_receiver_that_takes_its_time_with_complete_is_waited_for() {
+    let hurried = ["--idle-timeout", "1"];
+    let ended = send_to(&hurried, |mut stream| {
+        answer_until_complete(&stream);
+        thread::sleep(Duration::from_secs(3));
+        stream.write_all(&OK).unwrap();
+        drain(stream);
+    });
+    ended.succeeded();
+}
+
+#[test]
+fn a_receiver_that_holds_the_stopped_vm_up_is_given_up_and_the_option_named() {
+    let (place, out) = (Place::new(), Place::new());
+    let on_paused = ["--on-paused", "sleep 30"];
+    let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &out.path("into"), &on_paused);
+    let begun = Instant::now();
+    let ended = Tool::send(&url, &place.stored("from", 1), &["--idle-timeout", "2"]).end();
+    ended.failed(3, "--idle-timeout sets the limit");
+    receiver.end().failed(3, "the source closed the connection meanwhile");
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    assert!(crate::tool::is_empty(out.root()));
+}
+
+#[test]
+fn a_receiver_that_trickles_is_given_up() {
+    let begun = Instant::now();
+    let ended = send_to(&["--idle-timeout", "1"], |mut stream| {
+        stream.read_exact(&mut [0; 16]).unwrap();
+        let mut sent = OK.iter().take_while(|&&byte| {
+            thread::sleep(Duration::from_millis(300));
+            stream.write_all(&[byte]).is_ok()
+        });
+        while sent.next().is_some() {}
+    });
+    ended.failed(3, "Peer stalled");
+    assert!(begun.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
+fn a_receiver_that_lies_about_lengths_is_named() {
+    let ended = send_to(&[], |mut stream| {
+        stream.read_exact(&mut [0; 16]).unwrap();
+        stream.write_all(&[&OK[..8], &(1_u64 << 62).to_le_bytes()].concat()).unwrap();
+        drain(stream);
+    });
+    ended.failed(3, "claims a payload of 4611686018427387904 bytes");
 }
 
 #[test]
@@ -154,10 +208,10 @@ fn a_full_disk_is_named_and_nothing_is_kept() {
     // No file may have more than 32 MiB.
     let script = r#"trap "" XFSZ; ulimit -f 65536; exec "$0" receive "unix:$1" --into "$2""#;
     let socket = place.path("socket");
-    let receiver = std::process::Command::new("/bin/sh")
+    let receiver = Command::new("/bin/sh")
         .args(["-c", script, env!("CARGO_BIN_EXE_vfio-migrate")])
         .args([&socket, &into])
-        .stderr(std::process::Stdio::piped())
+        .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     while !socket.exists() {
@@ -170,4 +224,35 @@ fn a_full_disk_is_named_and_nothing_is_kept() {
     assert_eq!(ended.status.code(), Some(4), "{stderr}");
     assert!(stderr.contains("memory-ranges"), "{stderr}");
     assert!(crate::tool::is_empty(out.root()));
+}
+
+#[test]
+fn a_file_system_that_is_full_is_named_and_nothing_is_kept() {
+    let (place, out) = (Place::new(), Place::new());
+    let isolated = |script: &str| {
+        let mut command = Command::new("unshare");
+        command.args(["-rm", "/bin/sh", "-c", script, env!("CARGO_BIN_EXE_vfio-migrate")]);
+        command.arg(out.root()).arg(place.path("socket")).stderr(Stdio::piped());
+        command
+    };
+    if !isolated(r#"mount -t tmpfs none "$1""#).status().is_ok_and(|status| status.success()) {
+        // Not `eprintln`: that is shown for failing tests only.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: cannot mount a small file system with unshare");
+        return;
+    }
+    // 13 MiB are to come.
+    let script = r#"mount -t tmpfs -o size=8m none "$1" || exit 99
+        "$0" receive "unix:$2" --into "$1/into"; code=$?; echo "left: $(ls -A "$1")." >&2; exit $code"#;
+    let receiver = isolated(script).spawn().unwrap();
+    while !place.path("socket").exists() {
+        thread::sleep(Duration::from_millis(10));
+    }
+    let url = format!("unix:{}", place.path("socket").display());
+    Tool::send(&url, &place.stored("from", 1), &[]).end().failed(3, "Receiver refused");
+    let ended = receiver.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(4), "{stderr}");
+    assert!(stderr.contains("Destination cannot keep the pages of Memory: "), "{stderr}");
+    assert!(stderr.contains("os error 28"), "no space left: {stderr}");
+    assert!(stderr.contains("left: ."), "{stderr}");
 }

@@ -3,12 +3,14 @@
 //! Sources that stall, lie and break the rules: a clear error, soon, and nothing left behind.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::raw::{
-    COMPLETE, CONFIG, ERROR, MEMORY, MEMORY_FD, NO_DISKS, OK, PAGE_FAULT, START, STATE, Target, config,
-    memory, message, migration, precopy, request, state, table,
+    COMPLETE, CONFIG, ERROR, MEMORY, MEMORY_FD, NO_DISKS, OK, PAGE_FAULT, START, STATE, Source, Target,
+    config, memory, message, migration, precopy, request, state, table,
 };
+use crate::stored::{Place, assert_same};
+use crate::tool::Tool;
 
 /// Checks that a receiver refuses the last of `messages` and names `what`.
 #[track_caller]
@@ -38,7 +40,6 @@ fn another_protocol_version_is_refused() {
 #[test]
 fn messages_out_of_order_are_refused() {
     refused(&[started(), memory(1)], "Memory came after Start");
-    refused(&[config(NO_DISKS)], "begins with Config instead of Start");
     refused(&[precopy(NO_DISKS), vec![message(COMPLETE, b"")]].concat(), "Complete came after Config");
     refused(&[started(), request(77, 0)], "77");
 }
@@ -70,7 +71,11 @@ fn lies_about_lengths_are_refused_and_cost_no_memory() {
 fn the_state_limit_is_an_option() {
     let longer = state();
     let messages = [precopy(NO_DISKS), vec![longer]].concat();
-    refused_with(&["--state-limit", "64"], &messages, "more than the limit state_bytes = 64");
+    refused_with(
+        &["--state-limit", "64"],
+        &messages,
+        "more than the limit state_bytes = 64 (--state-limit sets",
+    );
 }
 
 #[test]
@@ -125,7 +130,7 @@ fn a_source_that_stalls_is_given_up() {
     let patience = ["--idle-timeout", "1"];
     let target = Target::new(&patience);
     let (_source, _) = target.tell(&precopy(NO_DISKS));
-    target.refuses("Source was silent for");
+    target.refuses("Source was silent for 1.0 s after Config (--idle-timeout sets the limit)");
 
     let target = Target::new(&patience);
     let (mut source, _) = target.tell(&[started(), config(NO_DISKS)]);
@@ -150,15 +155,38 @@ fn a_source_that_trickles_is_given_up() {
 }
 
 #[test]
-fn a_stranger_keeps_no_source_out() {
+fn two_hundred_strangers_keep_no_source_out() {
+    let begun = Instant::now();
+    let place = Place::new();
+    let (from, into) = (place.stored("from", 1), place.path("into"));
+    let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &into, &[]);
+    let connect = || Source::connect(url.strip_prefix("tcp:").unwrap());
+    let mut staying = Vec::new();
+    for _ in 0..40 {
+        drop(connect());
+        staying.push(connect());
+        for greeting in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"\x16", &config(NO_DISKS)] {
+            let mut stranger = connect();
+            // It may have had to go already.
+            let _ = stranger.send(greeting);
+            staying.push(stranger);
+        }
+    }
+    Tool::send(&url, &from, &["--connections", "4"]).end().succeeded();
+    let ended = receiver.end().succeeded();
+    assert_same(&from, &into);
+    assert!(ended.stderr.lines().count() < 30, "they fill no log: {}", ended.stderr);
+    assert!(ended.stderr.contains("away: "), "but are told of: {}", ended.stderr);
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_caller_that_does_not_say_start_is_refused_and_another_waited_for() {
     let target = Target::new(&[]);
-    let _silent = target.connect();
-    let mut noisy = target.connect();
-    noisy.send(b"GET / HTTP/1.1\r\n\r\n").unwrap();
-    thread::sleep(Duration::from_millis(200));
+    let (_stranger, last) = target.tell(&[config(NO_DISKS)]);
+    assert_eq!(last, Some(ERROR));
     let (_source, last) = target.tell(&migration(NO_DISKS));
     assert_eq!(last, Some(OK));
-    let (ended, place) = target.end();
-    ended.succeeded();
-    crate::stored::assert_sound(&place.path("into"));
+    let ended = target.end().0.succeeded();
+    assert!(ended.stderr.contains("begins with Config instead of Start"), "{ended:?}");
 }

@@ -5,9 +5,11 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use crate::raw::{COMPLETE, ERROR, NO_DISKS, OK, Target, message, migration, precopy, state};
 use crate::stored::{Place, assert_same, assert_sound};
-use crate::tool::{Tool, is_empty};
+use crate::tool::{Ended, Tool, is_empty};
 
 const WRITABLE: &str = r#"{"memory":{"size":1048576},"disks":[{"path":"root.raw","readonly":false}]}"#;
 const READ_ONLY: &str = r#"{"memory":{"size":1048576},"disks":[{"path":"root.raw","readonly":true}]}"#;
@@ -113,6 +115,158 @@ fn a_command_that_fails_keeps_nothing() {
     let (ended, place) = target.end();
     ended.failed(4, "exit status: 3");
     assert!(is_empty(place.root()));
+}
+
+/// A command that shows that it runs, in a file, and is deaf to SIGTERM.
+struct Beating {
+    place: Place,
+    command: String,
+}
+
+impl Beating {
+    fn new() -> Self {
+        let place = Place::new();
+        let beats = place.path("beats");
+        let command = format!("trap '' TERM; while :; do echo >> '{}'; sleep 0.05; done", beats.display());
+        Self { place, command }
+    }
+
+    fn beats(&self) -> u64 {
+        fs::metadata(self.place.path("beats")).map_or(0, |metadata| metadata.len())
+    }
+
+    fn await_first(&self) {
+        while self.beats() == 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Checks that it ends within `within`.
+    #[track_caller]
+    fn ends(&self, within: Duration) {
+        let begun = Instant::now();
+        loop {
+            let before = self.beats();
+            std::thread::sleep(Duration::from_millis(300));
+            if self.beats() == before {
+                return;
+            }
+            assert!(begun.elapsed() < within, "it still runs");
+        }
+    }
+}
+
+/// The event `name` that a command told.
+#[track_caller]
+fn event(ended: &Ended, name: &str) -> Value {
+    ended.events().into_iter().find(|event| event["event"] == name).unwrap()
+}
+
+#[test]
+fn a_command_that_hangs_is_ended_and_its_source_told() {
+    let beating = Beating::new();
+    let target = Target::new(&["--on-paused", &beating.command, "--on-paused-timeout", "1"]);
+    let begun = Instant::now();
+    assert_eq!(target.tell(&migration(WRITABLE)).1, Some(ERROR));
+    assert!((1..6).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
+    let (ended, place) = target.end();
+    let ended = ended.failed(4, "it took longer than the 1 s of --on-paused-timeout");
+    assert!(ended.stderr.contains("while :; do"), "the command is named: {ended:?}");
+    assert_eq!(event(&ended, "command-ended")["succeeded"], false);
+    assert!(is_empty(place.root()));
+    beating.ends(Duration::ZERO);
+}
+
+#[test]
+fn a_command_that_is_ended_has_time_to_clean_up() {
+    let notes = Place::new();
+    let note = notes.path("note");
+    let clean_up = format!("sleep 0.3; touch '{}'; exit 0", note.display());
+    let command = format!("trap \"{clean_up}\" TERM; while :; do sleep 0.05; done");
+    let target = Target::new(&["--on-paused", &command, "--on-paused-timeout", "1"]);
+    assert_eq!(target.tell(&migration(WRITABLE)).1, Some(ERROR));
+    target.end().0.failed(4, "--on-paused-timeout");
+    assert!(note.exists());
+}
+
+#[test]
+fn a_command_whose_source_goes_away_is_ended() {
+    let beating = Beating::new();
+    let target = Target::new(&["--on-paused", &beating.command]);
+    let (mut source, _) = target.tell(&precopy(WRITABLE));
+    // With bytes behind it that nobody has read.
+    source.send(&[state(), message(COMPLETE, b"")].concat()).unwrap();
+    beating.await_first();
+    let begun = Instant::now();
+    drop(source);
+    target.refuses("was ended: the source closed the connection meanwhile");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    beating.ends(Duration::ZERO);
+}
+
+#[test]
+fn a_command_ends_with_the_tool_even_where_that_is_killed() {
+    let beating = Beating::new();
+    let place = Place::new();
+    let on_paused = ["--on-paused", &beating.command];
+    let (mut receiver, url) = Tool::receive("tcp:127.0.0.1:0", &place.path("into"), &on_paused);
+    let source = Tool::send(&url, &place.stored("from", 1), &[]);
+    beating.await_first();
+    receiver.kill();
+    beating.ends(Duration::from_secs(5));
+    assert_eq!(receiver.end().code, None);
+    source.end().failed(3, "");
+}
+
+#[test]
+fn what_a_command_leaves_running_runs_on() {
+    let notes = Place::new();
+    let note = notes.path("note");
+    let command = format!("(sleep 2; touch '{}') &", note.display());
+    let target = Target::new(&["--on-paused", &command]);
+    let begun = Instant::now();
+    assert_eq!(target.tell(&migration(WRITABLE)).1, Some(OK));
+    assert!(begun.elapsed() < Duration::from_secs(2), "it is not waited for");
+    target.end().0.succeeded();
+    assert!(note.exists());
+}
+
+#[test]
+fn the_command_and_its_time_are_told() {
+    let target = Target::new(&["--on-paused", "sleep 0.2", "--on-paused-timeout", "7"]);
+    assert_eq!(target.tell(&migration(WRITABLE)).1, Some(OK));
+    let ended = target.end().0.succeeded();
+    let started = event(&ended, "command-started");
+    assert_eq!((&started["command"], &started["timeout_s"]), (&"sleep 0.2".into(), &7.into()));
+    let over = event(&ended, "command-ended");
+    assert_eq!((&over["command"], &over["succeeded"]), (&"sleep 0.2".into(), &true.into()));
+    assert!(over["ran_ms"].as_u64().unwrap() >= 200, "{over}");
+
+    let place = Place::new();
+    let (into, socket) = (place.path("into"), place.path("socket"));
+    let url = format!("unix:{}", socket.display());
+    let receiver =
+        Tool::start(["receive", &url, "--into", into.to_str().unwrap(), "--on-paused", "sleep 0.2"]);
+    while !socket.exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Tool::send(&url, &place.stored("from", 1), &[]).end().succeeded();
+    let told = receiver.end().succeeded().stderr;
+    assert!(
+        told.contains("Running \"sleep 0.2\" for at most 60 s; the source's VM is paused meanwhile"),
+        "{told}"
+    );
+    assert!(told.contains("\"sleep 0.2\" succeeded after 0."), "{told}");
+}
+
+#[test]
+fn a_command_without_an_end_cannot_be_asked_for() {
+    let receive = ["receive", "tcp:127.0.0.1:0", "--into", "into", "--on-paused", "true"];
+    for bad in ["0", "none", "86401"] {
+        Tool::start([&receive[..], &["--on-paused-timeout", bad]].concat())
+            .end()
+            .failed(2, "on-paused-timeout");
+    }
 }
 
 #[test]

@@ -94,9 +94,7 @@ impl Target {
     }
 
     pub(crate) fn connect(&self) -> Source {
-        let stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        Source(stream)
+        Source::connect(&self.address)
     }
 
     /// Connects and sends `messages` one after the other for as long as they are answered with Ok; returns the last answer.
@@ -132,6 +130,12 @@ impl Target {
 pub(crate) struct Source(TcpStream);
 
 impl Source {
+    pub(crate) fn connect(address: &str) -> Self {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        Self(stream)
+    }
+
     /// Sends bytes; a receiver that has gone away is no failure of the test's source.
     pub(crate) fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.0.write_all(bytes)

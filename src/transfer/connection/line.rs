@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::Socket;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -34,6 +35,19 @@ impl ConnectionHandle {
         self.0.closed.store(true, Ordering::Release);
         // It fails where the peer closed first, which is as good.
         let _ = self.0.socket.shutdown(Shutdown::Both);
+    }
+
+    /// Whether [`ConnectionHandle::close`] has closed it.
+    pub fn is_closed(&self) -> bool {
+        self.0.closed.load(Ordering::Acquire)
+    }
+
+    /// Whether the peer will send nothing more, because it closed the connection or that failed. Takes no bytes off it:
+    /// some may still be there to read.
+    pub fn peer_has_gone(&self) -> bool {
+        // Errors and a connection closed in both directions are reported unasked.
+        let mut polled = [PollFd::new(&self.0.socket, PollFlags::RDHUP)];
+        poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
     /// Bytes that came from the socket, those of TLS and of refused messages included.

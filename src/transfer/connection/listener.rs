@@ -16,6 +16,22 @@ use super::{Connection, ConnectionError};
 use crate::transfer::limits::Limits;
 use crate::transfer::url::{Endpoint, Url};
 
+/// What accept(2) says of a single connection, be it that none came in time.
+const TRANSIENT: [i32; 12] = [
+    libc::EAGAIN,
+    libc::EINTR,
+    libc::ECONNABORTED,
+    libc::ECONNRESET,
+    libc::ENETDOWN,
+    libc::ENETUNREACH,
+    libc::EHOSTDOWN,
+    libc::EHOSTUNREACH,
+    libc::ENONET,
+    libc::ENOPROTOOPT,
+    libc::EPROTO,
+    libc::EPERM,
+];
+
 /// A socket that peers connect to; the file of a UNIX socket goes when it is dropped.
 #[derive(Debug)]
 pub struct Listener {
@@ -106,8 +122,7 @@ fn is_dead_socket(path: &Path) -> bool {
 
 /// Whether only this attempt failed: nobody came, or went away before being let in.
 fn is_transient(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
-    matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | WouldBlock)
+    error.raw_os_error().is_some_and(|errno| TRANSIENT.contains(&errno))
 }
 
 /// The file a UNIX socket is bound to.

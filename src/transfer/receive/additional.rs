@@ -11,14 +11,28 @@ use super::message::{answer, decode, refuse, take_memory};
 use super::roster::Entry;
 use super::session::{Context, TICK};
 use crate::transfer::connection::{Connection, Head};
-use crate::transfer::frame::{Command, HEADER_BYTES, Request, Response, Status};
+use crate::transfer::frame::{Command, Request, Response, Status};
 
 /// Serves an additional connection whose role was read; a failure ends the migration.
-pub(super) fn serve(mut connection: Connection, entry: Entry, context: Context<'_>) {
+///
+/// # Errors
+/// What came first is no message at all: so spoke a stranger, as another source that says Start, and the migration goes on.
+/// A source that spoke so hears of it.
+pub(super) fn serve(
+    mut connection: Connection,
+    entry: Entry,
+    context: Context<'_>,
+) -> Result<(), ReceiveError> {
     let Context { gate, limits, .. } = context;
     let mut under_way = None;
-    let connected = gate.connect(limits.connections);
-    let outcome = connected.and_then(|()| take_all(&mut connection, context, &mut under_way));
+    let outcome = match gate.connect(limits.connections).map(|()| next_request(&mut connection, context)) {
+        Ok(Ok(first)) => take_all(first, &mut connection, context, &mut under_way),
+        Ok(Err(error)) => {
+            end(connection, limits.linger);
+            return Err(error);
+        }
+        Err(error) => Err(error),
+    };
     // Bounded by itself from here on: the end of the migration need not close it.
     drop(entry);
     match outcome {
@@ -28,41 +42,45 @@ pub(super) fn serve(mut connection: Connection, entry: Entry, context: Context<'
             // While the Memory it cut off is under way: State does not get in between.
             gate.fail(error);
             drop(under_way);
-            refuse(&mut connection, limits.linger);
-            connection.close(limits.linger);
+            end(connection, limits.linger);
         }
     }
+    Ok(())
 }
 
-/// Takes Memory until the source closes the connection or the migration is over.
+fn end(mut connection: Connection, linger: Duration) {
+    refuse(&mut connection, linger);
+    connection.close(linger);
+}
+
+/// Takes Memory, `next` first, until the source closes the connection or the migration is over.
 ///
 /// A Memory that fails stays `under_way`.
 fn take_all<'a>(
+    mut next: Option<Request>,
     connection: &mut Connection,
     context: Context<'a>,
     under_way: &mut Option<Ticket<'a>>,
 ) -> Result<(), ReceiveError> {
     let Context { gate, limits, .. } = context;
     let mut buffer = Vec::new();
-    while let Some(head) = await_head(connection, context)? {
-        let request = memory_of(head)?;
+    while let Some(request) = next {
+        check_memory(request)?;
         let store = Arc::clone(&under_way.insert(gate.enter()?).store);
         take_memory(connection, request, store.as_ref(), gate, limits, &mut buffer)?;
         answer(connection, request.command(), Response::new(Status::Ok))?;
         under_way.take().into_iter().for_each(Ticket::done);
+        next = next_request(connection, context)?;
     }
     Ok(())
 }
 
-/// Waits for a request's head; the main connection sees to it that this ends.
-fn await_head(
-    connection: &mut Connection,
-    context: Context<'_>,
-) -> Result<Option<[u8; HEADER_BYTES]>, ReceiveError> {
+/// Waits for a request; the main connection sees to it that this ends. `None` at the end.
+fn next_request(connection: &mut Connection, context: Context<'_>) -> Result<Option<Request>, ReceiveError> {
     while !context.gate.is_over() {
         let head = connection.await_head(TICK);
         match head.map_err(|source| ReceiveError::Read { part: Part::Head, source })? {
-            Head::Bytes(head) => return Ok(Some(head)),
+            Head::Bytes(head) => return decode(head).map(Some),
             Head::End => return Ok(None),
             Head::Silence => {}
         }
@@ -70,10 +88,9 @@ fn await_head(
     Ok(None)
 }
 
-fn memory_of(head: [u8; HEADER_BYTES]) -> Result<Request, ReceiveError> {
-    let request = decode(head)?;
+fn check_memory(request: Request) -> Result<(), ReceiveError> {
     match request.command() {
-        Command::Memory => Ok(request),
+        Command::Memory => Ok(()),
         Command::PageFault => Err(ReceiveError::Postcopy),
         command => Err(ReceiveError::NotMemory { command }),
     }

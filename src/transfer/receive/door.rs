@@ -2,11 +2,14 @@
 
 //! Who comes in: the source first, its additional connections later, strangers never.
 //!
-//! Every caller is heard on a thread of its own, so that one who says nothing does not keep the source out.
+//! Every caller is heard on a thread of its own, for [`Limits::handshake_timeout`](crate::transfer::limits::Limits) and no
+//! longer. Where too many are heard, the one that came first has to go: so however many strangers come, and however they
+//! hold on, each caller has the time that it takes for [`CALLERS`] others to come.
 
 use std::io;
 use std::sync::mpsc::Sender;
 use std::thread::{Builder, Scope};
+use std::time::Duration;
 
 use super::additional;
 use super::error::{Part, ReceiveError};
@@ -14,74 +17,79 @@ use super::gate::Caller;
 use super::message::{decode, refuse};
 use super::roster::Entry;
 use super::session::{Context, Source, TICK};
-use crate::transfer::connection::{Connection, Head, Listener};
-use crate::transfer::frame::ConnectionRole;
+use super::turned_away::TurnedAway;
+use crate::transfer::connection::{Connection, ConnectionError, Head, Listener};
+use crate::transfer::frame::{Command, ConnectionRole, Request};
 use crate::transfer::tls::ServerTls;
 
-/// Callers that may be heard at a time beside the source's own connections.
-const STRANGERS: usize = 32;
+/// Callers that are heard at a time: all connections of a source, and as many strangers.
+const CALLERS: usize = 256;
 
 /// The place callers come to.
 #[derive(Clone, Copy)]
 pub(super) struct Door<'env> {
     pub(super) listener: &'env Listener,
     pub(super) tls: Option<&'env ServerTls>,
+    pub(super) turned_away: &'env TurnedAway,
     pub(super) context: Context<'env>,
 }
 
-/// A caller before the migration began: its source, or the reason why it is none.
-pub(super) type First = Result<Source, ReceiveError>;
-
 impl<'env> Door<'env> {
     /// Lets callers in until the migration is over; a listener that fails ends it.
-    pub(super) fn keep<'scope>(self, scope: &'scope Scope<'scope, 'env>, first: &Sender<First>) {
+    pub(super) fn keep<'scope>(self, scope: &'scope Scope<'scope, 'env>, first: &Sender<Source>) {
         let Context { gate, limits, .. } = self.context;
         while !gate.is_over() {
-            let outcome = match self.listener.accept(TICK, limits) {
-                Ok(None) => Ok(()),
+            match self.listener.accept(TICK, limits) {
+                Ok(None) => {}
                 Ok(Some(connection)) => self.let_in(scope, connection, first),
-                Err(error) => Err(error.into()),
-            };
-            if let Err(error) = outcome {
-                gate.fail(error);
-                return;
+                Err(error @ ConnectionError::Socket { .. }) => {
+                    self.turned_away.count("a caller", &error.into());
+                }
+                Err(error) => {
+                    gate.fail(error.into());
+                    return;
+                }
             }
         }
     }
 
-    /// Hears `connection` on a thread of its own, unless too many are heard already.
+    /// Hears `connection` on a thread of its own.
     fn let_in<'scope>(
         self,
         scope: &'scope Scope<'scope, 'env>,
         connection: Connection,
-        first: &Sender<First>,
-    ) -> Result<(), ReceiveError> {
-        let Context { roster, limits, .. } = self.context;
-        let callers = roster.open();
-        if callers > limits.connections.count() + STRANGERS {
-            turn_away(connection.peer(), ReceiveError::Crowd { callers }, first);
-            return Ok(());
-        }
-        let first = first.clone();
-        Builder::new()
+        first: &Sender<Source>,
+    ) {
+        let Context { gate, roster, .. } = self.context;
+        let entry = roster.enter_caller(&connection, CALLERS);
+        // After that: whoever ends the migration closes those that are on the roster.
+        let Some(caller) = gate.caller() else { return };
+        let (peer, first) = (connection.peer().to_owned(), first.clone());
+        let heard = Builder::new()
             .name("migration-in".into())
-            .spawn_scoped(scope, move || self.hear(connection, &first))
-            .map_err(|source| ReceiveError::Thread { source })?;
-        Ok(())
+            .spawn_scoped(scope, move || self.hear(caller, connection, entry, &first));
+        if let Err(source) = heard {
+            self.turned_away.count(&peer, &ReceiveError::Thread { source });
+        }
     }
 
     /// Finds out who calls, and serves who may come in.
-    fn hear(self, connection: Connection, first: &Sender<First>) {
-        let peer = connection.peer().to_owned();
-        let entry = self.context.roster.enter(&connection);
-        let outcome = self.secure(connection).and_then(|connection| match self.context.gate.caller()? {
+    fn hear(self, caller: Caller, mut connection: Connection, entry: Entry, first: &Sender<Source>) {
+        let Context { gate, roster, limits } = self.context;
+        let (peer, handle) = (connection.peer().to_owned(), connection.handle());
+        // For all of it, however slowly it is said.
+        connection.end_at(Some(limits.handshake_timeout));
+        let outcome = self.secure(connection).and_then(|connection| match caller {
             Caller::Source => self.hear_source(connection, entry, first),
             Caller::Additional => self.hear_additional(connection, entry),
         });
         match outcome {
-            Err(_) if self.context.gate.is_over() => {}
-            Err(error) => turn_away(&peer, error, first),
             Ok(()) => {}
+            Err(_) if gate.is_over() || roster.is_stopped() => {}
+            Err(_) if handle.is_closed() => {
+                self.turned_away.count(&peer, &ReceiveError::Crowd { callers: CALLERS });
+            }
+            Err(error) => self.turned_away.count(&peer, &error),
         }
     }
 
@@ -92,59 +100,64 @@ impl<'env> Door<'env> {
         }
     }
 
-    /// Hands who makes a request to the main thread, if it is the first to do so.
+    /// Hands who says Start to the main thread, if it is the first to do so.
     fn hear_source(
         self,
         mut connection: Connection,
         entry: Entry,
-        first: &Sender<First>,
+        first: &Sender<Source>,
     ) -> Result<(), ReceiveError> {
-        let Context { gate, limits, .. } = self.context;
+        let linger = self.context.limits.linger;
         let head = self.read_first(&mut connection, Part::Head)?;
-        let admitted = decode(head)
-            .and_then(|request| if gate.begin() { Ok(request) } else { Err(ReceiveError::Occupied) });
-        match admitted {
-            Ok(first_request) => {
+        match decode(head).and_then(|request| self.admit(request)) {
+            Ok(request) => {
+                connection.end_at(None);
                 // Nobody listens only where the wait for a source is over.
-                let _ = first.send(Ok(Source { connection, entry, first: first_request }));
+                let _ = first.send(Source { connection, entry, first: request });
                 Ok(())
             }
             Err(error) => {
-                refuse(&mut connection, limits.linger);
-                connection.close(limits.linger);
+                refuse(&mut connection, linger);
+                connection.close(linger);
                 Err(error)
             }
         }
     }
 
+    /// Begins the migration with who says Start, of whatever version.
+    fn admit(self, request: Request) -> Result<Request, ReceiveError> {
+        if request.command() != Command::Start {
+            request.version().map_err(|source| ReceiveError::Start { source })?;
+        }
+        if self.context.gate.begin() { Ok(request) } else { Err(ReceiveError::Occupied) }
+    }
+
     fn hear_additional(self, mut connection: Connection, entry: Entry) -> Result<(), ReceiveError> {
         let role = self.read_first(&mut connection, Part::Role)?;
         let role = ConnectionRole::from_bytes(role);
-        match role.map_err(|source| ReceiveError::Frame { part: Part::Role, source })? {
+        let role = role.map_err(|source| ReceiveError::Frame { part: Part::Role, source })?;
+        connection.end_at(None);
+        entry.admit();
+        match role {
             ConnectionRole::PrecopyMemory => additional::serve(connection, entry, self.context),
-            ConnectionRole::Fault => self.context.gate.fail(ReceiveError::Postcopy),
+            ConnectionRole::Fault => {
+                self.context.gate.fail(ReceiveError::Postcopy);
+                Ok(())
+            }
         }
-        Ok(())
     }
 
-    /// Reads a caller's first bytes, which have to come within the time for handshakes.
+    /// Reads a caller's first bytes; the time for them is set already.
     fn read_first<const N: usize>(
         self,
         connection: &mut Connection,
         part: Part,
     ) -> Result<[u8; N], ReceiveError> {
-        let within = self.context.limits.handshake_timeout;
         let read = |source| ReceiveError::Read { part, source };
-        match connection.await_head(within).map_err(read)? {
+        match connection.await_head(Duration::MAX).map_err(read)? {
             Head::Bytes(bytes) => Ok(bytes),
-            Head::Silence => Err(ReceiveError::Silent { waited: within }),
+            Head::Silence => Err(ReceiveError::Silent { waited: self.context.limits.handshake_timeout }),
             Head::End => Err(read(io::ErrorKind::UnexpectedEof.into())),
         }
     }
-}
-
-/// Says who was not let in and why; before the migration began, also to the main thread, which counts them.
-fn turn_away(peer: &str, error: ReceiveError, first: &Sender<First>) {
-    log::warn!("Turned {peer} away: {}", error.in_full());
-    let _ = first.send(Err(error));
 }

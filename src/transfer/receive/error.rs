@@ -75,26 +75,20 @@ pub enum ReceiveError {
         source: ConnectionError,
     },
     /// Nobody began a migration in time.
-    #[error("No source began a migration in {:.0} s", .waited.as_secs_f64())]
+    #[error("No source began a migration in {:.0} s; {turned_away} callers were turned away", .waited.as_secs_f64())]
     NoSource {
         /// How long one was waited for.
         waited: Duration,
-    },
-    /// Too many callers were no source.
-    #[error("{callers} callers were turned away, none of them began a migration")]
-    Strangers {
-        /// How many.
-        callers: u32,
-        /// Why the last one was.
-        source: Box<ReceiveError>,
+        /// How many others came.
+        turned_away: u64,
     },
     /// A caller came while another source's VM was being received.
     #[error("Another source's migration is under way")]
     Occupied,
-    /// More callers at a time than connections and strangers together may be.
-    #[error("{callers} callers at a time are too many")]
+    /// A caller had to make room before it said anything.
+    #[error("Caller had to make room for others: {callers} are heard at a time")]
     Crowd {
-        /// How many there were.
+        /// How many there may be.
         callers: usize,
     },
     /// A caller was silent.

@@ -55,6 +55,7 @@ pub(super) struct MemoryCount {
 }
 
 /// Who a new caller can be.
+#[derive(Clone, Copy)]
 pub(super) enum Caller {
     /// The source, on its main connection.
     Source,
@@ -70,15 +71,12 @@ pub(super) struct Gate {
 }
 
 impl Gate {
-    /// Who somebody who calls now can be.
-    ///
-    /// # Errors
-    /// Nobody: the migration is over.
-    pub(super) fn caller(&self) -> Result<Caller, ReceiveError> {
+    /// Who somebody who calls now can be; `None` where the migration is over.
+    pub(super) fn caller(&self) -> Option<Caller> {
         match self.lock().phase {
-            Phase::Waiting | Phase::Begun => Ok(Caller::Source),
-            Phase::Open(_) | Phase::Sealed => Ok(Caller::Additional),
-            Phase::Over => Err(ReceiveError::Occupied),
+            Phase::Waiting | Phase::Begun => Some(Caller::Source),
+            Phase::Open(_) | Phase::Sealed => Some(Caller::Additional),
+            Phase::Over => None,
         }
     }
 

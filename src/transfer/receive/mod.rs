@@ -23,6 +23,7 @@ mod message;
 mod roster;
 mod session;
 mod store;
+mod turned_away;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver as Callers, RecvTimeoutError, channel};
@@ -35,9 +36,10 @@ use super::limits::Limits;
 use super::tls::ServerTls;
 use super::url::Endpoint;
 use crate::vm::VmError;
-use door::{Door, First};
+use door::Door;
 use gate::Gate;
 use session::{Context, Source, TICK};
+use turned_away::TurnedAway;
 
 pub use error::{Part, ReceiveError, Step};
 pub use roster::ReceiverHandle;
@@ -157,8 +159,8 @@ impl Receiver {
 
     /// Waits on `listener` for a source, and receives its VM into `destination`.
     ///
-    /// Callers that do not come as far as a request, be it because of their certificates, are turned away and logged;
-    /// the first one to make a request is the source, and its failure is the receiver's.
+    /// The first caller to say Start is the source, and its failure is the receiver's. All others are strangers, be they
+    /// silent, slow, many or without a certificate: they are turned away and counted, and never keep the source out.
     ///
     /// # Errors
     /// No VM was received; `destination` was told, unless it is what failed to complete it.
@@ -171,15 +173,16 @@ impl Receiver {
             return Err(ConnectionError::TlsOverUnix { url: listener.url().clone() }.into());
         }
         self.run(destination, |context, destination| {
+            let turned_away = TurnedAway::default();
             thread::scope(|scope| {
                 let ending = Ending(context);
                 let (first, callers) = channel();
-                let door = Door { listener, tls: self.tls.as_ref(), context };
+                let door = Door { listener, tls: self.tls.as_ref(), turned_away: &turned_away, context };
                 Builder::new()
                     .name("migration-door".into())
                     .spawn_scoped(scope, move || door.keep(scope, &first))
                     .map_err(|source| ReceiveError::Thread { source })?;
-                let source = self.await_source(&callers, context)?;
+                let source = self.await_source(&callers, &turned_away, context)?;
                 drop(callers);
                 let received = session::receive(source, destination, context);
                 drop(ending);
@@ -233,26 +236,25 @@ impl Receiver {
         outcome
     }
 
-    /// Waits until a caller makes a request.
-    fn await_source(&self, callers: &Callers<First>, context: Context<'_>) -> Result<Source, ReceiveError> {
+    /// Waits until a caller says Start.
+    fn await_source(
+        &self,
+        callers: &Callers<Source>,
+        turned_away: &TurnedAway,
+        context: Context<'_>,
+    ) -> Result<Source, ReceiveError> {
         let begun = Instant::now();
-        let mut turned_away = 0;
         while !self.roster.is_stopped() {
             context.gate.check()?;
             match callers.recv_timeout(TICK) {
-                Ok(Ok(source)) => return Ok(source),
-                Ok(Err(error)) => {
-                    turned_away += 1;
-                    if turned_away >= self.limits.turned_away {
-                        return Err(ReceiveError::Strangers { callers: turned_away, source: error.into() });
-                    }
-                }
+                Ok(source) => return Ok(source),
                 Err(RecvTimeoutError::Timeout) => {}
                 // The door is closed, and why is at the gate.
                 Err(RecvTimeoutError::Disconnected) => thread::sleep(TICK),
             }
-            if begun.elapsed() >= self.limits.source_wait {
-                return Err(ReceiveError::NoSource { waited: begun.elapsed() });
+            let waited = begun.elapsed();
+            if waited >= self.limits.source_wait {
+                return Err(ReceiveError::NoSource { waited, turned_away: turned_away.callers() });
             }
         }
         Err(ReceiveError::Stopped)

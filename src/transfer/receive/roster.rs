@@ -1,25 +1,80 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The connections that are open, to count and to close them from any thread.
+//! The connections that are open, to count, to measure and to close them from any thread.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::transfer::connection::{Connection, ConnectionHandle};
 
+/// How long to wait for a caller that has to go before the next one has to go as well.
+const PATIENCE: Duration = Duration::from_millis(10);
+
+/// What is known of who is at the other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    /// Nothing: anybody can call.
+    Caller,
+    /// Nothing, and it has to go.
+    Dismissed,
+    /// It is the source.
+    Admitted,
+}
+
+#[derive(Debug)]
+struct Open {
+    handle: ConnectionHandle,
+    standing: Standing,
+}
+
 #[derive(Debug, Default)]
 struct Names {
-    open: BTreeMap<u64, ConnectionHandle>,
+    /// By the order they came in.
+    open: BTreeMap<u64, Open>,
     next: u64,
-    /// Bytes that connections received which are no longer open.
+    /// The source's main connection.
+    main: Option<u64>,
+    /// Bytes that the source's connections received which are no longer open.
     past_bytes: u64,
     stopped: bool,
     committed: bool,
 }
 
+impl Names {
+    fn enter(&mut self, handle: ConnectionHandle, standing: Standing) -> u64 {
+        if self.stopped {
+            handle.close();
+        }
+        let id = self.next;
+        self.next += 1;
+        self.open.insert(id, Open { handle, standing });
+        id
+    }
+
+    fn callers(&self) -> usize {
+        self.open.values().filter(|open| open.standing != Standing::Admitted).count()
+    }
+
+    /// Closes the connection of the caller that is heard longest.
+    fn dismiss_oldest(&mut self) {
+        if let Some(open) = self.open.values_mut().find(|open| open.standing == Standing::Caller) {
+            open.standing = Standing::Dismissed;
+            open.handle.close();
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Roster {
+    names: Mutex<Names>,
+    /// A connection was closed.
+    left: Condvar,
+}
+
 /// Stops and measures a [`Receiver`](super::Receiver) from any thread.
 #[derive(Debug, Clone, Default)]
-pub struct ReceiverHandle(Arc<Mutex<Names>>);
+pub struct ReceiverHandle(Arc<Roster>);
 
 impl ReceiverHandle {
     /// Closes every connection and ends the wait for one, for good; whoever receives gets
@@ -34,18 +89,29 @@ impl ReceiverHandle {
             return false;
         }
         names.stopped = true;
-        names.open.values().for_each(ConnectionHandle::close);
+        names.open.values().for_each(|open| open.handle.close());
         true
     }
 
-    /// Bytes that came from all sockets so far.
-    pub fn received_bytes(&self) -> u64 {
-        let names = self.lock();
-        names.past_bytes + names.open.values().map(ConnectionHandle::received_bytes).sum::<u64>()
+    /// Whether [`ReceiverHandle::stop`] has stopped it.
+    pub fn is_stopped(&self) -> bool {
+        self.lock().stopped
     }
 
-    pub(super) fn is_stopped(&self) -> bool {
-        self.lock().stopped
+    /// Bytes that came from the source's sockets so far.
+    pub fn received_bytes(&self) -> u64 {
+        let names = self.lock();
+        let admitted = names.open.values().filter(|open| open.standing == Standing::Admitted);
+        names.past_bytes + admitted.map(|open| open.handle.received_bytes()).sum::<u64>()
+    }
+
+    /// Whether the source has closed its main connection, or that has failed; `false` where there is no source.
+    ///
+    /// Tells a [`Destination`](super::Destination) that takes its time that nobody waits for it any more.
+    pub fn source_has_gone(&self) -> bool {
+        let names = self.lock();
+        let main = names.main.and_then(|id| names.open.get(&id));
+        main.is_some_and(|open| open.handle.peer_has_gone())
     }
 
     /// Makes it too late to stop; `false` where that has happened.
@@ -64,30 +130,32 @@ impl ReceiverHandle {
 
     /// Closes every connection that is open.
     pub(super) fn close_all(&self) {
-        self.lock().open.values().for_each(ConnectionHandle::close);
+        self.lock().open.values().for_each(|open| open.handle.close());
     }
 
-    /// Connections that are open.
-    pub(super) fn open(&self) -> usize {
-        self.lock().open.len()
-    }
-
-    /// Notes a connection until what is returned is dropped; one that comes after the stop is closed at once.
+    /// Notes the source's connection until what is returned is dropped; one that comes after the stop is closed at once.
     pub(super) fn enter(&self, connection: &Connection) -> Entry {
-        let handle = connection.handle();
+        let id = self.lock().enter(connection.handle(), Standing::Admitted);
+        Entry { roster: self.clone(), id }
+    }
+
+    /// Notes a caller's connection, as [`ReceiverHandle::enter`] does, when fewer than `most` are heard.
+    ///
+    /// Those that are heard longest have to go for it.
+    pub(super) fn enter_caller(&self, connection: &Connection, most: usize) -> Entry {
         let mut names = self.lock();
-        if names.stopped {
-            handle.close();
+        while names.callers() >= most {
+            names.dismiss_oldest();
+            let left = self.0.left.wait_timeout(names, PATIENCE);
+            names = left.unwrap_or_else(PoisonError::into_inner).0;
         }
-        let id = names.next;
-        names.next += 1;
-        names.open.insert(id, handle);
+        let id = names.enter(connection.handle(), Standing::Caller);
         Entry { roster: self.clone(), id }
     }
 
     fn lock(&self) -> MutexGuard<'_, Names> {
         // The names hold together after every statement, so also after a panic of one who held them.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -98,11 +166,27 @@ pub(super) struct Entry {
     id: u64,
 }
 
+impl Entry {
+    /// Notes that it is one of the source's.
+    pub(super) fn admit(&self) {
+        if let Some(open) = self.roster.lock().open.get_mut(&self.id) {
+            open.standing = Standing::Admitted;
+        }
+    }
+
+    /// Notes that it is the source's main one.
+    pub(super) fn admit_main(&self) {
+        self.admit();
+        self.roster.lock().main = Some(self.id);
+    }
+}
+
 impl Drop for Entry {
     fn drop(&mut self) {
         let mut names = self.roster.lock();
-        if let Some(handle) = names.open.remove(&self.id) {
+        if let Some(Open { handle, standing: Standing::Admitted }) = names.open.remove(&self.id) {
             names.past_bytes += handle.received_bytes();
         }
+        self.roster.0.left.notify_all();
     }
 }

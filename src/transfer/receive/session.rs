@@ -45,6 +45,7 @@ pub(super) fn receive(
 ) -> Result<Received, ReceiveError> {
     let Source { connection, entry, first } = source;
     let mut session = Session { connection, context, step: Step::Nothing, answered: false };
+    entry.admit_main();
     let outcome = session.run(first, destination);
     drop(entry);
     let linger = context.limits.linger;

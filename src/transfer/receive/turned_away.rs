@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Callers that were turned away: all are counted, and as many told of as do not fill a log.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::error::ReceiveError;
+
+/// Callers told of at once.
+const BURST: u32 = 10;
+
+/// How long it takes until another one may be told of.
+const PERIOD: Duration = Duration::from_secs(10);
+
+/// Counts callers that were turned away, from any thread.
+#[derive(Debug, Default)]
+pub(super) struct TurnedAway(Mutex<Tally>);
+
+impl TurnedAway {
+    /// Counts a caller, and says who was turned away and why, unless too many were of late.
+    pub(super) fn count(&self, peer: &str, error: &ReceiveError) {
+        let error = error.in_full();
+        match self.lock().count(Instant::now()) {
+            Some(0) => log::warn!("Turned {peer} away: {error}"),
+            Some(untold) => log::warn!("Turned {peer} away, and {untold} others before: {error}"),
+            None => log::debug!("Turned {peer} away: {error}"),
+        }
+    }
+
+    /// How many there were.
+    pub(super) fn callers(&self) -> u64 {
+        self.lock().callers
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tally> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug)]
+struct Tally {
+    callers: u64,
+    /// Those since the last one that was told of.
+    untold: u64,
+    /// How many more may be told of.
+    budget: u32,
+    /// When the budget grew last; `None` while it is full.
+    grown: Option<Instant>,
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Self { callers: 0, untold: 0, budget: BURST, grown: None }
+    }
+}
+
+impl Tally {
+    /// Counts a caller; where it is to be told of, returns how many before it were not.
+    fn count(&mut self, now: Instant) -> Option<u64> {
+        self.callers += 1;
+        self.grow(now);
+        if self.budget == 0 {
+            self.untold += 1;
+            return None;
+        }
+        self.budget -= 1;
+        self.grown.get_or_insert(now);
+        Some(std::mem::take(&mut self.untold))
+    }
+
+    fn grow(&mut self, now: Instant) {
+        while let Some(grown) = self.grown
+            && now.duration_since(grown) >= PERIOD
+        {
+            self.budget += 1;
+            self.grown = (self.budget < BURST).then_some(grown + PERIOD);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_are_told_of_and_the_others_counted_until_time_has_passed() {
+        let (mut tally, begun) = (Tally::default(), Instant::now());
+        let told = (0..1000).filter_map(|_| tally.count(begun)).collect::<Vec<_>>();
+        assert_eq!(told, [0; BURST as usize]);
+        assert_eq!(tally.count(begun + PERIOD), Some(990));
+        assert_eq!(tally.count(begun + PERIOD), None);
+        assert_eq!(tally.callers, 1002);
+    }
+
+    #[test]
+    fn who_comes_now_and_then_is_told_of_each_time() {
+        let (mut tally, begun) = (Tally::default(), Instant::now());
+        assert!((0..1000).all(|number| tally.count(begun + number * PERIOD) == Some(0)));
+    }
+
+    #[test]
+    fn quiet_times_are_not_saved_up() {
+        let (mut tally, begun) = (Tally::default(), Instant::now());
+        tally.count(begun);
+        let later = begun + 1_000_000 * PERIOD;
+        assert_eq!((0..1000).filter_map(|_| tally.count(later)).count(), BURST as usize);
+    }
+}
