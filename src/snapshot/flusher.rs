@@ -2,32 +2,47 @@
 
 //! Brings a file to disk while it is being written, so that little is left to do when the VM is paused.
 //!
-//! Writers that are ahead of the disk wait here, while the VM runs, and not at the end, while it stands still.
+//! Writers that are ahead of the disk wait here, while the VM runs, and not at the end, while it stands still. How far ahead
+//! they may be follows from how fast the disk is: so far that it catches up in [`CATCH_UP`].
 
 use std::fs::File;
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
 /// Bytes written that begin a sync.
 const FLUSH_BYTES: u64 = 32 << 20;
 
-/// Bytes that may not be on disk yet: beyond that, writers wait.
-const MOST_BYTES: u64 = 2 * FLUSH_BYTES;
+/// Bytes that may at least be missing on disk before writers wait, and at most.
+const MISSING_BYTES: RangeInclusive<u64> = 2 * FLUSH_BYTES..=1 << 30;
+
+/// How long the disk may take for what is missing.
+const CATCH_UP: Duration = Duration::from_millis(250);
 
 /// What syncs the bytes of a file.
 type Sync = Box<dyn Fn() -> io::Result<()> + Send>;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     /// Bytes written that no sync has taken on.
     written: u64,
     /// Bytes that the sync under way has taken on.
     syncing: u64,
+    /// Bytes that may be missing on disk before writers wait.
+    most: u64,
     /// Whether to sync what there is, however little.
     hurried: bool,
     over: bool,
     failed: bool,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        let most = *MISSING_BYTES.start();
+        Self { written: 0, syncing: 0, most, hurried: false, over: false, failed: false }
+    }
 }
 
 impl State {
@@ -35,8 +50,18 @@ impl State {
         self.written >= FLUSH_BYTES || self.hurried
     }
 
+    /// Learns how fast the disk is from a sync of enough bytes, which took `time`.
+    fn note_sync(&mut self, time: Duration) {
+        let synced = std::mem::take(&mut self.syncing);
+        if synced >= FLUSH_BYTES {
+            let caught_up = u128::from(synced) * CATCH_UP.as_nanos() / time.as_nanos().max(1);
+            let caught_up = u64::try_from(caught_up).unwrap_or(u64::MAX);
+            self.most = caught_up.clamp(*MISSING_BYTES.start(), *MISSING_BYTES.end());
+        }
+    }
+
     fn is_full(&self) -> bool {
-        self.written + self.syncing >= MOST_BYTES && !self.failed
+        self.written + self.syncing >= self.most && !self.failed
     }
 }
 
@@ -62,9 +87,10 @@ impl Shared {
     /// Syncs whenever it is due, until it is over or a sync fails.
     fn run(&self, sync: &Sync) -> io::Result<()> {
         while self.await_due() {
+            let begun = Instant::now();
             let outcome = sync();
             let mut state = self.lock();
-            state.syncing = 0;
+            state.note_sync(begun.elapsed());
             state.failed = outcome.is_err();
             self.synced.notify_all();
             outcome?;
@@ -106,7 +132,7 @@ impl Flusher {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Tells that `bytes` more were written, and waits while more than [`MOST_BYTES`] are not on disk.
+    /// Tells that `bytes` more were written, and waits while too many are missing on disk.
     ///
     /// # Errors
     /// A sync failed; [`Flusher::finish`] says why.
@@ -152,7 +178,6 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::thread;
-    use std::time::Duration;
 
     use super::*;
 
@@ -171,7 +196,7 @@ mod tests {
     #[test]
     fn writers_ahead_of_the_disk_wait_for_it() {
         let (flusher, say, _) = scripted();
-        flusher.wrote(MOST_BYTES - 1).unwrap();
+        flusher.wrote(MISSING_BYTES.start() - 1).unwrap();
         thread::scope(|scope| {
             let writer = scope.spawn(|| flusher.wrote(1));
             thread::sleep(Duration::from_millis(50));
@@ -182,6 +207,20 @@ mod tests {
         });
         drop(say);
         flusher.finish().unwrap();
+    }
+
+    #[test]
+    fn a_fast_disk_lets_writers_go_further_ahead_than_a_slow_one() {
+        let most = |bytes, millis| {
+            let mut state = State { syncing: bytes, ..State::default() };
+            state.note_sync(Duration::from_millis(millis));
+            assert_eq!(state.syncing, 0);
+            state.most
+        };
+        assert_eq!(most(128 << 20, 125), 256 << 20);
+        assert_eq!(most(32 << 20, 320), 64 << 20, "100 MiB/s");
+        assert_eq!(most(32 << 20, 0), 1 << 30);
+        assert_eq!(most(1 << 20, 1), 64 << 20, "too few bytes to tell");
     }
 
     #[test]
@@ -200,7 +239,7 @@ mod tests {
     fn a_failed_sync_lets_no_writer_wait_and_is_told_at_the_end() {
         let (flusher, say, _) = scripted();
         say.send(Err(io::ErrorKind::StorageFull.into())).unwrap();
-        let failed = (0..4).any(|_| flusher.wrote(MOST_BYTES).is_err());
+        let failed = (0..4).any(|_| flusher.wrote(*MISSING_BYTES.start()).is_err());
         assert!(failed);
         assert_eq!(flusher.finish().unwrap_err().kind(), io::ErrorKind::StorageFull);
     }
