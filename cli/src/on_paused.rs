@@ -16,6 +16,7 @@ use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -92,8 +93,53 @@ pub(crate) struct PausedCommand {
     pub(crate) limit: Duration,
     /// Tells whether anybody waits for it.
     pub(crate) receiver: ReceiverHandle,
-    /// Where it is told that the VM is paused, and for how long.
-    pub(crate) output: Output,
+    /// Who tells that the VM is paused, and for how long: not the thread that the VM waits for, which may not wait for
+    /// whoever reads it.
+    pub(crate) notes: Sender<Note>,
+}
+
+/// Something to tell of the command.
+#[derive(Debug)]
+pub(crate) enum Note {
+    /// It begins.
+    Started {
+        /// The command.
+        command: OsString,
+        /// How long it may take.
+        limit: Duration,
+    },
+    /// It is over.
+    Ended {
+        /// The command.
+        command: OsString,
+        /// Whether it did what it was to do.
+        succeeded: bool,
+        /// How long it took.
+        ran: Duration,
+    },
+}
+
+impl Note {
+    /// Tells it.
+    pub(crate) fn tell(&self, output: &Output) {
+        match self {
+            Self::Started { command, limit } => {
+                let (command, timeout_s) = (command.to_string_lossy(), limit.as_secs());
+                output.tell(&Event::CommandStarted { command: &command, timeout_s }, || {
+                    format!(
+                        "Running {command:?} for at most {timeout_s} s; the source's VM is paused meanwhile"
+                    )
+                });
+            }
+            &Self::Ended { ref command, succeeded, ran } => {
+                let (command, ran_ms) = (command.to_string_lossy(), ran.as_millis());
+                output.tell(&Event::CommandEnded { command: &command, succeeded, ran_ms }, || {
+                    let how = if succeeded { "succeeded" } else { "failed" };
+                    format!("{command:?} {how} after {:.1} s", ran.as_secs_f64())
+                });
+            }
+        }
+    }
 }
 
 impl PausedCommand {
@@ -103,11 +149,18 @@ impl PausedCommand {
     }
 
     fn run(&self) -> Result<(), CommandError> {
-        self.tell_started();
+        let command = || self.command.clone();
+        self.note(Note::Started { command: command(), limit: self.limit });
         let begun = Instant::now();
         let outcome = self.run_watched(begun);
-        self.tell_ended(outcome.is_ok(), begun.elapsed());
+        let (succeeded, ran) = (outcome.is_ok(), begun.elapsed());
+        self.note(Note::Ended { command: command(), succeeded, ran });
         outcome
+    }
+
+    fn note(&self, note: Note) {
+        // Where nobody listens, nobody needs to know.
+        let _ = self.notes.send(note);
     }
 
     fn run_watched(&self, begun: Instant) -> Result<(), CommandError> {
@@ -137,22 +190,6 @@ impl PausedCommand {
         } else {
             (begun.elapsed() >= limit).then(|| CommandError::TimedOut { command: command(), limit })
         }
-    }
-
-    fn tell_started(&self) {
-        let (command, timeout_s) = (self.command.to_string_lossy(), self.limit.as_secs());
-        self.output.tell(&Event::CommandStarted { command: &command, timeout_s }, || {
-            format!("Running {command:?} for at most {timeout_s} s; the source's VM is paused meanwhile")
-        });
-    }
-
-    fn tell_ended(&self, succeeded: bool, ran: Duration) {
-        let command = self.command.to_string_lossy();
-        let event = Event::CommandEnded { command: &command, succeeded, ran_ms: ran.as_millis() };
-        self.output.tell(&event, || {
-            let how = if succeeded { "succeeded" } else { "failed" };
-            format!("{command:?} {how} after {:.1} s", ran.as_secs_f64())
-        });
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver as NoteReceiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ use crate::args::ReceiveArguments;
 use crate::event::Event;
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::on_paused::PausedCommand;
+use crate::on_paused::{Note, PausedCommand};
 use crate::output::Output;
 use crate::signals::stop_flag;
 
@@ -55,11 +56,13 @@ fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept
     let stop = stop_flag()?;
     let tls = arguments.tls_dir.as_deref().map(ServerTls::from_directory).transpose()?;
     let receiver = Receiver::new(arguments.limits(), tls);
-    let options = options(arguments, receiver.handle())?;
+    let (notes, noted) = channel();
+    let options = options(arguments, receiver.handle(), notes)?;
     let mut destination = SnapshotDestination::create(&arguments.into, options)?;
     let listener = Listener::bind(&arguments.url)?;
     tell_listening(arguments, &listener, output);
-    let received = watch(&receiver, &listener, &mut destination, &stop, output);
+    let inbox = Inbox { stop: &stop, notes: &noted };
+    let received = watch(&receiver, &listener, &mut destination, inbox, output);
     let received_bytes = receiver.handle().received_bytes();
     match (received, destination.kept()) {
         (Ok(received), Some(digest)) => Ok(Kept { digest, confirmed: received.confirmed, received_bytes }),
@@ -71,7 +74,11 @@ fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept
     }
 }
 
-fn options(arguments: &ReceiveArguments, receiver: ReceiverHandle) -> Result<DestinationOptions, Failure> {
+fn options(
+    arguments: &ReceiveArguments,
+    receiver: ReceiverHandle,
+    notes: Sender<Note>,
+) -> Result<DestinationOptions, Failure> {
     let limits = Limits { state_bytes: arguments.limits().state_bytes, ..Limits::default() };
     let base = match arguments.base.is_empty() {
         true => None,
@@ -79,9 +86,8 @@ fn options(arguments: &ReceiveArguments, receiver: ReceiverHandle) -> Result<Des
     };
     let into = std::path::absolute(&arguments.into)?;
     let limit = Duration::from_secs(arguments.on_paused_timeout);
-    let output = Output::new(arguments.json);
     let on_paused = arguments.on_paused.clone();
-    let on_paused = on_paused.map(|command| PausedCommand { command, into, limit, receiver, output }.hook());
+    let on_paused = on_paused.map(|command| PausedCommand { command, into, limit, receiver, notes }.hook());
     Ok(DestinationOptions {
         base,
         checkpoint: arguments.checkpoint,
@@ -91,12 +97,21 @@ fn options(arguments: &ReceiveArguments, receiver: ReceiverHandle) -> Result<Des
     })
 }
 
+/// What comes to the thread that does not receive.
+#[derive(Clone, Copy)]
+struct Inbox<'a> {
+    /// Raised by the first signal.
+    stop: &'a AtomicBool,
+    /// What there is to tell of the command that the VM waits for.
+    notes: &'a NoteReceiver<Note>,
+}
+
 /// Receives on a thread of its own, while this one shows progress and heeds signals.
 fn watch(
     receiver: &Receiver,
     listener: &Listener,
     destination: &mut SnapshotDestination,
-    stop: &AtomicBool,
+    inbox: Inbox<'_>,
     output: &mut Output,
 ) -> Result<Received, ReceiveError> {
     thread::scope(|scope| {
@@ -105,13 +120,15 @@ fn watch(
         let mut rate = Rate::new();
         let mut asked = false;
         while !receiving.is_finished() {
-            if !asked && stop.load(Ordering::Relaxed) {
+            if !asked && inbox.stop.load(Ordering::Relaxed) {
                 asked = true;
                 give_up(&handle, output);
             }
+            inbox.notes.try_iter().for_each(|note| note.tell(output));
             tell_progress(&handle, &mut rate, output);
             thread::sleep(TICK);
         }
+        inbox.notes.try_iter().for_each(|note| note.tell(output));
         receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
