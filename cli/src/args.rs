@@ -187,7 +187,8 @@ pub(crate) struct SendArguments {
     /// What to do when it takes longer.
     #[arg(long, default_value = "cancel", value_name = "WHAT")]
     pub(crate) timeout_strategy: Strategy,
-    /// Most bytes of memory a second, a number with K, M or G behind it [default: as many as go].
+    /// Most bytes of memory a second while the VM may run, a number with K, M or G behind it; what is left when the time is up
+    /// goes as fast as it can [default: as many as go].
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) bandwidth: Option<u64>,
     /// Send holes and zero pages, too: for a receiver whose memory does not read zero. So it is done anyway where DIR's

@@ -539,7 +539,7 @@ fn a_source_that_falls_silent_is_given_up() {
     });
     assert!(begun.elapsed() < 2 * SECOND);
     let text = received.unwrap_err().to_string();
-    assert_eq!(text, "Source was silent for 0.2 s after Config");
+    assert!(text.starts_with("Source was silent for ") && text.ends_with(" s after Config"), "{text}");
 }
 
 #[test]
