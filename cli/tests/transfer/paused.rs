@@ -290,6 +290,18 @@ fn a_signal_ends_the_command_too() {
 }
 
 #[test]
+fn a_signal_that_comes_twice_at_once_asks_once() {
+    for _ in 0..5 {
+        let out = Place::new();
+        let (receiver, _) = Tool::receive("tcp:127.0.0.1:0", &out.path("into"), &[]);
+        receiver.signal("-TERM");
+        receiver.signal("-TERM");
+        receiver.end().failed(130, "stopped here");
+        assert!(is_empty(out.root()));
+    }
+}
+
+#[test]
 fn a_second_signal_ends_the_tool_at_once_and_what_it_leaves_is_cleared_up() {
     let notes = Place::new();
     let begun = notes.path("begun");
