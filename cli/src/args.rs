@@ -101,9 +101,10 @@ pub(crate) struct ReceiveArguments {
     #[arg(long)]
     pub(crate) checkpoint: bool,
     /// Run CMD in a shell while the VM is paused and its disks are quiet: the place to snapshot them. DIR's path to be is
-    /// in VFIO_MIGRATE_INTO. When CMD fails, nothing is kept and the source's VM runs on. CMD ends with vfio-migrate: it and
-    /// what it started get a SIGTERM, and 2 s later a SIGKILL, when its time is over, when the source goes away, and when
-    /// vfio-migrate is given up or killed.
+    /// in VFIO_MIGRATE_INTO. When CMD fails or its time is over, when the source goes away, and when vfio-migrate is given
+    /// up or killed, nothing is kept and the source's VM runs on: CMD and what it started get a SIGTERM, 2 s later a
+    /// SIGKILL, and 1 s later the VM waits no longer. Out of reach is what makes a session or a process group of its own,
+    /// such as setsid, or sudo with use_pty, and what runs as another user.
     #[arg(long, value_name = "CMD")]
     pub(crate) on_paused: Option<OsString>,
     /// Longest that CMD may take, in seconds, for the VM stands still meanwhile. A source may have less patience; Cloud
