@@ -162,10 +162,7 @@ impl PausedCommand {
         let reason = loop {
             match running.poll().map_err(failed)? {
                 Some(status) if status.success() => return running.leave().map_err(failed),
-                Some(status) => {
-                    running.leave().map_err(failed)?;
-                    return Err(CommandError::Failed { command: self.command.clone(), status });
-                }
+                Some(status) => break CommandError::Failed { command: self.command.clone(), status },
                 None => {}
             }
             if let Some(reason) = self.reason_to_end(begun) {

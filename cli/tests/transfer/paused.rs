@@ -235,6 +235,21 @@ fn what_a_command_leaves_running_runs_on() {
     assert!(note.exists());
 }
 
+#[test]
+fn what_a_command_that_fails_leaves_running_is_ended() {
+    let beating = Beating::new();
+    let started = beating.place.path("beats");
+    let command = format!(
+        "({}) & while ! [ -s '{}' ]; do sleep 0.01; done; exit 3",
+        beating.command,
+        started.display()
+    );
+    let target = Target::new(&["--on-paused", &command]);
+    assert_eq!(target.tell(&migration(WRITABLE)).1, Some(ERROR));
+    target.end().0.failed(4, "exit status: 3");
+    beating.ends(Duration::ZERO);
+}
+
 /// What runs a program as nobody, and what makes a program that nobody runs one of root, in `place`.
 ///
 /// That takes root, and a file system that heeds set-user-ID bits.
