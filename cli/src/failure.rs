@@ -7,8 +7,8 @@ use std::io;
 
 use vfio_migration::migratable::MigratableDeviceError;
 use vfio_migration::snapshot::{
-    ApplyError, ChainError, CompareError, DestinationError, FileError, OpenError, SealError, SourceError,
-    StagingError, SubtractError, VerifyError, WriteError,
+    ApplyError, ChainError, CompareError, DestinationError, FileError, OpenError, STATE_FILE, SealError,
+    SourceError, StagingError, SubtractError, VerifyError, WriteError,
 };
 use vfio_migration::transfer::connection::ConnectionError;
 use vfio_migration::transfer::receive::ReceiveError;
@@ -18,6 +18,9 @@ use vfio_migration_integration::demo::chain;
 
 use crate::exit::Exit;
 use crate::on_paused::CommandError;
+
+/// Sets how long a State may be.
+const STATE_LIMIT: &str = "--state-limit";
 
 /// Why a command did not do what it was told.
 #[derive(Debug)]
@@ -112,6 +115,13 @@ impl Class for OpenError {
             _ => Exit::Verification,
         }
     }
+
+    fn option(&self) -> Option<&'static str> {
+        match self {
+            Self::File(FileError::TooLarge { path, .. }) if path.ends_with(STATE_FILE) => Some(STATE_LIMIT),
+            _ => None,
+        }
+    }
 }
 
 impl Class for ChainError {
@@ -120,6 +130,10 @@ impl Class for ChainError {
             Self::Open(error) => error.exit(),
             _ => Exit::Usage,
         }
+    }
+
+    fn option(&self) -> Option<&'static str> {
+        if let Self::Open(error) = self { error.option() } else { None }
     }
 }
 
@@ -160,6 +174,10 @@ impl Class for SealError {
             _ => Exit::Io,
         }
     }
+
+    fn option(&self) -> Option<&'static str> {
+        if let Self::Open(error) = self { error.option() } else { None }
+    }
 }
 
 impl Class for CommandError {
@@ -197,7 +215,7 @@ impl Class for ReceiveError {
     fn option(&self) -> Option<&'static str> {
         match self {
             Self::Idle { .. } => Some("--idle-timeout"),
-            Self::TooLong { name: "state_bytes", .. } => Some("--state-limit"),
+            Self::TooLong { name: "state_bytes", .. } => Some(STATE_LIMIT),
             Self::Connections { .. } => Some("--connections"),
             _ => None,
         }

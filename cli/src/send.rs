@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use indicatif::HumanBytes;
 use vfio_migration::migratable::MigratableDevice;
-use vfio_migration::snapshot::{Limits, SnapshotDir, SnapshotSource};
+use vfio_migration::snapshot::{SnapshotDir, SnapshotSource};
 use vfio_migration::transfer::tls::ClientTls;
 use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
 
@@ -36,7 +36,8 @@ pub(crate) fn send(arguments: &SendArguments) -> ExitCode {
 
 fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Failure> {
     let stop = stop_flag()?;
-    let mut source = SnapshotSource::new(SnapshotDir::open(&arguments.from, &Limits::default())?)?;
+    let dir = SnapshotDir::open(&arguments.from, &arguments.state.of_snapshot())?;
+    let mut source = SnapshotSource::new(dir)?;
     let sender = Sender::new(options(arguments, &source)?);
     let mut machine = MigratableDevice::builder("snapshot", source.layout().clone()).build()?;
     Ok(watch(&sender, &mut source, &mut machine, &stop, output)?)
