@@ -115,7 +115,7 @@ pub(crate) struct ReceiveArguments {
     /// Take a VM with writable disks though nothing is done about them.
     #[arg(long)]
     pub(crate) memory_only: bool,
-    /// Keep only what differs from the snapshot DIR; several, the full one first, where it is a differential itself.
+    /// Keep only what differs from the snapshot DIR; repeated, the full one first, where it is a differential itself.
     #[arg(long, value_name = "DIR")]
     pub(crate) base: Vec<PathBuf>,
     /// Mutual TLS, with ca-cert.pem, server-cert.pem and server-key.pem from DIR.
@@ -319,7 +319,7 @@ pub(crate) struct DiffArguments {
     pub(crate) first: PathBuf,
     /// The other one.
     pub(crate) second: PathBuf,
-    /// What lies below those of the two that are differentials; several, the full one first.
+    /// What lies below those of the two that are differentials; repeated, the full one first.
     #[arg(long, value_name = "DIR")]
     pub(crate) base: Vec<PathBuf>,
     /// Print one JSON object.
@@ -332,7 +332,7 @@ pub(crate) struct CreateArguments {
     /// The snapshot to take it from.
     #[arg(long, value_name = "DIR")]
     pub(crate) from: PathBuf,
-    /// The snapshot to differ from; several, the full one first, where it is a differential itself.
+    /// The snapshot to differ from; repeated, the full one first, where it is a differential itself.
     #[arg(long, required = true, value_name = "DIR")]
     pub(crate) base: Vec<PathBuf>,
     /// The differential to be: absent, or an empty directory.

@@ -6,6 +6,7 @@ use std::error::Error;
 use std::io;
 
 use vfio_migration::migratable::MigratableDeviceError;
+use vfio_migration::precopy::CancelReason;
 use vfio_migration::snapshot::{
     ApplyError, ChainError, CompareError, DestinationError, FileError, OpenError, STATE_FILE, SealError,
     SourceError, StagingError, SubtractError, VerifyError, WriteError,
@@ -21,6 +22,9 @@ use crate::on_paused::CommandError;
 
 /// Sets how long a State may be.
 const STATE_LIMIT: &str = "--state-limit";
+
+/// What makes a manifest.
+const SEAL: &str = "`snapshot seal` gives it one, of what it is now";
 
 /// Why a command did not do what it was told.
 #[derive(Debug)]
@@ -38,12 +42,18 @@ trait Class: Error {
     fn option(&self) -> Option<&'static str> {
         None
     }
+
+    /// What to do about it, where the error cannot know how that is asked for here.
+    fn remedy(&self) -> Option<&'static str> {
+        None
+    }
 }
 
 impl<E: Class> From<E> for Failure {
     fn from(error: E) -> Self {
         let option = error.option().map(|option| format!(" ({option} sets the limit)"));
-        let message = chain(&error) + &option.unwrap_or_default();
+        let remedy = error.remedy().map(|remedy| format!(" ({remedy})"));
+        let message = chain(&error) + &option.or(remedy).unwrap_or_default();
         Self { exit: error.exit(), message }
     }
 }
@@ -144,9 +154,17 @@ impl Class for VerifyError {
             _ => Exit::Io,
         }
     }
+
+    fn remedy(&self) -> Option<&'static str> {
+        matches!(self, Self::NoManifest { .. }).then_some(SEAL)
+    }
 }
 
 impl Class for ApplyError {
+    fn remedy(&self) -> Option<&'static str> {
+        matches!(self, Self::NoManifest { .. }).then_some(SEAL)
+    }
+
     fn exit(&self) -> Exit {
         match self {
             Self::NoManifest { .. } => Exit::Usage,
@@ -197,6 +215,11 @@ impl Class for DestinationError {
             _ => Exit::Peer,
         }
     }
+
+    fn remedy(&self) -> Option<&'static str> {
+        let disks = matches!(self, Self::WritableDisks { .. });
+        disks.then_some("--on-paused CMD snapshots them, --memory-only leaves them as they are")
+    }
 }
 
 impl Class for ReceiveError {
@@ -220,6 +243,11 @@ impl Class for ReceiveError {
             _ => None,
         }
     }
+
+    fn remedy(&self) -> Option<&'static str> {
+        let Self::Destination { source, .. } = self else { return None };
+        source.downcast_ref::<DestinationError>()?.remedy()
+    }
 }
 
 impl Class for SendError {
@@ -238,6 +266,7 @@ impl Class for SendError {
         match self {
             Self::Peer { step: SendStep::Start | SendStep::Complete, .. } => None,
             Self::Peer { source: PeerError::Silent { .. }, .. } => Some("--idle-timeout"),
+            Self::GivenUp(CancelReason::TimedOut { .. }) => Some("--timeout-s"),
             _ => None,
         }
     }

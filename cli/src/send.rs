@@ -12,9 +12,11 @@ use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::snapshot::{SnapshotDir, SnapshotSource};
 use vfio_migration::transfer::tls::ClientTls;
 use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+use vfio_migration_integration::demo::chain;
 
 use crate::args::SendArguments;
 use crate::event::Event;
+use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::signals::stop_flag;
@@ -40,7 +42,17 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Fail
     let mut source = SnapshotSource::new(dir)?;
     let sender = Sender::new(options(arguments, &source)?);
     let mut machine = MigratableDevice::builder("snapshot", source.layout().clone()).build()?;
-    Ok(watch(&sender, &mut source, &mut machine, &stop, output)?)
+    watch(&sender, &mut source, &mut machine, &stop, output).map_err(failure)
+}
+
+/// A stored VM stays what it is: nothing is to be resumed or ended here.
+fn failure(error: SendError) -> Failure {
+    let SendError::OutcomeUnknown { source } = error else { return error.into() };
+    let message = format!(
+        "Outcome unknown: receiver did not answer whether it runs the VM; look there before it is sent again: {}",
+        chain(&source)
+    );
+    Failure { exit: Exit::OutcomeUnknown, message }
 }
 
 fn options(arguments: &SendArguments, source: &SnapshotSource) -> Result<SendOptions, Failure> {

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use indicatif::HumanBytes;
 use serde::Serialize;
 use vfio_migration::snapshot::{
-    Chain, ChainError, Description, Differences, Digest, Kind, Limits, OpenError, Report, apply, compare,
-    describe, seal, subtract, verify,
+    Chain, ChainError, Description, Differences, Digest, Kind, Limits, MANIFEST_FILE, OpenError, Report,
+    apply, compare, describe, seal, subtract, verify,
 };
 
 use crate::args::{ApplyArguments, CreateArguments, DiffArguments, SnapshotArguments, SnapshotCommand};
@@ -143,6 +143,10 @@ fn flatten(arguments: &ApplyArguments, limits: &Limits, output: &mut Output) -> 
 }
 
 fn name(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    let sealed = dir.join(MANIFEST_FILE).exists();
     let digest = seal(dir, limits)?;
+    if sealed {
+        output.remark("It has had a manifest, which stays; `snapshot verify` tells whether it is true");
+    }
     Ok(Written { path: dir, digest }.tell(output))
 }

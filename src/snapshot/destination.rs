@@ -32,7 +32,7 @@ const READ_BYTES: usize = 256 << 10;
 pub enum DestinationError {
     /// The disks would go on changing, or be out of step with the memory.
     #[error(
-        "VM writes to {}, which a snapshot of memory and state leaves out: snapshot them while the VM is paused, or ask for the memory alone",
+        "VM writes to {}, which a snapshot of memory and state leaves out",
         listed(.disks)
     )]
     WritableDisks {

@@ -77,7 +77,7 @@ fn what_the_operator_has_to_know_is_said() {
 fn a_vm_with_writable_disks_is_refused_unless_they_are_seen_to() {
     let target = Target::new(&[]);
     assert_eq!(target.tell(&migration(WRITABLE)).1, Some(ERROR));
-    target.refuses("VM writes to root.raw");
+    target.refuses("--memory-only leaves them as they are");
     for (options, config) in
         [(&["--memory-only"][..], WRITABLE), (&["--on-paused", "true"], WRITABLE), (&[], READ_ONLY)]
     {
