@@ -35,7 +35,11 @@ fn announced() -> Announced {
 }
 
 fn state() -> String {
-    let memory = r#"{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":25165824}]}}"#;
+    state_of(MEMORY_BYTES)
+}
+
+fn state_of(bytes: u64) -> String {
+    let memory = format!(r#"{{\"memory_ranges\":{{\"data\":[{{\"gpa\":0,\"length\":{bytes}}}]}}}}"#);
     let child = format!(r#"{{"snapshots":{{}},"snapshot_data":{{"state":"{memory}"}}}}"#);
     format!(r#"{{"snapshots":{{"memory-manager":{child}}},"snapshot_data":null}}"#)
 }
@@ -143,6 +147,16 @@ fn child_fills_the_disk() {
     let error = writer.fill(ram(), &mut io::repeat(1)).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{error}");
     let error = writer.finish(CONFIG, state().as_bytes()).unwrap_err();
+    assert!(error.to_string().starts_with("Cannot write memory-ranges of "), "{error}");
+    assert!(entries(&parent).is_empty());
+
+    // Of the pages that are lost the VM has unplugged some by the end; which, the error does not say.
+    let layout = announced().layout().clone();
+    let unplugged = GpaRange::from_bounds(1 << 20, MEMORY_BYTES).unwrap();
+    let announced = Announced::with_hotpluggable(layout, &[unplugged], &Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(&target, announced, Limits::default()).unwrap();
+    writer.fill(unplugged, &mut io::repeat(1)).unwrap_err();
+    let error = writer.finish(CONFIG, state_of(1 << 20).as_bytes()).unwrap_err();
     assert!(error.to_string().starts_with("Cannot write memory-ranges of "), "{error}");
     assert!(entries(&parent).is_empty());
 }

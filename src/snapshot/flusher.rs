@@ -125,7 +125,8 @@ impl Flusher {
         Self::with(Box::new(move || file.sync_data()))
     }
 
-    fn with(sync: Sync) -> io::Result<Self> {
+    /// Starts a thread that calls `sync`.
+    pub(super) fn with(sync: Sync) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let of_thread = Arc::clone(&shared);
         let thread = Builder::new().name("snapshot-flush".into()).spawn(move || of_thread.run(&sync))?;

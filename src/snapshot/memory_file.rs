@@ -191,15 +191,34 @@ impl MemoryFile {
     /// # Errors
     /// Bytes handed to [`MemoryFile::fill`], now or earlier, could not be written.
     pub(super) fn finish(self) -> io::Result<BlockTable> {
-        if self.failed.load(Ordering::Relaxed) {
-            return Err(io::Error::other("Some pages could not be written"));
-        }
+        self.check_written()?;
         // The disk works while the last blocks are hashed.
         self.flusher.hurry();
         let digests = self.digests(parallel::processors())?;
         self.flusher.finish()?;
         self.file.sync_all()?;
         Ok(BlockTable { block_bytes: self.block_bytes as u64, digests })
+    }
+
+    /// Fails if bytes handed to [`MemoryFile::fill`] could not be written.
+    pub(super) fn check_written(&self) -> io::Result<()> {
+        match self.failed.load(Ordering::Relaxed) {
+            true => Err(io::Error::other("Some pages could not be written")),
+            false => Ok(()),
+        }
+    }
+
+    /// Ends the file, of which everything that is wanted was read back.
+    ///
+    /// Pages that the disk did not take may be dropped from memory and read back as zeros; only a sync after the last read
+    /// tells. It takes no longer than what writers may be ahead of the disk does.
+    ///
+    /// # Errors
+    /// Bytes could not be written, so what was read back may be wrong.
+    pub(super) fn give_up(self) -> io::Result<()> {
+        self.check_written()?;
+        self.flusher.finish()?;
+        self.file.sync_data()
     }
 
     /// Hashes what was written in part since it was hashed, on at most so many threads, and returns the digests of all blocks.
@@ -305,6 +324,31 @@ mod tests {
             prop_assert_eq!(memory.digests(threads).unwrap(), naive.clone());
             prop_assert!(memory.cells.iter().all(|cell| cell.lock().unwrap().iter().all(|block| block.unhashed == 0)));
             prop_assert_eq!(memory.finish().unwrap().digests, naive);
+        }
+    }
+
+    fn fill(memory: &MemoryFile) {
+        memory.fill(GpaRange::new(0, BYTES).unwrap(), from_stream(&mut io::repeat(7))).unwrap();
+    }
+
+    #[test]
+    fn what_was_read_back_of_a_file_that_lost_pages_is_not_trusted() {
+        let lost = || Err(io::Error::from(Errno::IO));
+        for end in [|memory: MemoryFile| memory.finish().map(drop), MemoryFile::give_up] {
+            let whole = memory_file();
+            fill(&whole);
+            end(whole).unwrap();
+
+            let mut unsynced = memory_file();
+            unsynced.flusher = Flusher::with(Box::new(lost)).unwrap();
+            fill(&unsynced);
+            unsynced.hurry();
+            assert_eq!(end(unsynced).unwrap_err().raw_os_error(), Some(Errno::IO.raw_os_error()));
+
+            let unwritten = memory_file();
+            unwritten.failed.store(true, Ordering::Relaxed);
+            assert!(unwritten.check_written().is_err());
+            assert!(end(unwritten).is_err());
         }
     }
 

@@ -208,11 +208,8 @@ impl SnapshotWriter {
         let placement = announced.settle(&state, memory.placement(), &limits)?;
         let state = state.relist(&placement)?;
         let page = announced.layout.host_page();
-        let memory = if placement == *memory.placement() {
-            memory
-        } else {
-            shrink(&staged, &memory, placement, page)?
-        };
+        let memory =
+            if placement == *memory.placement() { memory } else { shrink(&staged, memory, placement, page)? };
         let blocks = memory.finish().map_err(|source| staged.write_error(MEMORY_FILE, source))?;
         let manifest = Manifest { aliases, ..Manifest::of_full(page, config, &state, blocks) };
         Ok(publish(staged, config, &state, &manifest)?)
@@ -247,12 +244,15 @@ fn memory_file(
 /// Leaves out the memory that `placement` leaves out.
 fn shrink(
     staged: &StagedDir,
-    memory: &MemoryFile,
+    memory: MemoryFile,
     placement: Placement,
     page: Granule,
 ) -> Result<MemoryFile, StagingError> {
+    let lost = |source| staged.write_error(MEMORY_FILE, source);
+    memory.check_written().map_err(lost)?;
     let smaller = memory_file(staged, WORK_FILE, placement, page)?;
     memory.copy_to(&smaller).map_err(|source| staged.write_error(WORK_FILE, source))?;
+    memory.give_up().map_err(lost)?;
     staged.replace_file(WORK_FILE, MEMORY_FILE)?;
     Ok(smaller)
 }
