@@ -145,13 +145,19 @@ impl DifferentialWriter {
         self.announced.settle(state, self.pages.placement(), &self.limits).map(drop)
     }
 
+    /// Begins to bring to disk what was written until now; does not wait for it.
+    pub(super) fn hurry(&self) {
+        self.pages.hurry();
+    }
+
     pub(super) fn complete(self, config: &VmConfig, state: VmState) -> Result<Digest, WriteError> {
         let Self { staged, announced, base, pages, limits } = self;
         let memory = announced.settle(&state, pages.placement(), &limits)?;
         let state = state.relist(&memory)?;
         let into = staged.make_file(CHANGES_FILE, 0)?;
         let settled = pages.settle(&memory, &into).map_err(|error| match error {
-            SettleError::Io(source) => staged.write_error(CHANGES_FILE, source).into(),
+            SettleError::Work(source) => staged.write_error(WORK_FILE, source).into(),
+            SettleError::Copy(source) => staged.write_error(CHANGES_FILE, source).into(),
             SettleError::Placement(source) => WriteError::Placement(source),
         })?;
         staged.remove_file(WORK_FILE)?;
