@@ -27,8 +27,8 @@ pub(super) trait Partial: Sized {
     /// What its writer locks.
     fn file(&self) -> &File;
 
-    /// Removes it, which is `name` in `parent`. With anything in it that no writer makes, it stays.
-    fn remove(&self, parent: &Directory, name: &OsStr) -> io::Result<()>;
+    /// Removes it, which is `name` in `parent`. With anything in it that no writer makes, it stays whole.
+    fn remove_leftover(&self, parent: &Directory, name: &OsStr) -> io::Result<()>;
 }
 
 impl Partial for File {
@@ -45,7 +45,7 @@ impl Partial for File {
         self
     }
 
-    fn remove(&self, parent: &Directory, name: &OsStr) -> io::Result<()> {
+    fn remove_leftover(&self, parent: &Directory, name: &OsStr) -> io::Result<()> {
         parent.remove_file(name)
     }
 }
@@ -113,6 +113,6 @@ pub(super) fn remove_dead<T: Partial>(opened: &T, parent: &Directory, name: &OsS
     if !parent.is_named(opened.file(), name)? {
         return Ok(false);
     }
-    opened.remove(parent, name)?;
+    opened.remove_leftover(parent, name)?;
     Ok(true)
 }

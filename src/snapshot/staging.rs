@@ -87,6 +87,19 @@ impl Partial for Staged {
         self.0.file()
     }
 
+    fn remove_leftover(&self, parent: &Directory, name: &OsStr) -> io::Result<()> {
+        for file in self.0.names()? {
+            // Whoever put it there may want the rest, too.
+            if !FILES.iter().any(|ours| file == *ours) || !self.0.is_file(&file)? {
+                return Err(ErrorKind::DirectoryNotEmpty.into());
+            }
+        }
+        self.remove(parent, name)
+    }
+}
+
+impl Staged {
+    /// Removes what writers make in it, and itself, which is `name` in `parent`, if nothing else is in it.
     fn remove(&self, parent: &Directory, name: &OsStr) -> io::Result<()> {
         for file in FILES {
             match self.0.remove_file(file.as_ref()) {
@@ -327,13 +340,19 @@ mod tests {
         let foreign = dir.path().join(".snapshot.partial-fedcba9876543210");
         fs::create_dir(&foreign).unwrap();
         fs::write(foreign.join("diary"), "dear").unwrap();
+        fs::write(foreign.join(MEMORY_FILE), "pages").unwrap();
+        let no_file = dir.path().join(".snapshot.partial-00000000deadbeef");
+        fs::create_dir_all(no_file.join(WORK_FILE)).unwrap();
+        fs::write(no_file.join(MEMORY_FILE), "pages").unwrap();
         let other = dir.path().join(".snapshot.partial-notes");
         fs::create_dir(&other).unwrap();
 
         let living = StagedDir::create(&target).unwrap();
         let second = StagedDir::create(&target).unwrap();
         assert!(!dead.exists());
-        assert!(foreign.join("diary").exists() && other.exists());
+        assert_eq!(names(&foreign), ["diary", MEMORY_FILE], "not touched");
+        assert_eq!(names(&no_file), [MEMORY_FILE, WORK_FILE], "not touched");
+        assert!(other.exists());
         assert!([&living, &second].iter().all(|staged| dir.path().join(&staged.temporary).exists()));
         living.publish().unwrap();
         second.write_file(CONFIG_FILE, b"second").unwrap();
