@@ -12,7 +12,7 @@ use thiserror::Error;
 
 use super::blocks::{BlockHasher, BlockTable, block_bytes_for, is_zero};
 use super::differential::Chain;
-use super::feed::Feed;
+use super::feed::{Feed, FeedError};
 use super::flusher::Flusher;
 use super::limits::Limits;
 use super::placement::{Extent, Placement, PlacementError};
@@ -100,15 +100,16 @@ impl ChangedPages {
         &self,
         range: GpaRange,
         read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
-    ) -> io::Result<()> {
+    ) -> Result<(), FeedError> {
         if !self.page.is_aligned(range.start()) || !self.page.is_aligned(range.end()) {
-            return Err(io::Error::new(ErrorKind::InvalidInput, PartialPage { range }));
+            let refused = io::Error::new(ErrorKind::InvalidInput, PartialPage { range });
+            return Err(FeedError::Read(refused));
         }
         let mut before = Vec::new();
         self.feed.run(range, read, |piece, bytes| {
+            let stored = self.store(piece, bytes, &mut before);
             // Waiting for the disk comes after, with no cell locked.
-            let stored =
-                self.store(piece, bytes, &mut before).and_then(|written| self.flusher.wrote(written));
+            let stored = stored.and_then(|written| self.flusher.wrote(written).map_err(FeedError::Write));
             stored.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
         })
     }
@@ -139,10 +140,10 @@ impl ChangedPages {
     }
 
     /// Writes the pages that differ and are not zero; returns how many bytes that are.
-    fn store(&self, piece: Extent, bytes: &[u8], before: &mut Vec<u8>) -> io::Result<u64> {
+    fn store(&self, piece: Extent, bytes: &[u8], before: &mut Vec<u8>) -> Result<u64, FeedError> {
         if let Some(base) = &self.base {
             before.resize(bytes.len(), 0);
-            base.read(piece.range, before)?;
+            base.read(piece.range, before).map_err(FeedError::Read)?;
         }
         let page_bytes = index(self.page.bytes());
         let mut cell = self.lock(piece);
@@ -156,13 +157,13 @@ impl ChangedPages {
             cell.data = with_bit(cell.data, bit, !same && !zero);
             cell.zero = with_bit(cell.zero, bit, zero);
             if same || zero {
-                written += self.write_run(piece.offset, bytes, run)?;
+                written += self.write_run(piece.offset, bytes, run).map_err(FeedError::Write)?;
                 run = page.end..page.end;
             } else {
                 run.end = page.end;
             }
         }
-        written += self.write_run(piece.offset, bytes, run)?;
+        written += self.write_run(piece.offset, bytes, run).map_err(FeedError::Write)?;
         Ok(written)
     }
 

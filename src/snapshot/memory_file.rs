@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use super::blocks::{BlockTable, block_bytes_for, is_zero};
 use super::digest::Digest;
-use super::feed::Feed;
+use super::feed::{Feed, FeedError};
 use super::flusher::Flusher;
 use super::parallel;
 use super::placement::{Extent, Placement};
@@ -83,11 +83,11 @@ impl MemoryFile {
         &self,
         range: GpaRange,
         read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
-    ) -> io::Result<()> {
+    ) -> Result<(), FeedError> {
         self.feed.run(range, read, |piece, bytes| {
             // Waiting for the disk comes after, with no cell locked.
             let stored = self.store(piece, bytes).and_then(|written| self.flusher.wrote(written));
-            stored.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
+            stored.inspect_err(|_| self.failed.store(true, Ordering::Relaxed)).map_err(FeedError::Write)
         })
     }
 
@@ -246,9 +246,9 @@ impl MemoryFile {
     }
 
     /// Writes the memory of `kept`, whose every range this file holds, to `into`, which holds no other.
-    pub(super) fn copy_to(&self, into: &Self) -> io::Result<()> {
+    pub(super) fn copy_to(&self, into: &Self) -> Result<(), FeedError> {
         for part in super::files::data_parts(&self.file, self.placement().bytes()) {
-            let part = part?;
+            let part = part.map_err(FeedError::Read)?;
             for range in self.placement().gpas(part.start, part.end - part.start) {
                 for kept in into.placement().locate(range) {
                     into.fill(kept.range, |piece, buffer| self.read(piece, buffer))?;
