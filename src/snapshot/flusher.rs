@@ -21,8 +21,8 @@ const MISSING_BYTES: RangeInclusive<u64> = 2 * FLUSH_BYTES..=1 << 30;
 /// How long the disk may take for what is missing.
 const CATCH_UP: Duration = Duration::from_millis(250);
 
-/// What syncs the bytes of a file.
-type Sync = Box<dyn Fn() -> io::Result<()> + Send>;
+/// What brings the bytes of a file to disk.
+type SyncBytes = Box<dyn Fn() -> io::Result<()> + Send>;
 
 #[derive(Debug)]
 struct State {
@@ -86,7 +86,7 @@ impl Shared {
     }
 
     /// Syncs whenever it is due, until it is over or a sync fails.
-    fn run(&self, sync: &Sync) {
+    fn run(&self, sync: &SyncBytes) {
         let mut failed = false;
         while !failed && self.await_due() {
             let begun = Instant::now();
@@ -127,7 +127,7 @@ impl Flusher {
     }
 
     /// Starts a thread that calls `sync`.
-    pub(super) fn with(sync: Sync) -> io::Result<Self> {
+    pub(super) fn with(sync: SyncBytes) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let of_thread = Arc::clone(&shared);
         let thread = Builder::new().name("snapshot-flush".into()).spawn(move || of_thread.run(&sync))?;
