@@ -270,10 +270,12 @@ impl Store {
         }
     }
 
-    /// Lets the disk work while whatever is done with the paused VM is done. A differential has nothing in its order yet.
+    /// Lets the disk work while whatever is done with the paused VM is done.
     fn hurry(&self) {
-        if let Some(Writer::Full(writer)) = &*self.writer.read().unwrap_or_else(PoisonError::into_inner) {
-            writer.hurry();
+        match &*self.writer.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(Writer::Full(writer)) => writer.hurry(),
+            Some(Writer::Differential(writer)) => writer.hurry(),
+            None => {}
         }
     }
 

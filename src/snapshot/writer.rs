@@ -10,7 +10,7 @@ use vm_memory::GuestMemoryBackend;
 
 use super::digest::Digest;
 use super::document::{DocumentError, VmConfig};
-use super::feed::{from_memory, from_stream};
+use super::feed::{FeedError, from_memory, from_stream};
 use super::files::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 use super::limits::Limits;
 use super::manifest::Manifest;
@@ -160,7 +160,7 @@ impl SnapshotWriter {
     /// # Errors
     /// `range` is not all RAM, `from` fails or ends early, or the disk is full. Part of the bytes may be written.
     pub fn fill(&self, range: GpaRange, from: &mut dyn Read) -> io::Result<()> {
-        self.memory.fill(range, from_stream(from))
+        self.memory.fill(range, from_stream(from)).map_err(|error| self.fill_error(error))
     }
 
     /// Writes `ranges` of guest memory.
@@ -172,7 +172,12 @@ impl SnapshotWriter {
         ranges: impl IntoIterator<Item = GpaRange>,
         memory: &M,
     ) -> io::Result<()> {
-        ranges.into_iter().try_for_each(|range| self.memory.fill(range, from_memory(memory)))
+        let filled = ranges.into_iter().try_for_each(|range| self.memory.fill(range, from_memory(memory)));
+        filled.map_err(|error| self.fill_error(error))
+    }
+
+    fn fill_error(&self, error: FeedError) -> io::Error {
+        error.into_io(|source| self.staged.write_error(MEMORY_FILE, source))
     }
 
     /// Completes the snapshot with the texts of `config.json` and `state.json` and moves it to its name, safe on disk.
@@ -208,11 +213,8 @@ impl SnapshotWriter {
         let placement = announced.settle(&state, memory.placement(), &limits)?;
         let state = state.relist(&placement)?;
         let page = announced.layout.host_page();
-        let memory = if placement == *memory.placement() {
-            memory
-        } else {
-            shrink(&staged, &memory, placement, page)?
-        };
+        let memory =
+            if placement == *memory.placement() { memory } else { shrink(&staged, memory, placement, page)? };
         let blocks = memory.finish().map_err(|source| staged.write_error(MEMORY_FILE, source))?;
         let manifest = Manifest { aliases, ..Manifest::of_full(page, config, &state, blocks) };
         Ok(publish(staged, config, &state, &manifest)?)
@@ -247,12 +249,18 @@ fn memory_file(
 /// Leaves out the memory that `placement` leaves out.
 fn shrink(
     staged: &StagedDir,
-    memory: &MemoryFile,
+    memory: MemoryFile,
     placement: Placement,
     page: Granule,
 ) -> Result<MemoryFile, StagingError> {
+    let lost = |source| staged.write_error(MEMORY_FILE, source);
+    memory.check_written().map_err(lost)?;
     let smaller = memory_file(staged, WORK_FILE, placement, page)?;
-    memory.copy_to(&smaller).map_err(|source| staged.write_error(WORK_FILE, source))?;
+    memory.copy_to(&smaller).map_err(|error| match error {
+        FeedError::Read(source) => lost(source),
+        FeedError::Write(source) => staged.write_error(WORK_FILE, source),
+    })?;
+    memory.give_up().map_err(lost)?;
     staged.replace_file(WORK_FILE, MEMORY_FILE)?;
     Ok(smaller)
 }
