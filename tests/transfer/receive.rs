@@ -560,6 +560,21 @@ fn an_idle_main_connection_lives_by_the_others() {
 }
 
 #[test]
+fn a_slow_store_is_not_mistaken_for_a_silent_source() {
+    let limits = Limits { idle_timeout: Duration::from_millis(200), ..quick() };
+    let mut vmm = Vmm { store: Some(Difficult::new(Some(Duration::from_millis(600)))), ..Vmm::new() };
+    let (received, ()) = receive_on_tcp(limits, &mut vmm, |listener| {
+        let mut main = Peer::to(listener);
+        main.begin();
+        let mut additional = Peer::to(listener);
+        announce(&mut additional);
+        assert_eq!(additional.ask(&memory(&[(0, &[1; 4096])])), Some(1));
+        main.end();
+    });
+    assert_eq!(received.unwrap().memory_messages, 1);
+}
+
+#[test]
 fn a_source_that_stalls_or_trickles_in_mid_message_is_given_up() {
     let limits = Limits { pace: Pace { window: Duration::from_millis(200), bytes: 4096 }, ..quick() };
     for trickles in [false, true] {

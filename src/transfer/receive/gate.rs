@@ -126,6 +126,11 @@ impl Gate {
         Ok(Ticket { gate: self, store, done: false })
     }
 
+    /// Whether a Memory is under way on an additional connection.
+    pub(super) fn is_taking_memory(&self) -> bool {
+        self.lock().under_way > 0
+    }
+
     /// Waits until no Memory is under way on an additional connection.
     ///
     /// Each of them keeps the pace or fails, so the wait ends.

@@ -176,7 +176,9 @@ impl Session<'_> {
         }
     }
 
-    /// Waits for a request's head as long as bytes arrive on any connection.
+    /// Waits for a request's head as long as bytes arrive on any connection, or Memory is under way on another one.
+    ///
+    /// That one keeps a pace of its own while it waits for the source, and is quiet for as long as the store needs.
     fn await_head(&mut self) -> Result<[u8; HEADER_BYTES], ReceiveError> {
         let Context { gate, roster, limits } = self.context;
         let (mut bytes, mut since) = (roster.received_bytes(), Instant::now());
@@ -191,7 +193,7 @@ impl Session<'_> {
                 Head::Silence => {}
             }
             let now = roster.received_bytes();
-            if now != bytes {
+            if now != bytes || gate.is_taking_memory() {
                 (bytes, since) = (now, Instant::now());
             } else if since.elapsed() >= limits.idle_timeout {
                 return Err(ReceiveError::Idle { waited: since.elapsed(), step: self.step });
