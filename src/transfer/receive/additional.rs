@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::error::{Part, ReceiveError};
+use super::error::{Part, ReceiveError, Step};
 use super::gate::Ticket;
 use super::message::{answer, decode, refuse, take_memory};
 use super::roster::Entry;
@@ -13,7 +13,8 @@ use super::session::{Context, TICK};
 use crate::transfer::connection::{Connection, Head};
 use crate::transfer::frame::{Command, Request, Response, Status};
 
-/// Serves an additional connection whose role was read; a failure ends the migration.
+/// Serves an additional connection whose role was read; it is the source's from its first message on, and a failure ends the
+/// migration.
 ///
 /// # Errors
 /// What came first is no message at all: so spoke a stranger, as another source that says Start, and the migration goes on.
@@ -24,15 +25,21 @@ pub(super) fn serve(
     context: Context<'_>,
 ) -> Result<(), ReceiveError> {
     let Context { gate, limits, .. } = context;
-    let mut under_way = None;
-    let outcome = match gate.connect(limits.connections).map(|()| next_request(&mut connection, context)) {
-        Ok(Ok(first)) => take_all(first, &mut connection, context, &mut under_way),
-        Ok(Err(error)) => {
+    let first = match next_request(&mut connection, context) {
+        Ok(Some(first)) => first,
+        Ok(None) => {
+            connection.close(Duration::ZERO);
+            return Ok(());
+        }
+        Err(error) => {
             end(connection, limits.linger);
             return Err(error);
         }
-        Err(error) => Err(error),
     };
+    entry.admit();
+    let mut under_way = None;
+    let connected = gate.connect(limits.connections);
+    let outcome = connected.and_then(|()| take_all(first, &mut connection, context, &mut under_way));
     // Bounded by itself from here on: the end of the migration need not close it.
     drop(entry);
     match outcome {
@@ -48,22 +55,40 @@ pub(super) fn serve(
     Ok(())
 }
 
-fn end(mut connection: Connection, linger: Duration) {
+/// Keeps a connection for page faults, which anybody can open, until State shows whether the source waits on it.
+///
+/// # Errors
+/// The peer speaks before it is asked, so it is a stranger.
+pub(super) fn keep_fault(mut connection: Connection, context: Context<'_>) -> Result<(), ReceiveError> {
+    let fault = context.gate.enter_fault();
+    let said = next_request(&mut connection, context);
+    drop(fault);
+    let error = match said {
+        Ok(None) => return Ok(()),
+        Ok(Some(request)) => ReceiveError::OutOfOrder { command: request.command(), step: Step::Config },
+        Err(error) => error,
+    };
+    end(connection, context.limits.linger);
+    Err(error)
+}
+
+/// Answers with Error, and closes the connection.
+pub(super) fn end(mut connection: Connection, linger: Duration) {
     refuse(&mut connection, linger);
     connection.close(linger);
 }
 
-/// Takes Memory, `next` first, until the source closes the connection or the migration is over.
+/// Takes Memory, `first` first, until the source closes the connection or the migration is over.
 ///
 /// A Memory that fails stays `under_way`.
 fn take_all<'a>(
-    mut next: Option<Request>,
+    first: Request,
     connection: &mut Connection,
     context: Context<'a>,
     under_way: &mut Option<Ticket<'a>>,
 ) -> Result<(), ReceiveError> {
     let Context { gate, limits, .. } = context;
-    let mut buffer = Vec::new();
+    let (mut buffer, mut next) = (Vec::new(), Some(first));
     while let Some(request) = next {
         check_memory(request)?;
         let store = Arc::clone(&under_way.insert(gate.enter()?).store);

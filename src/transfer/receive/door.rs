@@ -5,6 +5,9 @@
 //! Every caller is heard on a thread of its own, for [`Limits::handshake_timeout`](crate::transfer::limits::Limits) and no
 //! longer. Where too many are heard, the one that came first has to go: so however many strangers come, and however they
 //! hold on, each caller has the time that it takes for [`CALLERS`] others to come.
+//!
+//! A caller that announces an additional connection is not taken for the source before its first Memory: what other sources
+//! say begins with the same bytes.
 
 use std::io;
 use std::sync::mpsc::Sender;
@@ -22,7 +25,8 @@ use crate::transfer::connection::{Connection, ConnectionError, Head, Listener};
 use crate::transfer::frame::{Command, ConnectionRole, Request};
 use crate::transfer::tls::ServerTls;
 
-/// Callers that are heard at a time: all connections of a source, and as many strangers.
+/// Callers that are heard at a time: all connections of a source, and as many strangers. As many again may have announced a
+/// connection.
 const CALLERS: usize = 256;
 
 /// The place callers come to.
@@ -137,13 +141,18 @@ impl<'env> Door<'env> {
         let role = ConnectionRole::from_bytes(role);
         let role = role.map_err(|source| ReceiveError::Frame { part: Part::Role, source })?;
         connection.end_at(None);
-        entry.admit();
+        if !entry.announce(CALLERS) {
+            additional::end(connection, self.context.limits.linger);
+            return Err(ReceiveError::Crowd { callers: CALLERS });
+        }
         match role {
             ConnectionRole::PrecopyMemory => additional::serve(connection, entry, self.context),
-            ConnectionRole::Fault => {
+            // No stranger has a certificate.
+            ConnectionRole::Fault if self.tls.is_some() => {
                 self.context.gate.fail(ReceiveError::Postcopy);
                 Ok(())
             }
+            ConnectionRole::Fault => additional::keep_fault(connection, self.context),
         }
     }
 
