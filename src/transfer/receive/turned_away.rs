@@ -21,7 +21,9 @@ impl TurnedAway {
     /// Counts a caller, and says who was turned away and why, unless too many were of late.
     pub(super) fn count(&self, peer: &str, error: &ReceiveError) {
         let error = error.in_full();
-        match self.lock().count(Instant::now()) {
+        // Not in the match: the lock would be held for as long as the log takes.
+        let told = self.lock().count(Instant::now());
+        match told {
             Some(0) => log::warn!("Turned {peer} away: {error}"),
             Some(untold) => log::warn!("Turned {peer} away, and {untold} others before: {error}"),
             None => log::debug!("Turned {peer} away: {error}"),
