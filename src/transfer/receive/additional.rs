@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::error::{Part, ReceiveError, Step};
+use super::error::{Part, ReceiveError, Step, in_full};
 use super::gate::Ticket;
 use super::message::{answer, decode, refuse, take_memory};
 use super::roster::Entry;
@@ -45,7 +45,7 @@ pub(super) fn serve(
     match outcome {
         Ok(()) => connection.close(Duration::ZERO),
         Err(error) => {
-            log::debug!("Connection from {} failed: {}", connection.peer(), error.in_full());
+            log::debug!("Connection from {} failed: {}", connection.peer(), in_full(&error));
             // While the Memory it cut off is under way: State does not get in between.
             gate.fail(error);
             drop(under_way);

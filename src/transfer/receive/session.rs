@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::error::{Part, ReceiveError, Step};
+use super::error::{Part, ReceiveError, Step, in_full};
 use super::gate::Gate;
 use super::message::{answer, check_empty, decode, read_text, refuse, take_memory};
 use super::roster::{Entry, ReceiverHandle};
@@ -51,7 +51,7 @@ pub(super) fn receive(
     let linger = context.limits.linger;
     match outcome {
         Err(error) if context.roster.is_stopped() => {
-            log::debug!("Stopped in the middle of the migration: {}", error.in_full());
+            log::debug!("Stopped in the middle of the migration: {}", in_full(&error));
             session.connection.close(Duration::ZERO);
             Err(ReceiveError::Stopped)
         }
@@ -157,7 +157,7 @@ impl Session<'_> {
         // Even where another connection has failed meanwhile: the VM is here.
         let told = answer(&mut self.connection, request.command(), Response::new(Status::Ok));
         if let Err(error) = &told {
-            log::warn!("The VM runs here, but its source may not know: {}", error.in_full());
+            log::warn!("The VM runs here, but its source may not know: {}", in_full(error));
         }
         self.answered = true;
         Ok((paused, told.is_ok()))
