@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::error::{Part, ReceiveError, Step, in_full};
 use super::gate::Ticket;
-use super::message::{answer, decode, refuse, take_memory};
+use super::message::{answer, decode, refuse_and_close, take_memory};
 use super::roster::Entry;
 use super::session::{Context, TICK};
 use crate::transfer::connection::{Connection, Head};
@@ -32,7 +32,7 @@ pub(super) fn serve(
             return Ok(());
         }
         Err(error) => {
-            end(connection, limits.linger);
+            refuse_and_close(connection, limits.linger);
             return Err(error);
         }
     };
@@ -49,7 +49,7 @@ pub(super) fn serve(
             // While the Memory it cut off is under way: State does not get in between.
             gate.fail(error);
             drop(under_way);
-            end(connection, limits.linger);
+            refuse_and_close(connection, limits.linger);
         }
     }
     Ok(())
@@ -68,14 +68,8 @@ pub(super) fn keep_fault(mut connection: Connection, context: Context<'_>) -> Re
         Ok(Some(request)) => ReceiveError::OutOfOrder { command: request.command(), step: Step::Config },
         Err(error) => error,
     };
-    end(connection, context.limits.linger);
+    refuse_and_close(connection, context.limits.linger);
     Err(error)
-}
-
-/// Answers with Error, and closes the connection.
-pub(super) fn end(mut connection: Connection, linger: Duration) {
-    refuse(&mut connection, linger);
-    connection.close(linger);
 }
 
 /// Takes Memory, `first` first, until the source closes the connection or the migration is over.

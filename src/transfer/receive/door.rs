@@ -17,7 +17,7 @@ use std::time::Duration;
 use super::additional;
 use super::error::{Part, ReceiveError};
 use super::gate::Caller;
-use super::message::{decode, refuse};
+use super::message::{decode, refuse_and_close};
 use super::roster::Entry;
 use super::session::{Context, Source, TICK};
 use super::turned_away::{Reason, TurnedAway};
@@ -112,7 +112,6 @@ impl<'env> Door<'env> {
         entry: Entry,
         first: &Sender<Source>,
     ) -> Result<(), Reason> {
-        let linger = self.context.limits.linger;
         let head = self.read_first(&mut connection, Part::Head)?;
         match decode(head).map_err(Reason::from).and_then(|request| self.admit(request)) {
             Ok(request) => {
@@ -122,8 +121,7 @@ impl<'env> Door<'env> {
                 Ok(())
             }
             Err(error) => {
-                refuse(&mut connection, linger);
-                connection.close(linger);
+                refuse_and_close(connection, self.context.limits.linger);
                 Err(error)
             }
         }
@@ -143,7 +141,7 @@ impl<'env> Door<'env> {
         let role = role.map_err(|source| ReceiveError::Frame { part: Part::Role, source })?;
         connection.end_at(None);
         if !entry.announce(CALLERS) {
-            additional::end(connection, self.context.limits.linger);
+            refuse_and_close(connection, self.context.limits.linger);
             return Err(Reason::Crowd { callers: CALLERS });
         }
         match role {

@@ -213,8 +213,7 @@ impl Receiver {
             match first {
                 Ok(first) => session::receive(Source { connection, entry, first }, destination, context),
                 Err(error) => {
-                    message::refuse(&mut connection, self.limits.linger);
-                    connection.close(self.limits.linger);
+                    message::refuse_and_close(connection, self.limits.linger);
                     Err(error)
                 }
             }
