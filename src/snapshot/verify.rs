@@ -172,7 +172,7 @@ impl Report {
             match blocks.next_block() {
                 Ok(None) => break,
                 Ok(Some(block)) => self.bytes += block.length,
-                Err(error) => match error.get_ref().and_then(|inner| inner.downcast_ref::<Altered>()) {
+                Err(error) => match Altered::of(&error) {
                     Some(altered) => altered.ranges.iter().for_each(|&range| self.altered(name, range)),
                     None => return Err(VerifyError::Read { path, source: error }),
                 },
@@ -202,12 +202,31 @@ impl Report {
     }
 }
 
-/// Bytes that do not match their digest.
+/// Bytes of memory that do not match their digest.
+///
+/// [`io::Error`]s hold it where memory is read to be copied or compared.
 #[derive(Debug, Error)]
-#[error("Memory at GPA {} in {name} was altered", listed(.ranges))]
-pub(super) struct Altered {
-    name: &'static str,
+#[error("Memory at GPA {} in {file} was altered", listed(.ranges), file = .file.display())]
+pub struct Altered {
+    file: PathBuf,
     ranges: Vec<GpaRange>,
+}
+
+impl Altered {
+    pub(super) fn new(file: PathBuf, ranges: impl IntoIterator<Item = GpaRange>) -> Self {
+        Self { file, ranges: ranges.into_iter().collect() }
+    }
+
+    /// Returns what `error` says was altered, if it is that.
+    pub fn of(error: &io::Error) -> Option<&Self> {
+        error.get_ref()?.downcast_ref()
+    }
+}
+
+impl From<Altered> for io::Error {
+    fn from(altered: Altered) -> Self {
+        Self::new(ErrorKind::InvalidData, altered)
+    }
 }
 
 fn listed(ranges: &[GpaRange]) -> String {
@@ -244,7 +263,7 @@ impl<'a> CheckedBlocks<'a> {
         if block.bytes.and_then(BlockTable::entry) == self.table.digests[block.index] {
             return Ok(Some(block));
         }
-        let ranges = self.placement.gpas(block.offset, block.length).collect();
-        Err(io::Error::new(ErrorKind::InvalidData, Altered { name: self.name, ranges }))
+        let ranges = self.placement.gpas(block.offset, block.length);
+        Err(Altered::new(self.name.into(), ranges).into())
     }
 }
