@@ -8,7 +8,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, mkdirat, open, openat, renameat, unlinkat};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, fstat, mkdirat, open, openat, renameat, statat, unlinkat};
+use rustix::io::Errno;
 
 /// An open directory. No name in it is followed where it is a link.
 #[derive(Debug)]
@@ -56,6 +57,16 @@ impl Directory {
     /// Removes the directory `name`, which has to be empty.
     pub(super) fn remove_directory(&self, name: &OsStr) -> io::Result<()> {
         Ok(unlinkat(&self.0, name, AtFlags::REMOVEDIR)?)
+    }
+
+    /// Whether `name` leads to `file` and not to something else.
+    pub(super) fn leads_to(&self, name: &OsStr, file: &File) -> io::Result<bool> {
+        let named = match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return Ok(false),
+            named => named?,
+        };
+        let held = fstat(file)?;
+        Ok((named.st_dev, named.st_ino) == (held.st_dev, held.st_ino))
     }
 
     /// Names of what is in it.
