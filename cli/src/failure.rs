@@ -8,8 +8,8 @@ use std::io;
 use vfio_migration::migratable::MigratableDeviceError;
 use vfio_migration::precopy::CancelReason;
 use vfio_migration::snapshot::{
-    ApplyError, ChainError, CompareError, DestinationError, FileError, OpenError, STATE_FILE, SealError,
-    SourceError, StagingError, SubtractError, VerifyError, WriteError,
+    Altered, ApplyError, ChainError, CompareError, DestinationError, FileError, OpenError, STATE_FILE,
+    SealError, SourceError, StagingError, SubtractError, VerifyError, WriteError,
 };
 use vfio_migration::transfer::connection::ConnectionError;
 use vfio_migration::transfer::receive::ReceiveError;
@@ -168,17 +168,22 @@ impl Class for ApplyError {
     fn exit(&self) -> Exit {
         match self {
             Self::NoManifest { .. } => Exit::Usage,
-            // An altered block is found when it is read.
-            Self::Copy { source, .. } if source.kind() == io::ErrorKind::InvalidData => Exit::Verification,
+            Self::Copy { source, .. } => exit_of_copy(source),
             Self::Write(error) => error.exit(),
             _ => Exit::Io,
         }
     }
 }
 
+/// An altered block is found when it is read.
+fn exit_of_copy(error: &io::Error) -> Exit {
+    if Altered::of(error).is_some() { Exit::Verification } else { Exit::Io }
+}
+
 impl Class for SubtractError {
     fn exit(&self) -> Exit {
         match self {
+            Self::Copy { source, .. } => exit_of_copy(source),
             Self::Write(error) => error.exit(),
             _ => Exit::Io,
         }
@@ -227,7 +232,8 @@ impl Class for ReceiveError {
         match self {
             Self::Connection { source } => source.exit(),
             Self::Stopped => Exit::Cancelled,
-            Self::Store { .. } | Self::Thread { .. } => Exit::Io,
+            Self::Store { source } => exit_of_copy(source),
+            Self::Thread { .. } => Exit::Io,
             Self::Destination { source, .. } => {
                 source.downcast_ref::<DestinationError>().map_or(Exit::Io, Class::exit)
             }

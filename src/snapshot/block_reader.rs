@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::blocks::{BlockTable, block_bytes_for};
-use super::files::next_data;
+use super::files::{expect_length, next_data};
 use super::memory_file::LEAST_BLOCK_BYTES;
 use crate::granule::Granule;
 
@@ -43,13 +43,14 @@ impl<'a> BlockReader<'a> {
         Self { file, file_bytes, block_bytes, next: 0, data: 0..0, buffer: Vec::new(), loaded_at: 0 }
     }
 
-    /// Reads the next block; `None` behind the last one.
+    /// Reads the next block; `None` behind the last one, of a file that was not cut off meanwhile.
     ///
     /// # Errors
     /// The file cannot be read, or was cut off. The block is passed over.
     pub(super) fn next_block(&mut self) -> io::Result<Option<Block<'_>>> {
         let offset = self.next;
         if offset >= self.file_bytes {
+            expect_length(self.file, self.file_bytes)?;
             return Ok(None);
         }
         let length = self.block_bytes.min(self.file_bytes - offset);
@@ -135,5 +136,13 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[1; 100], 0).unwrap();
         assert!(BlockReader::new(&file, 101, 4096).next_block().is_err());
+
+        let bytes = 1 << 20;
+        file.set_len(bytes).unwrap();
+        let mut reader = BlockReader::new(&file, bytes, 4096);
+        reader.next_block().unwrap();
+        file.set_len(100).unwrap();
+        let outcome = (1..=bytes / 4096).find_map(|_| reader.next_block().err());
+        assert_eq!(outcome.unwrap().kind(), io::ErrorKind::UnexpectedEof);
     }
 }

@@ -120,7 +120,7 @@ impl ChangedPages {
     /// It cannot be told where the base has memory that is no hole.
     pub(super) fn presume_zeros(&self) -> io::Result<()> {
         let populated = match &self.base {
-            Some(base) => base.populated()?,
+            Some(base) => base.populated_as_written()?,
             None => self.placement().ranges().collect(),
         };
         for range in populated.into_iter().filter_map(|range| range.align_outward(self.page.bytes())) {
@@ -143,7 +143,7 @@ impl ChangedPages {
     fn store(&self, piece: Extent, bytes: &[u8], before: &mut Vec<u8>) -> Result<u64, FeedError> {
         if let Some(base) = &self.base {
             before.resize(bytes.len(), 0);
-            base.read(piece.range, before).map_err(FeedError::Read)?;
+            base.read_checked(piece.range, before).map_err(FeedError::Read)?;
         }
         let page_bytes = index(self.page.bytes());
         let mut cell = self.lock(piece);

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::checked::{CheckedBits, CheckedMemory};
 use super::digest::Digest;
 use super::dir::{Documents, OpenError, SnapshotDir, open_manifest};
 use super::document::VmConfig;
@@ -55,6 +56,7 @@ pub struct Differential {
     manifest: Manifest,
     changes: Changes,
     pages: File,
+    checked: CheckedBits,
 }
 
 impl Differential {
@@ -71,7 +73,8 @@ impl Differential {
         let changes = manifest.changes.clone().ok_or_else(full)?;
         let documents = Documents::open(path, Some(&manifest), limits)?;
         let pages = open_sized(&path.join(CHANGES_FILE), changes.runs.bytes())?;
-        Ok(Self { path: path.to_owned(), documents, manifest, changes, pages })
+        let checked = CheckedBits::none(&manifest.blocks);
+        Ok(Self { path: path.to_owned(), documents, manifest, changes, pages, checked })
     }
 
     /// The directory.
@@ -117,14 +120,24 @@ impl Differential {
         &self.pages
     }
 
-    /// Lays this differential over the memory of `range` as its base has it.
-    fn overlay(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
+    fn checked(&self) -> CheckedMemory<'_> {
+        CheckedMemory {
+            dir: &self.path,
+            name: CHANGES_FILE,
+            file: &self.pages,
+            placement: &self.changes.runs,
+            manifest: &self.manifest,
+            checked: &self.checked,
+        }
+    }
+
+    /// Lays this differential over the memory of `range` as its base has it, but for the pages in the file.
+    fn overlay_zeros(&self, range: GpaRange, buffer: &mut [u8]) {
         let zeroed = self.changes.zero_runs.locate(range).map(|extent| extent.range);
         let absent = self.documents.state.memory().missing(range);
         for zero in zeroed.chain(absent) {
             part(range, zero, buffer).fill(0);
         }
-        read_placed(&self.pages, &self.changes.runs, range, buffer)
     }
 }
 
@@ -219,6 +232,8 @@ impl Chain {
 
     /// Reads the memory of `range` as the snapshot on top has it; what the VM does not have reads as zero.
     ///
+    /// The bytes are those on disk: [`verify`](super::verify()) tells whether they are as they were written.
+    ///
     /// # Errors
     /// A file cannot be read, or was cut off since it was opened.
     ///
@@ -227,7 +242,26 @@ impl Chain {
     pub fn read(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
         buffer.fill(0);
         self.full.read(range, buffer)?;
-        self.differentials.iter().try_for_each(|differential| differential.overlay(range, buffer))
+        self.differentials.iter().try_for_each(|differential| {
+            differential.overlay_zeros(range, buffer);
+            read_placed(&differential.pages, differential.changed(), range, buffer)
+        })
+    }
+
+    /// Reads as [`Chain::read`] does, bytes that are as they were written; a full snapshot with no manifest is read as it is.
+    ///
+    /// # Errors
+    /// A file cannot be read, or was cut off; or a block was altered, then the error holds [`Altered`](super::Altered).
+    pub(super) fn read_checked(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
+        buffer.fill(0);
+        match self.full.checked() {
+            Some(memory) => memory.read(range, buffer)?,
+            None => self.full.read(range, buffer)?,
+        }
+        self.differentials.iter().try_for_each(|differential| {
+            differential.overlay_zeros(range, buffer);
+            differential.checked().read(range, buffer)
+        })
     }
 
     /// Returns memory outside which everything reads as zero: sorted and disjoint.
@@ -235,9 +269,22 @@ impl Chain {
     /// # Errors
     /// A file cannot be read.
     pub fn populated(&self) -> io::Result<Vec<GpaRange>> {
-        let mut ranges = self.full.populated().collect::<io::Result<Vec<_>>>()?;
+        let ranges = self.full.populated().collect::<io::Result<Vec<_>>>()?;
+        Ok(self.with_changed(ranges))
+    }
+
+    /// Returns memory outside which everything was zero when it was written, whatever became of the files' holes since.
+    ///
+    /// # Errors
+    /// A full snapshot with no manifest cannot be read.
+    pub(super) fn populated_as_written(&self) -> io::Result<Vec<GpaRange>> {
+        let Some(full) = self.full.checked() else { return self.populated() };
+        Ok(self.with_changed(full.populated().collect()))
+    }
+
+    fn with_changed(&self, mut ranges: Vec<GpaRange>) -> Vec<GpaRange> {
         ranges.extend(self.differentials.iter().flat_map(|differential| differential.changed().ranges()));
-        Ok(united(ranges))
+        united(ranges)
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::checked::{CheckedBits, CheckedMemory};
 use super::digest::Digest;
 use super::document::{DocumentError, VmConfig};
 use super::files::{
@@ -116,6 +117,7 @@ pub struct SnapshotDir {
     documents: Documents,
     memory: File,
     manifest: Option<Manifest>,
+    checked: Option<CheckedBits>,
 }
 
 impl SnapshotDir {
@@ -130,7 +132,8 @@ impl SnapshotDir {
         }
         let documents = Documents::open(path, manifest.as_ref(), limits)?;
         let memory = open_sized(&path.join(MEMORY_FILE), documents.state.memory().bytes())?;
-        Ok(Self { path: path.to_owned(), documents, memory, manifest })
+        let checked = manifest.as_ref().map(|manifest| CheckedBits::none(&manifest.blocks));
+        Ok(Self { path: path.to_owned(), documents, memory, manifest, checked })
     }
 
     /// The directory.
@@ -191,6 +194,18 @@ impl SnapshotDir {
                 Err(error) => (None, Some(Err(error))),
             };
             ranges.into_iter().flatten().map(Ok).chain(failed)
+        })
+    }
+
+    /// The memory to be read with checks; `None` without a manifest.
+    pub(super) fn checked(&self) -> Option<CheckedMemory<'_>> {
+        Some(CheckedMemory {
+            dir: &self.path,
+            name: MEMORY_FILE,
+            file: &self.memory,
+            placement: self.placement(),
+            manifest: self.manifest.as_ref()?,
+            checked: self.checked.as_ref()?,
         })
     }
 

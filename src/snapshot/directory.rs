@@ -61,6 +61,16 @@ impl Directory {
         Ok(unlinkat(&self.0, name, AtFlags::REMOVEDIR)?)
     }
 
+    /// Whether `name` leads to `file` and not to something else.
+    pub(super) fn leads_to(&self, name: &OsStr, file: &File) -> io::Result<bool> {
+        let named = match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return Ok(false),
+            named => named?,
+        };
+        let held = fstat(file)?;
+        Ok((named.st_dev, named.st_ino) == (held.st_dev, held.st_ino))
+    }
+
     /// Names of what is in it.
     pub(super) fn names(&self) -> io::Result<Vec<OsString>> {
         let entries = Dir::read_from(&self.0)?;

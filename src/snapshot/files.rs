@@ -3,7 +3,7 @@
 //! Opening and reading the files of a snapshot without trusting them.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -122,17 +122,38 @@ pub(super) fn data_parts(file: &File, length: u64) -> impl Iterator<Item = io::R
 }
 
 /// Returns the first part at or behind `from` that is no hole, in a file of `length` bytes.
+///
+/// # Errors
+/// The file cannot be read, or was cut off: its end is not taken for a hole.
 pub(super) fn next_data(file: &File, from: u64, length: u64) -> io::Result<Option<std::ops::Range<u64>>> {
     if from >= length {
         return Ok(None);
     }
     let start = match rustix::fs::seek(file, SeekFrom::Data(from)) {
         Ok(start) if start < length => start,
-        Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
+        Ok(_) | Err(rustix::io::Errno::NXIO) => return expect_length(file, length).map(|()| None),
         Err(error) => return Err(error.into()),
     };
     let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+    expect_length(file, length)?;
     Ok(Some(start..end.min(length)))
+}
+
+/// A file that was cut off since it was opened.
+#[derive(Debug, Error)]
+#[error("File was cut off at {bytes} bytes of {expected}")]
+struct CutOff {
+    bytes: u64,
+    expected: u64,
+}
+
+/// Checks that a file still has at least `expected` bytes.
+pub(super) fn expect_length(file: &File, expected: u64) -> io::Result<()> {
+    let bytes = file.metadata()?.len();
+    if bytes < expected {
+        return Err(io::Error::new(ErrorKind::UnexpectedEof, CutOff { bytes, expected }));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -150,6 +171,19 @@ mod tests {
         assert_eq!(parts.len(), 1);
         assert!(parts[0].contains(&(2 << 20)) && parts[0].end < 8 << 20, "{parts:?}");
         assert_eq!(data_parts(&file, 1 << 20).count(), 0);
+    }
+
+    #[test]
+    fn the_end_of_a_file_cut_off_is_no_hole() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1; 4096], 0).unwrap();
+        for length in [4097, 8 << 20] {
+            let error = data_parts(&file, length).find_map(Result::err).unwrap();
+            assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
+            assert_eq!(error.to_string(), format!("File was cut off at 4096 bytes of {length}"));
+            assert!(next_data(&file, 4096, length).is_err());
+        }
+        assert!(next_data(&file, 0, 4096).unwrap().is_some());
     }
 
     #[test]

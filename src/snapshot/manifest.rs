@@ -8,10 +8,11 @@ use thiserror::Error;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::blocks::BlockTable;
+use super::blocks::{BlockTable, block_bytes_for};
 use super::digest::Digest;
 use super::document::VmConfig;
 use super::limits::Limits;
+use super::memory_file::LEAST_BLOCK_BYTES;
 use super::placement::{Placement, PlacementError};
 use super::state::VmState;
 use crate::granule::{Granule, GranuleError};
@@ -21,6 +22,9 @@ use crate::range::GpaRange;
 pub(super) const MAGIC: [u8; 8] = *b"\x89VMS\r\n\x1a\n";
 /// The version written, and the only one read.
 pub(super) const VERSION: u16 = 1;
+
+/// No host has larger pages; a block has at least one.
+const MOST_PAGE_BYTES: u64 = 1 << 20;
 
 const FULL: u16 = 1;
 const DIFFERENTIAL: u16 = 2;
@@ -254,12 +258,17 @@ struct Parser<'a> {
 impl<'a> Parser<'a> {
     fn manifest(mut self, header: &Header, limits: &Limits) -> Result<Manifest, ManifestError> {
         let page = Granule::new(header.page_bytes.get().into())?;
+        if page.bytes() > MOST_PAGE_BYTES {
+            return Err(ManifestError::Field { field: "page_bytes", value: page.bytes() });
+        }
         let memory = self.ranges(header.ranges.get().into(), "memory ranges", limits)?;
         let aligned = |range: GpaRange| page.is_aligned(range.start()) && page.is_aligned(range.end());
         if let Some(run) = memory.ranges().find(|&range| !aligned(range)) {
             return Err(ManifestError::Run { run });
         }
         let changes = self.changes(header, page, &memory, limits)?;
+        let content_bytes = changes.as_ref().map_or(memory.bytes(), |changes| changes.runs.bytes());
+        expect_field("content_bytes", header.content_bytes.get(), content_bytes)?;
         let blocks = self.blocks(header, page)?;
         let body = self.at;
         let digest = self.take(Digest::BYTES)?;
@@ -277,7 +286,6 @@ impl<'a> Parser<'a> {
             blocks,
             aliases,
         };
-        expect_field("content_bytes", header.content_bytes.get(), manifest.content_bytes())?;
         if Digest::of(&self.bytes[..body]).as_bytes() != digest {
             return Err(ManifestError::Checksum);
         }
@@ -353,10 +361,12 @@ impl<'a> Parser<'a> {
 
     fn blocks(&mut self, header: &Header, page: Granule) -> Result<BlockTable, ManifestError> {
         let block_bytes = u64::from(header.block_bytes.get());
-        if !block_bytes.is_power_of_two() || block_bytes < page.bytes() {
-            return Err(ManifestError::Field { field: "block_bytes", value: block_bytes });
-        }
-        let count = header.content_bytes.get().div_ceil(block_bytes);
+        let content_bytes = header.content_bytes.get();
+        let least_bytes =
+            if header.kind == FULL { LEAST_BLOCK_BYTES.max(page.bytes()) } else { page.bytes() };
+        // A block is in memory as a whole, so its size is no file's to choose.
+        expect_field("block_bytes", block_bytes, block_bytes_for(content_bytes, least_bytes))?;
+        let count = content_bytes.div_ceil(block_bytes);
         let words = self.take_list(count.div_ceil(64), size_of::<u64>())?;
         let is_set = |bit: usize| words[bit / 8] >> (bit % 8) & 1 == 1;
         let count = usize::try_from(count).map_err(|_| self.length())?;

@@ -5,10 +5,12 @@
 //! It is filled under a name of its own beside the final one, as [`partial`] says, through descriptors: nobody who swaps
 //! a name for a link leads its writer elsewhere.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
@@ -119,9 +121,24 @@ pub(super) struct StagedDir {
     temporary: OsString,
     parent: Directory,
     name: OsString,
+    /// What its names must lead to in the end. Held open, so that nothing else gets the same inode number.
+    files: Mutex<BTreeMap<&'static str, File>>,
     /// For messages.
     target: PathBuf,
     published: bool,
+}
+
+/// Somebody took away or replaced what was being written.
+#[derive(Debug, Error)]
+#[error("{name} was moved, removed or replaced while it was written", name = .name.display())]
+struct Replaced {
+    name: OsString,
+}
+
+impl From<Replaced> for io::Error {
+    fn from(replaced: Replaced) -> Self {
+        Self::other(replaced)
+    }
 }
 
 impl StagedDir {
@@ -136,13 +153,15 @@ impl StagedDir {
         let parent = Directory::open(target.parent().unwrap_or(Path::new(""))).map_err(make)?;
         clear_leftovers::<Staged>(&parent, &name);
         let (temporary, staged) = partial::make(&parent, &name).map_err(make)?;
-        Ok(Self { staged, temporary, parent, name, target, published: false })
+        let files = Mutex::default();
+        Ok(Self { staged, temporary, parent, name, files, target, published: false })
     }
 
     /// Makes an empty file, readable by its owner alone, of `bytes` bytes that are a hole.
     pub(super) fn make_file(&self, name: &'static str, bytes: u64) -> Result<File, StagingError> {
         let made = self.staged.0.make_file(name.as_ref()).and_then(|file| {
             file.set_len(bytes)?;
+            self.files().insert(name, file.try_clone()?);
             Ok(file)
         });
         made.map_err(|source| self.write_error(name, source))
@@ -155,13 +174,22 @@ impl StagedDir {
     }
 
     pub(super) fn remove_file(&self, name: &'static str) -> Result<(), StagingError> {
+        self.files().remove(name);
         self.staged.0.remove_file(name.as_ref()).map_err(|source| self.write_error(name, source))
     }
 
     /// Moves the file `from` to the place of the file `to`.
     pub(super) fn replace_file(&self, from: &'static str, to: &'static str) -> Result<(), StagingError> {
+        let mut files = self.files();
+        if let Some(file) = files.remove(from) {
+            files.insert(to, file);
+        }
         let moved = self.staged.0.rename(from.as_ref(), to.as_ref());
         moved.map_err(|source| self.write_error(to, source))
+    }
+
+    fn files(&self) -> MutexGuard<'_, BTreeMap<&'static str, File>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn write_error(&self, name: &'static str, source: io::Error) -> StagingError {
@@ -171,7 +199,7 @@ impl StagedDir {
     /// Moves the directory, whose files are synced already, to its final name; safe on disk when it returns.
     ///
     /// # Errors
-    /// Nothing lies under the final name.
+    /// Nothing lies under the final name: so it is, too, where somebody took away or replaced what was written.
     pub(super) fn publish(mut self) -> Result<(), StagingError> {
         let published = self.rename_synced();
         self.published = published.is_ok();
@@ -185,8 +213,13 @@ impl StagedDir {
 
     fn rename_synced(&self) -> io::Result<()> {
         self.staged.file().sync_all()?;
+        for (name, file) in &*self.files() {
+            expect_at(&self.staged.0, name.as_ref(), file)?;
+        }
+        expect_at(&self.parent, &self.temporary, self.staged.file())?;
         self.parent.rename(&self.temporary, &self.name)?;
-        self.parent.file().sync_all().inspect_err(|_| {
+        let renamed = expect_at(&self.parent, &self.name, self.staged.file());
+        renamed.and_then(|()| self.parent.file().sync_all()).inspect_err(|_| {
             if let Err(error) = self.parent.rename(&self.name, &self.temporary) {
                 log::error!("Cannot take {} back: {error}", self.target.display());
             }
@@ -225,6 +258,11 @@ pub(super) fn clear_added(dir: &Path, name: &'static str) {
     if let Ok(directory) = Directory::open(dir) {
         clear_leftovers::<File>(&directory, name.as_ref());
     }
+}
+
+/// Checks that what was written is what has its name.
+fn expect_at(directory: &Directory, name: &OsStr, file: &File) -> io::Result<()> {
+    if directory.leads_to(name, file)? { Ok(()) } else { Err(Replaced { name: name.to_owned() }.into()) }
 }
 
 fn write_synced(mut file: &File, content: &[u8]) -> io::Result<()> {
@@ -328,6 +366,43 @@ mod tests {
         assert!(matches!(staged.publish(), Err(StagingError::Occupied { .. })));
         assert_eq!(names(&target), ["theirs"]);
         assert_eq!(names(dir.path()), ["snapshot"]);
+    }
+
+    #[test]
+    fn a_file_removed_or_replaced_in_the_meantime_is_not_published() {
+        let planted: [fn(&Path); 3] = [
+            |_| {},
+            |path| fs::write(path, "{}").unwrap(),
+            |path| std::os::unix::fs::symlink("elsewhere", path).unwrap(),
+        ];
+        for plant in planted {
+            let dir = tempfile::tempdir().unwrap();
+            let target = dir.path().join("snapshot");
+            let staged = StagedDir::create(&target).unwrap();
+            staged.write_file(MEMORY_FILE, b"{}").unwrap();
+            let file = dir.path().join(&staged.temporary).join(MEMORY_FILE);
+            fs::remove_file(&file).unwrap();
+            plant(&file);
+            let StagingError::Publish { source, .. } = staged.publish().unwrap_err() else { panic!() };
+            assert!(source.to_string().contains("memory-ranges was moved, removed or replaced"), "{source}");
+            assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
+        }
+    }
+
+    #[test]
+    fn another_directory_in_the_place_of_ours_is_not_published() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("snapshot");
+        let staged = StagedDir::create(&target).unwrap();
+        staged.write_file(CONFIG_FILE, b"ours").unwrap();
+        let temporary = dir.path().join(&staged.temporary);
+        fs::rename(&temporary, dir.path().join("away")).unwrap();
+        fs::create_dir(&temporary).unwrap();
+        fs::write(temporary.join(CONFIG_FILE), "theirs").unwrap();
+        let StagingError::Publish { source, .. } = staged.publish().unwrap_err() else { panic!() };
+        assert!(source.to_string().contains("moved, removed or replaced"), "{source}");
+        assert!(!target.exists());
+        assert_eq!(fs::read(temporary.join(CONFIG_FILE)).unwrap(), b"theirs");
     }
 
     #[test]

@@ -57,7 +57,7 @@ pub enum SubtractError {
 
 /// Writes what `chain` amounts to as a differential to `base`, the directory `target`; returns what names it.
 ///
-/// The bytes of both are taken as they are: [`verify`](super::verify()) tells whether they are as they were written.
+/// Every block that is read is checked against its digest; a `chain` of a full snapshot with no manifest is taken as it is.
 ///
 /// # Errors
 /// Nothing lies under the new name.
@@ -88,15 +88,16 @@ pub fn subtract(
     Ok(writer.complete(chain.config(), chain.state().clone())?)
 }
 
-/// Returns the whole pages of `chain` that are no hole.
+/// Returns the whole pages of `chain` that may hold something.
 fn populated(chain: &Chain, page: Granule) -> Result<Vec<GpaRange>, SubtractError> {
-    let ranges =
-        chain.populated().map_err(|source| SubtractError::Find { path: chain.path().to_owned(), source })?;
+    let ranges = chain
+        .populated_as_written()
+        .map_err(|source| SubtractError::Find { path: chain.path().to_owned(), source })?;
     Ok(ranges.iter().filter_map(|range| range.align_outward(page.bytes())).collect())
 }
 
 fn copy(chain: &Chain, writer: &DifferentialWriter, piece: GpaRange, buffer: &mut Vec<u8>) -> io::Result<()> {
     buffer.resize(usize::try_from(piece.len()).unwrap_or(usize::MAX), 0);
-    chain.read(piece, buffer)?;
+    chain.read_checked(piece, buffer)?;
     writer.fill(piece, &mut buffer.as_slice())
 }

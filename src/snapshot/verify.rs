@@ -2,13 +2,13 @@
 
 //! Finds altered bytes.
 
+use std::error::Error;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use serde::{Serialize, Serializer};
-use thiserror::Error;
 
 use super::block_reader::{Block, BlockReader};
 use super::blocks::BlockTable;
@@ -23,7 +23,7 @@ use super::state::VmState;
 use crate::range::GpaRange;
 
 /// Why a snapshot could not be checked to the end. What was found so far is not known.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VerifyError {
     /// A file could be opened but not read.
@@ -67,15 +67,24 @@ pub enum Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::File(error) => write!(f, "{error}"),
+            Self::File(error) => write_chain(f, error),
             Self::Manifest(error) => {
-                write!(f, "{MANIFEST_FILE} is damaged: {error}")?;
-                std::error::Error::source(error).map_or(Ok(()), |source| write!(f, ": {source}"))
+                write!(f, "{MANIFEST_FILE} is damaged: ")?;
+                write_chain(f, error)
             }
             Self::Text { name } => write!(f, "{name} was altered"),
             Self::Memory { name, range } => write!(f, "Memory at GPA {range} in {name} was altered"),
         }
     }
+}
+
+/// Writes an error and its causes: a finding is told in one line.
+fn write_chain(f: &mut fmt::Formatter<'_>, error: &dyn Error) -> fmt::Result {
+    write!(f, "{error}")?;
+    error.source().map_or(Ok(()), |source| {
+        f.write_str(": ")?;
+        write_chain(f, source)
+    })
 }
 
 impl Serialize for Finding {
@@ -172,7 +181,7 @@ impl Report {
             match blocks.next_block() {
                 Ok(None) => break,
                 Ok(Some(block)) => self.bytes += block.length,
-                Err(error) => match error.get_ref().and_then(|inner| inner.downcast_ref::<Altered>()) {
+                Err(error) => match Altered::of(&error) {
                     Some(altered) => altered.ranges.iter().for_each(|&range| self.altered(name, range)),
                     None => return Err(VerifyError::Read { path, source: error }),
                 },
@@ -202,12 +211,31 @@ impl Report {
     }
 }
 
-/// Bytes that do not match their digest.
-#[derive(Debug, Error)]
-#[error("Memory at GPA {} in {name} was altered", listed(.ranges))]
-pub(super) struct Altered {
-    name: &'static str,
+/// Bytes of memory that do not match their digest.
+///
+/// [`io::Error`]s hold it where memory is read to be copied or compared.
+#[derive(Debug, thiserror::Error)]
+#[error("Memory at GPA {} in {file} was altered", listed(.ranges), file = .file.display())]
+pub struct Altered {
+    file: PathBuf,
     ranges: Vec<GpaRange>,
+}
+
+impl Altered {
+    pub(super) fn new(file: PathBuf, ranges: impl IntoIterator<Item = GpaRange>) -> Self {
+        Self { file, ranges: ranges.into_iter().collect() }
+    }
+
+    /// Returns what `error` says was altered, if it is that.
+    pub fn of(error: &io::Error) -> Option<&Self> {
+        error.get_ref()?.downcast_ref()
+    }
+}
+
+impl From<Altered> for io::Error {
+    fn from(altered: Altered) -> Self {
+        Self::new(ErrorKind::InvalidData, altered)
+    }
 }
 
 fn listed(ranges: &[GpaRange]) -> String {
@@ -244,7 +272,7 @@ impl<'a> CheckedBlocks<'a> {
         if block.bytes.and_then(BlockTable::entry) == self.table.digests[block.index] {
             return Ok(Some(block));
         }
-        let ranges = self.placement.gpas(block.offset, block.length).collect();
-        Err(io::Error::new(ErrorKind::InvalidData, Altered { name: self.name, ranges }))
+        let ranges = self.placement.gpas(block.offset, block.length);
+        Err(Altered::new(self.name.into(), ranges).into())
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -136,6 +137,95 @@ fn an_altered_base_is_found_while_it_is_applied() {
     let ApplyError::Copy { source, .. } = error else { panic!("{error}") };
     assert!(source.to_string().contains("Memory at GPA 0x20000"), "{source}");
     assert!(!applied.exists());
+}
+
+/// Puts `bytes` in place of those at `offset` of a file.
+fn alter(path: &Path, offset: u64, bytes: &[u8]) {
+    fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, offset).unwrap();
+}
+
+#[test]
+fn a_base_altered_to_equal_what_comes_is_found_while_it_is_compared() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, later, next] = ["base", "later", "next"].map(|name| dir.path().join(name));
+    let mut guest = Guest::small();
+    guest.write_full(&base);
+    guest.write([(33, 9)]);
+    guest.write_full(&later);
+    alter(&base.join(MEMORY_FILE), 33 * page(), &page_of(9));
+    let at = "Memory at GPA 0x20000";
+
+    let bases = [base.clone()];
+    let writer =
+        DifferentialWriter::create(&next, guest.announced(), compared(&bases), Limits::default()).unwrap();
+    let error = writer.fill(pages(33, 1), &mut page_of(9).as_slice()).unwrap_err();
+    let altered = Altered::of(&error).unwrap().to_string();
+    assert!(altered.contains(at) && altered.contains(base.to_str().unwrap()), "{altered}");
+    drop(writer);
+
+    let from_later = chain(&[later]);
+    let error = subtract(&from_later, Arc::new(chain(&bases)), &next, &Limits::default()).unwrap_err();
+    let SubtractError::Copy { source, .. } = error else { panic!("{error}") };
+    assert!(Altered::of(&source).unwrap().to_string().contains(at), "{source}");
+    assert!(!next.exists());
+}
+
+#[test]
+fn an_altered_snapshot_is_found_while_its_base_is_subtracted() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, middle, next] = ["base", "middle", "next"].map(|name| dir.path().join(name));
+    let mut guest = Guest::small();
+    let digest = guest.write_full(&base);
+    guest.write([(4, 9)]);
+    guest.write_differential(&middle, Base::Named(digest), &[pages(4, 1)]);
+    alter(&middle.join(CHANGES_FILE), 8, &[!0]);
+    let top = chain(&[base.clone(), middle.clone()]);
+    let error = subtract(&top, Arc::new(chain(&[base])), &next, &Limits::default()).unwrap_err();
+    let SubtractError::Copy { source, .. } = error else { panic!("{error}") };
+    let altered = Altered::of(&source).unwrap().to_string();
+    assert!(altered.contains(&pages(4, 1).to_string()), "{altered}");
+    assert!(altered.contains(middle.join(CHANGES_FILE).to_str().unwrap()), "{altered}");
+}
+
+#[test]
+fn a_hole_punched_into_a_base_hides_no_page_that_became_zero() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, later, next] = ["base", "later", "next"].map(|name| dir.path().join(name));
+    let mut guest = Guest::new(&[pages(0, 128)]);
+    guest.write([(100, 7)]);
+    guest.write_full(&base);
+    guest.write([(100, 0)]);
+    guest.write_full(&later);
+    let memory = fs::OpenOptions::new().write(true).open(base.join(MEMORY_FILE)).unwrap();
+    memory.set_len(0).unwrap();
+    memory.set_len(128 * page()).unwrap();
+
+    let base = compared(&[base]);
+    let Base::Compared(punched) = &base else { panic!("{base:?}") };
+    let error = subtract(&chain(&[later]), Arc::clone(punched), &next, &Limits::default()).unwrap_err();
+    assert!(matches!(&error, SubtractError::Copy { source, .. } if Altered::of(source).is_some()), "{error}");
+
+    let writer = DifferentialWriter::create(&next, guest.announced(), base, Limits::default()).unwrap();
+    writer.presume_zeros().unwrap();
+    writer.finish(&guest.config(), &guest.state()).unwrap();
+    let differential = Differential::open(&next, &Limits::default()).unwrap();
+    assert!(differential.zeroed().any(|range| range.contains(100 * page())));
+}
+
+#[test]
+fn a_base_cut_off_after_it_was_opened_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    let guest = Guest::small();
+    guest.write_full(&base);
+    let bases = [base.clone()];
+    let base_of = compared(&bases);
+    let memory = fs::OpenOptions::new().write(true).open(base.join(MEMORY_FILE)).unwrap();
+    memory.set_len(33 * page()).unwrap();
+    let writer =
+        DifferentialWriter::create(&dir.path().join("next"), guest.announced(), base_of, Limits::default());
+    let error = writer.unwrap().fill(pages(33, 1), &mut page_of(0).as_slice()).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof, "{error}");
 }
 
 #[test]

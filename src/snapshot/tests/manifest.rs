@@ -149,17 +149,21 @@ fn forged(at: usize, number: u64, bytes: usize) -> Result<Manifest, ManifestErro
 
 #[test]
 fn forged_numbers_are_refused_before_they_size_anything() {
-    let cases: [(usize, u64, usize, &str); 16] = [
+    let cases: [(usize, u64, usize, &str); 19] = [
         (10, 3, 2, r#"Field { field: "kind", value: 3"#),
         (10, 1, 2, r#"Field { field: "runs", value: 2"#),
         (12, 4097, 4, "Page("),
         (16, 2048, 4, r#"Field { field: "block_bytes", value: 2048"#),
+        (12, 1 << 21, 4, r#"Field { field: "page_bytes", value: 2097152"#),
+        // Larger than any writer chooses for so few pages: a block is in memory as a whole.
+        (16, 8192, 4, r#"Field { field: "block_bytes", value: 8192"#),
+        (16, 1 << 31, 4, r#"Field { field: "block_bytes", value: 2147483648"#),
         (16, 0, 4, r#"Field { field: "block_bytes", value: 0"#),
         (20, u64::from(u32::MAX), 4, "Length"),
         (24, u64::MAX, 8, "Length"),
         (24, u64::MAX / 16 + 3, 8, "Length"),
         (32, 1 << 40, 8, "Length"),
-        (40, u64::MAX, 8, "Length"),
+        (40, u64::MAX, 8, r#"Field { field: "content_bytes""#),
         (40, 0x3001, 8, r#"Field { field: "content_bytes", value: 12289"#),
         // Memory that overlaps, wraps, is empty; runs outside memory.
         (176, 0x8000, 8, r#"Ranges { what: "memory ranges", source: Overlap"#),

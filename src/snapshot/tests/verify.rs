@@ -84,7 +84,10 @@ fn files_cut_off_lengthened_missing_or_punched_are_found() {
         }
         fs::remove_file(&path).unwrap();
         match verify(&target, &Limits::default()) {
-            Ok(report) => assert!(report.findings[0].to_string().contains(name)),
+            Ok(report) => {
+                let finding = report.findings[0].to_string();
+                assert!(finding.contains(name) && finding.contains(": No such file"), "{finding}");
+            }
             Err(error) => assert!(name == MANIFEST_FILE && matches!(error, VerifyError::NoManifest { .. })),
         }
         fs::write(&path, bytes).unwrap();

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Reads memory here and there, each block checked against its digest when it is first read.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::blocks::BlockTable;
+use super::manifest::Manifest;
+use super::placement::{Extent, Placement};
+use super::verify::Altered;
+use crate::range::GpaRange;
+
+/// One bit for each block of a file: whether it was found to be as it was written.
+#[derive(Debug)]
+pub(super) struct CheckedBits(Vec<AtomicU64>);
+
+impl CheckedBits {
+    /// No block of `table` is checked yet.
+    pub(super) fn none(table: &BlockTable) -> Self {
+        Self((0..table.digests.len().div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn has(&self, block: usize) -> bool {
+        self.0[block / 64].load(Ordering::Relaxed) >> (block % 64) & 1 == 1
+    }
+
+    fn set(&self, block: usize) {
+        self.0[block / 64].fetch_or(1 << (block % 64), Ordering::Relaxed);
+    }
+}
+
+/// A file of memory and what its bytes should be.
+pub(super) struct CheckedMemory<'a> {
+    pub(super) dir: &'a Path,
+    pub(super) name: &'static str,
+    pub(super) file: &'a File,
+    pub(super) placement: &'a Placement,
+    pub(super) manifest: &'a Manifest,
+    pub(super) checked: &'a CheckedBits,
+}
+
+impl CheckedMemory<'_> {
+    /// Reads the memory of `range`; parts that the file does not hold are left as they are in `buffer`.
+    ///
+    /// A block that nobody read before is read whole. What others do to the file after that passes unseen.
+    ///
+    /// # Errors
+    /// The file cannot be read or was cut off; or a block was altered, then the error holds [`Altered`].
+    pub(super) fn read(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
+        let mut scratch = Vec::new();
+        for extent in self.placement.locate(range) {
+            let at = index(extent.range.start() - range.start());
+            let bytes = &mut buffer[at..at + index(extent.range.len())];
+            self.file.read_exact_at(bytes, extent.offset)?;
+            self.check(extent, bytes, &mut scratch)?;
+        }
+        Ok(())
+    }
+
+    /// Checks the blocks that `extent` touches; its `bytes` are those that were checked.
+    fn check(&self, extent: Extent, bytes: &mut [u8], scratch: &mut Vec<u8>) -> io::Result<()> {
+        let block_bytes = self.manifest.blocks.block_bytes;
+        let end = extent.offset + extent.range.len();
+        for block in extent.offset / block_bytes..end.div_ceil(block_bytes) {
+            if self.checked.has(index(block)) {
+                continue;
+            }
+            let whole = block * block_bytes..((block + 1) * block_bytes).min(self.placement.bytes());
+            let part = whole.start.max(extent.offset)..whole.end.min(end);
+            let in_bytes = index(part.start - extent.offset)..index(part.end - extent.offset);
+            if part == whole {
+                self.compare(block, &whole, &bytes[in_bytes])?;
+            } else {
+                scratch.resize(index(whole.end - whole.start), 0);
+                self.file.read_exact_at(scratch, whole.start)?;
+                self.compare(block, &whole, scratch)?;
+                let in_block = index(part.start - whole.start)..index(part.end - whole.start);
+                bytes[in_bytes].copy_from_slice(&scratch[in_block]);
+            }
+        }
+        Ok(())
+    }
+
+    fn compare(&self, block: u64, whole: &std::ops::Range<u64>, bytes: &[u8]) -> io::Result<()> {
+        if BlockTable::entry(bytes) != self.manifest.blocks.digests[index(block)] {
+            let ranges = self.placement.gpas(whole.start, whole.end - whole.start);
+            return Err(Altered::new(self.path(), ranges).into());
+        }
+        self.checked.set(index(block));
+        Ok(())
+    }
+
+    /// Returns the memory of the blocks that are not all zeros, in the order of the file, wherever it has holes.
+    pub(super) fn populated(&self) -> impl Iterator<Item = GpaRange> {
+        let BlockTable { block_bytes, digests } = &self.manifest.blocks;
+        let blocks = (0..).step_by(index(*block_bytes)).zip(digests).filter(|(_, digest)| digest.is_some());
+        blocks.flat_map(|(offset, _)| self.placement.gpas(offset, *block_bytes))
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.join(self.name)
+    }
+}
+
+fn index(number: u64) -> usize {
+    usize::try_from(number).expect("blocks fit memory")
+}
