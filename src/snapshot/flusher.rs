@@ -13,13 +13,13 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// Bytes written that begin a sync.
-const FLUSH_BYTES: u64 = 32 << 20;
+const FLUSH_BYTES: u64 = 8 << 20;
 
 /// Bytes that may at least be missing on disk before writers wait, and at most.
 const MISSING_BYTES: RangeInclusive<u64> = 2 * FLUSH_BYTES..=1 << 30;
 
 /// How long the disk may take for what is missing.
-const CATCH_UP: Duration = Duration::from_millis(250);
+const CATCH_UP: Duration = Duration::from_millis(100);
 
 /// What brings the bytes of a file to disk.
 type SyncBytes = Box<dyn Fn() -> io::Result<()> + Send>;
@@ -225,10 +225,10 @@ mod tests {
             assert_eq!(state.syncing, 0);
             state.most
         };
-        assert_eq!(most(128 << 20, 125), 256 << 20);
-        assert_eq!(most(32 << 20, 320), 64 << 20, "100 MiB/s");
+        assert_eq!(most(128 << 20, 50), 256 << 20);
+        assert_eq!(most(8 << 20, 80), 16 << 20, "100 MiB/s");
         assert_eq!(most(32 << 20, 0), 1 << 30);
-        assert_eq!(most(1 << 20, 1), 64 << 20, "too few bytes to tell");
+        assert_eq!(most(1 << 20, 1), 16 << 20, "too few bytes to tell");
     }
 
     #[test]

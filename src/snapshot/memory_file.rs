@@ -231,7 +231,7 @@ impl MemoryFile {
             for (index, block) in unsettled {
                 *block = self.settle_from_file(cell, index, *block)?;
             }
-            Ok(())
+            Ok::<_, io::Error>(())
         })?;
         let mut digests = Vec::new();
         for cell in 0..self.cells.len() {
