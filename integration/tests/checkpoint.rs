@@ -3,6 +3,7 @@
 //! A checkpoint of a running machine: it is received into a snapshot directory, whose answer to Complete is an error, and runs
 //! on; from the directory a second machine comes to life.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![expect(clippy::print_stdout, reason = "figures are shown where they are asked for")]
 
 mod restoring;
 
