@@ -164,10 +164,10 @@ fn give_up(handle: &ReceiverHandle, output: &Output) {
 
 fn tell_progress(handle: &ReceiverHandle, rate: &mut Rate, output: &mut Output) {
     let received_bytes = handle.received_bytes();
+    let bytes_per_second = rate.look(received_bytes);
     if received_bytes == 0 {
         return;
     }
-    let bytes_per_second = rate.look(received_bytes);
     output.progress(&Event::Receiving { received_bytes, bytes_per_second }, received_bytes, None, || {
         format!("received {}, {}/s", HumanBytes(received_bytes), HumanBytes(bytes_per_second))
     });
@@ -204,8 +204,11 @@ impl Rate {
         Self { since: Instant::now(), bytes: 0, per_second: 0 }
     }
 
-    /// Takes in that `bytes` have come so far.
+    /// Takes in that `bytes` have come so far. The time before the first ones does not count.
     fn look(&mut self, bytes: u64) -> u64 {
+        if bytes == 0 {
+            self.since = Instant::now();
+        }
         let millis = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
         if self.since.elapsed() >= Self::MOMENT {
             self.per_second = (bytes - self.bytes).saturating_mul(1000) / millis;
