@@ -35,7 +35,11 @@ fn announced() -> Announced {
 }
 
 fn state() -> String {
-    let memory = r#"{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":25165824}]}}"#;
+    state_of(MEMORY_BYTES)
+}
+
+fn state_of(bytes: u64) -> String {
+    let memory = format!(r#"{{\"memory_ranges\":{{\"data\":[{{\"gpa\":0,\"length\":{bytes}}}]}}}}"#);
     let child = format!(r#"{{"snapshots":{{}},"snapshot_data":{{"state":"{memory}"}}}}"#);
     format!(r#"{{"snapshots":{{"memory-manager":{child}}},"snapshot_data":null}}"#)
 }
@@ -127,6 +131,15 @@ fn a_killed_writer_leaves_a_whole_differential_or_none() {
     kill_writers("differential");
 }
 
+/// Checks that an error says which file of which directory the disk has no room for.
+fn assert_full(error: &io::Error, file: &str) {
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{error}");
+    let target = env::var(TARGET).unwrap();
+    assert_eq!(error.to_string(), format!("Cannot write {file} of {target}"));
+    let cause = error.get_ref().and_then(|error| error.source()).unwrap();
+    assert!(cause.to_string().contains("os error 28"), "{cause}");
+}
+
 /// Does nothing, unless the next test runs it with a small file system under its target.
 #[test]
 fn child_fills_the_disk() {
@@ -139,10 +152,28 @@ fn child_fills_the_disk() {
     assert!(error.to_string().starts_with("Cannot write memory-changes of "), "{error}");
     assert!(entries(&parent).is_empty());
 
+    let base = Base::Named(Digest::of(b"base"));
+    let writer = DifferentialWriter::create(&target, announced(), base, Limits::default()).unwrap();
+    assert_full(&writer.fill(ram(), &mut io::repeat(1)).unwrap_err(), "memory-work");
+    let early = writer.fill(ram(), &mut io::empty()).unwrap_err();
+    assert_eq!(early.kind(), io::ErrorKind::UnexpectedEof, "of what is read, not of the file: {early}");
+    drop(writer);
+    assert!(entries(&parent).is_empty());
+
     let writer = SnapshotWriter::create(&target, announced(), Limits::default()).unwrap();
     let error = writer.fill(ram(), &mut io::repeat(1)).unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{error}");
+    assert_full(&error, "memory-ranges");
     let error = writer.finish(CONFIG, state().as_bytes()).unwrap_err();
+    assert!(error.to_string().starts_with("Cannot write memory-ranges of "), "{error}");
+    assert!(entries(&parent).is_empty());
+
+    // Of the pages that are lost the VM has unplugged some by the end; which, the error does not say.
+    let layout = announced().layout().clone();
+    let unplugged = GpaRange::from_bounds(1 << 20, MEMORY_BYTES).unwrap();
+    let announced = Announced::with_hotpluggable(layout, &[unplugged], &Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(&target, announced, Limits::default()).unwrap();
+    writer.fill(unplugged, &mut io::repeat(1)).unwrap_err();
+    let error = writer.finish(CONFIG, state_of(1 << 20).as_bytes()).unwrap_err();
     assert!(error.to_string().starts_with("Cannot write memory-ranges of "), "{error}");
     assert!(entries(&parent).is_empty());
 }

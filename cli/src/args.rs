@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use log::LevelFilter;
 use vfio_migration::precopy::TimeoutStrategy;
+use vfio_migration::snapshot;
 use vfio_migration::transfer::limits::{ConnectionCount, ConnectionCountError, Limits};
 use vfio_migration::transfer::url::Url;
 use vfio_migration_integration::demo::{Inject, Transport};
@@ -60,8 +61,8 @@ pub(crate) enum Command {
     #[command(after_help = EXIT_STATUS)]
     Send(SendArguments),
     /// Checks, compares and rebuilds snapshots on disk.
-    #[command(subcommand, after_help = EXIT_STATUS)]
-    Snapshot(SnapshotCommand),
+    #[command(after_help = EXIT_STATUS)]
+    Snapshot(SnapshotArguments),
     /// Moves a real KVM guest and its DMA-ing device to another process, and proves that every byte arrived.
     ///
     /// Starts a source and a destination process, each with a device in a process of its own that writes guest memory behind
@@ -101,9 +102,10 @@ pub(crate) struct ReceiveArguments {
     #[arg(long)]
     pub(crate) checkpoint: bool,
     /// Run CMD in a shell while the VM is paused and its disks are quiet: the place to snapshot them. DIR's path to be is
-    /// in VFIO_MIGRATE_INTO. When CMD fails, nothing is kept and the source's VM runs on. CMD ends with vfio-migrate: it and
-    /// what it started get a SIGTERM, and 2 s later a SIGKILL, when its time is over, when the source goes away, and when
-    /// vfio-migrate is given up or killed.
+    /// in VFIO_MIGRATE_INTO. When CMD fails or its time is over, when the source goes away, and when vfio-migrate is given
+    /// up or killed, nothing is kept and the source's VM runs on: CMD and what it started get a SIGTERM, 2 s later a
+    /// SIGKILL, and 1 s later the VM waits no longer. Out of reach is what makes a session or a process group of its own,
+    /// such as setsid, or sudo with use_pty, and what runs as another user.
     #[arg(long, value_name = "CMD")]
     pub(crate) on_paused: Option<OsString>,
     /// Longest that CMD may take, in seconds, for the VM stands still meanwhile. A source may have less patience; Cloud
@@ -113,7 +115,7 @@ pub(crate) struct ReceiveArguments {
     /// Take a VM with writable disks though nothing is done about them.
     #[arg(long)]
     pub(crate) memory_only: bool,
-    /// Keep only what differs from the snapshot DIR; several, the full one first, where it is a differential itself.
+    /// Keep only what differs from the snapshot DIR; repeated, the full one first, where it is a differential itself.
     #[arg(long, value_name = "DIR")]
     pub(crate) base: Vec<PathBuf>,
     /// Mutual TLS, with ca-cert.pem, server-cert.pem and server-key.pem from DIR.
@@ -122,10 +124,8 @@ pub(crate) struct ReceiveArguments {
     /// Most additional connections that the source may open, 1 to 128.
     #[arg(long, default_value = "128", value_name = "N", value_parser = connections)]
     pub(crate) connections: ConnectionCount,
-    /// Longest State message, which holds the devices' state in base64; a number of bytes with K, M or G behind it. It is
-    /// held in memory, once, as it arrives; a longer one fails the migration when all memory has moved.
-    #[arg(long, default_value = "4G", value_name = "SIZE", value_parser = size)]
-    pub(crate) state_limit: u64,
+    #[command(flatten)]
+    pub(crate) state: StateLimit,
     #[command(flatten)]
     pub(crate) patience: Patience,
     /// Print events as JSON lines.
@@ -136,7 +136,27 @@ pub(crate) struct ReceiveArguments {
 impl ReceiveArguments {
     /// What the source is held to.
     pub(crate) fn limits(&self) -> Limits {
-        Limits { connections: self.connections, state_bytes: self.state_limit, ..self.patience.limits() }
+        Limits {
+            connections: self.connections,
+            state_bytes: self.state.state_limit,
+            ..self.patience.limits()
+        }
+    }
+}
+
+/// How long a State may be, wherever it comes from: what a snapshot on disk claims is no more to be trusted than a source.
+#[derive(Debug, Args)]
+pub(crate) struct StateLimit {
+    /// Longest State, the message or state.json, which holds the devices' state in base64; a number of bytes with K, M or G
+    /// behind it. Each is held in memory, once. A longer one is refused; that of a migration when all memory has moved.
+    #[arg(long, global = true, default_value = "4G", value_name = "SIZE", value_parser = size)]
+    state_limit: u64,
+}
+
+impl StateLimit {
+    /// What a snapshot on disk is held to.
+    pub(crate) fn of_snapshot(&self) -> snapshot::Limits {
+        snapshot::Limits { state_bytes: self.state_limit, ..snapshot::Limits::default() }
     }
 }
 
@@ -189,7 +209,8 @@ pub(crate) struct SendArguments {
     /// What to do when it takes longer.
     #[arg(long, default_value = "cancel", value_name = "WHAT")]
     pub(crate) timeout_strategy: Strategy,
-    /// Most bytes of memory a second, a number with K, M or G behind it [default: as many as go].
+    /// Most bytes of memory a second while the VM may run, a number with K, M or G behind it; what is left when the time is up
+    /// goes as fast as it can [default: as many as go].
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) bandwidth: Option<u64>,
     /// Send holes and zero pages, too: for a receiver whose memory does not read zero. So it is done anyway where DIR's
@@ -199,6 +220,8 @@ pub(crate) struct SendArguments {
     /// How memory moves: precopy. Postcopy is refused.
     #[arg(long, default_value = "precopy", value_name = "MODE", value_parser = precopy)]
     memory_mode: MemoryMode,
+    #[command(flatten)]
+    pub(crate) state: StateLimit,
     #[command(flatten)]
     pub(crate) patience: Patience,
     /// Print events as JSON lines.
@@ -236,6 +259,14 @@ impl From<Strategy> for TimeoutStrategy {
             Strategy::Ignore => Self::Ignore,
         }
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotArguments {
+    #[command(flatten)]
+    pub(crate) state: StateLimit,
+    #[command(subcommand)]
+    pub(crate) command: SnapshotCommand,
 }
 
 #[derive(Debug, Subcommand)]
@@ -290,7 +321,7 @@ pub(crate) struct DiffArguments {
     pub(crate) first: PathBuf,
     /// The other one.
     pub(crate) second: PathBuf,
-    /// What lies below those of the two that are differentials; several, the full one first.
+    /// What lies below those of the two that are differentials; repeated, the full one first.
     #[arg(long, value_name = "DIR")]
     pub(crate) base: Vec<PathBuf>,
     /// Print one JSON object.
@@ -303,7 +334,7 @@ pub(crate) struct CreateArguments {
     /// The snapshot to take it from.
     #[arg(long, value_name = "DIR")]
     pub(crate) from: PathBuf,
-    /// The snapshot to differ from; several, the full one first, where it is a differential itself.
+    /// The snapshot to differ from; repeated, the full one first, where it is a differential itself.
     #[arg(long, required = true, value_name = "DIR")]
     pub(crate) base: Vec<PathBuf>,
     /// The differential to be: absent, or an empty directory.

@@ -6,9 +6,10 @@ use std::error::Error;
 use std::io;
 
 use vfio_migration::migratable::MigratableDeviceError;
+use vfio_migration::precopy::CancelReason;
 use vfio_migration::snapshot::{
-    Altered, ApplyError, ChainError, CompareError, DestinationError, FileError, OpenError, SealError,
-    SourceError, StagingError, SubtractError, VerifyError, WriteError,
+    Altered, ApplyError, ChainError, CompareError, DestinationError, FileError, OpenError, STATE_FILE,
+    SealError, SourceError, StagingError, SubtractError, VerifyError, WriteError,
 };
 use vfio_migration::transfer::connection::ConnectionError;
 use vfio_migration::transfer::receive::ReceiveError;
@@ -18,6 +19,12 @@ use vfio_migration_integration::demo::chain;
 
 use crate::exit::Exit;
 use crate::on_paused::CommandError;
+
+/// Sets how long a State may be.
+const STATE_LIMIT: &str = "--state-limit";
+
+/// What makes a manifest.
+const SEAL: &str = "`snapshot seal` gives it one, of what it is now";
 
 /// Why a command did not do what it was told.
 #[derive(Debug)]
@@ -35,12 +42,18 @@ trait Class: Error {
     fn option(&self) -> Option<&'static str> {
         None
     }
+
+    /// What to do about it, where the error cannot know how that is asked for here.
+    fn remedy(&self) -> Option<&'static str> {
+        None
+    }
 }
 
 impl<E: Class> From<E> for Failure {
     fn from(error: E) -> Self {
         let option = error.option().map(|option| format!(" ({option} sets the limit)"));
-        let message = chain(&error) + &option.unwrap_or_default();
+        let remedy = error.remedy().map(|remedy| format!(" ({remedy})"));
+        let message = chain(&error) + &option.or(remedy).unwrap_or_default();
         Self { exit: error.exit(), message }
     }
 }
@@ -115,6 +128,13 @@ impl Class for OpenError {
             _ => Exit::Verification,
         }
     }
+
+    fn option(&self) -> Option<&'static str> {
+        match self {
+            Self::File(FileError::TooLarge { path, .. }) if path.ends_with(STATE_FILE) => Some(STATE_LIMIT),
+            _ => None,
+        }
+    }
 }
 
 impl Class for ChainError {
@@ -123,6 +143,10 @@ impl Class for ChainError {
             Self::Open(error) => error.exit(),
             _ => Exit::Usage,
         }
+    }
+
+    fn option(&self) -> Option<&'static str> {
+        if let Self::Open(error) = self { error.option() } else { None }
     }
 }
 
@@ -133,9 +157,17 @@ impl Class for VerifyError {
             _ => Exit::Io,
         }
     }
+
+    fn remedy(&self) -> Option<&'static str> {
+        matches!(self, Self::NoManifest { .. }).then_some(SEAL)
+    }
 }
 
 impl Class for ApplyError {
+    fn remedy(&self) -> Option<&'static str> {
+        matches!(self, Self::NoManifest { .. }).then_some(SEAL)
+    }
+
     fn exit(&self) -> Exit {
         match self {
             Self::NoManifest { .. } => Exit::Usage,
@@ -168,6 +200,10 @@ impl Class for SealError {
             _ => Exit::Io,
         }
     }
+
+    fn option(&self) -> Option<&'static str> {
+        if let Self::Open(error) = self { error.option() } else { None }
+    }
 }
 
 impl Class for CommandError {
@@ -186,6 +222,11 @@ impl Class for DestinationError {
             Self::OnPaused(error) => error.downcast_ref::<CommandError>().map_or(Exit::Io, Class::exit),
             _ => Exit::Peer,
         }
+    }
+
+    fn remedy(&self) -> Option<&'static str> {
+        let disks = matches!(self, Self::WritableDisks { .. });
+        disks.then_some("--on-paused CMD snapshots them, --memory-only leaves them as they are")
     }
 }
 
@@ -206,10 +247,15 @@ impl Class for ReceiveError {
     fn option(&self) -> Option<&'static str> {
         match self {
             Self::Idle { .. } => Some("--idle-timeout"),
-            Self::TooLong { name: "state_bytes", .. } => Some("--state-limit"),
+            Self::TooLong { name: "state_bytes", .. } => Some(STATE_LIMIT),
             Self::Connections { .. } => Some("--connections"),
             _ => None,
         }
+    }
+
+    fn remedy(&self) -> Option<&'static str> {
+        let Self::Destination { source, .. } = self else { return None };
+        source.downcast_ref::<DestinationError>()?.remedy()
     }
 }
 
@@ -230,6 +276,7 @@ impl Class for SendError {
         match self {
             Self::Peer { step: SendStep::Start | SendStep::Complete, .. } => None,
             Self::Peer { source: PeerError::Silent { .. }, .. } => Some("--idle-timeout"),
+            Self::GivenUp(CancelReason::TimedOut { .. }) => Some("--timeout-s"),
             _ => None,
         }
     }

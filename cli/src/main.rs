@@ -8,6 +8,7 @@ mod demo;
 mod event;
 mod exit;
 mod failure;
+mod group;
 mod on_paused;
 mod output;
 mod probe;

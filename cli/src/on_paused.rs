@@ -1,44 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Runs the operator's command while the source's VM is paused, and never for longer than it may.
-//!
-//! ```text
-//!  vfio-migrate ──lifeline (pipe)──► guard: leads a process group, waits for the end of the pipe
-//!       │                              │  TERM, and KILL after a grace, to all of the group
-//!       └──────── starts ───────────► command: a member of the group
-//! ```
-//!
-//! The pipe ends when the command has to, and also when this process is killed: so nothing outlives it unbounded.
+//! Runs the operator's command while the source's VM is paused, and lets the VM wait for it no longer than it may.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use log::warn;
 use thiserror::Error;
 use vfio_migration::snapshot::OnPaused;
 use vfio_migration::transfer::receive::ReceiverHandle;
 
 use crate::event::Event;
+use crate::group::{GuardedCommand, TICK};
 use crate::output::Output;
 
 /// Names the directory to be in the command's environment. The directory is not there yet.
 pub(crate) const DIR_VARIABLE: &str = "VFIO_MIGRATE_INTO";
-
-/// How often a running command is looked at.
-const TICK: Duration = Duration::from_millis(5);
-
-const SHELL: &str = "/bin/sh";
-
-/// What the guard does: once its standard input ends, it asks the group to end, and kills what is left of it 2 s later.
-///
-/// It is the group's leader, and waited for last: so nobody else can have the group's number meanwhile.
-const GUARD: &str = "trap '' HUP INT TERM; read -r line; kill -TERM 0; sleep 2; kill -KILL 0";
 
 /// Why the command did not do what it was to do.
 #[derive(Debug, Error)]
@@ -60,22 +42,22 @@ pub(crate) enum CommandError {
         /// How it ended.
         status: ExitStatus,
     },
-    /// It was ended because it took too long.
-    #[error("{command:?} was ended: it took longer than the {} s of --on-paused-timeout", .limit.as_secs())]
+    /// It was told to end because it took too long.
+    #[error("{command:?} was told to end: it took longer than the {} s of --on-paused-timeout", .limit.as_secs())]
     TimedOut {
         /// The command.
         command: OsString,
         /// How long it may take.
         limit: Duration,
     },
-    /// It was ended because nobody waits for it.
-    #[error("{command:?} was ended: the source closed the connection meanwhile")]
+    /// It was told to end because nobody waits for it.
+    #[error("{command:?} was told to end: the source closed the connection meanwhile")]
     SourceGone {
         /// The command.
         command: OsString,
     },
-    /// It was ended on request.
-    #[error("{command:?} was ended: the migration was given up here")]
+    /// It was told to end on request.
+    #[error("{command:?} was told to end: the migration was given up here")]
     GivenUp {
         /// The command.
         command: OsString,
@@ -117,6 +99,13 @@ pub(crate) enum Note {
         /// How long it took.
         ran: Duration,
     },
+    /// It was to end, and did not.
+    RunsOn {
+        /// The command.
+        command: OsString,
+        /// What is left of it.
+        processes: Vec<u32>,
+    },
 }
 
 impl Note {
@@ -138,6 +127,9 @@ impl Note {
                     format!("{command:?} {how} after {:.1} s", ran.as_secs_f64())
                 });
             }
+            Self::RunsOn { command, processes } => warn!(
+                "Cannot end {command:?}: processes {processes:?} are still there, as another user's or waiting for a device"
+            ),
         }
     }
 }
@@ -165,20 +157,24 @@ impl PausedCommand {
 
     fn run_watched(&self, begun: Instant) -> Result<(), CommandError> {
         let failed = |source| CommandError::Run { command: self.command.clone(), source };
-        let mut running = Running::start(&self.command, &self.into).map_err(failed)?;
-        loop {
-            if let Some(status) = running.poll().map_err(failed)? {
-                return match status.success() {
-                    true => Ok(()),
-                    false => Err(CommandError::Failed { command: self.command.clone(), status }),
-                };
+        let variable = (DIR_VARIABLE, self.into.clone().into_os_string());
+        let mut running = GuardedCommand::start(&self.command, variable).map_err(failed)?;
+        let reason = loop {
+            match running.poll().map_err(failed)? {
+                Some(status) if status.success() => return running.leave().map_err(failed),
+                Some(status) => break CommandError::Failed { command: self.command.clone(), status },
+                None => {}
             }
             if let Some(reason) = self.reason_to_end(begun) {
-                running.end().map_err(failed)?;
-                return Err(reason);
+                break reason;
             }
             thread::sleep(TICK);
+        };
+        let processes = running.end();
+        if !processes.is_empty() {
+            self.note(Note::RunsOn { command: self.command.clone(), processes });
         }
+        Err(reason)
     }
 
     fn reason_to_end(&self, begun: Instant) -> Option<CommandError> {
@@ -191,69 +187,4 @@ impl PausedCommand {
             (begun.elapsed() >= limit).then(|| CommandError::TimedOut { command: command(), limit })
         }
     }
-}
-
-/// A command under way.
-#[derive(Debug)]
-struct Running {
-    guard: Child,
-    command: Child,
-}
-
-impl Running {
-    /// Starts the guard, and then the command in its group; what the command prints goes to standard error.
-    fn start(command: &OsStr, into: &Path) -> io::Result<Self> {
-        let mut guard = Command::new(SHELL)
-            .args(["-c", GUARD])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()?;
-        match start_in_group(command, into, &guard) {
-            Ok(command) => Ok(Self { guard, command }),
-            Err(error) => {
-                dismiss(&mut guard)?;
-                Err(error)
-            }
-        }
-    }
-
-    /// Returns how the command ended, if it did. What it left running in the background may run on.
-    fn poll(&mut self) -> io::Result<Option<ExitStatus>> {
-        let status = self.command.try_wait()?;
-        if status.is_some() {
-            dismiss(&mut self.guard)?;
-        }
-        Ok(status)
-    }
-
-    /// Ends the command and what it started.
-    fn end(mut self) -> io::Result<()> {
-        drop(self.guard.stdin.take());
-        self.guard.wait()?;
-        // In vain, unless somebody ended the guard itself.
-        self.command.kill()?;
-        self.command.wait()?;
-        Ok(())
-    }
-}
-
-fn start_in_group(command: &OsStr, into: &Path, guard: &Child) -> io::Result<Child> {
-    let out = io::stderr().as_fd().try_clone_to_owned()?;
-    let group = i32::try_from(guard.id()).expect("process numbers are positive ints");
-    Command::new(SHELL)
-        .arg("-c")
-        .arg(command)
-        .env(DIR_VARIABLE, into)
-        .stdin(Stdio::null())
-        .stdout(out)
-        .process_group(group)
-        .spawn()
-}
-
-/// Ends a guard that has nobody to watch.
-fn dismiss(guard: &mut Child) -> io::Result<()> {
-    guard.kill()?;
-    guard.wait().map(drop)
 }

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
-use vfio_migration::snapshot::{Base, DestinationOptions, Digest, Limits, SnapshotDestination};
+use vfio_migration::snapshot::{Base, DestinationOptions, Digest, SnapshotDestination};
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver, ReceiverHandle};
 use vfio_migration::transfer::tls::ServerTls;
@@ -79,7 +79,7 @@ fn options(
     receiver: ReceiverHandle,
     notes: Sender<Note>,
 ) -> Result<DestinationOptions, Failure> {
-    let limits = Limits { state_bytes: arguments.limits().state_bytes, ..Limits::default() };
+    let limits = arguments.state.of_snapshot();
     let base = match arguments.base.is_empty() {
         true => None,
         false => Some(Base::open(&arguments.base, &limits)?),

@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use indicatif::HumanBytes;
 use vfio_migration::migratable::MigratableDevice;
-use vfio_migration::snapshot::{Limits, SnapshotDir, SnapshotSource};
+use vfio_migration::snapshot::{SnapshotDir, SnapshotSource};
 use vfio_migration::transfer::tls::ClientTls;
 use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+use vfio_migration_integration::demo::chain;
 
 use crate::args::SendArguments;
 use crate::event::Event;
+use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::signals::stop_flag;
@@ -36,15 +38,26 @@ pub(crate) fn send(arguments: &SendArguments) -> ExitCode {
 
 fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Failure> {
     let stop = stop_flag()?;
-    let mut source = SnapshotSource::new(SnapshotDir::open(&arguments.from, &Limits::default())?)?;
+    let dir = SnapshotDir::open(&arguments.from, &arguments.state.of_snapshot())?;
+    let mut source = SnapshotSource::new(dir)?;
     let sender = Sender::new(options(arguments, &source)?);
     let mut machine = MigratableDevice::builder("snapshot", source.layout().clone()).build()?;
     let sent = watch(&sender, &mut source, &mut machine, &stop, output);
     sent.map_err(|error| match (&error, source.check_length()) {
         // To the kernel, memory that is gone is a write that failed; the receiver is not to blame.
         (SendError::Peer { .. }, Err(cut_off)) => cut_off.into(),
-        _ => error.into(),
+        _ => failure(error),
     })
+}
+
+/// A stored VM stays what it is: nothing is to be resumed or ended here.
+fn failure(error: SendError) -> Failure {
+    let SendError::OutcomeUnknown { source } = error else { return error.into() };
+    let message = format!(
+        "Outcome unknown: receiver did not answer whether it runs the VM; look there before it is sent again: {}",
+        chain(&source)
+    );
+    Failure { exit: Exit::OutcomeUnknown, message }
 }
 
 fn options(arguments: &SendArguments, source: &SnapshotSource) -> Result<SendOptions, Failure> {

@@ -9,25 +9,27 @@ use std::sync::Arc;
 use indicatif::HumanBytes;
 use serde::Serialize;
 use vfio_migration::snapshot::{
-    Chain, ChainError, Description, Differences, Digest, Kind, Limits, OpenError, Report, apply, compare,
-    describe, seal, subtract, verify,
+    Chain, ChainError, Description, Differences, Digest, Kind, Limits, MANIFEST_FILE, OpenError, Report,
+    apply, compare, describe, seal, subtract, verify,
 };
 
-use crate::args::{ApplyArguments, CreateArguments, DiffArguments, SnapshotCommand};
+use crate::args::{ApplyArguments, CreateArguments, DiffArguments, SnapshotArguments, SnapshotCommand};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Output;
 
-/// Does what `command` says and prints what came of it.
-pub(crate) fn snapshot(command: &SnapshotCommand) -> ExitCode {
+/// Does what `arguments` say and prints what came of it.
+pub(crate) fn snapshot(arguments: &SnapshotArguments) -> ExitCode {
+    let SnapshotArguments { state, command } = arguments;
+    let limits = state.of_snapshot();
     let mut output = Output::new(command.json());
     let done = match command {
-        SnapshotCommand::Info { dir, .. } => info(dir, &mut output),
-        SnapshotCommand::Verify { dir, .. } => check(dir, &mut output),
-        SnapshotCommand::Diff(arguments) => diff(arguments, &mut output),
-        SnapshotCommand::Create(arguments) => create(arguments, &mut output),
-        SnapshotCommand::Apply(arguments) => flatten(arguments, &mut output),
-        SnapshotCommand::Seal { dir, .. } => name(dir, &mut output),
+        SnapshotCommand::Info { dir, .. } => info(dir, &limits, &mut output),
+        SnapshotCommand::Verify { dir, .. } => check(dir, &limits, &mut output),
+        SnapshotCommand::Diff(arguments) => diff(arguments, &limits, &mut output),
+        SnapshotCommand::Create(arguments) => create(arguments, &limits, &mut output),
+        SnapshotCommand::Apply(arguments) => flatten(arguments, &limits, &mut output),
+        SnapshotCommand::Seal { dir, .. } => name(dir, &limits, &mut output),
     };
     done.unwrap_or_else(|failure| output.fail(&failure))
 }
@@ -46,8 +48,8 @@ impl Written<'_> {
     }
 }
 
-fn info(dir: &Path, output: &mut Output) -> Result<ExitCode, Failure> {
-    let description = describe(dir, &Limits::default())?;
+fn info(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    let description = describe(dir, limits)?;
     output.result(&description, || description_text(&description));
     Ok(ExitCode::SUCCESS)
 }
@@ -82,8 +84,8 @@ fn description_text(description: &Description) -> String {
     lines.join("\n")
 }
 
-fn check(dir: &Path, output: &mut Output) -> Result<ExitCode, Failure> {
-    let report = verify(dir, &Limits::default())?;
+fn check(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    let report = verify(dir, limits)?;
     output.result(&report, || report_text(dir, &report));
     Ok(if report.is_clean() { ExitCode::SUCCESS } else { Exit::Verification.into() })
 }
@@ -97,19 +99,19 @@ fn report_text(dir: &Path, report: &Report) -> String {
     }
 }
 
-fn diff(arguments: &DiffArguments, output: &mut Output) -> Result<ExitCode, Failure> {
-    let [first, second] = [&arguments.first, &arguments.second].map(|path| open_upon(&arguments.base, path));
+fn diff(arguments: &DiffArguments, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    let [first, second] =
+        [&arguments.first, &arguments.second].map(|path| open_upon(&arguments.base, path, limits));
     let differences = compare(&first?, &second?)?;
     output.result(&differences, || differences_text(&differences));
     Ok(if differences.is_empty() { ExitCode::SUCCESS } else { Exit::Different.into() })
 }
 
 /// Opens the snapshot at `path`, a differential upon `base`.
-fn open_upon(base: &[PathBuf], path: &Path) -> Result<Chain, Failure> {
-    let limits = Limits::default();
-    match Chain::open([path], &limits) {
+fn open_upon(base: &[PathBuf], path: &Path, limits: &Limits) -> Result<Chain, Failure> {
+    match Chain::open([path], limits) {
         Err(ChainError::Open(OpenError::Differential { .. })) if !base.is_empty() => {
-            Ok(Chain::open(base.iter().map(PathBuf::as_path).chain([path]), &limits)?)
+            Ok(Chain::open(base.iter().map(PathBuf::as_path).chain([path]), limits)?)
         }
         opened => Ok(opened?),
     }
@@ -128,20 +130,23 @@ fn differences_text(differences: &Differences) -> String {
     if lines.is_empty() { "no difference".to_owned() } else { lines.join("\n") }
 }
 
-fn create(arguments: &CreateArguments, output: &mut Output) -> Result<ExitCode, Failure> {
-    let limits = Limits::default();
-    let base = Arc::new(Chain::open(&arguments.base, &limits)?);
-    let digest = subtract(&open_upon(&arguments.base, &arguments.from)?, base, &arguments.into, &limits)?;
+fn create(arguments: &CreateArguments, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    let base = Arc::new(Chain::open(&arguments.base, limits)?);
+    let digest =
+        subtract(&open_upon(&arguments.base, &arguments.from, limits)?, base, &arguments.into, limits)?;
     Ok(Written { path: &arguments.into, digest }.tell(output))
 }
 
-fn flatten(arguments: &ApplyArguments, output: &mut Output) -> Result<ExitCode, Failure> {
-    let limits = Limits::default();
-    let digest = apply(&Chain::open(&arguments.chain, &limits)?, &arguments.into, &limits)?;
+fn flatten(arguments: &ApplyArguments, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    let digest = apply(&Chain::open(&arguments.chain, limits)?, &arguments.into, limits)?;
     Ok(Written { path: &arguments.into, digest }.tell(output))
 }
 
-fn name(dir: &Path, output: &mut Output) -> Result<ExitCode, Failure> {
-    let digest = seal(dir, &Limits::default())?;
+fn name(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    let sealed = dir.join(MANIFEST_FILE).exists();
+    let digest = seal(dir, limits)?;
+    if sealed {
+        output.remark("It has had a manifest, which stays; `snapshot verify` tells whether it is true");
+    }
     Ok(Written { path: dir, digest }.tell(output))
 }

@@ -12,9 +12,9 @@ use super::block_reader::hash_memory;
 use super::differential::{Chain, Differential};
 use super::digest::Digest;
 use super::dir::{OpenError, SnapshotDir};
-use super::files::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, read_bounded};
+use super::files::{CHANGES_FILE, MANIFEST_FILE, MEMORY_FILE};
 use super::limits::Limits;
-use super::manifest::{Covered, Manifest};
+use super::manifest::Manifest;
 use super::placement::Placement;
 use super::staging::{StagingError, add_file, clear_added};
 use super::verify::CheckedBlocks;
@@ -147,7 +147,12 @@ pub enum SealError {
 /// # Errors
 /// The snapshot is as it was.
 pub fn seal(path: &Path, limits: &Limits) -> Result<Digest, SealError> {
-    let dir = SnapshotDir::open(path, limits)?;
+    seal_opened(&SnapshotDir::open(path, limits)?)
+}
+
+/// Gives a snapshot a manifest of what it was when it was opened: should a text change since, it no longer fits.
+pub(super) fn seal_opened(dir: &SnapshotDir) -> Result<Digest, SealError> {
+    let path = dir.path();
     if let Some(digest) = dir.digest() {
         clear_added(path, MANIFEST_FILE);
         return Ok(digest);
@@ -156,8 +161,7 @@ pub fn seal(path: &Path, limits: &Limits) -> Result<Digest, SealError> {
     let blocks = hash_memory(dir.memory(), dir.placement().bytes(), page)
         .map_err(|source| SealError::Read { path: path.to_owned(), source })?;
     // The file, and not the configuration in it: somebody may have edited it, and left blanks around it.
-    let config = read_bounded(&path.join(CONFIG_FILE), limits.config_bytes).map_err(OpenError::from)?;
-    let config = Covered::of(&config);
+    let config = dir.config_file();
     let manifest = Manifest { config, ..Manifest::of_full(page, dir.config(), dir.state(), blocks) };
     let (bytes, digest) = manifest.encode();
     add_file(path, MANIFEST_FILE, &bytes)?;

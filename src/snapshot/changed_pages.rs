@@ -12,7 +12,8 @@ use thiserror::Error;
 
 use super::blocks::{BlockHasher, BlockTable, block_bytes_for, is_zero};
 use super::differential::Chain;
-use super::feed::Feed;
+use super::feed::{Feed, FeedError};
+use super::flusher::Flusher;
 use super::limits::Limits;
 use super::placement::{Extent, Placement, PlacementError};
 use crate::granule::Granule;
@@ -40,8 +41,12 @@ struct Cell {
 /// Why pages could not be put in order.
 #[derive(Debug, Error)]
 pub(super) enum SettleError {
-    #[error(transparent)]
-    Io(#[from] io::Error),
+    /// The work file is not what was written to it, or cannot be read.
+    #[error("Cannot read the pages back")]
+    Work(#[source] io::Error),
+    /// The pages could not be written in their order.
+    #[error("Cannot copy the pages")]
+    Copy(#[source] io::Error),
     #[error(transparent)]
     Placement(#[from] PlacementError),
 }
@@ -55,6 +60,8 @@ pub(super) struct ChangedPages {
     cells: Vec<Mutex<Cell>>,
     /// Compared with, if it is at hand.
     base: Option<Arc<Chain>>,
+    /// Brings the work file to disk though it is removed in the end: see [`ChangedPages::settle`].
+    flusher: Flusher,
     failed: AtomicBool,
 }
 
@@ -77,7 +84,8 @@ impl ChangedPages {
         work.set_len(placement.bytes())?;
         let feed = Feed::new(placement, CELL_PAGES * page.bytes());
         let cells = (0..feed.cells()).map(|_| Mutex::default()).collect();
-        Ok(Self { work, feed, page, cells, base, failed: AtomicBool::new(false) })
+        let flusher = Flusher::start(&work)?;
+        Ok(Self { work, feed, page, cells, base, flusher, failed: AtomicBool::new(false) })
     }
 
     pub(super) fn placement(&self) -> &Placement {
@@ -92,13 +100,16 @@ impl ChangedPages {
         &self,
         range: GpaRange,
         read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
-    ) -> io::Result<()> {
+    ) -> Result<(), FeedError> {
         if !self.page.is_aligned(range.start()) || !self.page.is_aligned(range.end()) {
-            return Err(io::Error::new(ErrorKind::InvalidInput, PartialPage { range }));
+            let refused = io::Error::new(ErrorKind::InvalidInput, PartialPage { range });
+            return Err(FeedError::Read(refused));
         }
         let mut before = Vec::new();
         self.feed.run(range, read, |piece, bytes| {
             let stored = self.store(piece, bytes, &mut before);
+            // Waiting for the disk comes after, with no cell locked.
+            let stored = stored.and_then(|written| self.flusher.wrote(written).map_err(FeedError::Write));
             stored.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
         })
     }
@@ -128,14 +139,16 @@ impl ChangedPages {
         self.cells[self.feed.cell_of(piece)].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn store(&self, piece: Extent, bytes: &[u8], before: &mut Vec<u8>) -> io::Result<()> {
+    /// Writes the pages that differ and are not zero; returns how many bytes that are.
+    fn store(&self, piece: Extent, bytes: &[u8], before: &mut Vec<u8>) -> Result<u64, FeedError> {
         if let Some(base) = &self.base {
             before.resize(bytes.len(), 0);
-            base.read_checked(piece.range, before)?;
+            base.read_checked(piece.range, before).map_err(FeedError::Read)?;
         }
         let page_bytes = index(self.page.bytes());
         let mut cell = self.lock(piece);
         let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
+        let mut written = 0;
         let mut run = 0..0;
         for (bit, at) in (first..).zip((0..bytes.len()).step_by(page_bytes)) {
             let page = at..at + page_bytes;
@@ -144,33 +157,46 @@ impl ChangedPages {
             cell.data = with_bit(cell.data, bit, !same && !zero);
             cell.zero = with_bit(cell.zero, bit, zero);
             if same || zero {
-                self.write_run(piece.offset, bytes, run)?;
+                written += self.write_run(piece.offset, bytes, run).map_err(FeedError::Write)?;
                 run = page.end..page.end;
             } else {
                 run.end = page.end;
             }
         }
-        self.write_run(piece.offset, bytes, run)
+        written += self.write_run(piece.offset, bytes, run).map_err(FeedError::Write)?;
+        Ok(written)
     }
 
-    fn write_run(&self, offset: u64, bytes: &[u8], run: std::ops::Range<usize>) -> io::Result<()> {
-        if run.is_empty() {
-            return Ok(());
+    fn write_run(&self, offset: u64, bytes: &[u8], run: std::ops::Range<usize>) -> io::Result<u64> {
+        let length = run.len() as u64;
+        if length > 0 {
+            self.work.write_all_at(&bytes[run.clone()], offset + run.start as u64)?;
         }
-        self.work.write_all_at(&bytes[run.clone()], offset + run.start as u64)
+        Ok(length)
+    }
+
+    /// Begins to bring to disk what was written until now; does not wait for it.
+    pub(super) fn hurry(&self) {
+        self.flusher.hurry();
     }
 
     /// Copies the pages that differ and lie in `kept` to `into`, back to back, and brings them to disk.
-    pub(super) fn settle(&self, kept: &Placement, into: &File) -> Result<Settled, SettleError> {
+    ///
+    /// Pages of the work file that the disk did not take may be dropped from memory and read back as zeros, which only a sync
+    /// after the last read tells. On its own it would write all of the file while the VM stands still; since the file is
+    /// synced all along, it writes no more than writers may be ahead of the disk, and most of that while pages are copied.
+    pub(super) fn settle(self, kept: &Placement, into: &File) -> Result<Settled, SettleError> {
         if self.failed.load(Ordering::Relaxed) {
-            return Err(io::Error::other("Some pages could not be written").into());
+            return Err(SettleError::Work(io::Error::other("Some pages could not be written")));
         }
         let limits = Limits { ranges: usize::MAX, ..Limits::default() };
         let limits = Limits { memory_bytes: self.placement().bytes(), ..limits };
         let runs = Placement::new(self.runs(kept, |cell| cell.data), &limits)?;
         let zero_runs = Placement::new(self.runs(kept, |cell| cell.zero), &limits)?;
+        self.flusher.hurry();
         let blocks = self.copy_runs(&runs, into)?;
-        into.sync_all()?;
+        self.flusher.finish().and_then(|()| self.work.sync_data()).map_err(SettleError::Work)?;
+        into.sync_all().map_err(SettleError::Copy)?;
         Ok(Settled { runs, zero_runs, blocks })
     }
 
@@ -193,14 +219,14 @@ impl ChangedPages {
         runs
     }
 
-    fn copy_runs(&self, runs: &Placement, into: &File) -> io::Result<BlockTable> {
+    fn copy_runs(&self, runs: &Placement, into: &File) -> Result<BlockTable, SettleError> {
         let mut hasher = BlockHasher::new(block_bytes_for(runs.bytes(), self.page.bytes()));
         let mut buffer = vec![0; index(self.feed.cell_bytes())];
         for run in runs.ranges() {
             for from in self.placement().locate(run).flat_map(|extent| extent.cut(self.feed.cell_bytes())) {
                 let bytes = &mut buffer[..index(from.range.len())];
-                self.work.read_exact_at(bytes, from.offset)?;
-                io::Write::write_all(&mut &*into, bytes)?;
+                self.work.read_exact_at(bytes, from.offset).map_err(SettleError::Work)?;
+                io::Write::write_all(&mut &*into, bytes).map_err(SettleError::Copy)?;
                 hasher.update(bytes);
             }
         }
@@ -220,4 +246,39 @@ fn with_bit(word: u64, bit: u64, set: bool) -> u64 {
 
 fn index(number: u64) -> usize {
     usize::try_from(number).expect("sizes within a cell fit memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+    use crate::snapshot::feed::from_stream;
+
+    #[test]
+    fn pages_that_the_disk_did_not_take_are_not_trusted_when_they_are_read_back() {
+        let page = Granule::host_page();
+        let ram = GpaRange::new(0, 100 * page.bytes()).unwrap();
+        let placement = Placement::new([ram], &Limits::default()).unwrap();
+        let written = || {
+            let work = tempfile::tempfile().unwrap();
+            ChangedPages::new(work, placement.clone(), page, None).unwrap()
+        };
+        let settle = |pages: ChangedPages| {
+            pages.fill(ram, from_stream(&mut io::repeat(7))).unwrap();
+            pages.settle(&placement, &tempfile::tempfile().unwrap())
+        };
+        assert_eq!(settle(written()).unwrap().runs, placement);
+
+        let lost = || Err(io::Error::from(Errno::IO));
+        let mut unsynced = written();
+        unsynced.flusher = Flusher::with(Box::new(lost)).unwrap();
+        let error = settle(unsynced).unwrap_err();
+        let io_error = Some(Errno::IO.raw_os_error());
+        assert!(matches!(&error, SettleError::Work(source) if source.raw_os_error() == io_error), "{error}");
+
+        let unwritten = written();
+        unwritten.failed.store(true, Ordering::Relaxed);
+        assert!(matches!(settle(unwritten), Err(SettleError::Work(_))));
+    }
 }

@@ -32,7 +32,7 @@ const READ_BYTES: usize = 256 << 10;
 pub enum DestinationError {
     /// The disks would go on changing, or be out of step with the memory.
     #[error(
-        "VM writes to {}, which a snapshot of memory and state leaves out: snapshot them while the VM is paused, or ask for the memory alone",
+        "VM writes to {}, which a snapshot of memory and state leaves out",
         listed(.disks)
     )]
     WritableDisks {
@@ -270,10 +270,12 @@ impl Store {
         }
     }
 
-    /// Lets the disk work while whatever is done with the paused VM is done. A differential has nothing in its order yet.
+    /// Lets the disk work while whatever is done with the paused VM is done.
     fn hurry(&self) {
-        if let Some(Writer::Full(writer)) = &*self.writer.read().unwrap_or_else(PoisonError::into_inner) {
-            writer.hurry();
+        match &*self.writer.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(Writer::Full(writer)) => writer.hurry(),
+            Some(Writer::Differential(writer)) => writer.hurry(),
+            None => {}
         }
     }
 

@@ -12,7 +12,7 @@ use super::changed_pages::{ChangedPages, SettleError};
 use super::differential::{Chain, ChainError};
 use super::digest::Digest;
 use super::document::VmConfig;
-use super::feed::{from_memory, from_stream};
+use super::feed::{FeedError, from_memory, from_stream};
 use super::files::CHANGES_FILE;
 use super::limits::Limits;
 use super::manifest::{Changes, Manifest};
@@ -108,7 +108,7 @@ impl DifferentialWriter {
     /// # Errors
     /// `range` is not all RAM or not of whole pages, `from` fails or ends early, or the disk is full.
     pub fn fill(&self, range: GpaRange, from: &mut dyn Read) -> io::Result<()> {
-        self.pages.fill(range, from_stream(from))
+        self.pages.fill(range, from_stream(from)).map_err(|error| self.fill_error(error))
     }
 
     /// Takes `ranges` of guest memory: those of the chunks that a ledger's cursor for this base hands out.
@@ -120,7 +120,12 @@ impl DifferentialWriter {
         ranges: impl IntoIterator<Item = GpaRange>,
         memory: &M,
     ) -> io::Result<()> {
-        ranges.into_iter().try_for_each(|range| self.pages.fill(range, from_memory(memory)))
+        let filled = ranges.into_iter().try_for_each(|range| self.pages.fill(range, from_memory(memory)));
+        filled.map_err(|error| self.fill_error(error))
+    }
+
+    fn fill_error(&self, error: FeedError) -> io::Error {
+        error.into_io(|source| self.staged.write_error(WORK_FILE, source))
     }
 
     /// Completes the differential with the texts of `config.json` and `state.json` and moves it to its name, safe on disk.
@@ -145,13 +150,19 @@ impl DifferentialWriter {
         self.announced.settle(state, self.pages.placement(), &self.limits).map(drop)
     }
 
+    /// Begins to bring to disk what was written until now; does not wait for it.
+    pub(super) fn hurry(&self) {
+        self.pages.hurry();
+    }
+
     pub(super) fn complete(self, config: &VmConfig, state: VmState) -> Result<Digest, WriteError> {
         let Self { staged, announced, base, pages, limits } = self;
         let memory = announced.settle(&state, pages.placement(), &limits)?;
         let state = state.relist(&memory)?;
         let into = staged.make_file(CHANGES_FILE, 0)?;
         let settled = pages.settle(&memory, &into).map_err(|error| match error {
-            SettleError::Io(source) => staged.write_error(CHANGES_FILE, source).into(),
+            SettleError::Work(source) => staged.write_error(WORK_FILE, source).into(),
+            SettleError::Copy(source) => staged.write_error(CHANGES_FILE, source).into(),
             SettleError::Placement(source) => WriteError::Placement(source),
         })?;
         staged.remove_file(WORK_FILE)?;

@@ -70,6 +70,8 @@ pub enum OpenError {
 #[derive(Debug, Clone)]
 pub(super) struct Documents {
     pub(super) config: VmConfig,
+    /// The file that `config` was read from, with whatever blanks somebody left around it.
+    pub(super) config_file: Covered,
     pub(super) state: VmState,
 }
 
@@ -79,8 +81,9 @@ impl Documents {
         let config = read_bounded(&path.join(CONFIG_FILE), limits.config_bytes)?;
         let state = read_bounded(&path.join(STATE_FILE), limits.state_bytes)?;
         let altered = |name| OpenError::Altered { path: path.to_owned(), name };
+        let config_file = Covered::of(&config);
         if let Some(manifest) = manifest {
-            if Covered::of(&config) != manifest.config {
+            if config_file != manifest.config {
                 return Err(altered(CONFIG_FILE));
             }
             if Covered::of(&state) != manifest.state {
@@ -93,7 +96,7 @@ impl Documents {
         if manifest.is_some_and(|manifest| !manifest.memory.ranges().eq(state.memory().ranges())) {
             return Err(altered(STATE_FILE));
         }
-        Ok(Self { config, state })
+        Ok(Self { config, config_file, state })
     }
 }
 
@@ -141,6 +144,11 @@ impl SnapshotDir {
     /// `config.json`.
     pub fn config(&self) -> &VmConfig {
         &self.documents.config
+    }
+
+    /// `config.json` as it was when it was read.
+    pub(super) fn config_file(&self) -> Covered {
+        self.documents.config_file
     }
 
     /// `state.json`.

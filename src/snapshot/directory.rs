@@ -8,7 +8,9 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, fstat, mkdirat, open, openat, renameat, statat, unlinkat};
+use rustix::fs::{
+    AtFlags, Dir, FileType, Mode, OFlags, fstat, mkdirat, open, openat, renameat, statat, unlinkat,
+};
 use rustix::io::Errno;
 
 /// An open directory. No name in it is followed where it is a link.
@@ -73,7 +75,24 @@ impl Directory {
     pub(super) fn names(&self) -> io::Result<Vec<OsString>> {
         let entries = Dir::read_from(&self.0)?;
         let name = |entry: rustix::fs::DirEntry| OsStr::from_bytes(entry.file_name().to_bytes()).to_owned();
-        Ok(entries.map(|entry| entry.map(name)).collect::<Result<_, _>>()?)
+        let names: Result<Vec<_>, _> = entries.map(|entry| entry.map(name)).collect();
+        Ok(names?.into_iter().filter(|name| name != "." && name != "..").collect())
+    }
+
+    /// Whether `name` is a regular file.
+    pub(super) fn is_file(&self, name: &OsStr) -> io::Result<bool> {
+        let named = statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        Ok(FileType::from_raw_mode(named.st_mode) == FileType::RegularFile)
+    }
+
+    /// Whether `name` is `file`, and not something else or nothing.
+    pub(super) fn is_named(&self, file: &File, name: &OsStr) -> io::Result<bool> {
+        let file = fstat(file)?;
+        match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(named) => Ok((named.st_dev, named.st_ino) == (file.st_dev, file.st_ino)),
+            Err(Errno::NOENT) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// What locks and syncs it.

@@ -9,6 +9,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::placement::{Extent, Placement};
+use super::staging::StagingError;
 use crate::range::GpaRange;
 
 /// Bytes for guest memory that the snapshot does not have.
@@ -16,6 +17,27 @@ use crate::range::GpaRange;
 #[error("{range} is not all memory of the VM")]
 struct NotMemory {
     range: GpaRange,
+}
+
+/// Why bytes are not in their place.
+#[derive(Debug, Error)]
+pub(super) enum FeedError {
+    /// They are not what the file takes, or what they come from or are compared with cannot be read.
+    #[error(transparent)]
+    Read(io::Error),
+    /// The file did not take them.
+    #[error(transparent)]
+    Write(io::Error),
+}
+
+impl FeedError {
+    /// Returns the error to report, in which `named` names the file.
+    pub(super) fn into_io(self, named: impl FnOnce(io::Error) -> StagingError) -> io::Error {
+        match self {
+            Self::Read(error) => error,
+            Self::Write(error) => io::Error::new(error.kind(), named(error)),
+        }
+    }
 }
 
 /// Cuts ranges into pieces that lie in one cell of a file each, and reads the bytes of each into a buffer.
@@ -58,10 +80,11 @@ impl Feed {
         &self,
         range: GpaRange,
         mut read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
-        mut store: impl FnMut(Extent, &[u8]) -> io::Result<()>,
-    ) -> io::Result<()> {
+        mut store: impl FnMut(Extent, &[u8]) -> Result<(), FeedError>,
+    ) -> Result<(), FeedError> {
         if !self.placement.holds(range) {
-            return Err(io::Error::new(ErrorKind::InvalidInput, NotMemory { range }));
+            let refused = io::Error::new(ErrorKind::InvalidInput, NotMemory { range });
+            return Err(FeedError::Read(refused));
         }
         let mut buffer = self.lock().pop().unwrap_or_default();
         let mut pieces = self.placement.locate(range).flat_map(|extent| extent.cut(self.cell_bytes));
@@ -70,7 +93,7 @@ impl Feed {
             if buffer.len() < length {
                 buffer.resize(length, 0);
             }
-            read(piece.range, &mut buffer[..length])?;
+            read(piece.range, &mut buffer[..length]).map_err(FeedError::Read)?;
             store(piece, &buffer[..length])
         });
         self.lock().push(buffer);

@@ -13,16 +13,16 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// Bytes written that begin a sync.
-const FLUSH_BYTES: u64 = 32 << 20;
+const FLUSH_BYTES: u64 = 8 << 20;
 
 /// Bytes that may at least be missing on disk before writers wait, and at most.
 const MISSING_BYTES: RangeInclusive<u64> = 2 * FLUSH_BYTES..=1 << 30;
 
 /// How long the disk may take for what is missing.
-const CATCH_UP: Duration = Duration::from_millis(250);
+const CATCH_UP: Duration = Duration::from_millis(100);
 
-/// What syncs the bytes of a file.
-type Sync = Box<dyn Fn() -> io::Result<()> + Send>;
+/// What brings the bytes of a file to disk.
+type SyncBytes = Box<dyn Fn() -> io::Result<()> + Send>;
 
 #[derive(Debug)]
 struct State {
@@ -35,13 +35,14 @@ struct State {
     /// Whether to sync what there is, however little.
     hurried: bool,
     over: bool,
-    failed: bool,
+    /// Why a sync failed: the last one.
+    failed: Option<io::Error>,
 }
 
 impl Default for State {
     fn default() -> Self {
         let most = *MISSING_BYTES.start();
-        Self { written: 0, syncing: 0, most, hurried: false, over: false, failed: false }
+        Self { written: 0, syncing: 0, most, hurried: false, over: false, failed: None }
     }
 }
 
@@ -61,7 +62,7 @@ impl State {
     }
 
     fn is_full(&self) -> bool {
-        self.written + self.syncing >= self.most && !self.failed
+        self.written + self.syncing >= self.most && self.failed.is_none()
     }
 }
 
@@ -85,17 +86,17 @@ impl Shared {
     }
 
     /// Syncs whenever it is due, until it is over or a sync fails.
-    fn run(&self, sync: &Sync) -> io::Result<()> {
-        while self.await_due() {
+    fn run(&self, sync: &SyncBytes) {
+        let mut failed = false;
+        while !failed && self.await_due() {
             let begun = Instant::now();
             let outcome = sync();
+            failed = outcome.is_err();
             let mut state = self.lock();
             state.note_sync(begun.elapsed());
-            state.failed = outcome.is_err();
+            state.failed = outcome.err();
             self.synced.notify_all();
-            outcome?;
         }
-        Ok(())
     }
 
     /// Waits until there is something to sync, and takes it on; `false` where nothing more will come.
@@ -112,7 +113,7 @@ impl Shared {
 #[derive(Debug)]
 pub(super) struct Flusher {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<io::Result<()>>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Flusher {
@@ -125,7 +126,8 @@ impl Flusher {
         Self::with(Box::new(move || file.sync_data()))
     }
 
-    fn with(sync: Sync) -> io::Result<Self> {
+    /// Starts a thread that calls `sync`.
+    pub(super) fn with(sync: SyncBytes) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let of_thread = Arc::clone(&shared);
         let thread = Builder::new().name("snapshot-flush".into()).spawn(move || of_thread.run(&sync))?;
@@ -135,7 +137,7 @@ impl Flusher {
     /// Tells that `bytes` more were written, and waits while too many are missing on disk.
     ///
     /// # Errors
-    /// A sync failed; [`Flusher::finish`] says why.
+    /// A sync failed: bytes written before it may be lost for good.
     pub(super) fn wrote(&self, bytes: u64) -> io::Result<()> {
         let mut state = self.shared.lock();
         state.written += bytes;
@@ -143,9 +145,9 @@ impl Flusher {
             self.shared.due.notify_one();
         }
         let state = self.shared.synced.wait_while(state, |state| state.is_full());
-        match state.unwrap_or_else(PoisonError::into_inner).failed {
-            true => Err(io::Error::other("Cannot bring the pages to disk")),
-            false => Ok(()),
+        match &state.unwrap_or_else(PoisonError::into_inner).failed {
+            Some(error) => Err(same(error)),
+            None => Ok(()),
         }
     }
 
@@ -162,7 +164,8 @@ impl Flusher {
     pub(super) fn finish(mut self) -> io::Result<()> {
         self.shared.end();
         let thread = self.thread.take().expect("only this takes it, once");
-        thread.join().unwrap_or_else(|_| Err(io::Error::other("The syncing thread panicked")))
+        thread.join().map_err(|_| io::Error::other("The syncing thread panicked"))?;
+        self.shared.lock().failed.take().map_or(Ok(()), Err)
     }
 }
 
@@ -171,6 +174,11 @@ impl Drop for Flusher {
     fn drop(&mut self) {
         self.shared.end();
     }
+}
+
+/// Makes the error of a system call once more.
+fn same(error: &io::Error) -> io::Error {
+    error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
 }
 
 #[cfg(test)]
@@ -217,10 +225,10 @@ mod tests {
             assert_eq!(state.syncing, 0);
             state.most
         };
-        assert_eq!(most(128 << 20, 125), 256 << 20);
-        assert_eq!(most(32 << 20, 320), 64 << 20, "100 MiB/s");
+        assert_eq!(most(128 << 20, 50), 256 << 20);
+        assert_eq!(most(8 << 20, 80), 16 << 20, "100 MiB/s");
         assert_eq!(most(32 << 20, 0), 1 << 30);
-        assert_eq!(most(1 << 20, 1), 64 << 20, "too few bytes to tell");
+        assert_eq!(most(1 << 20, 1), 16 << 20, "too few bytes to tell");
     }
 
     #[test]
@@ -239,8 +247,8 @@ mod tests {
     fn a_failed_sync_lets_no_writer_wait_and_is_told_at_the_end() {
         let (flusher, say, _) = scripted();
         say.send(Err(io::ErrorKind::StorageFull.into())).unwrap();
-        let failed = (0..4).any(|_| flusher.wrote(*MISSING_BYTES.start()).is_err());
-        assert!(failed);
+        let failed = (0..4).find_map(|_| flusher.wrote(*MISSING_BYTES.start()).err());
+        assert_eq!(failed.unwrap().kind(), io::ErrorKind::StorageFull);
         assert_eq!(flusher.finish().unwrap_err().kind(), io::ErrorKind::StorageFull);
     }
 }

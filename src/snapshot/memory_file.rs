@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use super::blocks::{BlockTable, block_bytes_for, is_zero};
 use super::digest::Digest;
-use super::feed::Feed;
+use super::feed::{Feed, FeedError};
 use super::flusher::Flusher;
 use super::parallel;
 use super::placement::{Extent, Placement};
@@ -83,11 +83,11 @@ impl MemoryFile {
         &self,
         range: GpaRange,
         read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
-    ) -> io::Result<()> {
+    ) -> Result<(), FeedError> {
         self.feed.run(range, read, |piece, bytes| {
             // Waiting for the disk comes after, with no cell locked.
             let stored = self.store(piece, bytes).and_then(|written| self.flusher.wrote(written));
-            stored.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
+            stored.inspect_err(|_| self.failed.store(true, Ordering::Relaxed)).map_err(FeedError::Write)
         })
     }
 
@@ -191,15 +191,34 @@ impl MemoryFile {
     /// # Errors
     /// Bytes handed to [`MemoryFile::fill`], now or earlier, could not be written.
     pub(super) fn finish(self) -> io::Result<BlockTable> {
-        if self.failed.load(Ordering::Relaxed) {
-            return Err(io::Error::other("Some pages could not be written"));
-        }
+        self.check_written()?;
         // The disk works while the last blocks are hashed.
         self.flusher.hurry();
         let digests = self.digests(parallel::processors())?;
         self.flusher.finish()?;
         self.file.sync_all()?;
         Ok(BlockTable { block_bytes: self.block_bytes as u64, digests })
+    }
+
+    /// Fails if bytes handed to [`MemoryFile::fill`] could not be written.
+    pub(super) fn check_written(&self) -> io::Result<()> {
+        match self.failed.load(Ordering::Relaxed) {
+            true => Err(io::Error::other("Some pages could not be written")),
+            false => Ok(()),
+        }
+    }
+
+    /// Ends the file, of which everything that is wanted was read back.
+    ///
+    /// Pages that the disk did not take may be dropped from memory and read back as zeros; only a sync after the last read
+    /// tells. It takes no longer than what writers may be ahead of the disk does.
+    ///
+    /// # Errors
+    /// Bytes could not be written, so what was read back may be wrong.
+    pub(super) fn give_up(self) -> io::Result<()> {
+        self.check_written()?;
+        self.flusher.finish()?;
+        self.file.sync_data()
     }
 
     /// Hashes what was written in part since it was hashed, on at most so many threads, and returns the digests of all blocks.
@@ -212,7 +231,7 @@ impl MemoryFile {
             for (index, block) in unsettled {
                 *block = self.settle_from_file(cell, index, *block)?;
             }
-            Ok(())
+            Ok::<_, io::Error>(())
         })?;
         let mut digests = Vec::new();
         for cell in 0..self.cells.len() {
@@ -227,9 +246,9 @@ impl MemoryFile {
     }
 
     /// Writes the memory of `kept`, whose every range this file holds, to `into`, which holds no other.
-    pub(super) fn copy_to(&self, into: &Self) -> io::Result<()> {
+    pub(super) fn copy_to(&self, into: &Self) -> Result<(), FeedError> {
         for part in super::files::data_parts(&self.file, self.placement().bytes()) {
-            let part = part?;
+            let part = part.map_err(FeedError::Read)?;
             for range in self.placement().gpas(part.start, part.end - part.start) {
                 for kept in into.placement().locate(range) {
                     into.fill(kept.range, |piece, buffer| self.read(piece, buffer))?;
@@ -305,6 +324,31 @@ mod tests {
             prop_assert_eq!(memory.digests(threads).unwrap(), naive.clone());
             prop_assert!(memory.cells.iter().all(|cell| cell.lock().unwrap().iter().all(|block| block.unhashed == 0)));
             prop_assert_eq!(memory.finish().unwrap().digests, naive);
+        }
+    }
+
+    fn fill(memory: &MemoryFile) {
+        memory.fill(GpaRange::new(0, BYTES).unwrap(), from_stream(&mut io::repeat(7))).unwrap();
+    }
+
+    #[test]
+    fn what_was_read_back_of_a_file_that_lost_pages_is_not_trusted() {
+        let lost = || Err(io::Error::from(Errno::IO));
+        for end in [|memory: MemoryFile| memory.finish().map(drop), MemoryFile::give_up] {
+            let whole = memory_file();
+            fill(&whole);
+            end(whole).unwrap();
+
+            let mut unsynced = memory_file();
+            unsynced.flusher = Flusher::with(Box::new(lost)).unwrap();
+            fill(&unsynced);
+            unsynced.hurry();
+            assert_eq!(end(unsynced).unwrap_err().raw_os_error(), Some(Errno::IO.raw_os_error()));
+
+            let unwritten = memory_file();
+            unwritten.failed.store(true, Ordering::Relaxed);
+            assert!(unwritten.check_written().is_err());
+            assert!(end(unwritten).is_err());
         }
     }
 

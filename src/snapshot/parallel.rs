@@ -2,7 +2,7 @@
 
 //! Work on many things at once, as far as the machine has processors for it.
 
-use std::io;
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
@@ -17,11 +17,14 @@ pub(super) fn processors() -> usize {
 ///
 /// # Errors
 /// An error of `work`; which one, if it failed on several threads, is not said.
-pub(super) fn for_each<T: Sync>(
+///
+/// # Panics
+/// `work` panicked.
+pub(super) fn for_each<T: Sync, E: Send>(
     items: &[T],
     threads: usize,
-    work: impl Fn(&T) -> io::Result<()> + Sync,
-) -> io::Result<()> {
+    work: impl Fn(&T) -> Result<(), E> + Sync,
+) -> Result<(), E> {
     let (next, stopped) = (AtomicUsize::new(0), AtomicBool::new(false));
     let take_part = || {
         while !stopped.load(Ordering::Relaxed) {
@@ -35,13 +38,15 @@ pub(super) fn for_each<T: Sync>(
             .map_while(|_| thread::Builder::new().spawn_scoped(scope, take_part).ok())
             .collect();
         let ours = take_part();
-        let panicked = |_| Err(io::Error::other("A thread of the snapshot panicked"));
-        others.into_iter().map(|other| other.join().unwrap_or_else(panicked)).fold(ours, io::Result::and)
+        let joined =
+            others.into_iter().map(|other| other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        joined.fold(ours, Result::and)
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io;
     use std::sync::Barrier;
 
     use super::*;
@@ -53,7 +58,7 @@ mod tests {
                 let turns: Vec<_> = (0..count).map(|_| AtomicUsize::new(0)).collect();
                 let note = |turn: &AtomicUsize| {
                     turn.fetch_add(1, Ordering::Relaxed);
-                    Ok(())
+                    Ok::<_, io::Error>(())
                 };
                 for_each(&turns, threads, note).unwrap();
                 assert!(
@@ -70,7 +75,7 @@ mod tests {
         // Waits for ever unless three wait at the same time.
         for_each(&[(); 3], 3, |()| {
             together.wait();
-            Ok(())
+            Ok::<_, io::Error>(())
         })
         .unwrap();
     }

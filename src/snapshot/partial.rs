@@ -27,8 +27,8 @@ pub(super) trait Partial: Sized {
     /// What its writer locks.
     fn file(&self) -> &File;
 
-    /// Removes it, which is `name` in `parent`. With anything in it that no writer makes, it stays.
-    fn remove(&self, parent: &Directory, name: &OsStr) -> io::Result<()>;
+    /// Removes it, which is `name` in `parent`. With anything in it that no writer makes, it stays whole.
+    fn remove_leftover(&self, parent: &Directory, name: &OsStr) -> io::Result<()>;
 }
 
 impl Partial for File {
@@ -45,7 +45,7 @@ impl Partial for File {
         self
     }
 
-    fn remove(&self, parent: &Directory, name: &OsStr) -> io::Result<()> {
+    fn remove_leftover(&self, parent: &Directory, name: &OsStr) -> io::Result<()> {
         parent.remove_file(name)
     }
 }
@@ -89,15 +89,30 @@ pub(super) fn clear_leftovers<T: Partial>(parent: &Directory, name: &OsStr) {
     for leftover in parent.names().into_iter().flatten().filter(|name| is_ours(name)) {
         // Something else may have the name.
         let Ok(opened) = T::open(parent, &leftover) else { continue };
-        let removed = match opened.file().try_lock() {
-            Ok(()) => opened.remove(parent, &leftover),
-            Err(TryLockError::WouldBlock) => continue,
-            Err(TryLockError::Error(error)) => Err(error),
-        };
+        let removed = remove_dead(&opened, parent, &leftover);
         let leftover = leftover.display();
         match removed {
-            Ok(()) => log::info!("Removed {leftover}, which an interrupted run left behind"),
+            Ok(true) => log::info!("Removed {leftover}, which an interrupted run left behind"),
+            Ok(false) => {}
             Err(error) => log::warn!("Cannot remove {leftover}: {error}"),
         }
     }
+}
+
+/// Removes `opened`, which had the name `name` in `parent` when it was opened, if its writer is dead.
+///
+/// Returns whether it was removed: what is still being written or has another name by now is left whole.
+pub(super) fn remove_dead<T: Partial>(opened: &T, parent: &Directory, name: &OsStr) -> io::Result<bool> {
+    match opened.file().try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Ok(false),
+        Err(TryLockError::Error(error)) => return Err(error),
+    }
+    // Its writer may have finished since it was opened: then the lock is that of something whole, under its final name.
+    // A writer moves it only while it holds the lock, so that what has the name now keeps it.
+    if !parent.is_named(opened.file(), name)? {
+        return Ok(false);
+    }
+    opened.remove_leftover(parent, name)?;
+    Ok(true)
 }

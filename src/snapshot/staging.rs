@@ -89,6 +89,19 @@ impl Partial for Staged {
         self.0.file()
     }
 
+    fn remove_leftover(&self, parent: &Directory, name: &OsStr) -> io::Result<()> {
+        for file in self.0.names()? {
+            // Whoever put it there may want the rest, too.
+            if !FILES.iter().any(|ours| file == *ours) || !self.0.is_file(&file)? {
+                return Err(ErrorKind::DirectoryNotEmpty.into());
+            }
+        }
+        self.remove(parent, name)
+    }
+}
+
+impl Staged {
+    /// Removes what writers make in it, and itself, which is `name` in `parent`, if nothing else is in it.
     fn remove(&self, parent: &Directory, name: &OsStr) -> io::Result<()> {
         for file in FILES {
             match self.0.remove_file(file.as_ref()) {
@@ -284,6 +297,7 @@ fn resolve(target: &Path) -> Result<PathBuf, StagingError> {
 mod tests {
     use std::os::unix::fs::MetadataExt;
 
+    use super::super::partial::remove_dead;
     use super::*;
 
     fn names(dir: &Path) -> Vec<String> {
@@ -401,13 +415,19 @@ mod tests {
         let foreign = dir.path().join(".snapshot.partial-fedcba9876543210");
         fs::create_dir(&foreign).unwrap();
         fs::write(foreign.join("diary"), "dear").unwrap();
+        fs::write(foreign.join(MEMORY_FILE), "pages").unwrap();
+        let no_file = dir.path().join(".snapshot.partial-00000000deadbeef");
+        fs::create_dir_all(no_file.join(WORK_FILE)).unwrap();
+        fs::write(no_file.join(MEMORY_FILE), "pages").unwrap();
         let other = dir.path().join(".snapshot.partial-notes");
         fs::create_dir(&other).unwrap();
 
         let living = StagedDir::create(&target).unwrap();
         let second = StagedDir::create(&target).unwrap();
         assert!(!dead.exists());
-        assert!(foreign.join("diary").exists() && other.exists());
+        assert_eq!(names(&foreign), ["diary", MEMORY_FILE], "not touched");
+        assert_eq!(names(&no_file), [MEMORY_FILE, WORK_FILE], "not touched");
+        assert!(other.exists());
         assert!([&living, &second].iter().all(|staged| dir.path().join(&staged.temporary).exists()));
         living.publish().unwrap();
         second.write_file(CONFIG_FILE, b"second").unwrap();
@@ -452,7 +472,7 @@ mod tests {
         StagedDir::create(&dir.path().join("snapshot")).unwrap();
         assert!(precious.join(CONFIG_FILE).exists() && link.is_symlink());
 
-        // Swapped between the look at it and its removal: what was looked at is emptied, and no other.
+        // Swapped between the look at it and its removal: neither the one nor the other is touched.
         fs::remove_file(&link).unwrap();
         fs::create_dir(&link).unwrap();
         fs::write(link.join(CONFIG_FILE), "left over").unwrap();
@@ -461,8 +481,38 @@ mod tests {
         let moved = dir.path().join("moved");
         fs::rename(&link, &moved).unwrap();
         std::os::unix::fs::symlink(&precious, &link).unwrap();
-        assert_eq!(leftover.remove(&parent, name.as_ref()).unwrap_err().kind(), ErrorKind::NotADirectory);
-        assert!(precious.join(CONFIG_FILE).exists() && names(&moved).is_empty());
+        assert!(!remove_dead(&leftover, &parent, name.as_ref()).unwrap());
+        assert_eq!((names(&precious), names(&moved)), (vec![CONFIG_FILE.into()], vec![CONFIG_FILE.into()]));
+        assert!(link.is_symlink());
+    }
+
+    #[test]
+    fn a_directory_published_between_the_look_at_it_and_its_lock_is_left_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("snapshot");
+        let writer = StagedDir::create(&target).unwrap();
+        writer.write_file(CONFIG_FILE, b"{}").unwrap();
+        let temporary = writer.temporary.clone();
+        let parent = Directory::open(dir.path()).unwrap();
+        let seen = Staged::open(&parent, &temporary).unwrap();
+        assert!(!remove_dead(&seen, &parent, &temporary).unwrap(), "its writer lives");
+        writer.publish().unwrap();
+        assert!(!remove_dead(&seen, &parent, &temporary).unwrap());
+        assert_eq!((names(dir.path()), names(&target)), (vec!["snapshot".into()], vec![CONFIG_FILE.into()]));
+    }
+
+    #[test]
+    fn a_file_that_got_its_name_between_the_look_at_it_and_its_lock_is_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let parent = Directory::open(dir.path()).unwrap();
+        let (temporary, written) = partial::make::<File>(&parent, MANIFEST_FILE.as_ref()).unwrap();
+        let seen = <File as Partial>::open(&parent, &temporary).unwrap();
+        parent.rename(&temporary, MANIFEST_FILE.as_ref()).unwrap();
+        drop(written);
+        // Another writer's, should it ever draw the same name.
+        fs::write(dir.path().join(&temporary), "another's").unwrap();
+        assert!(!remove_dead(&seen, &parent, &temporary).unwrap());
+        assert_eq!(names(dir.path()).len(), 2);
     }
 
     #[test]

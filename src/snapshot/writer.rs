@@ -10,11 +10,12 @@ use vm_memory::GuestMemoryBackend;
 
 use super::digest::Digest;
 use super::document::{DocumentError, VmConfig};
-use super::feed::{from_memory, from_stream};
+use super::feed::{FeedError, from_memory, from_stream};
 use super::files::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 use super::limits::Limits;
 use super::manifest::Manifest;
 use super::memory_file::MemoryFile;
+use super::parallel;
 use super::placement::{Placement, PlacementError};
 use super::staging::{StagedDir, StagingError, WORK_FILE};
 use super::state::VmState;
@@ -160,7 +161,7 @@ impl SnapshotWriter {
     /// # Errors
     /// `range` is not all RAM, `from` fails or ends early, or the disk is full. Part of the bytes may be written.
     pub fn fill(&self, range: GpaRange, from: &mut dyn Read) -> io::Result<()> {
-        self.memory.fill(range, from_stream(from))
+        self.memory.fill(range, from_stream(from)).map_err(|error| self.fill_error(error))
     }
 
     /// Writes `ranges` of guest memory.
@@ -172,7 +173,12 @@ impl SnapshotWriter {
         ranges: impl IntoIterator<Item = GpaRange>,
         memory: &M,
     ) -> io::Result<()> {
-        ranges.into_iter().try_for_each(|range| self.memory.fill(range, from_memory(memory)))
+        let filled = ranges.into_iter().try_for_each(|range| self.memory.fill(range, from_memory(memory)));
+        filled.map_err(|error| self.fill_error(error))
+    }
+
+    fn fill_error(&self, error: FeedError) -> io::Error {
+        error.into_io(|source| self.staged.write_error(MEMORY_FILE, source))
     }
 
     /// Completes the snapshot with the texts of `config.json` and `state.json` and moves it to its name, safe on disk.
@@ -208,11 +214,8 @@ impl SnapshotWriter {
         let placement = announced.settle(&state, memory.placement(), &limits)?;
         let state = state.relist(&placement)?;
         let page = announced.layout.host_page();
-        let memory = if placement == *memory.placement() {
-            memory
-        } else {
-            shrink(&staged, &memory, placement, page)?
-        };
+        let memory =
+            if placement == *memory.placement() { memory } else { shrink(&staged, memory, placement, page)? };
         let blocks = memory.finish().map_err(|source| staged.write_error(MEMORY_FILE, source))?;
         let manifest = Manifest { aliases, ..Manifest::of_full(page, config, &state, blocks) };
         Ok(publish(staged, config, &state, &manifest)?)
@@ -227,9 +230,10 @@ pub(super) fn publish(
     manifest: &Manifest,
 ) -> Result<Digest, StagingError> {
     let (bytes, digest) = manifest.encode();
-    staged.write_file(CONFIG_FILE, config.text().as_bytes())?;
-    staged.write_file(STATE_FILE, state.text())?;
-    staged.write_file(MANIFEST_FILE, &bytes)?;
+    let files =
+        [(CONFIG_FILE, config.text().as_bytes()), (STATE_FILE, state.text()), (MANIFEST_FILE, &bytes)];
+    // All at once: a journal brings them to disk in one go, and a VM may be waiting.
+    parallel::for_each(&files, files.len(), |&(name, content)| staged.write_file(name, content))?;
     staged.publish()?;
     Ok(digest)
 }
@@ -247,12 +251,18 @@ fn memory_file(
 /// Leaves out the memory that `placement` leaves out.
 fn shrink(
     staged: &StagedDir,
-    memory: &MemoryFile,
+    memory: MemoryFile,
     placement: Placement,
     page: Granule,
 ) -> Result<MemoryFile, StagingError> {
+    let lost = |source| staged.write_error(MEMORY_FILE, source);
+    memory.check_written().map_err(lost)?;
     let smaller = memory_file(staged, WORK_FILE, placement, page)?;
-    memory.copy_to(&smaller).map_err(|source| staged.write_error(WORK_FILE, source))?;
+    memory.copy_to(&smaller).map_err(|error| match error {
+        FeedError::Read(source) => lost(source),
+        FeedError::Write(source) => staged.write_error(WORK_FILE, source),
+    })?;
+    memory.give_up().map_err(lost)?;
     staged.replace_file(WORK_FILE, MEMORY_FILE)?;
     Ok(smaller)
 }

@@ -84,11 +84,12 @@ impl<V: Vm> Session<'_, V> {
         ChunkLimits { bytes: self.options.chunk_bytes.min(share).min(slice), ranges: CHUNK_RANGES }
     }
 
-    /// Says whether pages of a chunk may be left out: in the first pass only, in which no page was sent before (C36).
+    /// Says whether pages of a chunk may be left out: where no page of it was sent before (C36). That is all of the first pass,
+    /// and what lies behind its end if it was cut short.
     ///
     /// The last chunk of a pass that sent nothing goes over whole, so that there is a bandwidth to plan the switchover with.
     fn content_of(&mut self, chunk: &Chunk, lanes: &mut Lanes) -> Result<Content, SendError> {
-        if self.measured.rounds > 1 {
+        if !self.measured.is_first_copy(chunk) {
             return Ok(Content::Whole);
         }
         if self.measured.round_bytes == 0 && self.reaches_end_of_ram(chunk) {

@@ -9,7 +9,7 @@ use super::progress::{Progress, SourceProgress};
 use super::rounds::{Bandwidth, Pace, SourceRates, rate};
 use super::send::SendError;
 use crate::device::{Basis, Estimate};
-use crate::ledger::{Attribution, Outstanding};
+use crate::ledger::{Attribution, Chunk, Outstanding};
 use crate::migratable::MigratableDeviceError;
 use crate::precopy::{DeviceLeft, Forecast, Observation};
 use crate::source::SourceError;
@@ -31,6 +31,8 @@ pub(super) struct Measured {
     pub(super) rounds: u32,
     pub(super) back_outs: u32,
     pub(super) pace: Option<Pace>,
+    /// End of the highest chunk sent so far: chunks of a round ascend, so no page from here on was sent yet.
+    unsent_from: u64,
     /// Guest memory acknowledged in this round.
     pub(super) round_bytes: u64,
     /// Guest memory left out in this round.
@@ -52,6 +54,7 @@ impl Measured {
             rounds: 0,
             back_outs: 0,
             pace: bandwidth_cap.map(Pace::new),
+            unsent_from: 0,
             round_bytes: 0,
             round_skipped_bytes: 0,
             round_began: now,
@@ -62,6 +65,14 @@ impl Measured {
             attribution_before,
             seen: Observation::default(),
         }
+    }
+
+    /// Takes in that a chunk is about to be sent; returns whether none of its pages was before.
+    pub(super) fn is_first_copy(&mut self, chunk: &Chunk) -> bool {
+        let (Some(first), Some(last)) = (chunk.ranges().first(), chunk.ranges().last()) else { return true };
+        let is_first = first.start() >= self.unsent_from;
+        self.unsent_from = self.unsent_from.max(last.end());
+        is_first
     }
 
     /// Takes in that the receiver has a chunk, and what of it was sent.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use proptest::prelude::*;
 use vfio_migration::iova::IovaMap;
 use vfio_migration::layout::Layout;
+use vfio_migration::precopy::TimeoutStrategy;
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, Sink, SourceError};
 use vfio_migration::transfer::{Migration, Sender, Sent};
@@ -189,6 +190,31 @@ fn a_cap_on_bandwidth_counts_only_what_is_sent() {
     let sent = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap();
     peer.end().1.unwrap();
     assert!(sent.total.as_secs() < 3, "6 MiB of holes at 1 MiB/s took {:?}", sent.total);
+}
+
+#[test]
+fn what_a_first_pass_cut_short_did_not_reach_is_left_out_all_the_same() {
+    let data_pages = LOW.1 / PAGE;
+    let mut vm = FakeVm::with_memory(sparse_memory(), 0);
+    (0..data_pages).for_each(|page| vm.memory.write_obj(7_u8, GuestAddress(page_gpa(page))).unwrap());
+    let mut meddler = Meddler::idle(&vm);
+    // Sent by then, and zero from now on.
+    meddler.collect = Box::new(|memory| {
+        write_unseen(memory, DATA, 0);
+        vec![DATA]
+    });
+    let mut machine = vm.builder().source(Box::new(meddler)).build().unwrap();
+    let peer = Peer::unix(Fault::None);
+    let mut options = options(&peer);
+    (options.bandwidth, options.timeout_s) = (Some(2 << 20), 1);
+    options.timeout_strategy = TimeoutStrategy::Ignore;
+    let sent = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap();
+    let (transcript, outcome) = peer.end();
+    outcome.unwrap();
+    assert!(times_sent(&transcript, DATA) > 1 && last_sent(&transcript, DATA) == 0);
+    assert!((1..data_pages).all(|page| times_sent(&transcript, page) > 0));
+    assert!((data_pages..PAGES).all(|page| times_sent(&transcript, page) == 0), "these are holes");
+    assert_eq!(sent.skipped_hole_bytes, (PAGES - data_pages) * PAGE);
 }
 
 #[derive(Debug, Clone, Copy)]

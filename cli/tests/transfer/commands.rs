@@ -160,6 +160,35 @@ fn a_snapshot_whose_texts_were_edited_is_sealed_as_it_stands() {
 }
 
 #[test]
+fn every_command_that_reads_a_state_takes_its_limit() {
+    let place = Place::new();
+    let (full, later) = (place.stored("full", 1), place.stored("later", 2));
+    let bare = place.stored("bare", 3);
+    fs::remove_file(bare.join(MANIFEST_FILE)).unwrap();
+    let into = |name| place.path(name).to_str().unwrap().to_owned();
+    let (made, whole, received) = (into("made"), into("whole"), into("received"));
+    let commands: [&[&str]; 7] = [
+        &["send", "tcp:127.0.0.1:1", "--from", text(&full)],
+        &["receive", "tcp:127.0.0.1:0", "--into", &received, "--base", text(&full)],
+        &["snapshot", "info", text(&full)],
+        &["snapshot", "seal", text(&bare)],
+        &["snapshot", "diff", text(&full), text(&full)],
+        &["snapshot", "create", "--from", text(&later), "--base", text(&full), "--into", &made],
+        &["snapshot", "apply", text(&full), "--into", &whole],
+    ];
+    for command in commands {
+        let ended = run([command, &["--state-limit", "64"]].concat());
+        ended.failed(5, "state.json has more than 64 bytes, the limit (--state-limit sets the limit)");
+    }
+    run(["snapshot", "verify", text(&full), "--state-limit", "64"]).failed(5, "");
+    // Those that need nobody else do their work where the limit is wide.
+    for command in &commands[2..] {
+        run([command, &["--state-limit", "8G"][..]].concat()).succeeded();
+    }
+    run(["snapshot", "verify", text(&full), "--state-limit", "8G"]).succeeded();
+}
+
+#[test]
 fn people_are_told_in_sentences() {
     let place = Place::new();
     let stored = place.stored("stored", 1);

@@ -87,9 +87,10 @@ fn memory_as_descriptors_is_refused_by_name() {
 fn postcopy_is_refused_with_the_reason() {
     refused(&[started(), config(NO_DISKS), request(PAGE_FAULT, 16)], "DMA of pass-through devices");
     let target = Target::new(&[]);
-    let (mut main, last) = target.tell(&precopy(NO_DISKS));
+    let (mut main, last) = target.tell(&[started(), config(NO_DISKS)]);
     assert_eq!(last, Some(OK));
-    target.connect().send(&2u16.to_le_bytes()).unwrap();
+    let mut faults = target.connect();
+    faults.send(&2u16.to_le_bytes()).unwrap();
     thread::sleep(Duration::from_millis(200));
     assert_ne!(main.ask(&state()), Some(OK));
     target.refuses("DMA of pass-through devices");
@@ -101,11 +102,12 @@ fn one_connection_too_many_ends_the_migration() {
         let target = Target::new(options);
         let (_main, last) = target.tell(&[started(), config(NO_DISKS)]);
         assert_eq!(last, Some(OK));
+        let page = [table(&[(0, 0x1000)]), vec![7; 0x1000]].concat();
         let mut sources = Vec::new();
-        for _ in 0..=most {
+        for number in 0..=most {
             let mut source = target.connect();
-            // The last ones may come too late to be heard.
-            let _ = source.send(&1u16.to_le_bytes());
+            source.send(&1u16.to_le_bytes()).unwrap();
+            assert_eq!(source.ask(&page), Some(if number < most { OK } else { ERROR }));
             sources.push(source);
         }
         target.refuses(&format!("more than {most} additional connections"));

@@ -84,7 +84,11 @@ pub(crate) struct Target {
 impl Target {
     pub(crate) fn new(options: &[&str]) -> Self {
         let place = Place::new();
-        let (tool, url) = Tool::receive("tcp:127.0.0.1:0", &place.path("into"), options);
+        Self::waiting(Tool::receive("tcp:127.0.0.1:0", &place.path("into"), options), place)
+    }
+
+    /// A receiver that waits, and the place that it receives into.
+    pub(crate) fn waiting((tool, url): (Tool, String), place: Place) -> Self {
         let address = url.strip_prefix("tcp:").unwrap().to_owned();
         Self { place, tool, address }
     }

@@ -58,13 +58,12 @@ impl Ended {
 
 impl Tool {
     pub(crate) fn start<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"))
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        Self::spawn(Command::new(env!("CARGO_BIN_EXE_vfio-migrate")).args(arguments))
+    }
+
+    fn spawn(command: &mut Command) -> Self {
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let mut stderr = child.stderr.take().unwrap();
         let stderr = thread::spawn(move || {
@@ -77,8 +76,13 @@ impl Tool {
 
     /// Starts `receive URL --into INTO --json` with more `options`, and waits until a source may come; returns where to.
     pub(crate) fn receive(url: &str, into: &Path, options: &[&str]) -> (Self, String) {
+        Self::receive_by(&mut Command::new(env!("CARGO_BIN_EXE_vfio-migrate")), url, into, options)
+    }
+
+    /// As [`Tool::receive`], with `tool` as what starts the tool.
+    pub(crate) fn receive_by(tool: &mut Command, url: &str, into: &Path, options: &[&str]) -> (Self, String) {
         let into = into.to_str().unwrap();
-        let mut tool = Self::start([&["receive", url, "--into", into, "--json"], options].concat());
+        let mut tool = Self::spawn(tool.args(["receive", url, "--into", into, "--json"]).args(options));
         let mut line = String::new();
         tool.stdout.read_line(&mut line).unwrap();
         if line.is_empty() {

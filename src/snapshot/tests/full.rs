@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::super::apply::seal_opened;
 use super::guest::*;
 use crate::range::GpaRange;
 use crate::snapshot::*;
@@ -140,6 +141,22 @@ fn memory_that_the_state_leaves_out_or_invents_is_refused() {
     let invented = finish(&[pages(0, 41), pages(64, 24)]);
     assert!(matches!(invented, WriteError::Unannounced { range } if range == pages(40, 1)), "{invented}");
     assert!(names(dir.path()).is_empty());
+}
+
+#[test]
+fn a_text_edited_while_its_snapshot_is_sealed_does_not_fit_the_manifest() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in [CONFIG_FILE, STATE_FILE] {
+        let target = dir.path().join(name);
+        Guest::small().write_full(&target);
+        fs::remove_file(target.join(MANIFEST_FILE)).unwrap();
+        let opened = SnapshotDir::open(&target, &Limits::default()).unwrap();
+        let edited = [fs::read(target.join(name)).unwrap(), b" ".to_vec()].concat();
+        fs::write(target.join(name), edited).unwrap();
+        seal_opened(&opened).unwrap();
+        let refused = SnapshotDir::open(&target, &Limits::default()).unwrap_err();
+        assert!(matches!(refused, OpenError::Altered { name: altered, .. } if altered == name), "{refused}");
+    }
 }
 
 #[test]
