@@ -78,7 +78,10 @@ impl Class for MigratableDeviceError {
 
 impl Class for SourceError {
     fn exit(&self) -> Exit {
-        Exit::Io
+        match self {
+            Self::Check { source, .. } => exit_of_copy(source),
+            _ => Exit::Io,
+        }
     }
 }
 
@@ -264,6 +267,7 @@ impl Class for SendError {
             Self::Peer { source: PeerError::Connection(error), .. } => error.exit(),
             Self::Peer { .. } | Self::GivenUp(_) | Self::SwitchoverTimedOut { .. } => Exit::Peer,
             Self::OutcomeUnknown { .. } => Exit::OutcomeUnknown,
+            Self::Vm { source, .. } => source.downcast_ref::<SourceError>().map_or(Exit::Io, Class::exit),
             _ => Exit::Io,
         }
     }

@@ -42,7 +42,12 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Fail
     let mut source = SnapshotSource::new(dir)?;
     let sender = Sender::new(options(arguments, &source)?);
     let mut machine = MigratableDevice::builder("snapshot", source.layout().clone()).build()?;
-    watch(&sender, &mut source, &mut machine, &stop, output).map_err(failure)
+    let sent = watch(&sender, &mut source, &mut machine, &stop, output);
+    sent.map_err(|error| match (&error, source.check_length()) {
+        // To the kernel, memory that is gone is a write that failed; the receiver is not to blame.
+        (SendError::Peer { .. }, Err(cut_off)) => cut_off.into(),
+        _ => failure(error),
+    })
 }
 
 /// A stored VM stays what it is: nothing is to be resumed or ended here.

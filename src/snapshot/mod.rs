@@ -89,6 +89,7 @@ mod block_reader;
 mod blocks;
 mod changed_pages;
 mod checked;
+mod checking;
 mod compare;
 mod describe;
 mod destination;

@@ -3,6 +3,7 @@
 //! Snapshots on their way between processes as their users start them.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod altered;
 #[path = "../../../tests/transfer/certificates.rs"]
 #[expect(dead_code, reason = "the library's own tests use more of it")]
 mod certificates;

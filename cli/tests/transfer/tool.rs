@@ -99,6 +99,13 @@ impl Tool {
         Self::start([&["send", url, "--from", from.to_str().unwrap(), "--json"], options].concat())
     }
 
+    /// Waits until it tells of `name`.
+    pub(crate) fn await_event(&mut self, name: &str) {
+        let mut lines = self.stdout.by_ref().lines().map(Result::unwrap);
+        let is_named = |line: String| serde_json::from_str::<Value>(&line).unwrap()["event"] == name;
+        assert!(lines.any(is_named), "it never told of {name}");
+    }
+
     pub(crate) fn signal(&self, signal: &str) {
         let killed = Command::new("kill").args([signal, &self.child.id().to_string()]).status();
         assert!(killed.unwrap().success());

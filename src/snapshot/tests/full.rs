@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -199,6 +199,40 @@ fn a_snapshot_stands_for_a_vm_that_a_sender_sends() {
         memory_manager_text(&[]),
     );
     assert_eq!(config, serde_json::from_str::<serde_json::Value>(&expected).unwrap());
+}
+
+#[test]
+fn a_snapshot_altered_or_cut_off_is_not_sent() {
+    let dir = tempfile::tempdir().unwrap();
+    let (guest, target) = (Guest::small(), dir.path().join("a"));
+    guest.write_full(&target);
+    let memory = fs::OpenOptions::new().write(true).open(target.join(MEMORY_FILE)).unwrap();
+    let mut source = SnapshotSource::new(open(&target)).unwrap();
+    let mut send = || {
+        source.config().and_then(|_| source.pause()).map_err(|error| {
+            let Ok(error) = error.downcast::<SourceError>() else { panic!() };
+            let SourceError::Check { path, source } = *error else { panic!("{error}") };
+            assert_eq!(path, target.join(MEMORY_FILE));
+            source
+        })
+    };
+    send().unwrap();
+    memory.set_len(64 * page() - 1).unwrap();
+    assert_eq!(send().unwrap_err().kind(), std::io::ErrorKind::UnexpectedEof);
+    assert!(matches!(source.check_length(), Err(SourceError::Check { .. })));
+
+    memory.set_len(64 * page()).unwrap();
+    memory.write_all_at(&[!0], 33 * page()).unwrap();
+    let mut source = SnapshotSource::new(open(&target)).unwrap();
+    source.config().unwrap();
+    let error = source.pause().unwrap_err().downcast::<SourceError>().unwrap();
+    let SourceError::Check { source, .. } = *error else { panic!("{error}") };
+    assert!(Altered::of(&source).unwrap().to_string().contains("Memory at GPA 0x20000"), "{source}");
+
+    fs::remove_file(target.join(MANIFEST_FILE)).unwrap();
+    let mut source = SnapshotSource::new(open(&target)).unwrap();
+    source.config().unwrap();
+    source.pause().unwrap();
 }
 
 #[test]

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Checks the memory of a snapshot while it is sent.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{Builder, JoinHandle};
+
+use super::checked::CheckedMemory;
+use super::differential::united;
+use super::dir::SnapshotDir;
+use super::parallel;
+use crate::range::GpaRange;
+
+/// Bytes checked at once.
+const CHECK_BYTES: u64 = 1 << 20;
+
+/// A check under way on threads of its own. Dropped, it ends early.
+#[derive(Debug)]
+pub(super) struct Checking {
+    given_up: Arc<AtomicBool>,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl Checking {
+    /// Begins to check every byte of the memory of `dir` against its manifest; there is nothing to do without one.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub(super) fn start(dir: &Arc<SnapshotDir>) -> io::Result<Self> {
+        let given_up = Arc::<AtomicBool>::default();
+        let (dir, of_thread) = (Arc::clone(dir), Arc::clone(&given_up));
+        let check = move || dir.checked().map_or(Ok(()), |memory| check(&dir, &memory, &of_thread));
+        let thread = Builder::new().name("snapshot-check".into()).spawn(check)?;
+        Ok(Self { given_up, thread })
+    }
+
+    /// Waits for the check to end.
+    ///
+    /// # Errors
+    /// The file cannot be read or was cut off; or a block was altered, then the error holds [`Altered`](super::Altered).
+    pub(super) fn finish(self) -> io::Result<()> {
+        let panicked = |_| Err(io::Error::other("The checking thread panicked"));
+        self.thread.join().unwrap_or_else(panicked)
+    }
+
+    pub(super) fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+    }
+}
+
+fn check(dir: &SnapshotDir, memory: &CheckedMemory<'_>, given_up: &AtomicBool) -> io::Result<()> {
+    // Where the file has a hole and is to have one, there is nothing to read.
+    let mut ranges = dir.populated().collect::<io::Result<Vec<_>>>()?;
+    ranges.extend(memory.populated());
+    let pieces: Vec<GpaRange> =
+        united(ranges).into_iter().flat_map(|range| range.pieces(CHECK_BYTES)).collect();
+    parallel::for_each(&pieces, parallel::processors(), |&piece| {
+        if given_up.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        memory.read(piece, &mut vec![0; usize::try_from(piece.len()).unwrap_or(usize::MAX)])
+    })
+}
