@@ -3,6 +3,7 @@
 //! A socket whose waits are bounded and whose bytes are counted.
 
 use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,6 +24,17 @@ struct Shared {
     received: AtomicU64,
     sent: AtomicU64,
     closed: AtomicBool,
+}
+
+/// What is there to be read without a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// Nothing yet.
+    Silence,
+    /// At least one byte.
+    Bytes,
+    /// The peer has closed the connection.
+    End,
 }
 
 /// Measures and closes a connection from any thread.
@@ -110,6 +122,21 @@ impl Line {
         slices: &[VolatileSlice<'_, B>],
     ) -> io::Result<usize> {
         self.receive(|socket| receive_slices(socket, slices))
+    }
+
+    /// Looks whether anything is there to be read, without a wait and without taking it.
+    pub(super) fn look(&self) -> io::Result<Look> {
+        let mut byte = [MaybeUninit::uninit()];
+        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+        loop {
+            match self.shared.socket.recv_with_flags(&mut byte, flags) {
+                Ok(0) => return Ok(Look::End),
+                Ok(_) => return Ok(Look::Bytes),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Look::Silence),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Says that nothing more will be sent, and throws away what comes until the peer says the same or `within` is over.
