@@ -184,6 +184,18 @@ pub enum ReceiveError {
         /// Its value.
         limit: u64,
     },
+    /// A table is too long beside those of other connections.
+    #[error(
+        "Memory announces a table of {length} bytes, and those under way take {taken} of the limit table_bytes = {limit}"
+    )]
+    Tables {
+        /// Bytes announced.
+        length: u64,
+        /// Bytes that tables under way announced.
+        taken: u64,
+        /// What [`Limits::table_bytes`](crate::transfer::limits::Limits::table_bytes) says.
+        limit: u64,
+    },
     /// The source opened more connections than the protocol knows.
     #[error("Source opened more than {limit} additional connections")]
     Connections {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::error::{ReceiveError, Step};
 use super::store::PageStore;
+use super::tables::Tables;
 use crate::transfer::frame::Command;
 use crate::transfer::limits::ConnectionCount;
 
@@ -68,6 +69,7 @@ pub(super) enum Caller {
 pub(super) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
+    pub(super) tables: Tables,
 }
 
 impl Gate {

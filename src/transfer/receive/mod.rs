@@ -23,6 +23,7 @@ mod message;
 mod roster;
 mod session;
 mod store;
+mod tables;
 mod turned_away;
 
 use std::sync::Arc;
