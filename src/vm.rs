@@ -18,7 +18,8 @@ pub type VmError = Box<dyn Error + Send + Sync>;
 
 /// A paused VM as it was captured: what the State message carries.
 ///
-/// Neither is turned into the other: a tree is written to the receiver as it is gone through, which takes no memory.
+/// A migration turns neither into the other: a tree is written to the receiver as it is gone through, which takes no memory.
+/// Whoever wants the text of either has [`Captured::into_text`].
 #[derive(Clone)]
 #[non_exhaustive]
 pub enum Captured {

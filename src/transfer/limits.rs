@@ -96,7 +96,8 @@ pub struct Limits {
     pub connect_timeout: Duration,
     /// How long a new connection may take, in all, for its TLS handshake and the first bytes of its first message; 10 s.
     pub handshake_timeout: Duration,
-    /// How long a receiver waits for the next message while nothing arrives on any connection; 120 s.
+    /// How long a receiver waits for the next message while nothing arrives on any connection; 120 s. The time that it takes
+    /// itself to keep what has arrived does not count.
     pub idle_timeout: Duration,
     /// How long a sender waits for the answer to any message but the last; 300 s.
     pub answer_timeout: Duration,

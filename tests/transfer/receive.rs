@@ -317,9 +317,44 @@ fn local_memory_and_postcopy_are_refused_by_name() {
         main.begin();
         let mut fault = Peer::to(listener);
         fault.send(&[2, 0]);
+        thread::sleep(SECOND / 10);
+        main.ask(&message(STATE, b"{}"))
+    });
+    assert_eq!(answer, Some(2));
+    assert!(matches!(received, Err(ReceiveError::Postcopy)));
+}
+
+#[test]
+fn postcopy_is_refused_when_it_shows_only_after_state() {
+    let (received, answer) = receive_on_tcp(quick(), &mut Vmm::new(), |listener| {
+        let mut main = Peer::to(listener);
+        main.begin();
+        main.say(&[message(STATE, b"{}")]);
+        let mut fault = Peer::to(listener);
+        fault.send(&[2, 0]);
         main.answer()
     });
     assert_eq!(answer, None, "no request waits for an answer");
+    assert!(matches!(received, Err(ReceiveError::Postcopy)));
+}
+
+#[test]
+fn postcopy_over_tls_is_refused_at_once() {
+    let (files, listener) = (Files::good(), Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap());
+    let received = thread::scope(|scope| {
+        scope.spawn(|| {
+            let connect = || {
+                let client = files.client();
+                Peer(Box::new(Connection::connect(listener.url(), Some(&client), &quick()).unwrap()))
+            };
+            let mut main = connect();
+            main.begin();
+            let mut fault = connect();
+            fault.send(&[2, 0]);
+            assert_eq!(main.answer(), None, "no request waits for an answer");
+        });
+        Receiver::new(quick(), Some(files.server())).receive(&listener, &mut Vmm::new())
+    });
     assert!(matches!(received, Err(ReceiveError::Postcopy)));
 }
 
@@ -545,7 +580,7 @@ fn refuses_one_more_than(limit: usize, limits: Limits) {
         }
         let mut another = Peer::to(listener);
         announce(&mut another);
-        another.answer()
+        another.ask(&memory(&[(0, &[1; 64])]))
     });
     assert_eq!(answer, Some(2));
     let text = received.unwrap_err().to_string();
@@ -580,6 +615,21 @@ fn an_idle_main_connection_lives_by_the_others() {
         main.end();
     });
     assert_eq!(received.unwrap().memory_messages, 10);
+}
+
+#[test]
+fn a_slow_store_is_not_mistaken_for_a_silent_source() {
+    let limits = Limits { idle_timeout: Duration::from_millis(200), ..quick() };
+    let mut vmm = Vmm { store: Some(Difficult::new(Some(Duration::from_millis(600)))), ..Vmm::new() };
+    let (received, ()) = receive_on_tcp(limits, &mut vmm, |listener| {
+        let mut main = Peer::to(listener);
+        main.begin();
+        let mut additional = Peer::to(listener);
+        announce(&mut additional);
+        assert_eq!(additional.ask(&memory(&[(0, &[1; 4096])])), Some(1));
+        main.end();
+    });
+    assert_eq!(received.unwrap().memory_messages, 1);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vfio_migration::transfer::connection::{Connection, Listener};
-use vfio_migration::transfer::limits::{Limits, Pace};
+use vfio_migration::transfer::limits::{ConnectionCount, Limits, Pace};
 use vfio_migration::transfer::receive::{ReceiveError, Receiver};
 use vfio_migration::transfer::url::Endpoint;
 
@@ -200,6 +200,77 @@ fn another_source_that_comes_in_the_middle_of_a_migration_does_it_no_harm() {
         main.end();
     });
     received.unwrap();
+}
+
+#[test]
+fn strangers_that_sound_like_connections_take_none_of_the_sources() {
+    let limits = Limits {
+        connections: ConnectionCount::new(2).unwrap(),
+        pace: Pace { window: SECOND / 2, bytes: 4096 },
+        ..quick()
+    };
+    let (received, _strangers) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
+        let mut main = Peer::to(listener);
+        main.begin();
+        let sound = [vec![1, 0], message(START, b""), vec![1, 0, 0, 0, 9]];
+        let mut strangers = visit(listener, &sound, 20);
+        // Only their speaking at once shows that they are none of the source's.
+        strangers.iter_mut().for_each(|stranger| stranger.write_all(&[0xff; 64]).unwrap_or_default());
+        let mut additional: Vec<_> = (0..2).map(|_| Peer::to(listener)).collect();
+        for connection in &mut additional {
+            announce(connection);
+            connection.say(&[memory(&[(0, &[1; 64])])]);
+        }
+        main.end();
+        strangers
+    });
+    let received = received.unwrap();
+    assert_eq!(received.connections, 2);
+    assert_eq!(
+        received.received_bytes,
+        16 * 4 + 4 + 2 * (2 + 32 + 64),
+        "strangers' bytes are not the source's"
+    );
+}
+
+#[test]
+fn a_connection_that_waits_for_its_memory_makes_room_for_no_stranger() {
+    let (received, _strangers) = receive_on_tcp(quick(), &mut Vmm::new(), |listener| {
+        let mut main = Peer::to(listener);
+        main.begin();
+        let mut additional = Peer::to(listener);
+        announce(&mut additional);
+        let announced = |_| {
+            let mut stranger = TcpStream::connect(address(listener)).unwrap();
+            // It may have had to go already.
+            let _ = stranger.write_all(&[1, 0]);
+            stranger.set_nonblocking(true).unwrap();
+            stranger
+        };
+        let strangers: Vec<_> = (0..300).map(announced).collect();
+        // Some have to go, and hear of it.
+        while strangers.iter().filter(|stranger| stranger.peek(&mut [0]).is_ok()).count() < 40 {
+            thread::sleep(Duration::from_millis(10));
+        }
+        additional.say(&[memory(&[(0, &[1; 64])])]);
+        main.end();
+        strangers
+    });
+    assert_eq!(received.unwrap().connections, 1);
+}
+
+#[test]
+fn strangers_that_sound_like_postcopy_end_no_migration() {
+    let (received, _stranger) = receive_on_tcp(quick(), &mut Vmm::new(), |listener| {
+        let mut main = Peer::to(listener);
+        main.begin();
+        let strangers = visit(listener, &[vec![2, 0], message(CONFIG, b"{}")], 20);
+        thread::sleep(SECOND / 10);
+        main.say(&[memory(&[(0, &[1; 64])])]);
+        main.end();
+        strangers
+    });
+    assert_eq!(received.unwrap().memory_messages, 1);
 }
 
 #[test]

@@ -50,13 +50,13 @@ impl ConnectionHandle {
     }
 
     /// Whether [`ConnectionHandle::close`] has closed it.
-    pub fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.0.closed.load(Ordering::Acquire)
     }
 
     /// Whether the peer will send nothing more, because it closed the connection or that failed. Takes no bytes off it:
     /// some may still be there to read.
-    pub fn peer_has_gone(&self) -> bool {
+    pub(crate) fn peer_has_gone(&self) -> bool {
         // Errors and a connection closed in both directions are reported unasked.
         let mut polled = [PollFd::new(&self.0.socket, PollFlags::RDHUP)];
         poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)

@@ -5,15 +5,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::error::{Part, ReceiveError};
+use super::error::{Part, ReceiveError, Step, in_full};
 use super::gate::Ticket;
-use super::message::{answer, decode, refuse, take_memory};
+use super::message::{answer, decode, refuse_and_close, take_memory};
 use super::roster::Entry;
 use super::session::{Context, TICK};
 use crate::transfer::connection::{Connection, Head};
 use crate::transfer::frame::{Command, Request, Response, Status};
 
-/// Serves an additional connection whose role was read; a failure ends the migration.
+/// Serves an additional connection whose role was read; it is the source's from its first message on, and a failure ends the
+/// migration.
 ///
 /// # Errors
 /// What came first is no message at all: so spoke a stranger, as another source that says Start, and the migration goes on.
@@ -24,46 +25,64 @@ pub(super) fn serve(
     context: Context<'_>,
 ) -> Result<(), ReceiveError> {
     let Context { gate, limits, .. } = context;
-    let mut under_way = None;
-    let outcome = match gate.connect(limits.connections).map(|()| next_request(&mut connection, context)) {
-        Ok(Ok(first)) => take_all(first, &mut connection, context, &mut under_way),
-        Ok(Err(error)) => {
-            end(connection, limits.linger);
+    let first = match next_request(&mut connection, context) {
+        Ok(Some(first)) => first,
+        Ok(None) => {
+            connection.close(Duration::ZERO);
+            return Ok(());
+        }
+        Err(error) => {
+            refuse_and_close(connection, limits.linger);
             return Err(error);
         }
-        Err(error) => Err(error),
     };
+    entry.admit();
+    let mut under_way = None;
+    let connected = gate.connect(limits.connections);
+    let outcome = connected.and_then(|()| take_all(first, &mut connection, context, &mut under_way));
     // Bounded by itself from here on: the end of the migration need not close it.
     drop(entry);
     match outcome {
         Ok(()) => connection.close(Duration::ZERO),
         Err(error) => {
-            log::debug!("Connection from {} failed: {}", connection.peer(), error.in_full());
+            log::debug!("Connection from {} failed: {}", connection.peer(), in_full(&error));
             // While the Memory it cut off is under way: State does not get in between.
             gate.fail(error);
             drop(under_way);
-            end(connection, limits.linger);
+            refuse_and_close(connection, limits.linger);
         }
     }
     Ok(())
 }
 
-fn end(mut connection: Connection, linger: Duration) {
-    refuse(&mut connection, linger);
-    connection.close(linger);
+/// Keeps a connection for page faults, which anybody can open, until State shows whether the source waits on it.
+///
+/// # Errors
+/// The peer speaks before it is asked, so it is a stranger.
+pub(super) fn keep_fault(mut connection: Connection, context: Context<'_>) -> Result<(), ReceiveError> {
+    let fault = context.gate.enter_fault();
+    let said = next_request(&mut connection, context);
+    drop(fault);
+    let error = match said {
+        Ok(None) => return Ok(()),
+        Ok(Some(request)) => ReceiveError::OutOfOrder { command: request.command(), step: Step::Config },
+        Err(error) => error,
+    };
+    refuse_and_close(connection, context.limits.linger);
+    Err(error)
 }
 
-/// Takes Memory, `next` first, until the source closes the connection or the migration is over.
+/// Takes Memory, `first` first, until the source closes the connection or the migration is over.
 ///
 /// A Memory that fails stays `under_way`.
 fn take_all<'a>(
-    mut next: Option<Request>,
+    first: Request,
     connection: &mut Connection,
     context: Context<'a>,
     under_way: &mut Option<Ticket<'a>>,
 ) -> Result<(), ReceiveError> {
     let Context { gate, limits, .. } = context;
-    let mut buffer = Vec::new();
+    let (mut buffer, mut next) = (Vec::new(), Some(first));
     while let Some(request) = next {
         check_memory(request)?;
         let store = Arc::clone(&under_way.insert(gate.enter()?).store);

@@ -5,6 +5,9 @@
 //! Every caller is heard on a thread of its own, for [`Limits::handshake_timeout`](crate::transfer::limits::Limits) and no
 //! longer. Where too many are heard, the one that came first has to go: so however many strangers come, and however they
 //! hold on, each caller has the time that it takes for [`CALLERS`] others to come.
+//!
+//! A caller that announces an additional connection is not taken for the source before its first Memory: what other sources
+//! say begins with the same bytes.
 
 use std::io;
 use std::sync::mpsc::Sender;
@@ -14,15 +17,16 @@ use std::time::Duration;
 use super::additional;
 use super::error::{Part, ReceiveError};
 use super::gate::Caller;
-use super::message::{decode, refuse};
+use super::message::{decode, refuse_and_close};
 use super::roster::Entry;
 use super::session::{Context, Source, TICK};
-use super::turned_away::TurnedAway;
+use super::turned_away::{Reason, TurnedAway};
 use crate::transfer::connection::{Connection, ConnectionError, Head, Listener};
 use crate::transfer::frame::{Command, ConnectionRole, Request};
 use crate::transfer::tls::ServerTls;
 
-/// Callers that are heard at a time: all connections of a source, and as many strangers.
+/// Callers that are heard at a time: all connections of a source, and as many strangers. As many again may have announced a
+/// connection.
 const CALLERS: usize = 256;
 
 /// The place callers come to.
@@ -43,7 +47,7 @@ impl<'env> Door<'env> {
                 Ok(None) => {}
                 Ok(Some(connection)) => self.let_in(scope, connection, first),
                 Err(error @ ConnectionError::Socket { .. }) => {
-                    self.turned_away.count("a caller", &error.into());
+                    self.turned_away.count("a caller", &ReceiveError::from(error).into());
                 }
                 Err(error) => {
                     gate.fail(error.into());
@@ -69,7 +73,7 @@ impl<'env> Door<'env> {
             .name("migration-in".into())
             .spawn_scoped(scope, move || self.hear(caller, connection, entry, &first));
         if let Err(source) = heard {
-            self.turned_away.count(&peer, &ReceiveError::Thread { source });
+            self.turned_away.count(&peer, &ReceiveError::Thread { source }.into());
         }
     }
 
@@ -79,7 +83,8 @@ impl<'env> Door<'env> {
         let (peer, handle) = (connection.peer().to_owned(), connection.handle());
         // For all of it, however slowly it is said.
         connection.end_at(Some(limits.handshake_timeout));
-        let outcome = self.secure(connection).and_then(|connection| match caller {
+        let secured = self.secure(connection).map_err(Reason::from);
+        let outcome = secured.and_then(|connection| match caller {
             Caller::Source => self.hear_source(connection, entry, first),
             Caller::Additional => self.hear_additional(connection, entry),
         });
@@ -87,9 +92,9 @@ impl<'env> Door<'env> {
             Ok(()) => {}
             Err(_) if gate.is_over() || roster.is_stopped() => {}
             Err(_) if handle.is_closed() => {
-                self.turned_away.count(&peer, &ReceiveError::Crowd { callers: CALLERS });
+                self.turned_away.count(&peer, &Reason::Crowd { callers: CALLERS });
             }
-            Err(error) => self.turned_away.count(&peer, &error),
+            Err(reason) => self.turned_away.count(&peer, &reason),
         }
     }
 
@@ -106,10 +111,9 @@ impl<'env> Door<'env> {
         mut connection: Connection,
         entry: Entry,
         first: &Sender<Source>,
-    ) -> Result<(), ReceiveError> {
-        let linger = self.context.limits.linger;
+    ) -> Result<(), Reason> {
         let head = self.read_first(&mut connection, Part::Head)?;
-        match decode(head).and_then(|request| self.admit(request)) {
+        match decode(head).map_err(Reason::from).and_then(|request| self.admit(request)) {
             Ok(request) => {
                 connection.end_at(None);
                 // Nobody listens only where the wait for a source is over.
@@ -117,47 +121,45 @@ impl<'env> Door<'env> {
                 Ok(())
             }
             Err(error) => {
-                refuse(&mut connection, linger);
-                connection.close(linger);
+                refuse_and_close(connection, self.context.limits.linger);
                 Err(error)
             }
         }
     }
 
     /// Begins the migration with who says Start, of whatever version.
-    fn admit(self, request: Request) -> Result<Request, ReceiveError> {
+    fn admit(self, request: Request) -> Result<Request, Reason> {
         if request.command() != Command::Start {
             request.version().map_err(|source| ReceiveError::Start { source })?;
         }
-        if self.context.gate.begin() { Ok(request) } else { Err(ReceiveError::Occupied) }
+        if self.context.gate.begin() { Ok(request) } else { Err(Reason::Occupied) }
     }
 
-    fn hear_additional(self, mut connection: Connection, entry: Entry) -> Result<(), ReceiveError> {
+    fn hear_additional(self, mut connection: Connection, entry: Entry) -> Result<(), Reason> {
         let role = self.read_first(&mut connection, Part::Role)?;
         let role = ConnectionRole::from_bytes(role);
         let role = role.map_err(|source| ReceiveError::Frame { part: Part::Role, source })?;
         connection.end_at(None);
-        entry.admit();
-        match role {
-            ConnectionRole::PrecopyMemory => additional::serve(connection, entry, self.context),
-            ConnectionRole::Fault => {
-                self.context.gate.fail(ReceiveError::Postcopy);
-                Ok(())
-            }
+        if !entry.announce(CALLERS) {
+            refuse_and_close(connection, self.context.limits.linger);
+            return Err(Reason::Crowd { callers: CALLERS });
         }
+        match role {
+            ConnectionRole::PrecopyMemory => additional::serve(connection, entry, self.context)?,
+            // No stranger has a certificate.
+            ConnectionRole::Fault if self.tls.is_some() => self.context.gate.fail(ReceiveError::Postcopy),
+            ConnectionRole::Fault => additional::keep_fault(connection, self.context)?,
+        }
+        Ok(())
     }
 
     /// Reads a caller's first bytes; the time for them is set already.
-    fn read_first<const N: usize>(
-        self,
-        connection: &mut Connection,
-        part: Part,
-    ) -> Result<[u8; N], ReceiveError> {
-        let read = |source| ReceiveError::Read { part, source };
-        match connection.await_head(Duration::MAX).map_err(read)? {
-            Head::Bytes(bytes) => Ok(bytes),
-            Head::Silence => Err(ReceiveError::Silent { waited: self.context.limits.handshake_timeout }),
-            Head::End => Err(read(io::ErrorKind::UnexpectedEof.into())),
+    fn read_first<const N: usize>(self, connection: &mut Connection, part: Part) -> Result<[u8; N], Reason> {
+        match connection.await_head(Duration::MAX) {
+            Ok(Head::Bytes(bytes)) => Ok(bytes),
+            Ok(Head::Silence) => Err(Reason::Late { allowed: self.context.limits.handshake_timeout }),
+            Ok(Head::End) => Err(Reason::of_reading(part, io::ErrorKind::UnexpectedEof.into())),
+            Err(source) => Err(Reason::of_reading(part, source)),
         }
     }
 }

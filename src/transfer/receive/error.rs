@@ -82,17 +82,8 @@ pub enum ReceiveError {
         /// How many others came.
         turned_away: u64,
     },
-    /// A caller came while another source's VM was being received.
-    #[error("Another source's migration is under way")]
-    Occupied,
-    /// A caller had to make room before it said anything.
-    #[error("Caller had to make room for others: {callers} are heard at a time")]
-    Crowd {
-        /// How many there may be.
-        callers: usize,
-    },
-    /// A caller was silent.
-    #[error("Caller said nothing for {:.1} s", .waited.as_secs_f64())]
+    /// A source that is connected already does not begin.
+    #[error("Source said nothing for {:.1} s", .waited.as_secs_f64())]
     Silent {
         /// How long it was waited for.
         waited: Duration,
@@ -244,10 +235,10 @@ impl ReceiveError {
         let complete = [Command::Complete, Command::CompletePaused];
         matches!(self, Self::Destination { command, .. } if complete.contains(command))
     }
+}
 
-    /// The whole error in one line, causes last.
-    pub(super) fn in_full(&self) -> String {
-        let causes = std::iter::successors(self.source(), |&error| error.source());
-        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
-    }
+/// The whole of an error in one line, causes last.
+pub(super) fn in_full(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -32,8 +32,10 @@ struct State {
     phase: Phase,
     /// Memory messages under way on additional connections.
     under_way: usize,
-    /// Additional connections that were ever opened.
+    /// Additional connections that brought Memory.
     connections: usize,
+    /// Connections for page faults that are open.
+    faults: usize,
     failure: Option<ReceiveError>,
     memory: MemoryCount,
 }
@@ -44,6 +46,13 @@ impl State {
         if !matches!(self.phase, Phase::Over) {
             self.failure.get_or_insert(error);
         }
+    }
+
+    /// Whether the source keeps the memory for a postcopy: there is State and a connection for page faults, and no memory.
+    ///
+    /// Each of them alone shows nothing: a stranger can open the connection, and a VM of zeroes needs no memory.
+    fn is_postcopy(&self) -> bool {
+        matches!(self.phase, Phase::Sealed) && self.faults > 0 && self.memory.messages == 0
     }
 }
 
@@ -101,7 +110,7 @@ impl Gate {
         self.lock().phase = Phase::Open(store);
     }
 
-    /// Counts an additional connection in.
+    /// Counts an additional connection in, whose first Memory has come.
     ///
     /// # Errors
     /// There are `limit` already.
@@ -112,6 +121,16 @@ impl Gate {
         }
         state.connections += 1;
         Ok(())
+    }
+
+    /// Notes a connection for page faults, until what is returned is dropped.
+    pub(super) fn enter_fault(&self) -> Fault<'_> {
+        let mut state = self.lock();
+        state.faults += 1;
+        if state.is_postcopy() {
+            state.fail(ReceiveError::Postcopy);
+        }
+        Fault { gate: self }
     }
 
     /// Lets a Memory of an additional connection in, which is under way until what is returned is done or dropped.
@@ -128,6 +147,11 @@ impl Gate {
         Ok(Ticket { gate: self, store, done: false })
     }
 
+    /// Whether a Memory is under way on an additional connection.
+    pub(super) fn is_taking_memory(&self) -> bool {
+        self.lock().under_way > 0
+    }
+
     /// Waits until no Memory is under way on an additional connection.
     ///
     /// Each of them keeps the pace or fails, so the wait ends.
@@ -141,11 +165,12 @@ impl Gate {
     /// Lets no more Memory in, and waits until none is under way.
     ///
     /// # Errors
-    /// As [`Gate::drain`].
+    /// As [`Gate::drain`], or the source wants postcopy.
     pub(super) fn seal(&self) -> Result<(), ReceiveError> {
         let mut state = self.lock();
         state.phase = Phase::Sealed;
-        self.wait_drained(state)
+        self.wait_drained(state)?;
+        if self.lock().is_postcopy() { Err(ReceiveError::Postcopy) } else { Ok(()) }
     }
 
     fn wait_drained(&self, state: MutexGuard<'_, State>) -> Result<(), ReceiveError> {
@@ -222,6 +247,17 @@ impl Drop for Ticket<'_> {
     }
 }
 
+/// A connection for page faults.
+pub(super) struct Fault<'a> {
+    gate: &'a Gate,
+}
+
+impl Drop for Fault<'_> {
+    fn drop(&mut self) {
+        self.gate.lock().faults -= 1;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,6 +296,27 @@ mod tests {
         let gate = opened();
         drop(gate.enter().unwrap());
         assert!(matches!(gate.seal(), Err(ReceiveError::Store { .. })));
+    }
+
+    #[test]
+    fn state_after_page_faults_and_no_memory_is_postcopy_in_whatever_order_they_come() {
+        let gate = opened();
+        let fault = gate.enter_fault();
+        assert!(matches!(gate.seal(), Err(ReceiveError::Postcopy)));
+        drop(fault);
+        gate.seal().unwrap();
+        let _late = gate.enter_fault();
+        assert!(matches!(gate.check(), Err(ReceiveError::Postcopy)));
+    }
+
+    #[test]
+    fn page_faults_of_a_vm_whose_memory_comes_are_a_strangers() {
+        let gate = opened();
+        let _fault = gate.enter_fault();
+        gate.count(1, 4096);
+        gate.seal().unwrap();
+        let _late = gate.enter_fault();
+        gate.check().unwrap();
     }
 
     #[test]

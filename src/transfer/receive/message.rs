@@ -93,6 +93,12 @@ pub(super) fn refuse(connection: &mut Connection, within: Duration) {
     let _ = connection.send_within(&Response::new(Status::Error).to_bytes(), within);
 }
 
+/// Answers a request with Error, and closes the connection.
+pub(super) fn refuse_and_close(mut connection: Connection, linger: Duration) {
+    refuse(&mut connection, linger);
+    connection.close(linger);
+}
+
 fn check_length(request: Request, name: &'static str, limit: u64) -> Result<(), ReceiveError> {
     let (command, length) = (request.command(), request.length());
     if length <= limit { Ok(()) } else { Err(ReceiveError::TooLong { command, length, name, limit }) }

@@ -78,7 +78,8 @@ pub trait Destination {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Received {
-    /// Bytes that came from all sockets, those of TLS included.
+    /// Bytes that came from the source's sockets, those of TLS included; no strangers', nor those of an additional connection
+    /// that brought no memory.
     pub received_bytes: u64,
     /// Memory messages.
     pub memory_messages: u64,
@@ -86,7 +87,7 @@ pub struct Received {
     pub memory_ranges: u64,
     /// Bytes of guest memory in them, repeated ones counted each time.
     pub memory_bytes: u64,
-    /// Additional connections.
+    /// Additional connections that brought memory.
     pub connections: usize,
     /// What a source of ours agreed to; `None` with any other.
     pub features: Option<Features>,
@@ -213,8 +214,7 @@ impl Receiver {
             match first {
                 Ok(first) => session::receive(Source { connection, entry, first }, destination, context),
                 Err(error) => {
-                    message::refuse(&mut connection, self.limits.linger);
-                    connection.close(self.limits.linger);
+                    message::refuse_and_close(connection, self.limits.linger);
                     Err(error)
                 }
             }

@@ -18,6 +18,8 @@ enum Standing {
     Caller,
     /// Nothing, and it has to go.
     Dismissed,
+    /// It says that it is the source's, and nothing has shown it yet.
+    Announced,
     /// It is the source.
     Admitted,
 }
@@ -53,7 +55,11 @@ impl Names {
     }
 
     fn callers(&self) -> usize {
-        self.open.values().filter(|open| open.standing != Standing::Admitted).count()
+        self.count(Standing::Caller) + self.count(Standing::Dismissed)
+    }
+
+    fn count(&self, standing: Standing) -> usize {
+        self.open.values().filter(|open| open.standing == standing).count()
     }
 
     /// Closes the connection of the caller that is heard longest.
@@ -167,6 +173,18 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// Notes that it may be one of the source's, which has all the time it wants; `false` where there are `most` already.
+    ///
+    /// Those that came first stay, for the source opens its connections as soon as it may.
+    pub(super) fn announce(&self, most: usize) -> bool {
+        let mut names = self.roster.lock();
+        let has_room = names.count(Standing::Announced) < most;
+        if let Some(open) = names.open.get_mut(&self.id).filter(|_| has_room) {
+            open.standing = Standing::Announced;
+        }
+        has_room
+    }
+
     /// Notes that it is one of the source's.
     pub(super) fn admit(&self) {
         if let Some(open) = self.roster.lock().open.get_mut(&self.id) {

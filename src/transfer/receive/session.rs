@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::error::{Part, ReceiveError, Step};
+use super::error::{Part, ReceiveError, Step, in_full};
 use super::gate::Gate;
 use super::message::{answer, check_empty, decode, read_text, refuse, take_memory};
 use super::roster::{Entry, ReceiverHandle};
@@ -51,7 +51,7 @@ pub(super) fn receive(
     let linger = context.limits.linger;
     match outcome {
         Err(error) if context.roster.is_stopped() => {
-            log::debug!("Stopped in the middle of the migration: {}", error.in_full());
+            log::debug!("Stopped in the middle of the migration: {}", in_full(&error));
             session.connection.close(Duration::ZERO);
             Err(ReceiveError::Stopped)
         }
@@ -157,7 +157,7 @@ impl Session<'_> {
         // Even where another connection has failed meanwhile: the VM is here.
         let told = answer(&mut self.connection, request.command(), Response::new(Status::Ok));
         if let Err(error) = &told {
-            log::warn!("The VM runs here, but its source may not know: {}", error.in_full());
+            log::warn!("The VM runs here, but its source may not know: {}", in_full(error));
         }
         self.answered = true;
         Ok((paused, told.is_ok()))
@@ -176,7 +176,9 @@ impl Session<'_> {
         }
     }
 
-    /// Waits for a request's head as long as bytes arrive on any connection.
+    /// Waits for a request's head as long as bytes arrive on any connection, or Memory is under way on another one.
+    ///
+    /// That one keeps a pace of its own while it waits for the source, and is quiet for as long as the store needs.
     fn await_head(&mut self) -> Result<[u8; HEADER_BYTES], ReceiveError> {
         let Context { gate, roster, limits } = self.context;
         let (mut bytes, mut since) = (roster.received_bytes(), Instant::now());
@@ -191,7 +193,7 @@ impl Session<'_> {
                 Head::Silence => {}
             }
             let now = roster.received_bytes();
-            if now != bytes {
+            if now != bytes || gate.is_taking_memory() {
                 (bytes, since) = (now, Instant::now());
             } else if since.elapsed() >= limits.idle_timeout {
                 return Err(ReceiveError::Idle { waited: since.elapsed(), step: self.step });

@@ -2,10 +2,14 @@
 
 //! Callers that were turned away: all are counted, and as many told of as do not fill a log.
 
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::error::ReceiveError;
+use thiserror::Error;
+
+use super::error::{Part, ReceiveError, in_full};
+use crate::transfer::connection::Stall;
 
 /// Callers told of at once.
 const BURST: u32 = 10;
@@ -13,18 +17,53 @@ const BURST: u32 = 10;
 /// How long it takes until another one may be told of.
 const PERIOD: Duration = Duration::from_secs(10);
 
+/// Why a caller was turned away.
+#[derive(Debug, Error)]
+pub(super) enum Reason {
+    /// Another source's VM is being received.
+    #[error("Another source's migration is under way")]
+    Occupied,
+    /// It had to make room before it said who it is, or found none.
+    #[error("Caller had to make room for others: {callers} are heard at a time")]
+    Crowd {
+        /// How many there may be.
+        callers: usize,
+    },
+    /// Its time is over, however much of it came.
+    #[error("Caller did not say who it is in {:.1} s", .allowed.as_secs_f64())]
+    Late {
+        /// How long it had.
+        allowed: Duration,
+    },
+    /// What came cannot be a source's.
+    #[error(transparent)]
+    Failed(#[from] ReceiveError),
+}
+
+impl Reason {
+    /// Returns what it means that the first bytes of a caller cannot be read.
+    pub(super) fn of_reading(part: Part, source: io::Error) -> Self {
+        match Stall::of(&source) {
+            Some(Stall::Late { allowed }) => Self::Late { allowed },
+            _ => ReceiveError::Read { part, source }.into(),
+        }
+    }
+}
+
 /// Counts callers that were turned away, from any thread.
 #[derive(Debug, Default)]
 pub(super) struct TurnedAway(Mutex<Tally>);
 
 impl TurnedAway {
     /// Counts a caller, and says who was turned away and why, unless too many were of late.
-    pub(super) fn count(&self, peer: &str, error: &ReceiveError) {
-        let error = error.in_full();
-        match self.lock().count(Instant::now()) {
-            Some(0) => log::warn!("Turned {peer} away: {error}"),
-            Some(untold) => log::warn!("Turned {peer} away, and {untold} others before: {error}"),
-            None => log::debug!("Turned {peer} away: {error}"),
+    pub(super) fn count(&self, peer: &str, reason: &Reason) {
+        let reason = in_full(reason);
+        // Not in the match: the lock would be held for as long as the log takes.
+        let told = self.lock().count(Instant::now());
+        match told {
+            Some(0) => log::warn!("Turned {peer} away: {reason}"),
+            Some(untold) => log::warn!("Turned {peer} away, and {untold} others before: {reason}"),
+            None => log::debug!("Turned {peer} away: {reason}"),
         }
     }
 
@@ -82,6 +121,15 @@ impl Tally {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_is_late_is_not_told_of_as_a_connection_that_failed() {
+        let text = |source| in_full(&Reason::of_reading(Part::Role, source));
+        let late = Stall::Late { allowed: Duration::from_secs(10) };
+        assert_eq!(text(late.into()), "Caller did not say who it is in 10.0 s");
+        let cut = text(io::ErrorKind::UnexpectedEof.into());
+        assert_eq!(cut, "Cannot read the role of a connection: unexpected end of file");
+    }
 
     #[test]
     fn a_few_are_told_of_and_the_others_counted_until_time_has_passed() {
