@@ -797,6 +797,37 @@ fn a_destination_can_tell_that_its_source_has_gone_and_takes_no_bytes_off_it() {
     }
 }
 
+/// How long a destination waits with the State of a source that stays and abandons the migration a quarter of a second later.
+fn abandoned_after(tls: Option<&Files>) -> Duration {
+    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let receiver = Receiver::new(quick(), tls.map(Files::server));
+    let mut patient = Patient { handle: receiver.handle(), waits_at: "state", waited: None };
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let client = tls.map(Files::client);
+            let connection = Connection::connect(listener.url(), client.as_ref(), &quick()).unwrap();
+            let mut main = Peer(Box::new(connection));
+            main.begin();
+            main.send(&message(STATE, b"{}"));
+            thread::sleep(SECOND / 4);
+            main.send(&message(ABANDON, &[]));
+            assert_eq!(main.answer(), Some(1), "the State was taken");
+            assert_eq!(main.answer(), Some(1), "so is the Abandon");
+        });
+        let received = receiver.receive(&listener, &mut patient);
+        assert!(matches!(received, Err(ReceiveError::Abandoned { step: Step::State })), "{received:?}");
+    });
+    patient.waited.unwrap()
+}
+
+#[test]
+fn a_source_that_abandons_while_its_state_is_taken_has_gone() {
+    for tls in [None, Some(&Files::good())] {
+        let waited = abandoned_after(tls);
+        assert!((SECOND / 10..2 * SECOND).contains(&waited), "{waited:?}");
+    }
+}
+
 #[test]
 fn a_source_that_is_gone_before_the_last_answer_leaves_the_vm_here() {
     let messages = [message(STATE, b"{}"), message(COMPLETE, &[])];

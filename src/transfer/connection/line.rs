@@ -3,13 +3,14 @@
 //! A socket whose waits are bounded and whose bytes are counted.
 
 use std::io::{self, IoSlice, Read, Write};
-use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::{RecvFlags, recv};
 use socket2::Socket;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -60,6 +61,15 @@ impl ConnectionHandle {
         // Errors and a connection closed in both directions are reported unasked.
         let mut polled = [PollFd::new(&self.0.socket, PollFlags::RDHUP)];
         poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Returns the first `N` bytes that are there to be read, as they came, and leaves them there; `None` where there are
+    /// fewer.
+    pub(crate) fn peek<const N: usize>(&self) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let (_, length) = recv(&self.0.socket, &mut bytes[..], flags).ok()?;
+        (length == N).then_some(bytes)
     }
 
     /// Bytes that came from the socket, those of TLS and of refused messages included.
@@ -126,16 +136,12 @@ impl Line {
 
     /// Looks whether anything is there to be read, without a wait and without taking it.
     pub(super) fn look(&self) -> io::Result<Look> {
-        let mut byte = [MaybeUninit::uninit()];
-        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-        loop {
-            match self.shared.socket.recv_with_flags(&mut byte, flags) {
-                Ok(0) => return Ok(Look::End),
-                Ok(_) => return Ok(Look::Bytes),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Look::Silence),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match retry_on_intr(|| recv(&self.shared.socket, &mut [0; 1][..], flags)) {
+            Ok((_, 0)) => Ok(Look::End),
+            Ok(_) => Ok(Look::Bytes),
+            Err(Errno::WOULDBLOCK) => Ok(Look::Silence),
+            Err(error) => Err(error.into()),
         }
     }
 
