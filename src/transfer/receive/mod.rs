@@ -180,7 +180,7 @@ impl Receiver {
             thread::scope(|scope| {
                 let ending = Ending(context);
                 let (first, callers) = channel();
-                let door = Door { listener, tls: self.tls.as_ref(), turned_away: &turned_away, context };
+                let door = Door::new(listener, self.tls.as_ref(), &turned_away, context);
                 Builder::new()
                     .name("migration-door".into())
                     .spawn_scoped(scope, move || door.keep(scope, &first))

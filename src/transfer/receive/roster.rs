@@ -171,6 +171,17 @@ impl ReceiverHandle {
         Entry { roster: self.clone(), id }
     }
 
+    /// Lets the caller go that is heard longest, and waits a moment for one to be gone; `false` where there is none.
+    pub(super) fn dismiss_caller(&self) -> bool {
+        let mut names = self.lock();
+        names.dismiss_oldest();
+        let heard = names.callers() > 0;
+        if heard {
+            let _gone = self.0.left.wait_timeout(names, PATIENCE);
+        }
+        heard
+    }
+
     fn lock(&self) -> MutexGuard<'_, Names> {
         // The names hold together after every statement, so also after a panic of one who held them.
         self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
