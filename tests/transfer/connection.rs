@@ -185,6 +185,15 @@ fn an_end_in_mid_message_is_an_error_and_between_messages_is_none() {
 }
 
 #[test]
+fn a_cut_under_tls_is_told_in_few_words() {
+    let (near, mut far) = connected("tcp:127.0.0.1:0", Some(&Files::good()));
+    drop(near);
+    let error = far.read_exact(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    assert_eq!(error.to_string(), "Peer closed the connection without a goodbye");
+}
+
+#[test]
 fn silence_is_told_and_can_be_waited_on_again() {
     let (mut near, mut far) = pair(&Limits::default());
     let begun = Instant::now();
