@@ -234,9 +234,13 @@ fn what_a_snapshot_would_be_no_use_of_is_refused_at_config() {
     let disks = r#"{"memory":{"size":1},"disks":[{"path":"/disk.raw"}]}"#;
     let vdpa = r#"{"memory":{"size":1},"vdpa":[{"path":"/dev/vhost-vdpa-0"}]}"#;
     let zones = r#"{"memory":{"size":1,"zones":[{"id":"m0","file":"/m","shared":true}]}}"#;
-    for (vm_config, expected) in
-        [(disks, "/disk.raw"), (vdpa, "vDPA devices /dev/vhost-vdpa-0"), (zones, "m0")]
-    {
+    let obeyed = r#"{"memory":{"size":1},"disks":[{"path":"/\u001b[2Jdisk.raw\r\n"}]}"#;
+    for (vm_config, expected) in [
+        (disks, "/disk.raw"),
+        (vdpa, "vDPA devices /dev/vhost-vdpa-0"),
+        (zones, "m0"),
+        (obeyed, r"/\u{1b}[2Jdisk.raw\r\n"),
+    ] {
         let place = Place::new();
         let mut destination = place.destination(DestinationOptions::default());
         let (received, last) = place.receive(&mut destination, migration(vm_config));

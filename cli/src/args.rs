@@ -163,7 +163,8 @@ impl StateLimit {
 #[derive(Debug, Args)]
 pub(crate) struct Patience {
     /// Longest silence of the other side between messages, in seconds; also the time in which 64 KiB have to move in the
-    /// middle of one [default: 120 between, 30 in the middle].
+    /// middle of one [default: 120 between, 30 in the middle]. The answer to the last message may take 1 h whatever S is, for
+    /// a receiver may write everything to disk before it.
     #[arg(long, value_name = "S", value_parser = seconds())]
     pub(crate) idle_timeout: Option<u64>,
 }

@@ -79,7 +79,9 @@ pub enum DestinationError {
     },
 }
 
+/// Names as a source gives them, with nothing in them that a terminal obeys.
 fn listed(names: &[String]) -> String {
+    let names: Vec<_> = names.iter().map(|name| name.escape_debug().to_string()).collect();
     names.join(", ")
 }
 

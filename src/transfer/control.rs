@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryBackend;
 
 use super::connection::Connection;
-use super::exchange::{PeerError, read_answer, send, send_memory, send_state};
+use super::exchange::{PeerError, expect_silence, read_answer, send, send_memory, send_state};
 use super::frame::{Command, ConnectionRole, HEADER_BYTES, Request};
 use super::lanes::wire_bytes;
 use super::limits::ConnectionCount;
@@ -113,6 +113,7 @@ impl<'a> Control<'a> {
         self.check_switchover()?;
         self.migration.pass_return()?;
         let mut connection = self.take(SendStep::Complete)?;
+        expect_silence(&mut connection).map_err(failed(SendStep::Complete))?;
         self.completing = true;
         self.migration.enter(Phase::Completing);
         let sent = send(&mut connection, Request::new(command, 0), &[]);
@@ -144,12 +145,21 @@ impl<'a> Control<'a> {
     }
 
     /// Takes this connection back from those that carried memory; closes the others, whose end the receiver expects.
-    pub(super) fn take_back(&mut self, mut lanes: Vec<Connection>) {
+    ///
+    /// # Errors
+    /// One of the others was answered more often than it was asked; this one is looked at before its next request.
+    pub(super) fn take_back(&mut self, mut lanes: Vec<Connection>) -> Result<(), SendError> {
         if self.options.connections == ConnectionCount::ONE {
             self.connection = lanes.pop();
-        } else {
-            close_behind(lanes);
+            return Ok(());
         }
+        let unasked = lanes.iter_mut().find_map(|lane| match expect_silence(lane) {
+            Err(source @ PeerError::Unasked) => Some(source),
+            // One that has ended meanwhile has done its work.
+            _ => None,
+        });
+        close_behind(lanes);
+        unasked.map_or(Ok(()), |source| Err(failed(SendStep::Memory)(source)))
     }
 
     /// Tells the receiver that nothing more will come, if it is in a position to hear it.
@@ -186,6 +196,7 @@ impl<'a> Control<'a> {
         let answer = self.migration.interruptible(
             move || handle.close(),
             || {
+                expect_silence(&mut connection)?;
                 say(&mut connection)?;
                 self.migration.count_sent(bytes);
                 read_answer(&mut connection, within)

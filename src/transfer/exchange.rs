@@ -8,7 +8,7 @@ use std::time::Duration;
 use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
-use super::connection::{Connection, ConnectionError, Head};
+use super::connection::{Connection, ConnectionError, Head, Look};
 use super::frame::{
     Command, FrameError, HEADER_BYTES, RANGE_BYTES, Request, Response, Status, encode_ranges,
 };
@@ -43,6 +43,9 @@ pub enum PeerError {
     /// The answer is none.
     #[error("Receiver answered with something else")]
     Frame(#[from] FrameError),
+    /// The receiver spoke while no request was waiting for its answer: what it says next could answer anything.
+    #[error("Receiver answered what was not asked")]
+    Unasked,
     /// The answer claims a payload, which no answer to a source has.
     #[error("Receiver's answer claims a payload of {bytes} bytes")]
     Payload {
@@ -88,6 +91,17 @@ pub(super) fn send_memory<M: GuestMemoryBackend>(
     connection.write_all(table)?;
     connection.send_guest(memory, ranges.iter().copied())?;
     Ok(connection.flush()?)
+}
+
+/// Checks that the receiver has said nothing, where no request of this side is without its answer.
+///
+/// An answer too many would pass for the one to the next request, and so, in the end, for the one to the Complete.
+pub(super) fn expect_silence(connection: &mut Connection) -> Result<(), PeerError> {
+    match connection.look()? {
+        Look::Silence => Ok(()),
+        Look::Bytes => Err(PeerError::Unasked),
+        Look::End => Err(PeerError::Closed),
+    }
 }
 
 /// Reads the answer to the oldest request that has none, and waits no longer than `within` for it to begin.

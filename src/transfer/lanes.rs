@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryBackend;
 
 use super::connection::{Connection, ConnectionHandle};
-use super::exchange::{PeerError, read_answer, send_memory};
+use super::exchange::{PeerError, expect_silence, read_answer, send_memory};
 use super::frame::{HEADER_BYTES, RANGE_BYTES};
 use super::progress::Migration;
 use super::skipping::Sieve;
@@ -303,6 +303,9 @@ impl<M: GuestMemoryBackend> Worker<M> {
         if ranges.is_empty() {
             self.report.tell(Event::Acknowledged { chunk, sent_bytes: 0 });
             return Ok(());
+        }
+        if self.in_flight.is_empty() {
+            expect_silence(&mut self.connection)?;
         }
         send_memory(&mut self.connection, &*self.memory, ranges, &mut self.table)?;
         let wire_bytes = wire_bytes(ranges);

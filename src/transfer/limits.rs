@@ -83,7 +83,8 @@ pub struct Limits {
     /// That is the most memory that a source can take up with texts; a VMM that makes a tree of one takes more. A State that
     /// is too long shows when all memory has moved and the VM stands still, so the limit is no place to save.
     pub state_bytes: u64,
-    /// Bytes of table in one Memory; 1 GiB, which is 64 Mi ranges. Tables of a large, fragmented VM are legal.
+    /// Bytes of table in one Memory, and in all that are under way at a time, on whatever connections; 1 GiB, which is
+    /// 64 Mi ranges. Tables of a large, fragmented VM are legal.
     pub table_bytes: u64,
     /// Bytes of guest memory a sender puts in one Memory on an additional connection; 64 MiB.
     pub chunk_bytes: u64,

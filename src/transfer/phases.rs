@@ -125,8 +125,8 @@ impl<'a, V: Vm> Session<'a, V> {
         let lanes = Lanes::start(connections, &self.memory, sieve, pipeline, self.migration);
         let mut lanes = lanes.map_err(SendError::Thread)?;
         let copied = self.copy_until_stopped(&mut lanes);
-        control.take_back(lanes.stop(GRACE));
-        copied
+        let taken_back = control.take_back(lanes.stop(GRACE));
+        copied.and(taken_back)
     }
 
     fn copy_until_stopped(&mut self, lanes: &mut Lanes) -> Result<(), SendError> {

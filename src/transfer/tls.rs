@@ -76,6 +76,9 @@ pub enum TlsError {
         /// Why not.
         source: VerifierBuilderError,
     },
+    /// The connection ended, and the peer had not said so: it was cut, or the peer died.
+    #[error("Peer closed the connection without a goodbye")]
+    Cut,
     /// The peer did not accept what this side showed it.
     #[error("Peer refuses this side's certificate or TLS: alert {alert:?}")]
     Refused {
@@ -147,8 +150,11 @@ impl ServerTls {
     }
 }
 
-/// Names the certificate as what the peer complains of, where that is what it says.
+/// Names the certificate as what the peer complains of, where that is what it says, and a connection that was cut as that.
 pub(super) fn explain(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::UnexpectedEof && error.get_ref().is_some() {
+        return io::Error::new(error.kind(), TlsError::Cut);
+    }
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
     match inner {
         Some(&rustls::Error::AlertReceived(alert)) => {

@@ -26,7 +26,7 @@ use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::precopy::{Blame, CancelReason, Forecast, TimeoutStrategy};
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{
-    Migration, Phase, SendError, SendOptions, SendOptionsError, SendStep, Sender, Sent, SourceVm,
+    Migration, PeerError, Phase, SendError, SendOptions, SendOptionsError, SendStep, Sender, Sent, SourceVm,
 };
 use vm::{FakeDevice, FakeVm, Log, PAGE, PAGES, Report, ScriptedSource, note, page_gpa};
 
@@ -248,6 +248,27 @@ fn a_refusal_at_any_command_lets_the_vm_run_on() {
         let error = send(&peer, &mut vm, &mut machine).unwrap_err();
         assert!(matches!(error, SendError::Peer { step, .. } if step == expected), "{error}");
         assert!(vm.makes_progress());
+    }
+    assert_retry_loses_nothing(&mut vm, &mut machine);
+}
+
+#[test]
+fn answers_to_what_was_not_asked_acknowledge_nothing() {
+    let mut vm = FakeVm::new(5);
+    let mut machine = vm.machine();
+    for connections in [1, 4] {
+        for command in [START, CONFIG, MEMORY, STATE] {
+            let peer = Peer::tcp(connections, Fault::AnswerTwice(command));
+            let mut options = options(&peer);
+            options.connections = ConnectionCount::new(connections as u64).unwrap();
+            let error = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap_err();
+            assert!(
+                matches!(error, SendError::Peer { source: PeerError::Unasked, .. }),
+                "{command} twice on {connections} connections: {error:?}"
+            );
+            assert!(vm.makes_progress());
+            peer.look(|transcript| assert!(!transcript.commands().contains(&COMPLETE)));
+        }
     }
     assert_retry_loses_nothing(&mut vm, &mut machine);
 }

@@ -33,6 +33,8 @@ pub(crate) enum Fault {
     CloseAfterBytes(usize),
     /// Answers this command with an Error.
     Refuse(u16),
+    /// Answers this command twice, and a Complete with an Error.
+    AnswerTwice(u16),
     /// Reads the header of this command, and then neither reads nor answers, until the source goes away.
     Ignore(u16),
     /// Neither reads nor answers what comes of memory once there was as much as there is RAM.
@@ -237,10 +239,15 @@ impl Talk {
         if let (Fault::Slow(time), MEMORY) = (self.fault, command) {
             thread::sleep(time);
         }
-        let status = if self.fault == Fault::Refuse(command) { 2 } else { 1 };
-        let mut response = [0; 16];
-        response[0] = status;
-        self.stream.write_all(&response)?;
+        let twice = self.fault == Fault::AnswerTwice(command);
+        let refused = match self.fault {
+            Fault::Refuse(refused) => command == refused,
+            Fault::AnswerTwice(_) => command == COMPLETE,
+            _ => false,
+        };
+        let mut response = vec![0; 16];
+        response[0] = if refused { 2 } else { 1 };
+        self.stream.write_all(&response.repeat(if twice { 2 } else { 1 }))?;
         Ok(Some(command))
     }
 

@@ -4,17 +4,20 @@
 
 use std::error::Error;
 use std::io::{self, Read, Write};
+use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustls::{ServerConnection, StreamOwned};
 use vfio_migration::range::GpaRange;
-use vfio_migration::transfer::connection::{Connection, ConnectionError, Head, Listener, Stall};
+use vfio_migration::transfer::connection::{Connection, ConnectionError, Head, Listener, Look, Stall};
 use vfio_migration::transfer::limits::{Limits, Pace};
 use vfio_migration::transfer::url::{Endpoint, Url};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+use crate::bare_tls;
 use crate::certificates::Files;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -182,6 +185,15 @@ fn an_end_in_mid_message_is_an_error_and_between_messages_is_none() {
 }
 
 #[test]
+fn a_cut_under_tls_is_told_in_few_words() {
+    let (near, mut far) = connected("tcp:127.0.0.1:0", Some(&Files::good()));
+    drop(near);
+    let error = far.read_exact(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    assert_eq!(error.to_string(), "Peer closed the connection without a goodbye");
+}
+
+#[test]
 fn silence_is_told_and_can_be_waited_on_again() {
     let (mut near, mut far) = pair(&Limits::default());
     let begun = Instant::now();
@@ -189,6 +201,62 @@ fn silence_is_told_and_can_be_waited_on_again() {
     assert!(begun.elapsed() < SECOND);
     near.write_all(b"late").unwrap();
     assert_eq!(far.await_head(SECOND).unwrap(), Head::Bytes(*b"late"));
+}
+
+/// Looks at `near` until there is something to be read.
+fn look_until_there_is_something(near: &mut Connection) -> Look {
+    let looks = (0..500).map(|_| near.look().unwrap());
+    let mut looks = looks.inspect(|_| thread::sleep(Duration::from_millis(2)));
+    looks.find(|&look| look != Look::Silence).unwrap_or(Look::Silence)
+}
+
+fn a_look_takes_nothing((mut near, mut far): (Connection, Connection)) {
+    assert_eq!(near.look().unwrap(), Look::Silence);
+    far.write_all(b"word").unwrap();
+    far.flush().unwrap();
+    assert_eq!(look_until_there_is_something(&mut near), Look::Bytes);
+    assert_eq!(near.look().unwrap(), Look::Bytes);
+    assert_eq!(near.await_head(SECOND).unwrap(), Head::Bytes(*b"word"));
+    assert_eq!(near.look().unwrap(), Look::Silence);
+    near.write_all(b"back").unwrap();
+    near.flush().unwrap();
+    assert_eq!(far.await_head(SECOND).unwrap(), Head::Bytes(*b"back"));
+    far.close(Duration::ZERO);
+    assert_eq!(look_until_there_is_something(&mut near), Look::End);
+}
+
+#[test]
+fn a_look_takes_nothing_off_any_kind_of_connection() {
+    a_look_takes_nothing(pair(&Limits::default()));
+    a_look_takes_nothing(connected("tcp:127.0.0.1:0", None));
+    a_look_takes_nothing(connected("tcp:127.0.0.1:0", Some(&Files::good())));
+}
+
+#[test]
+fn what_tls_says_for_itself_is_no_byte_to_be_read() {
+    let files = Files::good();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = Url::tcp("127.0.0.1", listener.local_addr().unwrap().port()).unwrap();
+    let config = bare_tls::server(&files);
+    assert!(config.send_tls13_tickets > 0, "this server hands tickets out");
+    thread::scope(|scope| {
+        let server = scope.spawn(|| {
+            let mut far =
+                StreamOwned::new(ServerConnection::new(config).unwrap(), listener.accept().unwrap().0);
+            far.read_exact(&mut [0]).unwrap();
+            far
+        });
+        let mut near = Connection::connect(&url, Some(&files.client()), &Limits::default()).unwrap();
+        near.write_all(&[1]).unwrap();
+        near.flush().unwrap();
+        let mut far = server.join().unwrap();
+        for _ in 0..20 {
+            assert_eq!(near.look().unwrap(), Look::Silence);
+            thread::sleep(Duration::from_millis(1));
+        }
+        far.write_all(&[2]).unwrap();
+        assert_eq!(look_until_there_is_something(&mut near), Look::Bytes);
+    });
 }
 
 #[test]

@@ -4,7 +4,6 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod bare_source;
-#[expect(dead_code, reason = "the receiver is ours")]
 mod bare_tls;
 mod captures;
 mod certificates;

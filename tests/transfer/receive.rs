@@ -540,6 +540,29 @@ fn an_additional_connection_that_fails_ends_the_migration() {
 }
 
 #[test]
+fn the_tables_of_all_connections_are_held_to_the_limit_of_one() {
+    let limits = Limits { table_bytes: 96 << 10, ..quick() };
+    let (received, ()) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
+        let mut main = Peer::to(listener);
+        main.begin();
+        // One after the other they may be as long as they like, up to the limit.
+        let ranges = vec![(0, &[7; 1][..]); 6 << 10];
+        main.say(&[memory(&ranges), memory(&ranges)]);
+        let mut additional: Vec<_> = (0..2).map(|_| Peer::to(listener)).collect();
+        for connection in &mut additional {
+            announce(connection);
+            connection.send(&request(MEMORY, 64 << 10));
+        }
+        assert_eq!(main.answer(), None);
+    });
+    let error = received.unwrap_err();
+    assert!(
+        matches!(error, ReceiveError::Tables { length: 0x1_0000, taken: 0x1_0000, limit: 0x1_8000 }),
+        "{error:?}"
+    );
+}
+
+#[test]
 fn the_connection_over_the_limit_is_refused() {
     let limits = Limits { connections: ConnectionCount::new(2).unwrap(), ..quick() };
     refuses_one_more_than(2, limits);
@@ -771,6 +794,37 @@ fn a_destination_can_tell_that_its_source_has_gone_and_takes_no_bytes_off_it() {
             let waited = receive_patiently(url, "state", sent).1;
             assert!((SECOND / 10..2 * SECOND).contains(&waited), "{url}: {waited:?}");
         }
+    }
+}
+
+/// How long a destination waits with the State of a source that stays and abandons the migration a quarter of a second later.
+fn abandoned_after(tls: Option<&Files>) -> Duration {
+    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let receiver = Receiver::new(quick(), tls.map(Files::server));
+    let mut patient = Patient { handle: receiver.handle(), waits_at: "state", waited: None };
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let client = tls.map(Files::client);
+            let connection = Connection::connect(listener.url(), client.as_ref(), &quick()).unwrap();
+            let mut main = Peer(Box::new(connection));
+            main.begin();
+            main.send(&message(STATE, b"{}"));
+            thread::sleep(SECOND / 4);
+            main.send(&message(ABANDON, &[]));
+            assert_eq!(main.answer(), Some(1), "the State was taken");
+            assert_eq!(main.answer(), Some(1), "so is the Abandon");
+        });
+        let received = receiver.receive(&listener, &mut patient);
+        assert!(matches!(received, Err(ReceiveError::Abandoned { step: Step::State })), "{received:?}");
+    });
+    patient.waited.unwrap()
+}
+
+#[test]
+fn a_source_that_abandons_while_its_state_is_taken_has_gone() {
+    for tls in [None, Some(&Files::good())] {
+        let waited = abandoned_after(tls);
+        assert!((SECOND / 10..2 * SECOND).contains(&waited), "{waited:?}");
     }
 }
 

@@ -75,3 +75,11 @@ pub enum ConnectionError {
         source: io::Error,
     },
 }
+
+impl ConnectionError {
+    /// Whether this process, or the system, has no descriptor left for it.
+    pub(crate) fn is_of_descriptors(&self) -> bool {
+        let Self::Accept { source, .. } = self else { return false };
+        source.raw_os_error().is_some_and(|errno| [libc::EMFILE, libc::ENFILE].contains(&errno))
+    }
+}

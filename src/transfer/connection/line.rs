@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::{RecvFlags, recv};
 use socket2::Socket;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -23,6 +25,17 @@ struct Shared {
     received: AtomicU64,
     sent: AtomicU64,
     closed: AtomicBool,
+}
+
+/// What is there to be read without a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// Nothing yet.
+    Silence,
+    /// At least one byte.
+    Bytes,
+    /// The peer has closed the connection.
+    End,
 }
 
 /// Measures and closes a connection from any thread.
@@ -48,6 +61,15 @@ impl ConnectionHandle {
         // Errors and a connection closed in both directions are reported unasked.
         let mut polled = [PollFd::new(&self.0.socket, PollFlags::RDHUP)];
         poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Returns the first `N` bytes that are there to be read, as they came, and leaves them there; `None` where there are
+    /// fewer.
+    pub(crate) fn peek<const N: usize>(&self) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let (_, length) = recv(&self.0.socket, &mut bytes[..], flags).ok()?;
+        (length == N).then_some(bytes)
     }
 
     /// Bytes that came from the socket, those of TLS and of refused messages included.
@@ -110,6 +132,17 @@ impl Line {
         slices: &[VolatileSlice<'_, B>],
     ) -> io::Result<usize> {
         self.receive(|socket| receive_slices(socket, slices))
+    }
+
+    /// Looks whether anything is there to be read, without a wait and without taking it.
+    pub(super) fn look(&self) -> io::Result<Look> {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match retry_on_intr(|| recv(&self.shared.socket, &mut [0; 1][..], flags)) {
+            Ok((_, 0)) => Ok(Look::End),
+            Ok(_) => Ok(Look::Bytes),
+            Err(Errno::WOULDBLOCK) => Ok(Look::Silence),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Says that nothing more will be sent, and throws away what comes until the peer says the same or `within` is over.

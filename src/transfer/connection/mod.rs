@@ -25,7 +25,7 @@ use super::url::{Endpoint, Url};
 use line::Line;
 
 pub use error::ConnectionError;
-pub use line::ConnectionHandle;
+pub use line::{ConnectionHandle, Look};
 pub use listener::Listener;
 pub use pace::Stall;
 
@@ -202,6 +202,20 @@ impl Connection {
         Ok(Head::Bytes(bytes))
     }
 
+    /// Looks what there is to read, without a wait and without taking it.
+    ///
+    /// Under TLS only what the peer said counts, not what TLS says for itself.
+    ///
+    /// # Errors
+    /// The connection failed.
+    pub fn look(&mut self) -> io::Result<Look> {
+        match &mut self.stream {
+            Stream::Plain(line) => line.look(),
+            Stream::Client(stream) => look_through(stream).map_err(tls::explain),
+            Stream::Server(stream) => look_through(stream).map_err(tls::explain),
+        }
+    }
+
     /// Reads `length` bytes into `payload`, whose own contents are lost and whose buffer is reused.
     ///
     /// The buffer grows as bytes arrive: a peer that claims much and sends little costs little.
@@ -369,6 +383,25 @@ where
         }
     }
     Ok(())
+}
+
+/// Takes in what TLS records have come, and looks whether a byte for us was in them.
+fn look_through<C, S>(stream: &mut StreamOwned<C, Line>) -> io::Result<Look>
+where
+    C: std::ops::DerefMut<Target = rustls::ConnectionCommon<S>>,
+    S: rustls::SideData,
+{
+    loop {
+        let state = stream.conn.process_new_packets().map_err(io::Error::other)?;
+        if state.plaintext_bytes_to_read() > 0 {
+            return Ok(Look::Bytes);
+        }
+        match stream.sock.look()? {
+            Look::Bytes if !state.peer_has_closed() => stream.conn.read_tls(&mut stream.sock)?,
+            Look::Silence if !state.peer_has_closed() => return Ok(Look::Silence),
+            _ => return Ok(Look::End),
+        };
+    }
 }
 
 /// Leaves `line` at the pace after a handshake that succeeded, and closed after one that failed.

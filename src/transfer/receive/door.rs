@@ -11,8 +11,10 @@
 
 use std::io;
 use std::sync::mpsc::Sender;
-use std::thread::{Builder, Scope};
+use std::thread::{self, Builder, Scope};
 use std::time::Duration;
+
+use rustix::process::{Resource, getrlimit};
 
 use super::additional;
 use super::error::{Part, ReceiveError};
@@ -25,20 +27,37 @@ use crate::transfer::connection::{Connection, ConnectionError, Head, Listener};
 use crate::transfer::frame::{Command, ConnectionRole, Request};
 use crate::transfer::tls::ServerTls;
 
-/// Callers that are heard at a time: all connections of a source, and as many strangers. As many again may have announced a
-/// connection.
+/// Callers that are heard at a time, where this process may open files enough: all connections of a source, and as many
+/// strangers. As many again may have announced a connection.
 const CALLERS: usize = 256;
+
+/// The part of its descriptors that this process leaves to callers.
+const DESCRIPTORS_SHARE: u64 = 4;
 
 /// The place callers come to.
 #[derive(Clone, Copy)]
 pub(super) struct Door<'env> {
-    pub(super) listener: &'env Listener,
-    pub(super) tls: Option<&'env ServerTls>,
-    pub(super) turned_away: &'env TurnedAway,
-    pub(super) context: Context<'env>,
+    listener: &'env Listener,
+    tls: Option<&'env ServerTls>,
+    turned_away: &'env TurnedAway,
+    context: Context<'env>,
+    /// Callers that are heard at a time.
+    callers: usize,
 }
 
 impl<'env> Door<'env> {
+    pub(super) fn new(
+        listener: &'env Listener,
+        tls: Option<&'env ServerTls>,
+        turned_away: &'env TurnedAway,
+        context: Context<'env>,
+    ) -> Self {
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let callers =
+            usize::try_from(descriptors / DESCRIPTORS_SHARE).unwrap_or(usize::MAX).clamp(1, CALLERS);
+        Self { listener, tls, turned_away, context, callers }
+    }
+
     /// Lets callers in until the migration is over; a listener that fails ends it.
     pub(super) fn keep<'scope>(self, scope: &'scope Scope<'scope, 'env>, first: &Sender<Source>) {
         let Context { gate, limits, .. } = self.context;
@@ -49,11 +68,20 @@ impl<'env> Door<'env> {
                 Err(error @ ConnectionError::Socket { .. }) => {
                     self.turned_away.count("a caller", &ReceiveError::from(error).into());
                 }
+                Err(error) if error.is_of_descriptors() => self.make_room(error),
                 Err(error) => {
                     gate.fail(error.into());
                     return;
                 }
             }
+        }
+    }
+
+    /// Lets the caller that is heard longest go, so that there is a descriptor for the next one; that one waits meanwhile.
+    fn make_room(self, error: ConnectionError) {
+        if !self.context.roster.dismiss_caller() {
+            self.turned_away.count("a caller", &ReceiveError::from(error).into());
+            thread::sleep(TICK);
         }
     }
 
@@ -65,7 +93,7 @@ impl<'env> Door<'env> {
         first: &Sender<Source>,
     ) {
         let Context { gate, roster, .. } = self.context;
-        let entry = roster.enter_caller(&connection, CALLERS);
+        let entry = roster.enter_caller(&connection, self.callers);
         // After that: whoever ends the migration closes those that are on the roster.
         let Some(caller) = gate.caller() else { return };
         let (peer, first) = (connection.peer().to_owned(), first.clone());
@@ -92,7 +120,7 @@ impl<'env> Door<'env> {
             Ok(()) => {}
             Err(_) if gate.is_over() || roster.is_stopped() => {}
             Err(_) if handle.is_closed() => {
-                self.turned_away.count(&peer, &Reason::Crowd { callers: CALLERS });
+                self.turned_away.count(&peer, &Reason::Crowd { callers: self.callers });
             }
             Err(reason) => self.turned_away.count(&peer, &reason),
         }
@@ -140,9 +168,9 @@ impl<'env> Door<'env> {
         let role = ConnectionRole::from_bytes(role);
         let role = role.map_err(|source| ReceiveError::Frame { part: Part::Role, source })?;
         connection.end_at(None);
-        if !entry.announce(CALLERS) {
+        if !entry.announce(self.callers) {
             refuse_and_close(connection, self.context.limits.linger);
-            return Err(Reason::Crowd { callers: CALLERS });
+            return Err(Reason::Crowd { callers: self.callers });
         }
         match role {
             ConnectionRole::PrecopyMemory => additional::serve(connection, entry, self.context)?,

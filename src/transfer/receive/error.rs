@@ -175,6 +175,18 @@ pub enum ReceiveError {
         /// Its value.
         limit: u64,
     },
+    /// A table is too long beside those of other connections.
+    #[error(
+        "Memory announces a table of {length} bytes, and those under way take {taken} of the limit table_bytes = {limit}"
+    )]
+    Tables {
+        /// Bytes announced.
+        length: u64,
+        /// Bytes that tables under way announced.
+        taken: u64,
+        /// What [`Limits::table_bytes`](crate::transfer::limits::Limits::table_bytes) says.
+        limit: u64,
+    },
     /// The source opened more connections than the protocol knows.
     #[error("Source opened more than {limit} additional connections")]
     Connections {
@@ -218,6 +230,20 @@ pub enum ReceiveError {
 }
 
 impl ReceiveError {
+    /// Whether anybody who says Start can make it happen before there is a Config, and no source has to know why.
+    pub(super) fn may_be_a_strangers(&self) -> bool {
+        matches!(
+            self,
+            Self::Closed { .. }
+                | Self::Idle { .. }
+                | Self::Read { .. }
+                | Self::Answer { .. }
+                | Self::Frame { .. }
+                | Self::OutOfOrder { .. }
+                | Self::Payload { .. }
+        )
+    }
+
     /// Whether it was the destination that could not complete the VM.
     pub(super) fn is_of_completing(&self) -> bool {
         let complete = [Command::Complete, Command::CompletePaused];

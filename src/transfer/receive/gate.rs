@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::error::{ReceiveError, Step};
 use super::store::PageStore;
+use super::tables::Tables;
 use crate::transfer::frame::Command;
 use crate::transfer::limits::ConnectionCount;
 
@@ -77,6 +78,7 @@ pub(super) enum Caller {
 pub(super) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
+    pub(super) tables: Tables,
 }
 
 impl Gate {
@@ -101,6 +103,16 @@ impl Gate {
             state.phase = Phase::Begun;
         }
         first
+    }
+
+    /// Waits for another source than the one that has begun; `false` where that has laid its memory out.
+    pub(super) fn begin_anew(&self) -> bool {
+        let mut state = self.lock();
+        let begun = matches!(state.phase, Phase::Begun);
+        if begun {
+            state.phase = Phase::Waiting;
+        }
+        begun
     }
 
     /// Lets Memory go to `store` from now on.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::error::{Part, ReceiveError};
 use super::gate::Gate;
 use super::store::{PageStore, Pages};
+use super::tables::kept;
 use crate::transfer::connection::Connection;
 use crate::transfer::frame::{Command, HEADER_BYTES, MemoryTable, Request, Response, Status};
 use crate::transfer::limits::Limits;
@@ -52,12 +53,13 @@ pub(super) fn take_memory(
     let bad_table = |source| ReceiveError::Frame { part: Part::Table, source };
     check_length(request, "table_bytes", limits.table_bytes)?;
     MemoryTable::check_length(request.length()).map_err(bad_table)?;
+    let _share = gate.tables.take(request.length(), limits.table_bytes)?;
     let read = connection.read_payload(request.length(), buffer);
     read.map_err(|source| ReceiveError::Read { part: Part::Table, source })?;
     let table = MemoryTable::parse(std::mem::take(buffer), store.layout()).map_err(bad_table)?;
     take_pages(connection, &table, store)?;
     gate.count(table.ranges().len(), table.memory_bytes());
-    *buffer = table.into_buffer();
+    *buffer = kept(table.into_buffer());
     Ok(())
 }
 

@@ -23,6 +23,7 @@ mod message;
 mod roster;
 mod session;
 mod store;
+mod tables;
 mod turned_away;
 
 use std::sync::Arc;
@@ -160,8 +161,9 @@ impl Receiver {
 
     /// Waits on `listener` for a source, and receives its VM into `destination`.
     ///
-    /// The first caller to say Start is the source, and its failure is the receiver's. All others are strangers, be they
-    /// silent, slow, many or without a certificate: they are turned away and counted, and never keep the source out.
+    /// The first caller to say Start and to describe its VM is the source, and its failure is the receiver's. So is one that
+    /// says Start with a certificate. All others are strangers, be they silent, slow, many or without a certificate: they are
+    /// turned away and counted, and never keep the source out.
     ///
     /// # Errors
     /// No VM was received; `destination` was told, unless it is what failed to complete it.
@@ -178,15 +180,13 @@ impl Receiver {
             thread::scope(|scope| {
                 let ending = Ending(context);
                 let (first, callers) = channel();
-                let door = Door { listener, tls: self.tls.as_ref(), turned_away: &turned_away, context };
+                let door = Door::new(listener, self.tls.as_ref(), &turned_away, context);
                 Builder::new()
                     .name("migration-door".into())
                     .spawn_scoped(scope, move || door.keep(scope, &first))
                     .map_err(|source| ReceiveError::Thread { source })?;
-                let source = self.await_source(&callers, &turned_away, context)?;
-                drop(callers);
-                let received = session::receive(source, destination, context);
-                drop(ending);
+                let received = self.receive_first(&callers, &turned_away, destination, context);
+                drop((callers, ending));
                 received
             })
         })
@@ -236,14 +236,38 @@ impl Receiver {
         outcome
     }
 
+    /// Receives the VM of the first caller that is no stranger.
+    fn receive_first(
+        &self,
+        callers: &Callers<Source>,
+        turned_away: &TurnedAway,
+        destination: &mut dyn Destination,
+        context: Context<'_>,
+    ) -> Result<Received, ReceiveError> {
+        let begun = Instant::now();
+        loop {
+            let source = self.await_source(begun, callers, turned_away, context)?;
+            let peer = source.connection.peer().to_owned();
+            match session::receive(source, destination, context) {
+                Err(error)
+                    if self.tls.is_none() && error.may_be_a_strangers() && context.gate.begin_anew() =>
+                {
+                    self.roster.begin();
+                    turned_away.count(&peer, &error.into());
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
     /// Waits until a caller says Start.
     fn await_source(
         &self,
+        begun: Instant,
         callers: &Callers<Source>,
         turned_away: &TurnedAway,
         context: Context<'_>,
     ) -> Result<Source, ReceiveError> {
-        let begun = Instant::now();
         while !self.roster.is_stopped() {
             context.gate.check()?;
             match callers.recv_timeout(TICK) {

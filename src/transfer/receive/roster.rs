@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::transfer::connection::{Connection, ConnectionHandle};
+use crate::transfer::frame::Command;
 
 /// How long to wait for a caller that has to go before the next one has to go as well.
 const PATIENCE: Duration = Duration::from_millis(10);
@@ -39,6 +40,8 @@ struct Names {
     main: Option<u64>,
     /// Bytes that the source's connections received which are no longer open.
     past_bytes: u64,
+    /// The destination takes the State, and the source waits for the answer.
+    taking_state: bool,
     stopped: bool,
     committed: bool,
 }
@@ -111,13 +114,22 @@ impl ReceiverHandle {
         names.past_bytes + admitted.map(|open| open.handle.received_bytes()).sum::<u64>()
     }
 
-    /// Whether the source has closed its main connection, or that has failed; `false` where there is no source.
+    /// Whether the source has closed its main connection, or that has failed, or it gives the migration up while its State is
+    /// being taken; `false` where there is no source.
     ///
     /// Tells a [`Destination`](super::Destination) that takes its time that nobody waits for it any more.
     pub fn source_has_gone(&self) -> bool {
         let names = self.lock();
         let main = names.main.and_then(|id| names.open.get(&id));
-        main.is_some_and(|open| open.handle.peer_has_gone())
+        main.is_some_and(|Open { handle, .. }| {
+            handle.peer_has_gone() || (names.taking_state && handle.peek().is_some_and(is_no_way_on))
+        })
+    }
+
+    /// Notes that the destination takes the State, until what is returned is dropped.
+    pub(super) fn take_state(&self) -> TakingState<'_> {
+        self.lock().taking_state = true;
+        TakingState(self)
     }
 
     /// Makes it too late to stop; `false` where that has happened.
@@ -159,9 +171,37 @@ impl ReceiverHandle {
         Entry { roster: self.clone(), id }
     }
 
+    /// Lets the caller go that is heard longest, and waits a moment for one to be gone; `false` where there is none.
+    pub(super) fn dismiss_caller(&self) -> bool {
+        let mut names = self.lock();
+        names.dismiss_oldest();
+        let heard = names.callers() > 0;
+        if heard {
+            let _gone = self.0.left.wait_timeout(names, PATIENCE);
+        }
+        heard
+    }
+
     fn lock(&self) -> MutexGuard<'_, Names> {
         // The names hold together after every statement, so also after a panic of one who held them.
         self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether a source that says this before its State is answered gives up.
+///
+/// No source that goes on has anything to say, but one may say early what comes next. What TLS carries cannot be told, and is
+/// none of the commands.
+fn is_no_way_on(command: [u8; 2]) -> bool {
+    matches!(Command::try_from(u16::from_le_bytes(command)), Ok(Command::Abandon) | Err(_))
+}
+
+/// A State that the destination takes.
+pub(super) struct TakingState<'a>(&'a ReceiverHandle);
+
+impl Drop for TakingState<'_> {
+    fn drop(&mut self) {
+        self.0.lock().taking_state = false;
     }
 }
 

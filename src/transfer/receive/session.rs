@@ -138,7 +138,9 @@ impl Session<'_> {
     fn state(&mut self, request: Request, destination: &mut dyn Destination) -> Result<(), ReceiveError> {
         self.context.gate.seal()?;
         let text = read_text(&mut self.connection, request, self.context.limits)?;
+        let taking = self.context.roster.take_state();
         destination.state(text).map_err(|source| refused(request, source))?;
+        drop(taking);
         self.step = Step::State;
         self.answer_ok(request)
     }
