@@ -245,7 +245,7 @@ impl Talk {
             Fault::AnswerTwice(_) => command == COMPLETE,
             _ => false,
         };
-        let mut response = vec![0; 16];
+        let mut response = [0; 16];
         response[0] = if refused { 2 } else { 1 };
         self.stream.write_all(&response.repeat(if twice { 2 } else { 1 }))?;
         Ok(Some(command))
