@@ -3,14 +3,14 @@
 //! Callers that are no source: port scanners, health checks, whoever has the wrong address.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use vfio_migration::transfer::connection::{Connection, Listener};
 use vfio_migration::transfer::limits::{ConnectionCount, Limits, Pace};
-use vfio_migration::transfer::receive::{ReceiveError, Receiver, Step};
+use vfio_migration::transfer::receive::{ReceiveError, Receiver};
 use vfio_migration::transfer::url::Endpoint;
 
 use crate::certificates::{Authority, Files};
@@ -296,67 +296,6 @@ fn who_does_not_say_start_is_refused_and_the_wait_goes_on() {
     });
     received.unwrap();
     assert_eq!(vmm.calls.len(), 3);
-}
-
-/// What strangers say that happen upon a Start.
-fn mistaken() -> [Vec<u8>; 5] {
-    [
-        message(START, &[]),
-        [message(START, &[]), vec![0xff; 16]].concat(),
-        [message(START, &[]), message(STATE, b"{}")].concat(),
-        [message(START, &[]), request(CONFIG, 1 << 20), vec![b' '; 100]].concat(),
-        request(START, 100),
-    ]
-}
-
-/// Says Start until nobody else's is being heard.
-fn started(listener: &Listener) -> Peer {
-    let mut peers = (0..1000).map(|_| Peer::to(listener));
-    peers.find_map(|mut peer| (peer.ask(&message(START, &[])) == Some(1)).then_some(peer)).unwrap()
-}
-
-#[test]
-fn who_ends_or_errs_between_start_and_config_was_no_source() {
-    let mut vmm = Vmm::new();
-    let (received, ()) = receive_on_tcp(quick(), &mut vmm, |listener| {
-        for greeting in mistaken() {
-            let mut stranger = TcpStream::connect(address(listener)).unwrap();
-            stranger.write_all(&greeting).unwrap();
-            stranger.shutdown(Shutdown::Write).unwrap();
-            closed_after(&mut stranger);
-        }
-        let mut main = started(listener);
-        main.say(&[message(CONFIG, b"{}"), memory(&[(0, &[1; 64])])]);
-        main.end();
-    });
-    let received = received.unwrap();
-    assert_eq!(received.received_bytes, 16 * 6 + 64 + 2 * 2, "strangers' bytes are not the source's");
-    assert_eq!(vmm.calls, ["config {}", "state {}", "complete"]);
-}
-
-#[test]
-fn who_says_start_and_no_more_is_given_up_and_the_wait_goes_on() {
-    let limits = Limits { source_wait: 2 * SECOND, idle_timeout: SECOND / 10, ..quick() };
-    let (received, ()) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
-        let mut silent = Peer::to(listener);
-        assert_eq!(silent.ask(&message(START, &[])), Some(1));
-        assert_eq!(silent.answer(), None);
-    });
-    assert!(matches!(received, Err(ReceiveError::NoSource { turned_away: 1, .. })), "{received:?}");
-}
-
-#[test]
-fn a_source_with_a_certificate_that_ends_after_start_is_no_stranger() {
-    let files = Files::good();
-    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
-    let received = thread::scope(|scope| {
-        scope.spawn(|| {
-            let connection = Connection::connect(listener.url(), Some(&files.client()), &quick()).unwrap();
-            Peer(Box::new(connection)).say(&[message(START, &[])]);
-        });
-        Receiver::new(quick(), Some(files.server())).receive(&listener, &mut Vmm::new())
-    });
-    assert!(matches!(received, Err(ReceiveError::Closed { step: Step::Start })), "{received:?}");
 }
 
 #[test]

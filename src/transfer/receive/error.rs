@@ -230,20 +230,6 @@ pub enum ReceiveError {
 }
 
 impl ReceiveError {
-    /// Whether anybody who says Start can make it happen before there is a Config, and no source has to know why.
-    pub(super) fn may_be_a_strangers(&self) -> bool {
-        matches!(
-            self,
-            Self::Closed { .. }
-                | Self::Idle { .. }
-                | Self::Read { .. }
-                | Self::Answer { .. }
-                | Self::Frame { .. }
-                | Self::OutOfOrder { .. }
-                | Self::Payload { .. }
-        )
-    }
-
     /// Whether it was the destination that could not complete the VM.
     pub(super) fn is_of_completing(&self) -> bool {
         let complete = [Command::Complete, Command::CompletePaused];

@@ -105,16 +105,6 @@ impl Gate {
         first
     }
 
-    /// Waits for another source than the one that has begun; `false` where that has laid its memory out.
-    pub(super) fn begin_anew(&self) -> bool {
-        let mut state = self.lock();
-        let begun = matches!(state.phase, Phase::Begun);
-        if begun {
-            state.phase = Phase::Waiting;
-        }
-        begun
-    }
-
     /// Lets Memory go to `store` from now on.
     pub(super) fn open(&self, store: Arc<dyn PageStore>) {
         self.lock().phase = Phase::Open(store);

@@ -161,9 +161,8 @@ impl Receiver {
 
     /// Waits on `listener` for a source, and receives its VM into `destination`.
     ///
-    /// The first caller to say Start and to describe its VM is the source, and its failure is the receiver's. So is one that
-    /// says Start with a certificate. All others are strangers, be they silent, slow, many or without a certificate: they are
-    /// turned away and counted, and never keep the source out.
+    /// The first caller to say Start is the source, and its failure is the receiver's. All others are strangers, be they
+    /// silent, slow, many or without a certificate: they are turned away and counted, and never keep the source out.
     ///
     /// # Errors
     /// No VM was received; `destination` was told, unless it is what failed to complete it.
@@ -185,8 +184,10 @@ impl Receiver {
                     .name("migration-door".into())
                     .spawn_scoped(scope, move || door.keep(scope, &first))
                     .map_err(|source| ReceiveError::Thread { source })?;
-                let received = self.receive_first(&callers, &turned_away, destination, context);
-                drop((callers, ending));
+                let source = self.await_source(&callers, &turned_away, context)?;
+                drop(callers);
+                let received = session::receive(source, destination, context);
+                drop(ending);
                 received
             })
         })
@@ -236,38 +237,14 @@ impl Receiver {
         outcome
     }
 
-    /// Receives the VM of the first caller that is no stranger.
-    fn receive_first(
-        &self,
-        callers: &Callers<Source>,
-        turned_away: &TurnedAway,
-        destination: &mut dyn Destination,
-        context: Context<'_>,
-    ) -> Result<Received, ReceiveError> {
-        let begun = Instant::now();
-        loop {
-            let source = self.await_source(begun, callers, turned_away, context)?;
-            let peer = source.connection.peer().to_owned();
-            match session::receive(source, destination, context) {
-                Err(error)
-                    if self.tls.is_none() && error.may_be_a_strangers() && context.gate.begin_anew() =>
-                {
-                    self.roster.begin();
-                    turned_away.count(&peer, &error.into());
-                }
-                outcome => return outcome,
-            }
-        }
-    }
-
     /// Waits until a caller says Start.
     fn await_source(
         &self,
-        begun: Instant,
         callers: &Callers<Source>,
         turned_away: &TurnedAway,
         context: Context<'_>,
     ) -> Result<Source, ReceiveError> {
+        let begun = Instant::now();
         while !self.roster.is_stopped() {
             context.gate.check()?;
             match callers.recv_timeout(TICK) {
