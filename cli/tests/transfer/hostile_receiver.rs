@@ -40,10 +40,21 @@ fn a_receiver_that_stalls_is_given_up() {
 #[test]
 fn a_receiver_that_talks_nonsense_is_named() {
     let nonsense = |mut stream: TcpStream| {
+        stream.read_exact(&mut [0; 16]).unwrap();
         stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
         drain(stream);
     };
     send_to(&[], nonsense).failed(3, "answered with something else");
+}
+
+#[test]
+fn a_receiver_that_answers_before_it_is_asked_is_named() {
+    let hasty = |mut stream: TcpStream| {
+        stream.read_exact(&mut [0; 16]).unwrap();
+        stream.write_all(&OK.repeat(2)).unwrap();
+        drain(stream);
+    };
+    send_to(&[], hasty).failed(3, "answered what was not asked");
 }
 
 #[test]
