@@ -203,8 +203,11 @@ impl Report {
 
     /// Checks that the state lists the memory that the manifest does: both may be sound and yet not belong together.
     fn listing(&mut self, dir: &Path, manifest: &Manifest, limits: &Limits) {
-        let state = read_bounded(&dir.join(STATE_FILE), limits.state_bytes);
-        let state = state.ok().and_then(|text| VmState::parse(text, limits).ok());
+        let state = match read_bounded(&dir.join(STATE_FILE), limits.state_bytes) {
+            // It may be sound: nobody has looked.
+            Err(error @ FileError::TooLarge { .. }) => return self.findings.push(Finding::File(error)),
+            read => read.ok().and_then(|text| VmState::parse(text, limits).ok()),
+        };
         if !state.is_some_and(|state| state.memory().ranges().eq(manifest.memory.ranges())) {
             self.findings.push(Finding::Text { name: STATE_FILE });
         }

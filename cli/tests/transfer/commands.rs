@@ -180,7 +180,9 @@ fn every_command_that_reads_a_state_takes_its_limit() {
         let ended = run([command, &["--state-limit", "64"]].concat());
         ended.failed(5, "state.json has more than 64 bytes, the limit (--state-limit sets the limit)");
     }
-    run(["snapshot", "verify", text(&full), "--state-limit", "64"]).failed(5, "");
+    let ended = run(["snapshot", "verify", text(&full), "--state-limit", "64"]).failed(5, "");
+    assert!(ended.stdout.contains("state.json has more than 64 bytes, the limit"), "{ended:?}");
+    assert!(!ended.stdout.contains("altered"), "{ended:?}");
     // Those that need nobody else do their work where the limit is wide.
     for command in &commands[2..] {
         run([command, &["--state-limit", "8G"][..]].concat()).succeeded();
