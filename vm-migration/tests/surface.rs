@@ -161,6 +161,24 @@ fn the_tables_have_their_signatures() {
     let _: Vec<MemoryRangeTable> = MemoryRangeTable::default().partition(1).collect();
 }
 
+/// A second conversion into `MigratableError`, even a private type's, leaves the error of these closures open.
+#[test]
+fn the_error_of_a_closure_is_inferred_from_the_question_mark_behind_it() {
+    fn pause_all(components: &mut [Box<dyn Migratable>]) -> Outcome<()> {
+        components.iter_mut().try_for_each(|component| {
+            component.pause()?;
+            Ok(())
+        })?;
+        (|| {
+            components.first_mut().map_or(Ok(()), |component| component.pause())?;
+            Ok(())
+        })()?;
+        Ok(())
+    }
+
+    pause_all(&mut [Box::new(Component)]).unwrap();
+}
+
 #[test]
 fn the_types_have_their_traits() {
     fn message<T: Copy + Default>() {}

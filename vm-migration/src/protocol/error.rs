@@ -38,10 +38,13 @@ pub(super) enum WireError {
     OversizedTable { length: u64, limit: u64 },
 }
 
-/// A message that cannot be is the receiver's to refuse.
-impl From<WireError> for MigratableError {
-    fn from(error: WireError) -> Self {
-        MigratableError::MigrateReceive(error.into())
+impl WireError {
+    /// A message that cannot be is the receiver's to refuse.
+    ///
+    /// No `From`: a second conversion into [`MigratableError`] would leave the error type open in code that counts on the sole
+    /// one, from itself.
+    pub(super) fn refused(self) -> MigratableError {
+        MigratableError::MigrateReceive(self.into())
     }
 }
 

@@ -141,13 +141,13 @@ impl Request {
     /// [`supported_protocol_versions`], or the request is not a `Start`.
     pub fn sender_protocol_version(&self) -> Result<u16, MigratableError> {
         if self.command != Command::Start {
-            return Err(WireError::NotStart { command: self.command }.into());
+            return Err(WireError::NotStart { command: self.command }.refused());
         }
         let [v0, v1, ..] = self.command_headers;
         let version = u16::from_le_bytes([v0, v1]);
         let supported = supported_protocol_versions();
         if !supported.contains(&version) {
-            return Err(WireError::UnsupportedVersion { version, supported }.into());
+            return Err(WireError::UnsupportedVersion { version, supported }.refused());
         }
         Ok(version)
     }
@@ -160,7 +160,7 @@ impl Request {
     /// [`MigratableError::MigrateReceive`] when the command is unknown.
     pub fn read_from(fd: &mut dyn Read) -> Result<Request, MigratableError> {
         let header = Header::from_bytes(read_message(fd, "request")?);
-        let command = Command::from_wire(header.code)?;
+        let command = Command::from_wire(header.code).map_err(WireError::refused)?;
         Ok(Self { command, command_headers: header.extra, length: header.length })
     }
 

@@ -76,7 +76,7 @@ impl Response {
     /// [`MigratableError::MigrateReceive`] when the status is unknown.
     pub fn read_from(fd: &mut dyn Read) -> Result<Response, MigratableError> {
         let header = Header::from_bytes(read_message(fd, "response")?);
-        let status = Status::from_wire(header.code)?;
+        let status = Status::from_wire(header.code).map_err(WireError::refused)?;
         Ok(Self { status, padding: header.extra, length: header.length })
     }
 

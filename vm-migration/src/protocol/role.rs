@@ -50,7 +50,7 @@ impl TryFrom<u16> for ConnectionRole {
             0 => Self::Invalid,
             1 => Self::PrecopyMemory,
             2 => Self::Fault,
-            role => return Err(WireError::UnknownRole { role }.into()),
+            role => return Err(WireError::UnknownRole { role }.refused()),
         })
     }
 }

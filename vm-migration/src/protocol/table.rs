@@ -170,7 +170,7 @@ impl MemoryRangeTable {
     /// of 16 or exceeds 1 GiB; [`MigratableError::MigrateSocket`] when reading fails or the stream
     /// ends before the last byte.
     pub fn read_from(fd: &mut dyn Read, length: u64) -> Result<MemoryRangeTable, MigratableError> {
-        let mut wanted = checked_table_bytes(length)?;
+        let mut wanted = checked_table_bytes(length).map_err(WireError::refused)?;
         let mut block = vec![0; wanted.min(BLOCK_RANGES * RANGE_BYTES)];
         let mut data = Vec::new();
         while wanted > 0 {
