@@ -40,6 +40,19 @@
 //! *taken* are *in flight* until they are *committed* or *rolled back*; *precopy* is copying while the VM runs, *switchover* the moment it
 //! stops for good, *downtime* the time from pausing it here to running it there.
 //!
+//! # Features
+//!
+//! All are on by default. Without any of them the crate is the dirty path alone: sources, ledger, and the `vm-migration` traits.
+//!
+//! | feature | adds | pulls in |
+//! |---|---|---|
+//! | `device-state` | [`device::DeviceSet`]: the state of pass-through devices; without it a VMM moves that state itself | base64, versionize |
+//! | `transfer` | [`transfer`], [`vm`]; needs `device-state` | socket2 |
+//! | `tls` | TLS 1.3 under [`transfer`] | rustls, ring |
+//! | `snapshot` | [`snapshot`]; needs `transfer` | blake3 |
+//! | `vfio-user` | [`vfio_user`] and its source and device | |
+//! | `probe` | [`probe`] | |
+//!
 //! # Example
 //!
 //! The VMM's own writes, one receiver, one round:
@@ -75,13 +88,18 @@ pub mod layout;
 pub mod ledger;
 pub mod migratable;
 pub mod precopy;
+#[cfg(feature = "probe")]
 pub mod probe;
 pub mod range;
+#[cfg(feature = "snapshot")]
 pub mod snapshot;
 pub mod source;
 pub mod table;
+#[cfg(feature = "transfer")]
 pub mod transfer;
+#[cfg(feature = "vfio-user")]
 pub mod vfio_user;
+#[cfg(feature = "transfer")]
 pub mod vm;
 
 mod sys;

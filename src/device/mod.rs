@@ -13,24 +13,45 @@ use thiserror::Error;
 
 use crate::source::tells_of_lost_device;
 
-mod blob;
 mod kernel;
-mod member;
-pub mod saved;
-mod set;
+#[cfg_attr(
+    not(any(test, feature = "device-state")),
+    expect(dead_code, reason = "what only a set of devices asks of the arcs")
+)]
 mod state;
-mod stream;
-#[cfg(test)]
-mod tests;
+#[cfg(feature = "vfio-user")]
 mod vfio_user;
 
 pub use kernel::{KernelDevice, KernelDeviceError};
-pub use member::{Device, DeviceFailure, UNASKABLE_STATE_BYTES, UNKNOWN_STATE_BYTES};
-pub use saved::{Identity, SavedStateError, SavedVersion};
-pub use set::{Attempt, DeviceSet, DeviceSetError};
 pub use state::{ArcError, next_state, path};
-pub use stream::{CHUNK_BYTES, STATE_LIMIT_BYTES, StreamError};
+#[cfg(feature = "vfio-user")]
 pub use vfio_user::{VfioUserDevice, VfioUserDeviceError};
+
+#[cfg(feature = "device-state")]
+mod blob;
+#[cfg(feature = "device-state")]
+mod member;
+#[cfg(feature = "device-state")]
+pub mod saved;
+#[cfg(feature = "device-state")]
+mod set;
+#[cfg(feature = "device-state")]
+mod stream;
+#[cfg(test)]
+#[cfg(feature = "device-state")]
+mod tests;
+#[cfg(not(feature = "device-state"))]
+mod without_state;
+
+#[cfg(not(feature = "device-state"))]
+pub use without_state::{Device, DeviceSet, DeviceSetError};
+#[cfg(feature = "device-state")]
+pub use {
+    member::{Device, DeviceFailure, UNASKABLE_STATE_BYTES, UNKNOWN_STATE_BYTES},
+    saved::{Identity, SavedStateError, SavedVersion},
+    set::{Attempt, DeviceSet, DeviceSetError},
+    stream::{CHUNK_BYTES, STATE_LIMIT_BYTES, StreamError},
+};
 
 /// States of `enum vfio_device_mig_state` in `linux/vfio.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -152,6 +173,7 @@ impl Estimate {
     /// Nothing is left.
     pub const NOTHING: Self = Self { stop_copy_bytes: 0, initial_bytes: 0, basis: Basis::Told };
 
+    #[cfg(feature = "device-state")]
     fn plus(self, other: Self) -> Self {
         Self {
             stop_copy_bytes: self.stop_copy_bytes.saturating_add(other.stop_copy_bytes),
@@ -276,8 +298,10 @@ pub trait DeviceIo: Send {
 }
 
 /// An error and all its sources on one line, for the log.
+#[cfg(feature = "device-state")]
 struct Chain<'a>(&'a dyn Error);
 
+#[cfg(feature = "device-state")]
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)?;

@@ -24,6 +24,7 @@ mod hwpt;
 mod kvm_log;
 mod kvm_ring;
 mod mapped;
+#[cfg(feature = "vfio-user")]
 mod vfio_user;
 
 pub use container::{ContainerInfo, ContainerLog, ContainerLogError, DirtyBitmapInfo, Meaning};
@@ -32,6 +33,7 @@ pub use guest_memory::{GuestMemoryLog, SummaryBitmap, SummarySlice, TakeDirtyWor
 pub use hwpt::{HwptLog, HwptLogError};
 pub use kvm_log::{KvmLog, KvmLogError, KvmLogMode, KvmSlot};
 pub use kvm_ring::{Harvester, KvmRing, KvmRingError, RingSize};
+#[cfg(feature = "vfio-user")]
 pub use vfio_user::{VfioUserSource, VfioUserSourceError};
 
 /// What a source was doing when it failed.

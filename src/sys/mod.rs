@@ -2,6 +2,10 @@
 
 //! The crate's only unsafe code: one file per uAPI header, for what the rust-vmm crates lack.
 #![expect(unsafe_code, reason = "system calls and ioctls")]
+#![cfg_attr(
+    not(all(feature = "probe", feature = "transfer")),
+    expect(dead_code, reason = "a feature that is off asks the kernel nothing")
+)]
 
 pub(crate) mod guest;
 pub(crate) mod ioctl;

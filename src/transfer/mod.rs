@@ -24,6 +24,7 @@ pub mod receive;
 mod rounds;
 mod send;
 mod skipping;
+#[cfg_attr(not(feature = "tls"), path = "without_tls.rs")]
 pub mod tls;
 pub mod url;
 

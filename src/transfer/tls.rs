@@ -9,7 +9,10 @@
 //! | `client-cert.pem`, `client-key.pem` | the source |
 //!
 //! The cryptography is `ring`'s: it builds with a C compiler alone, where rustls' own choice asks for more.
-//! Sessions are not resumed: every connection shows its certificate.
+//! Sessions are not resumed: every connection shows its certificate. Only TLS 1.3 is compiled in: Cargo unites features, so that
+//! TLS 1.2 here would be TLS 1.2 in the embedding VMM's own connections.
+
+mod session;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -26,6 +29,8 @@ use rustls::{
     AlertDescription, ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection,
 };
 use thiserror::Error;
+
+pub(super) use session::Session;
 
 /// Bytes a certificate or key file may have.
 const FILE_BYTES: u64 = 1 << 20;
@@ -110,7 +115,7 @@ impl ClientTls {
     }
 
     /// Begins a session with `host`; `None` where no certificate can be for it.
-    pub(super) fn session(&self, host: &str) -> Option<Result<ClientConnection, rustls::Error>> {
+    fn session(&self, host: &str) -> Option<Result<ClientConnection, rustls::Error>> {
         // A zone says which interface leads there, not who is there.
         let host = host.split_once('%').map_or(host, |(address, _)| address);
         let name = ServerName::try_from(host.to_owned()).ok()?;
@@ -145,13 +150,13 @@ impl ServerTls {
     }
 
     /// Begins a session.
-    pub(super) fn session(&self) -> Result<ServerConnection, rustls::Error> {
+    fn session(&self) -> Result<ServerConnection, rustls::Error> {
         ServerConnection::new(Arc::clone(&self.0))
     }
 }
 
 /// Names the certificate as what the peer complains of, where that is what it says, and a connection that was cut as that.
-pub(super) fn explain(error: io::Error) -> io::Error {
+fn explain(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::UnexpectedEof && error.get_ref().is_some() {
         return io::Error::new(error.kind(), TlsError::Cut);
     }

@@ -71,7 +71,7 @@ pub enum ConnectionError {
     Handshake {
         /// The peer.
         peer: String,
-        /// What failed; a [`rustls::Error`] is in it where TLS is to blame.
+        /// What failed; a `rustls::Error` is in it where TLS is to blame.
         source: io::Error,
     },
 }

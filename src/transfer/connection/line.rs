@@ -85,13 +85,13 @@ impl ConnectionHandle {
 
 /// One end of a socket, under TLS if there is TLS.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(in crate::transfer) struct Line {
     shared: Arc<Shared>,
     stopwatch: Stopwatch,
 }
 
 impl Line {
-    pub(super) fn new(socket: Socket, pace: Pace) -> io::Result<Self> {
+    pub(in crate::transfer) fn new(socket: Socket, pace: Pace) -> io::Result<Self> {
         let stopwatch = Stopwatch::new(pace);
         socket.set_nonblocking(false)?;
         socket.set_read_timeout(Some(stopwatch.tick()))?;
@@ -101,33 +101,33 @@ impl Line {
         Ok(Self { shared: Arc::new(shared), stopwatch })
     }
 
-    pub(super) fn handle(&self) -> ConnectionHandle {
+    pub(in crate::transfer) fn handle(&self) -> ConnectionHandle {
         ConnectionHandle(Arc::clone(&self.shared))
     }
 
     /// Lets reads and writes take until `within` from now.
-    pub(super) fn wait_until(&mut self, within: Duration) {
+    pub(in crate::transfer) fn wait_until(&mut self, within: Duration) {
         self.stopwatch.wait_until(Instant::now(), within);
     }
 
     /// Lets no read or write last longer than `within` from now, until this is taken back with `None`.
-    pub(super) fn end_at(&mut self, within: Option<Duration>) {
+    pub(in crate::transfer) fn end_at(&mut self, within: Option<Duration>) {
         self.stopwatch.end_at(Instant::now(), within);
     }
 
     /// Asks reads and writes to keep the pace.
-    pub(super) fn keep_pace(&mut self) {
+    pub(in crate::transfer) fn keep_pace(&mut self) {
         self.stopwatch.keep_pace();
     }
 
-    pub(super) fn send_slices<B: BitmapSlice>(
+    pub(in crate::transfer) fn send_slices<B: BitmapSlice>(
         &mut self,
         slices: &[VolatileSlice<'_, B>],
     ) -> io::Result<usize> {
         self.send(|socket| send_slices(socket, slices))
     }
 
-    pub(super) fn receive_slices<B: BitmapSlice>(
+    pub(in crate::transfer) fn receive_slices<B: BitmapSlice>(
         &mut self,
         slices: &[VolatileSlice<'_, B>],
     ) -> io::Result<usize> {
@@ -135,7 +135,7 @@ impl Line {
     }
 
     /// Looks whether anything is there to be read, without a wait and without taking it.
-    pub(super) fn look(&self) -> io::Result<Look> {
+    pub(in crate::transfer) fn look(&self) -> io::Result<Look> {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         match retry_on_intr(|| recv(&self.shared.socket, &mut [0; 1][..], flags)) {
             Ok((_, 0)) => Ok(Look::End),
@@ -146,7 +146,7 @@ impl Line {
     }
 
     /// Says that nothing more will be sent, and throws away what comes until the peer says the same or `within` is over.
-    pub(super) fn hang_up(&mut self, within: Duration) {
+    pub(in crate::transfer) fn hang_up(&mut self, within: Duration) {
         if self.shared.socket.shutdown(Shutdown::Write).is_err() {
             return;
         }

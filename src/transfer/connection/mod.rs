@@ -16,15 +16,14 @@ use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use rustls::StreamOwned;
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
 use super::limits::Limits;
-use super::tls::{self, ClientTls, ServerTls};
+use super::tls::{ClientTls, ServerTls, Session};
 use super::url::{Endpoint, Url};
-use line::Line;
 
 pub use error::ConnectionError;
+pub(super) use line::Line;
 pub use line::{ConnectionHandle, Look};
 pub use listener::Listener;
 pub use pace::Stall;
@@ -76,8 +75,7 @@ pub struct Connection {
 #[derive(Debug)]
 enum Stream {
     Plain(Line),
-    Client(Box<StreamOwned<rustls::ClientConnection, Line>>),
-    Server(Box<StreamOwned<rustls::ServerConnection, Line>>),
+    Tls(Session),
 }
 
 impl Connection {
@@ -140,12 +138,8 @@ impl Connection {
         limits: &Limits,
     ) -> Result<Self, ConnectionError> {
         let Self { stream: Stream::Plain(line), peer, bounce } = self else { return Ok(self) };
-        let session = tls.session(host).ok_or_else(|| ConnectionError::ServerName { host: host.into() })?;
-        let session = session.map_err(|error| handshake_error(&peer, io::Error::other(error)))?;
-        let mut stream = Box::new(StreamOwned::new(session, line));
-        let outcome = shake_hands(&mut stream, limits);
-        settle(outcome, &mut stream.sock, &peer, limits)?;
-        Ok(Self { stream: Stream::Client(stream), peer, bounce })
+        let session = Session::client(tls, host, line, &peer, limits)?;
+        Ok(Self { stream: Stream::Tls(session), peer, bounce })
     }
 
     /// Puts TLS on a connection the peer asked for, and checks who it is.
@@ -156,11 +150,8 @@ impl Connection {
     /// The two do not trust each other, or do not come to it within `limits.handshake_timeout`. The peer was told.
     pub fn secure_server(self, tls: &ServerTls, limits: &Limits) -> Result<Self, ConnectionError> {
         let Self { stream: Stream::Plain(line), peer, bounce } = self else { return Ok(self) };
-        let session = tls.session().map_err(|error| handshake_error(&peer, io::Error::other(error)))?;
-        let mut stream = Box::new(StreamOwned::new(session, line));
-        let outcome = shake_hands(&mut stream, limits);
-        settle(outcome, &mut stream.sock, &peer, limits)?;
-        Ok(Self { stream: Stream::Server(stream), peer, bounce })
+        let session = Session::server(tls, line, &peer, limits)?;
+        Ok(Self { stream: Stream::Tls(session), peer, bounce })
     }
 
     /// Who is at the other end, in words.
@@ -211,8 +202,7 @@ impl Connection {
     pub fn look(&mut self) -> io::Result<Look> {
         match &mut self.stream {
             Stream::Plain(line) => line.look(),
-            Stream::Client(stream) => look_through(stream).map_err(tls::explain),
-            Stream::Server(stream) => look_through(stream).map_err(tls::explain),
+            Stream::Tls(session) => session.look(),
         }
     }
 
@@ -257,14 +247,7 @@ impl Connection {
         self.line_mut().wait_until(linger);
         let goodbye = match &mut self.stream {
             Stream::Plain(_) => Ok(()),
-            Stream::Client(stream) => {
-                stream.conn.send_close_notify();
-                stream.flush()
-            }
-            Stream::Server(stream) => {
-                stream.conn.send_close_notify();
-                stream.flush()
-            }
+            Stream::Tls(session) => session.say_goodbye(),
         };
         if goodbye.is_ok() {
             self.line_mut().hang_up(linger);
@@ -274,16 +257,14 @@ impl Connection {
     fn line(&self) -> &Line {
         match &self.stream {
             Stream::Plain(line) => line,
-            Stream::Client(stream) => &stream.sock,
-            Stream::Server(stream) => &stream.sock,
+            Stream::Tls(session) => session.line(),
         }
     }
 
     fn line_mut(&mut self) -> &mut Line {
         match &mut self.stream {
             Stream::Plain(line) => line,
-            Stream::Client(stream) => &mut stream.sock,
-            Stream::Server(stream) => &mut stream.sock,
+            Stream::Tls(session) => session.line_mut(),
         }
     }
 }
@@ -292,8 +273,7 @@ impl Read for Connection {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         match &mut self.stream {
             Stream::Plain(line) => line.read(bytes),
-            Stream::Client(stream) => stream.read(bytes).map_err(tls::explain),
-            Stream::Server(stream) => stream.read(bytes).map_err(tls::explain),
+            Stream::Tls(session) => session.read(bytes),
         }
     }
 }
@@ -302,16 +282,14 @@ impl Write for Connection {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match &mut self.stream {
             Stream::Plain(line) => line.write(bytes),
-            Stream::Client(stream) => stream.write(bytes).map_err(tls::explain),
-            Stream::Server(stream) => stream.write(bytes).map_err(tls::explain),
+            Stream::Tls(session) => session.write(bytes),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         match &mut self.stream {
             Stream::Plain(line) => line.flush(),
-            Stream::Client(stream) => stream.flush().map_err(tls::explain),
-            Stream::Server(stream) => stream.flush().map_err(tls::explain),
+            Stream::Tls(session) => session.flush(),
         }
     }
 }
@@ -368,61 +346,4 @@ fn resolve(url: &Url) -> Result<Vec<SockAddr>, ConnectionError> {
 fn keepalive(window: Duration) -> TcpKeepalive {
     let seconds = |part: u32| Duration::from_secs((window / part).as_secs().max(1));
     TcpKeepalive::new().with_time(seconds(2)).with_interval(seconds(6)).with_retries(3)
-}
-
-/// Brings a TLS handshake to its end within its time.
-fn shake_hands<C, S>(stream: &mut StreamOwned<C, Line>, limits: &Limits) -> io::Result<()>
-where
-    C: std::ops::DerefMut<Target = rustls::ConnectionCommon<S>>,
-    S: rustls::SideData,
-{
-    stream.sock.wait_until(limits.handshake_timeout);
-    while stream.conn.is_handshaking() {
-        if stream.conn.complete_io(&mut stream.sock)? == (0, 0) {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-    }
-    Ok(())
-}
-
-/// Takes in what TLS records have come, and looks whether a byte for us was in them.
-fn look_through<C, S>(stream: &mut StreamOwned<C, Line>) -> io::Result<Look>
-where
-    C: std::ops::DerefMut<Target = rustls::ConnectionCommon<S>>,
-    S: rustls::SideData,
-{
-    loop {
-        let state = stream.conn.process_new_packets().map_err(io::Error::other)?;
-        if state.plaintext_bytes_to_read() > 0 {
-            return Ok(Look::Bytes);
-        }
-        match stream.sock.look()? {
-            Look::Bytes if !state.peer_has_closed() => stream.conn.read_tls(&mut stream.sock)?,
-            Look::Silence if !state.peer_has_closed() => return Ok(Look::Silence),
-            _ => return Ok(Look::End),
-        };
-    }
-}
-
-/// Leaves `line` at the pace after a handshake that succeeded, and closed after one that failed.
-fn settle(
-    outcome: io::Result<()>,
-    line: &mut Line,
-    peer: &str,
-    limits: &Limits,
-) -> Result<(), ConnectionError> {
-    match outcome {
-        Ok(()) => {
-            line.keep_pace();
-            Ok(())
-        }
-        Err(error) => {
-            line.hang_up(limits.linger);
-            Err(handshake_error(peer, tls::explain(error)))
-        }
-    }
-}
-
-fn handshake_error(peer: &str, source: io::Error) -> ConnectionError {
-    ConnectionError::Handshake { peer: peer.to_owned(), source }
 }
