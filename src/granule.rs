@@ -50,7 +50,7 @@ impl Granule {
     }
 
     /// Bytes per bit.
-    pub fn bytes(self) -> u64 {
+    pub const fn bytes(self) -> u64 {
         1 << self.shift
     }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
-use crate::range::{GpaRange, IovaRange};
+use crate::range::{GpaRange, IovaRange, Range};
 
 /// The mappings that stand, as one source knows them: disjoint in IOVA.
 #[derive(Debug, Default)]
@@ -49,7 +49,7 @@ impl Mapped {
 }
 
 /// Unites ranges that touch or overlap; returns them ascending.
-pub(super) fn united(ranges: impl IntoIterator<Item = IovaRange>) -> Vec<IovaRange> {
+pub(super) fn united<S>(ranges: impl IntoIterator<Item = Range<S>>) -> Vec<Range<S>> {
     let mut sorted: Vec<_> = ranges.into_iter().collect();
     sorted.sort_unstable();
     joined(sorted, |open, next| next.start() <= open.end())
@@ -62,16 +62,16 @@ pub(super) fn spans(ranges: impl IntoIterator<Item = IovaRange>, gap: u64, limit
 }
 
 /// Joins each range to the one before it where `near` says so.
-pub(super) fn joined(
-    ranges: impl IntoIterator<Item = IovaRange>,
-    near: impl Fn(IovaRange, IovaRange) -> bool,
-) -> Vec<IovaRange> {
-    let mut joined: Vec<IovaRange> = Vec::new();
+pub(super) fn joined<S>(
+    ranges: impl IntoIterator<Item = Range<S>>,
+    near: impl Fn(Range<S>, Range<S>) -> bool,
+) -> Vec<Range<S>> {
+    let mut joined: Vec<Range<S>> = Vec::new();
     for next in ranges {
         match joined.last_mut() {
             Some(open) if near(*open, next) => {
                 let end = open.end().max(next.end());
-                *open = IovaRange::from_bounds(open.start(), end).expect("the union of two ranges");
+                *open = Range::from_bounds(open.start(), end).expect("the union of two ranges");
             }
             _ => joined.push(next),
         }

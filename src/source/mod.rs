@@ -24,8 +24,10 @@ mod hwpt;
 mod kvm_log;
 mod kvm_ring;
 mod mapped;
+mod migratable_log;
 #[cfg(feature = "vfio-user")]
 mod vfio_user;
+mod vhost_log;
 
 pub use container::{ContainerInfo, ContainerLog, ContainerLogError, DirtyBitmapInfo, Meaning};
 pub use device_log::{Coverage, DeviceLog, DeviceLogError};
@@ -33,8 +35,12 @@ pub use guest_memory::{GuestMemoryLog, SummaryBitmap, SummarySlice, TakeDirtyWor
 pub use hwpt::{HwptLog, HwptLogError};
 pub use kvm_log::{KvmLog, KvmLogError, KvmLogMode, KvmSlot};
 pub use kvm_ring::{Harvester, KvmRing, KvmRingError, RingSize};
+pub use migratable_log::{MigratableLog, MigratableLogError};
 #[cfg(feature = "vfio-user")]
 pub use vfio_user::{VfioUserSource, VfioUserSourceError};
+pub use vhost_log::{
+    LogBase, LogBaseAnswer, VhostUserBackEnd, VhostUserError, VhostUserLog, VhostUserLogError,
+};
 
 /// What a source was doing when it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,6 +120,14 @@ pub struct Cover {
     pub ranges: Vec<GpaRange>,
     /// Whether a bit means a write, rather than only that the device could have written.
     pub precise: bool,
+}
+
+impl Cover {
+    /// What a precise source speaks for that may write anywhere, RAM that is plugged in later included.
+    pub(crate) fn everything() -> Self {
+        let all = GpaRange::from_bounds(0, u64::MAX).expect("0 lies below the last address");
+        Self { ranges: vec![all], precise: true }
+    }
 }
 
 /// One reporter of dirty pages: a kernel interface, a device's process, the VMM's own bitmap.

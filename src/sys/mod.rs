@@ -12,6 +12,7 @@ pub(crate) mod ioctl;
 pub(crate) mod iommufd;
 pub(crate) mod kvm;
 pub(crate) mod kvm_ring;
+pub(crate) mod shared_words;
 pub(crate) mod socket;
 pub(crate) mod vfio;
 
