@@ -28,7 +28,8 @@
 //! | [`ledger`] | who still needs which page: pending, in flight, committed; who reported what |
 //! | [`table`] | ranges as the `vm-migration` crate's table |
 //! | [`device`] | [`device::DeviceIo`]; states, streams, order across devices, the saved form |
-//! | [`migratable`] | [`migratable::MigratableDevice`]: all of the above under the `vm-migration` traits |
+//! | [`tracker`] | [`tracker::Tracker`]: sources, address spaces, ledger and cursors; all that knows which pages are dirty |
+//! | [`migratable`] | [`migratable::MigratableDevice`]: the `vm-migration` traits over a tracker and a device set |
 //! | [`precopy`] | when to go on, slow down, switch over or give up: a pure function |
 //! | [`transfer`] | frames, connections, sender and receiver of Cloud Hypervisor's protocol |
 //! | [`snapshot`] | Cloud Hypervisor's snapshot directory: full, differential, received from a running VM, verified |
@@ -61,27 +62,28 @@
 //! use std::sync::Arc;
 //! use vfio_migration::layout::Layout;
 //! use vfio_migration::ledger::{ChunkLimits, Start};
-//! use vfio_migration::migratable::MigratableDevice;
 //! use vfio_migration::source::GuestMemoryLog;
+//! use vfio_migration::tracker::Tracker;
 //! use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, bitmap::AtomicBitmap};
 //!
 //! let memory = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&[(GuestAddress(0), 1 << 20)])?);
-//! let mut vm = MigratableDevice::builder("vm", Layout::from_guest_memory(&*memory)?)
+//! let mut tracker = Tracker::builder(Layout::from_guest_memory(&*memory)?)
 //!     .source(Box::new(GuestMemoryLog::new(memory.clone())))
 //!     .build()?;
-//! let receiver = vm.begin(Start::Copied)?;
+//! let receiver = tracker.begin(Start::Copied)?;
 //! memory.write_obj(7u32, GuestAddress(0x5004))?;
-//! assert!(vm.collect().is_empty(), "no source failed");
-//! let chunk = vm.take(receiver, ChunkLimits::NONE)?.expect("a page was written");
+//! assert!(tracker.collect().is_empty(), "no source failed");
+//! let chunk = tracker.take(receiver, ChunkLimits::NONE)?.expect("a page was written");
 //! assert!(chunk.ranges()[0].contains(0x5004));
 //! // ... its bytes go to the receiver, which acknowledges them ...
-//! vm.commit(chunk);
-//! vm.end(receiver)?;
+//! tracker.commit(chunk);
+//! tracker.end(receiver)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
 mod bitmap;
 pub mod device;
+mod error;
 pub mod granule;
 pub mod iova;
 pub mod layout;
@@ -94,7 +96,9 @@ pub mod range;
 #[cfg(feature = "snapshot")]
 pub mod snapshot;
 pub mod source;
+mod sync;
 pub mod table;
+pub mod tracker;
 #[cfg(feature = "transfer")]
 pub mod transfer;
 #[cfg(feature = "vfio-user")]

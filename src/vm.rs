@@ -48,7 +48,7 @@ impl From<Snapshot> for Captured {
     }
 }
 
-/// The VM as its sender sees it. Pass-through devices are the [`crate::migratable::MigratableDevice`]'s business, not its.
+/// The VM as its sender sees it. Pass-through devices are the [`crate::device::DeviceSet`]'s business, not its.
 pub trait Vm {
     /// The VM's guest memory.
     type Memory: GuestMemoryBackend + Send + Sync + 'static;

@@ -11,10 +11,10 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use vfio_migration::iova::IovaMap;
 use vfio_migration::ledger::{ChunkLimits, CursorId, Ledger, Start};
-use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{DirtySource, KvmLog, KvmLogMode};
 
+use vfio_migration::tracker::Tracker;
 mod guest;
 
 use guest::{Guest, PAGE, collect, taken};
@@ -177,7 +177,7 @@ fn c21_what_one_receiver_clears_unreported_is_not_lost_to_one_that_holds_a_copy(
         for copied_first in [true, false] {
             let Some(mut guest) = Guest::new(&RAM, None) else { return };
             let source = KvmLog::new(Arc::clone(&guest.vm), guest.slots(), mode);
-            let builder = MigratableDevice::builder("vm", guest.layout()).source(Box::new(source));
+            let builder = Tracker::builder(guest.layout()).source(Box::new(source));
             let mut vm = builder.build().unwrap();
             let order =
                 if copied_first { [Start::Copied, Start::Empty] } else { [Start::Empty, Start::Copied] };
@@ -206,7 +206,7 @@ fn who_holds_a_copy_lacks_only_what_is_written_from_then_on() {
     for mode in MODES {
         let Some(mut guest) = Guest::new(&RAM, None) else { return };
         let source = KvmLog::new(Arc::clone(&guest.vm), guest.slots(), mode);
-        let builder = MigratableDevice::builder("vm", guest.layout()).source(Box::new(source));
+        let builder = Tracker::builder(guest.layout()).source(Box::new(source));
         let mut vm = builder.build().unwrap();
         let copied = vm.begin(Start::Copied).unwrap();
         guest.write(odd_pages(), || {});

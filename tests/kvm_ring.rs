@@ -52,7 +52,7 @@ fn c22_the_ring_reports_just_what_the_guest_wrote_again_and_again() {
     source.stop().unwrap();
 }
 
-/// Collects; a ring that overflowed leaves every page dirty, as `MigratableDevice` makes it. Returns whether one did.
+/// Collects; a ring that overflowed leaves every page dirty, as `Tracker` makes it. Returns whether one did.
 fn collect_whatever(source: &mut dyn DirtySource, ledger: &mut Ledger) -> bool {
     let result = source.collect(&mut ledger.sink(0, &IovaMap::Identity));
     ledger.absorb();

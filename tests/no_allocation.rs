@@ -11,9 +11,9 @@ use vfio_migration::granule::Granule;
 use vfio_migration::iova::IovaMap;
 use vfio_migration::layout::Layout;
 use vfio_migration::ledger::{ChunkLimits, Start};
-use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, GuestMemoryLog, Sink, SourceError, SummaryBitmap};
+use vfio_migration::tracker::Tracker;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 thread_local! {
@@ -70,7 +70,7 @@ impl DirtySource for Pattern {
 }
 
 fn round(
-    vm: &mut MigratableDevice,
+    vm: &mut Tracker,
     memory: &GuestMemoryMmap<SummaryBitmap>,
     cursor: vfio_migration::ledger::CursorId,
 ) -> u64 {
@@ -105,7 +105,7 @@ fn a_warm_round_allocates_nothing() {
         range: GpaRange::new(0, 8 << 20).expect("a range"),
         granule: Granule::new(64 << 10).expect("a power of two"),
     };
-    let mut vm = MigratableDevice::builder("vm", layout)
+    let mut vm = Tracker::builder(layout)
         .source(Box::new(GuestMemoryLog::new(Arc::clone(&memory))))
         .source(Box::new(pattern))
         .build()

@@ -7,16 +7,17 @@
 use std::fs;
 use std::io::Read;
 use std::path::Path;
+use std::sync::Mutex;
 use std::thread;
 
 use vfio_migration::granule::Granule;
 use vfio_migration::layout::Layout;
-use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
     Announced, CONFIG_FILE, DestinationOptions, Limits, MANIFEST_FILE, MEMORY_FILE, STATE_FILE,
     SnapshotDestination, SnapshotDir, SnapshotSource, SnapshotWriter, verify,
 };
+use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::receive::Receiver;
@@ -63,11 +64,11 @@ fn send(from: &Path, into: &Path, url: &Url, connections: u64) {
     let mut options = SendOptions::new(listener.url().clone());
     options.connections = ConnectionCount::new(connections).unwrap();
     let mut source = SnapshotSource::new(SnapshotDir::open(from, &Limits::default()).unwrap()).unwrap();
-    let mut machine = MigratableDevice::builder("snapshot", source.layout().clone()).build().unwrap();
+    let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
     let receiver = Receiver::new(transfer::limits::Limits::default(), None);
     thread::scope(|scope| {
         let received = scope.spawn(|| receiver.receive(&listener, &mut destination).map(drop));
-        Sender::new(options).send(&mut source, &mut machine, &Migration::new()).unwrap();
+        Sender::new(options).send(&mut source, &tracker, &Mutex::default(), &Migration::new()).unwrap();
         received.join().unwrap().unwrap();
     });
 }

@@ -14,11 +14,11 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::snapshot::{
     Chain, DestinationOptions, Limits, SnapshotDestination, SnapshotDir, SnapshotSource, VmState, apply,
     describe, verify,
 };
+use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::{Connection, Listener};
 use vfio_migration::transfer::receive::Receiver;
 use vfio_migration::transfer::{self, Migration, SendOptions, Sender};
@@ -160,9 +160,10 @@ fn send(from: &Path, to: &Path) {
         let sender = scope.spawn(|| {
             let mut source =
                 SnapshotSource::new(SnapshotDir::open(from, &Limits::default()).unwrap()).unwrap();
-            let machine = MigratableDevice::builder("snapshot", source.layout().clone()).build();
+            let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
             let options = SendOptions::new(listener.url().clone());
-            Sender::new(options).send(&mut source, &mut machine.unwrap(), &Migration::new()).unwrap();
+            let sender = Sender::new(options);
+            sender.send(&mut source, &tracker, &Mutex::default(), &Migration::new()).unwrap();
         });
         let receiver = Receiver::new(transfer::limits::Limits::default(), None);
         receiver.receive(&listener, &mut destination).unwrap();

@@ -6,15 +6,15 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vfio_migration::layout::Layout;
-use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::snapshot::{
     CONFIG_FILE, DestinationOptions, Limits, MEMORY_FILE, STATE_FILE, SnapshotDestination, SnapshotDir,
     SnapshotSource,
 };
+use vfio_migration::tracker::Tracker;
 
 use crate::vm::{Memory, PAGE, Random, StillVm, memory, populated};
 use crate::way::Way;
@@ -94,16 +94,16 @@ fn patchy() -> (Arc<Memory>, u64) {
 
 fn store(source: &Arc<Memory>, target: &Path) {
     let layout = Layout::from_guest_memory(&**source).unwrap();
-    let mut machine = MigratableDevice::builder("vm", layout).build().unwrap();
+    let tracker = Mutex::new(Tracker::builder(layout).build().unwrap());
     let mut directory = SnapshotDestination::create(target, DestinationOptions::default()).unwrap();
-    Way::Tcp(1).send(&mut StillVm(Arc::clone(source)), &mut machine, &mut directory);
+    Way::Tcp(1).send(&mut StillVm(Arc::clone(source)), &tracker, &mut directory);
 }
 
 fn send(way: Way, from: &Path, to: &Path) -> Duration {
     let mut source = SnapshotSource::new(SnapshotDir::open(from, &Limits::default()).unwrap()).unwrap();
-    let mut machine = MigratableDevice::builder("vm", source.layout().clone()).build().unwrap();
+    let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
     let mut directory = SnapshotDestination::create(to, DestinationOptions::default()).unwrap();
-    way.send(&mut source, &mut machine, &mut directory).0
+    way.send(&mut source, &tracker, &mut directory).0
 }
 
 /// Copies a file through plain sockets until it is safe on disk, and tells how long that took.

@@ -2,12 +2,12 @@
 
 //! From one VM's memory to another's.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vfio_migration::layout::Layout;
-use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::source::GuestMemoryLog;
+use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::Sent;
 use vm_memory::{GuestAddress, GuestMemoryBackend, ReadVolatile, WriteVolatile};
 
@@ -33,9 +33,9 @@ pub(crate) fn holds() -> bool {
 pub(crate) fn migrate(way: Way, source: &Arc<Memory>) -> (Duration, Sent) {
     let layout = Layout::from_guest_memory(&**source).unwrap();
     let log = Box::new(GuestMemoryLog::new(Arc::clone(source)));
-    let mut machine = MigratableDevice::builder("vm", layout).source(log).build().unwrap();
+    let tracker = Mutex::new(Tracker::builder(layout).source(log).build().unwrap());
     let mut vmm = Vmm(memory(&ranges_of(source)));
-    way.send(&mut StillVm(Arc::clone(source)), &mut machine, &mut vmm)
+    way.send(&mut StillVm(Arc::clone(source)), &tracker, &mut vmm)
 }
 
 /// Copies `source` into fresh memory through plain sockets, and tells how long that took.

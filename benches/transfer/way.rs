@@ -9,10 +9,11 @@ use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vfio_migration::migratable::MigratableDevice;
+use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::{ConnectionCount, Limits};
 use vfio_migration::transfer::receive::{Destination, Receiver};
@@ -57,7 +58,7 @@ impl Way {
     pub(crate) fn send(
         self,
         vm: &mut impl Vm,
-        machine: &mut MigratableDevice,
+        tracker: &Mutex<Tracker>,
         destination: &mut (dyn Destination + Send),
     ) -> (Duration, Sent) {
         let folder = tempfile::tempdir().unwrap();
@@ -74,7 +75,7 @@ impl Way {
         thread::scope(|scope| {
             let receiving = scope.spawn(move || receiver.receive(&listener, destination));
             let begun = Instant::now();
-            let sent = Sender::new(options).send(vm, machine, &Migration::new());
+            let sent = Sender::new(options).send(vm, tracker, &Mutex::default(), &Migration::new());
             let took = begun.elapsed();
             receiving.join().unwrap().unwrap();
             (took, sent.unwrap())

@@ -5,12 +5,12 @@
 use std::error::Error;
 use std::io;
 
-use vfio_migration::migratable::MigratableDeviceError;
 use vfio_migration::precopy::CancelReason;
 use vfio_migration::snapshot::{
     Altered, ApplyError, ChainError, CompareError, DestinationError, FileError, OpenError, STATE_FILE,
     SealError, SourceError, StagingError, SubtractError, VerifyError, WriteError,
 };
+use vfio_migration::tracker::TrackerError;
 use vfio_migration::transfer::connection::ConnectionError;
 use vfio_migration::transfer::receive::ReceiveError;
 use vfio_migration::transfer::tls::TlsError;
@@ -70,7 +70,7 @@ impl Class for TlsError {
     }
 }
 
-impl Class for MigratableDeviceError {
+impl Class for TrackerError {
     fn exit(&self) -> Exit {
         Exit::Io
     }

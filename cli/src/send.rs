@@ -3,13 +3,14 @@
 //! `vfio-migrate send`: a snapshot directory becomes a VM in a waiting VMM.
 
 use std::process::ExitCode;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use indicatif::HumanBytes;
-use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::snapshot::{SnapshotDir, SnapshotSource};
+use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::tls::ClientTls;
 use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
 use vfio_migration_integration::demo::chain;
@@ -41,8 +42,8 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Fail
     let dir = SnapshotDir::open(&arguments.from, &arguments.state.of_snapshot())?;
     let mut source = SnapshotSource::new(dir)?;
     let sender = Sender::new(options(arguments, &source)?);
-    let mut machine = MigratableDevice::builder("snapshot", source.layout().clone()).build()?;
-    let sent = watch(&sender, &mut source, &mut machine, &stop, output);
+    let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build()?);
+    let sent = watch(&sender, &mut source, &tracker, &stop, output);
     sent.map_err(|error| match (&error, source.check_length()) {
         // To the kernel, memory that is gone is a write that failed; the receiver is not to blame.
         (SendError::Peer { .. }, Err(cut_off)) => cut_off.into(),
@@ -78,13 +79,13 @@ fn options(arguments: &SendArguments, source: &SnapshotSource) -> Result<SendOpt
 fn watch(
     sender: &Sender,
     source: &mut SnapshotSource,
-    machine: &mut MigratableDevice,
+    tracker: &Mutex<Tracker>,
     stop: &AtomicBool,
     output: &mut Output,
 ) -> Result<Sent, SendError> {
     let migration = Migration::new();
     thread::scope(|scope| {
-        let sending = scope.spawn(|| sender.send(source, machine, &migration));
+        let sending = scope.spawn(|| sender.send(source, tracker, &Mutex::default(), &migration));
         let mut asked = false;
         while !sending.is_finished() {
             if !asked && stop.load(Ordering::Relaxed) {

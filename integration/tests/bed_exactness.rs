@@ -92,7 +92,7 @@ impl Bench {
     /// One schedule: some rounds over one session of the log.
     fn run(&mut self, seed: u64) {
         let mut draw = Draw { seed, drawn: 0 };
-        let mirror = Mirror::start(&self.memory, &mut self.devices).unwrap();
+        let mirror = Mirror::start(&self.memory, &mut self.devices.tracker().lock().unwrap()).unwrap();
         let mut oracle = Oracle::default();
         for round in 0..ROUNDS {
             let at = format!("schedule {seed}, round {round}");
@@ -113,7 +113,7 @@ impl Bench {
             oracle = self.collect(&mirror, &oracle, guest_runs, &at);
         }
         self.settle(&mirror, &oracle, seed);
-        mirror.end(&mut self.devices).unwrap();
+        mirror.end(&mut self.devices.tracker().lock().unwrap()).unwrap();
     }
 
     fn act(&mut self, draw: &mut Draw, oracle: &mut Oracle) {
@@ -175,7 +175,13 @@ impl Bench {
     }
 
     fn pages_reported(&self) -> Vec<(String, Attribution)> {
-        self.devices.attribution().map(|(id, attribution)| (id.to_owned(), attribution)).collect()
+        self.devices
+            .tracker()
+            .lock()
+            .unwrap()
+            .attribution()
+            .map(|(id, attribution)| (id.to_owned(), attribution))
+            .collect()
     }
 
     /// Collects and checks; returns what is due at the next collect already: pinned pages, and those of a DMA that was in flight.
@@ -184,10 +190,10 @@ impl Bench {
             self.held.clear();
         }
         let before = self.pages_reported();
-        let degradations = self.devices.collect();
+        let degradations = self.devices.tracker().lock().unwrap().collect();
         assert!(degradations.is_empty(), "{at}: {degradations:?}");
         let still_busy = self.edu_is_busy();
-        let table = mirror.copy(&mut self.devices).unwrap();
+        let table = mirror.copy(&mut self.devices.tracker().lock().unwrap()).unwrap();
         let written = oracle.all();
         assert!(table.is_superset(&written), "{at}: missing {:x?}", missing(&table, &written));
         let mut allowed = written;

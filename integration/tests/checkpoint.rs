@@ -75,7 +75,7 @@ impl Watch {
 }
 
 /// Takes a checkpoint of the running machine into `target`; returns how long the guest stood still.
-fn checkpoint(side: &Side, devices: &mut MigratableDevice, target: &Path, connections: u64) -> Duration {
+fn checkpoint(side: &Side, devices: &MigratableDevice, target: &Path, connections: u64) -> Duration {
     let options = DestinationOptions { checkpoint: true, ..DestinationOptions::default() };
     let mut directory = SnapshotDestination::create(target, options).unwrap();
     let mut vm = SourceVm::new(Arc::clone(&side.machine));
@@ -98,12 +98,7 @@ fn checkpoint(side: &Side, devices: &mut MigratableDevice, target: &Path, connec
 }
 
 /// Takes a checkpoint that keeps the downtime limit; returns where it is.
-fn checkpoint_in_time(
-    side: &Side,
-    devices: &mut MigratableDevice,
-    folder: &Path,
-    connections: u64,
-) -> PathBuf {
+fn checkpoint_in_time(side: &Side, devices: &MigratableDevice, folder: &Path, connections: u64) -> PathBuf {
     let mut gaps = Vec::new();
     for attempt in 1..=ATTEMPTS {
         let target = folder.join(format!("checkpoint-{connections}-{attempt}"));
@@ -121,10 +116,10 @@ fn a_checkpoint_is_whole_and_its_machine_runs_on(kvm: bool) {
     let folder = tempfile::tempdir().unwrap();
     let (side, _) = Side::in_process(setup(kvm)).unwrap();
     side.start().unwrap();
-    let mut devices = side.migratable(KvmLogMode::ManualAtRead).unwrap();
+    let devices = side.migratable(KvmLogMode::ManualAtRead).unwrap();
     let mut before = side.check(1).unwrap();
     for connections in [1, 4] {
-        let target = checkpoint_in_time(&side, &mut devices, folder.path(), connections);
+        let target = checkpoint_in_time(&side, &devices, folder.path(), connections);
         let after = side.check(2).unwrap();
         assert_well(&after);
         assert!(after.device_position > before.device_position, "the device goes on");

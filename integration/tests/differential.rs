@@ -11,7 +11,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,7 @@ use vfio_migration::snapshot::{
     SnapshotDestination, SnapshotDir, SnapshotWriter, WriteError, apply, compare, verify,
 };
 use vfio_migration::source::KvmLogMode;
+use vfio_migration::tracker::Tracker;
 use vfio_migration::vm::Vm;
 use vfio_migration_integration::demo::{MachineSetup, Side, SourceVm};
 use vfio_migration_integration::device::control;
@@ -64,9 +65,13 @@ impl Subject {
     fn start_in(folder: TempDir, setup: MachineSetup) -> Self {
         let (side, memory) = Side::in_process(setup.clone()).unwrap();
         side.start().unwrap();
-        let mut devices = side.migratable(KvmLogMode::ManualAtRead).unwrap();
-        let cursor = devices.begin(Start::Empty).unwrap();
+        let devices = side.migratable(KvmLogMode::ManualAtRead).unwrap();
+        let cursor = devices.tracker().lock().unwrap().begin(Start::Empty).unwrap();
         Self { folder, setup, memory, side, devices, cursor, last: None }
+    }
+
+    fn tracker(&self) -> MutexGuard<'_, Tracker> {
+        self.devices.tracker().lock().unwrap()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -116,12 +121,13 @@ impl Subject {
     }
 
     fn announced(&self) -> Announced {
-        Announced::all(self.devices.layout().clone())
+        Announced::all(self.tracker().layout().clone())
     }
 
     /// Writes all of the standing machine's memory, whatever any cursor knows.
     fn write_full(&self, name: &str, texts: &Texts) -> Digest {
-        let ram = self.devices.layout().regions().iter().map(|region| region.range());
+        let layout = self.tracker().layout().clone();
+        let ram = layout.regions().iter().map(|region| region.range());
         let target = self.path(name);
         let writer = SnapshotWriter::create(&target, self.announced(), Limits::default()).unwrap();
         writer.copy_from(ram, self.side.machine.memory()).unwrap();
@@ -130,10 +136,10 @@ impl Subject {
 
     /// Takes the standing machine's first snapshot, a full one.
     fn save_base(&mut self, texts: &Texts) {
-        assert!(self.devices.collect_final().is_empty(), "no source failed");
+        assert!(self.tracker().collect_final().is_empty(), "no source failed");
         let (target, announced) = (self.path("base"), self.announced());
         let memory = self.side.machine.memory();
-        let saved = self.devices.save_pending(self.cursor, |pages| {
+        let saved = self.tracker().save_pending(self.cursor, |pages| {
             let writer = SnapshotWriter::create(&target, announced, Limits::default())?;
             writer.copy_from(pages.iter().copied(), memory)?;
             Ok::<_, Failure>(writer.finish(&texts.config, &texts.state)?)
@@ -155,10 +161,10 @@ impl Subject {
         name: &str,
         texts: &Texts,
     ) -> Result<Digest, Failure> {
-        assert!(self.devices.collect_final().is_empty(), "no source failed");
+        assert!(self.tracker().collect_final().is_empty(), "no source failed");
         let (target, announced) = (self.path(name), self.announced());
         let memory = self.side.machine.memory();
-        self.devices.save_pending(cursor, |pages| {
+        self.tracker().save_pending(cursor, |pages| {
             let base = Base::Named(base);
             let writer = DifferentialWriter::create(&target, announced, base, Limits::default())?;
             writer.copy_from(pages.iter().copied(), memory)?;
@@ -200,7 +206,7 @@ impl Subject {
     }
 
     fn attribution(&self) -> BTreeMap<String, Attribution> {
-        self.devices.attribution().map(|(id, pages)| (id.to_owned(), pages)).collect()
+        self.tracker().attribution().map(|(id, pages)| (id.to_owned(), pages)).collect()
     }
 
     /// Pages each source reported since `before`, and those that no other source did.
@@ -375,12 +381,12 @@ fn without_one_source_the_differential_misses_what_only_that_source_knew() {
 fn no_other_reader_takes_pages_from_the_cursor_of_the_snapshots() {
     let kvm = kvm("no_other_reader_takes_pages_from_the_cursor_of_the_snapshots");
     let mut subject = Subject::start(setup(16 << 20, kvm));
-    let seldom = subject.devices.begin(Start::Empty).unwrap();
+    let seldom = subject.tracker().begin(Start::Empty).unwrap();
     let texts = subject.pause();
     subject.save_base(&texts);
     let base = subject.last.unwrap();
     // The base is what this cursor stands for, too.
-    subject.devices.save_pending(seldom, |_| Ok::<_, Failure>(())).unwrap();
+    subject.tracker().save_pending(seldom, |_| Ok::<_, Failure>(())).unwrap();
     subject.resume();
 
     subject.work(100, 100);
@@ -388,7 +394,7 @@ fn no_other_reader_takes_pages_from_the_cursor_of_the_snapshots() {
     let options = DestinationOptions { checkpoint: true, ..DestinationOptions::default() };
     let mut checkpoint = SnapshotDestination::create(&migrated, options).unwrap();
     let mut vm = SourceVm::new(Arc::clone(&subject.side.machine));
-    let (sent, _) = transfer(&mut vm, &mut subject.devices, &mut checkpoint, |_| {});
+    let (sent, _) = transfer(&mut vm, &subject.devices, &mut checkpoint, |_| {});
     assert!(sent.is_err() && checkpoint.kept().is_some(), "the checkpoint is kept, and its VM runs on");
     subject.work(100, 100);
     subject.save_both("first", "full-first");
@@ -408,7 +414,7 @@ fn c23_pages_of_a_differential_that_fails_are_in_the_next_one() {
     let kvm = kvm("c23_pages_of_a_differential_that_fails_are_in_the_next_one");
     let mut subject = Subject::start(setup(16 << 20, kvm));
     subject.begin();
-    let pending = |subject: &Subject| subject.devices.outstanding(subject.cursor).unwrap().pending_bytes;
+    let pending = |subject: &Subject| subject.tracker().outstanding(subject.cursor).unwrap().pending_bytes;
 
     subject.work(100, 100);
     let texts = subject.pause();

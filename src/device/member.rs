@@ -11,9 +11,10 @@ use super::saved::{Identity, SavedVersion, blob_to_snapshot};
 use super::state::{Recovery, quiescent_state, recovery};
 use super::stream::{PrecopyRead, STATE_LIMIT_BYTES, StateStream, write_all};
 use super::{
-    ArcError, Basis, Capabilities, Chain, DeviceError, DeviceIo, DeviceState, Estimate, PrecopyInfo,
+    ArcError, Basis, Capabilities, DeviceError, DeviceIo, DeviceState, Estimate, PrecopyInfo,
     SavedStateError, StreamError, next_state,
 };
+use crate::error::Chain;
 
 /// Bytes of state a device is taken to have when it fails to tell: so many that no downtime limit is met by ignorance.
 pub const UNKNOWN_STATE_BYTES: u64 = 100 << 30;

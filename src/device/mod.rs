@@ -44,7 +44,7 @@ mod tests;
 mod without_state;
 
 #[cfg(not(feature = "device-state"))]
-pub use without_state::{Device, DeviceSet, DeviceSetError};
+pub use without_state::{DeviceSet, DeviceSetError};
 #[cfg(feature = "device-state")]
 pub use {
     member::{Device, DeviceFailure, UNASKABLE_STATE_BYTES, UNKNOWN_STATE_BYTES},
@@ -295,19 +295,4 @@ pub trait DeviceIo: Send {
     /// # Errors
     /// The device cannot be helped.
     fn reset(&mut self) -> Result<(), DeviceError>;
-}
-
-/// An error and all its sources on one line, for the log.
-#[cfg(feature = "device-state")]
-struct Chain<'a>(&'a dyn Error);
-
-#[cfg(feature = "device-state")]
-impl fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
-        match self.0.source() {
-            Some(source) => write!(f, ": {}", Chain(source)),
-            None => Ok(()),
-        }
-    }
 }

@@ -12,7 +12,8 @@ use vm_migration::{Snapshot, snapshot_from_id};
 
 use super::member::{Device, DeviceFailure};
 use super::saved::{NAME_LIMIT_BYTES, STATE_CHILD, SavedState, SavedStateError, SavedVersion};
-use super::{Chain, DeviceState, Estimate, PrecopyStep};
+use super::{DeviceState, Estimate, PrecopyStep};
+use crate::error::Chain;
 
 /// Why the devices of a VM could not be taken together, or moved.
 #[derive(Debug, Error)]

@@ -58,7 +58,7 @@ fn fail_at_next_call(world: &Mutex<World>, effect: Effect) {
 
 /// The error and all its sources, as a user sees them.
 fn chain(error: &dyn Error) -> String {
-    Chain(error).to_string()
+    crate::error::Chain(error).to_string()
 }
 
 /// The stream of each device of a saved tree.

@@ -2,14 +2,8 @@
 
 //! What stands for the devices of a VM whose VMM moves their state itself: none.
 
-use std::convert::Infallible;
-
 use thiserror::Error;
 use vm_migration::Snapshot;
-
-/// A device whose state moves; there is none without the feature `device-state`.
-#[derive(Debug)]
-pub struct Device(Infallible);
 
 /// What can go wrong with the state of devices without the feature `device-state`.
 #[derive(Debug, Error)]
@@ -24,7 +18,7 @@ pub enum DeviceSetError {
 }
 
 /// The devices of a VM whose state moves: none without the feature `device-state`, so whatever is to happen to all of them has.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct DeviceSet(());
 
 #[expect(
@@ -33,11 +27,6 @@ pub struct DeviceSet(());
     reason = "the signatures are those of the set with devices"
 )]
 impl DeviceSet {
-    /// Takes no devices in.
-    pub(crate) fn new(_none: Vec<Device>) -> Result<Self, DeviceSetError> {
-        Ok(Self(()))
-    }
-
     pub(crate) fn start_precopy(&mut self) -> Result<(), DeviceSetError> {
         Ok(())
     }
@@ -81,7 +70,7 @@ mod tests {
 
     #[test]
     fn a_devices_state_that_nothing_takes_is_refused() {
-        let mut none = DeviceSet::new(Vec::new()).unwrap();
+        let mut none = DeviceSet::default();
         let mut tree = none.save().unwrap();
         none.load(&tree).unwrap();
         tree.add_snapshot("net0".to_owned(), Snapshot::default());

@@ -18,10 +18,10 @@
 //!
 //! # One snapshot after another
 //!
-//! A cursor of [`MigratableDevice`](crate::migratable::MigratableDevice) stands for the last snapshot: it knows every page that
+//! A cursor of [`Tracker`](crate::tracker::Tracker) stands for the last snapshot: it knows every page that
 //! was written since, whoever wrote it, and no other reader takes pages from it. It begins with all RAM pending, so the first
 //! snapshot is a full one; each later one holds what is pending then.
-//! [`save_pending`](crate::migratable::MigratableDevice::save_pending) makes pages that went into a snapshot that failed part of
+//! [`save_pending`](crate::tracker::Tracker::save_pending) makes pages that went into a snapshot that failed part of
 //! the next one, which still is to the last snapshot that succeeded. A VM that was restored from a snapshot begins with
 //! [`Start::Copied`](crate::ledger::Start::Copied) instead, before it runs, and takes differentials to that one at once.
 //!
@@ -33,7 +33,7 @@
 //! # use vfio_migration::layout::Layout;
 //! # use vfio_migration::source::GuestMemoryLog;
 //! use vfio_migration::ledger::{CursorId, Start};
-//! use vfio_migration::migratable::MigratableDevice;
+//! use vfio_migration::tracker::Tracker;
 //! use vfio_migration::snapshot::{Announced, Base, DifferentialWriter, Digest, Limits, SnapshotWriter};
 //!
 //! # type Memory = GuestMemoryMmap<AtomicBitmap>;
@@ -42,17 +42,17 @@
 //! #     "{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":1048576}]}}"}}},"snapshot_data":null}"#.as_bytes();
 //! /// Takes a snapshot of a VM whose vCPUs and devices stand still, and whose state is captured.
 //! fn take(
-//!     vm: &mut MigratableDevice,
+//!     tracker: &mut Tracker,
 //!     cursor: CursorId,
 //!     last: Option<Digest>,
 //!     memory: &Memory,
 //!     target: &Path,
 //! ) -> Result<Digest, Box<dyn Error>> {
-//!     for degradation in vm.collect_final() {
+//!     for degradation in tracker.collect_final() {
 //!         eprintln!("{degradation}; all it covers is saved");
 //!     }
-//!     let (ram, limits) = (Announced::all(vm.layout().clone()), Limits::default());
-//!     vm.save_pending(cursor, |pages| match last {
+//!     let (ram, limits) = (Announced::all(tracker.layout().clone()), Limits::default());
+//!     tracker.save_pending(cursor, |pages| match last {
 //!         None => {
 //!             let writer = SnapshotWriter::create(target, ram, limits)?;
 //!             writer.copy_from(pages.iter().copied(), memory)?;
@@ -69,7 +69,7 @@
 //! # let dir = tempfile::tempdir()?;
 //! # let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), 1 << 20)])?);
 //! # let layout = Layout::from_guest_memory(&*memory)?;
-//! # let builder = MigratableDevice::builder("vm", layout).source(Box::new(GuestMemoryLog::new(memory.clone())));
+//! # let builder = Tracker::builder(layout).source(Box::new(GuestMemoryLog::new(memory.clone())));
 //! # let mut vm = builder.build()?;
 //! let cursor = vm.begin(Start::Empty)?;
 //! let sunday = take(&mut vm, cursor, None, &memory, &dir.path().join("sunday"))?;

@@ -34,7 +34,7 @@ const IDLE_PAUSE: Duration = Duration::from_millis(10);
 
 impl<V: Vm> Session<'_, V> {
     /// Makes passes over memory while the VM runs, until it may be stopped.
-    pub(super) fn precopy(&mut self, lanes: &mut Lanes) -> Result<(), SendError> {
+    pub(super) fn precopy(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
         self.migration.enter(Phase::Precopy);
         loop {
             self.round(lanes)?;
@@ -53,14 +53,14 @@ impl<V: Vm> Session<'_, V> {
     }
 
     /// Makes one pass: sends every page pending now, and waits for the last acknowledgement.
-    pub(super) fn round(&mut self, lanes: &mut Lanes) -> Result<(), SendError> {
+    pub(super) fn round(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
         let Some(cursor) = self.undo.cursor else { return Ok(()) };
         self.begin_round();
-        self.machine.begin_round(cursor);
+        self.tracker()?.begin_round(cursor);
         let limits = self.chunk_limits(lanes.count());
         while !self.is_cut_short() {
             self.await_room(lanes)?;
-            let Some(chunk) = self.machine.take(cursor, limits)? else { break };
+            let Some(chunk) = self.tracker()?.take(cursor, limits)? else { break };
             let content = self.content_of(&chunk, lanes)?;
             self.dispatch(lanes, chunk, content);
         }
@@ -69,7 +69,7 @@ impl<V: Vm> Session<'_, V> {
         Ok(())
     }
 
-    fn drain(&mut self, lanes: &mut Lanes) -> Result<(), SendError> {
+    fn drain(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
         while !lanes.is_drained() {
             self.heed(lanes, TICK)?;
         }
@@ -88,7 +88,7 @@ impl<V: Vm> Session<'_, V> {
     /// and what lies behind its end if it was cut short.
     ///
     /// The last chunk of a pass that sent nothing goes over whole, so that there is a bandwidth to plan the switchover with.
-    fn content_of(&mut self, chunk: &Chunk, lanes: &mut Lanes) -> Result<Content, SendError> {
+    fn content_of(&mut self, chunk: &Chunk, lanes: &mut Lanes<V::Memory>) -> Result<Content, SendError> {
         if !self.measured.is_first_copy(chunk) {
             return Ok(Content::Whole);
         }
@@ -102,19 +102,19 @@ impl<V: Vm> Session<'_, V> {
     }
 
     fn reaches_end_of_ram(&self, chunk: &Chunk) -> bool {
-        let last_region = self.machine.layout().regions().last();
-        chunk.ranges().last().map(|range| range.end()) == last_region.map(|region| region.range().end())
+        let end_of_ram = self.look().layout().regions().last().map(|region| region.range().end());
+        chunk.ranges().last().map(|range| range.end()) == end_of_ram
     }
 
-    fn dispatch(&mut self, lanes: &mut Lanes, chunk: Chunk, content: Content) {
+    fn dispatch(&mut self, lanes: &mut Lanes<V::Memory>, chunk: Chunk, content: Content) {
         if let Some(pace) = &mut self.measured.pace {
             pace.spend(chunk.bytes(), Instant::now());
         }
-        lanes.send(chunk, content);
+        lanes.send(chunk, content, self.vm.memory());
     }
 
     /// Waits until another chunk may be taken: for the window, and while the VM runs for the bandwidth cap.
-    fn await_room(&mut self, lanes: &mut Lanes) -> Result<(), SendError> {
+    fn await_room(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
         loop {
             let pace = self.measured.pace.as_ref().filter(|_| self.undo.vm_paused.is_none());
             let wait = pace.map_or(Duration::ZERO, |pace| pace.wait(Instant::now()));
@@ -127,13 +127,13 @@ impl<V: Vm> Session<'_, V> {
     }
 
     /// Takes in what the connections have to tell, waiting no longer than `patience`, and looks whether to go on at all.
-    fn heed(&mut self, lanes: &mut Lanes, patience: Duration) -> Result<(), SendError> {
+    fn heed(&mut self, lanes: &mut Lanes<V::Memory>, patience: Duration) -> Result<(), SendError> {
         let mut event = lanes.next_event(patience);
         while let Some(told) = event {
             match told {
                 Event::Acknowledged { chunk, sent_bytes } => {
                     self.measured.acknowledged(sent_bytes, chunk.bytes() - sent_bytes);
-                    self.machine.commit(chunk);
+                    self.look().commit(chunk);
                 }
                 Event::Failed(source) => return Err(self.peer_failed(source)),
                 Event::Died => return Err(SendError::ThreadDied),

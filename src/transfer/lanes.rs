@@ -22,6 +22,7 @@ use super::progress::Migration;
 use super::skipping::Sieve;
 use crate::ledger::Chunk;
 use crate::range::GpaRange;
+use crate::sync::lock;
 
 /// What a worker tells the engine.
 #[derive(Debug)]
@@ -52,9 +53,16 @@ pub(super) struct Pipeline {
     pub(super) answer_timeout: Duration,
 }
 
+/// A chunk, how to send it, and the memory its bytes are in: RAM that is plugged or unplugged later changes nothing of it.
+struct Order<M> {
+    chunk: Chunk,
+    content: Content,
+    memory: Arc<M>,
+}
+
 /// One connection and what waits for it.
-struct Lane {
-    queue: Arc<Queue>,
+struct Lane<M> {
+    queue: Arc<Queue<M>>,
     worker: JoinHandle<Option<Connection>>,
     handle: ConnectionHandle,
     /// Chunks handed in that did not come back.
@@ -62,8 +70,8 @@ struct Lane {
 }
 
 /// The workers and what is on its way through them.
-pub(super) struct Lanes {
-    lanes: Vec<Lane>,
+pub(super) struct Lanes<M> {
+    lanes: Vec<Lane<M>>,
     /// What the worker of the lane with this index tells.
     events: Receiver<(usize, Event)>,
     /// Chunks that one lane may hold: those on their way, and one to follow them.
@@ -72,19 +80,15 @@ pub(super) struct Lanes {
     turn: usize,
 }
 
-impl Lanes {
+impl<M: GuestMemoryBackend + Send + Sync + 'static> Lanes<M> {
     /// Starts a worker for each connection; as many chunks as `pipeline` says may be unacknowledged on each. Without a `sieve`
     /// every chunk is sent whole.
-    pub(super) fn start<M>(
+    pub(super) fn start(
         connections: Vec<Connection>,
-        memory: &Arc<M>,
         sieve: Option<Sieve>,
         pipeline: Pipeline,
         migration: &Migration,
-    ) -> io::Result<Self>
-    where
-        M: GuestMemoryBackend + Send + Sync + 'static,
-    {
+    ) -> io::Result<Self> {
         let (report, events) = mpsc::channel();
         let sieve = Arc::new(sieve);
         let mut lanes = Self {
@@ -94,10 +98,9 @@ impl Lanes {
             turn: 0,
         };
         for (index, connection) in connections.into_iter().enumerate() {
-            let (queue, handle) = (Arc::<Queue>::default(), connection.handle());
+            let (queue, handle) = (Arc::new(Queue::new()), connection.handle());
             let worker = Worker {
                 connection,
-                memory: Arc::clone(memory),
                 sieve: Arc::clone(&sieve),
                 queue: Arc::clone(&queue),
                 report: Report { lane: index, events: report.clone() },
@@ -130,13 +133,13 @@ impl Lanes {
     }
 
     /// Hands a chunk to the connection that has the fewest.
-    pub(super) fn send(&mut self, chunk: Chunk, content: Content) {
+    pub(super) fn send(&mut self, chunk: Chunk, content: Content, memory: Arc<M>) {
         let count = self.lanes.len();
         let by_turns = (self.turn..count).chain(0..self.turn);
         let index = by_turns.min_by_key(|&index| self.lanes[index].load).expect("there is a connection");
         self.turn = (index + 1) % count;
         self.lanes[index].load += 1;
-        self.lanes[index].queue.push((chunk, content));
+        self.lanes[index].queue.push(Order { chunk, content, memory });
     }
 
     /// Waits for the next event, but no longer than `patience`.
@@ -168,14 +171,16 @@ impl Lanes {
         }
         lanes.into_iter().filter_map(|lane| lane.worker.join().ok().flatten()).collect()
     }
+}
 
+impl<M> Lanes<M> {
     fn close_queues(&self) {
         self.lanes.iter().for_each(|lane| lane.queue.close());
     }
 }
 
 /// Ends the workers of lanes that were not stopped in order.
-impl Drop for Lanes {
+impl<M> Drop for Lanes<M> {
     fn drop(&mut self) {
         self.close_queues();
         self.lanes.iter().for_each(|lane| lane.handle.close());
@@ -185,26 +190,29 @@ impl Drop for Lanes {
     }
 }
 
-#[derive(Debug, Default)]
-struct Waiting {
-    chunks: VecDeque<(Chunk, Content)>,
+struct Waiting<M> {
+    chunks: VecDeque<Order<M>>,
     closed: bool,
 }
 
 /// Chunks a worker has not taken yet.
-#[derive(Debug, Default)]
-struct Queue {
-    waiting: Mutex<Waiting>,
+struct Queue<M> {
+    waiting: Mutex<Waiting<M>>,
     changed: Condvar,
 }
 
-impl Queue {
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+impl<M> Queue<M> {
+    fn new() -> Self {
+        let waiting = Waiting { chunks: VecDeque::new(), closed: false };
+        Self { waiting: Mutex::new(waiting), changed: Condvar::new() }
     }
 
-    fn push(&self, chunk: (Chunk, Content)) {
-        self.waiting().chunks.push_back(chunk);
+    fn waiting(&self) -> MutexGuard<'_, Waiting<M>> {
+        lock(&self.waiting)
+    }
+
+    fn push(&self, order: Order<M>) {
+        self.waiting().chunks.push_back(order);
         self.changed.notify_one();
     }
 
@@ -216,14 +224,14 @@ impl Queue {
         self.changed.notify_one();
     }
 
-    fn try_pop(&self) -> Option<(Chunk, Content)> {
+    fn try_pop(&self) -> Option<Order<M>> {
         self.waiting().chunks.pop_front()
     }
 
     /// Waits for a chunk; `None` once the queue is closed.
-    fn pop(&self) -> Option<(Chunk, Content)> {
+    fn pop(&self) -> Option<Order<M>> {
         let waiting = self.waiting();
-        let idle = |waiting: &mut Waiting| waiting.chunks.is_empty() && !waiting.closed;
+        let idle = |waiting: &mut Waiting<M>| waiting.chunks.is_empty() && !waiting.closed;
         let mut waiting = self.changed.wait_while(waiting, idle).unwrap_or_else(PoisonError::into_inner);
         waiting.chunks.pop_front()
     }
@@ -250,9 +258,8 @@ struct Written {
 
 struct Worker<M> {
     connection: Connection,
-    memory: Arc<M>,
     sieve: Arc<Option<Sieve>>,
-    queue: Arc<Queue>,
+    queue: Arc<Queue<M>>,
     report: Report,
     migration: Migration,
     pipeline: Pipeline,
@@ -283,7 +290,7 @@ impl<M: GuestMemoryBackend> Worker<M> {
                 _ => None,
             };
             match next {
-                Some((chunk, content)) => self.write(chunk, content)?,
+                Some(order) => self.write(order)?,
                 None if self.in_flight.is_empty() => return Ok(()),
                 None => self.read_acknowledgement()?,
             }
@@ -291,10 +298,11 @@ impl<M: GuestMemoryBackend> Worker<M> {
     }
 
     /// Sends a chunk, or what the sieve leaves of it; nothing left needs no acknowledgement.
-    fn write(&mut self, chunk: Chunk, content: Content) -> Result<(), PeerError> {
+    fn write(&mut self, order: Order<M>) -> Result<(), PeerError> {
+        let Order { chunk, content, memory } = order;
         let ranges = match (&*self.sieve, content) {
             (Some(sieve), Content::NonZero) => {
-                let skipped = sieve.sift(&*self.memory, chunk.ranges(), &mut self.kept);
+                let skipped = sieve.sift(&*memory, chunk.ranges(), &mut self.kept);
                 self.migration.count_skipped(skipped);
                 &self.kept
             }
@@ -307,7 +315,7 @@ impl<M: GuestMemoryBackend> Worker<M> {
         if self.in_flight.is_empty() {
             expect_silence(&mut self.connection)?;
         }
-        send_memory(&mut self.connection, &*self.memory, ranges, &mut self.table)?;
+        send_memory(&mut self.connection, &*memory, ranges, &mut self.table)?;
         let wire_bytes = wire_bytes(ranges);
         let sent_bytes = ranges.iter().map(|range| range.len()).sum();
         self.migration.count_sent(wire_bytes);

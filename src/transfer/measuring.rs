@@ -10,9 +10,9 @@ use super::rounds::{Bandwidth, Pace, SourceRates, rate};
 use super::send::SendError;
 use crate::device::{Basis, Estimate};
 use crate::ledger::{Attribution, Chunk, Outstanding};
-use crate::migratable::MigratableDeviceError;
 use crate::precopy::{DeviceLeft, Forecast, Observation};
 use crate::source::SourceError;
+use crate::tracker::TrackerError;
 use crate::vm::Vm;
 
 /// Bytes of device state read in one round while the devices run.
@@ -131,7 +131,7 @@ impl<V: Vm> Session<'_, V> {
     }
 
     pub(super) fn left(&self) -> Outstanding {
-        self.undo.cursor.and_then(|cursor| self.machine.outstanding(cursor)).unwrap_or_default()
+        self.undo.cursor.and_then(|cursor| self.look().outstanding(cursor)).unwrap_or_default()
     }
 
     /// Collects between two rounds, reads what devices hand out, and measures.
@@ -143,14 +143,14 @@ impl<V: Vm> Session<'_, V> {
         self.measured.dirty_rate = rate(self.left().pending_bytes - left_over, since);
         self.look_at_sources(since);
         self.step_device_precopy()?;
-        let estimate = self.machine.devices().estimate()?;
+        let estimate = self.devices().estimate()?;
         let seen = self.observe(estimate);
         self.publish(&seen);
         Ok(seen)
     }
 
     pub(super) fn collect(&mut self) -> Result<(), SendError> {
-        let failures = self.machine.collect();
+        let failures = self.tracker()?.collect();
         self.bear(failures)
     }
 
@@ -158,7 +158,7 @@ impl<V: Vm> Session<'_, V> {
     pub(super) fn bear(&mut self, failures: Vec<SourceError>) -> Result<(), SendError> {
         for failure in failures {
             if failure.gone {
-                return Err(MigratableDeviceError::from(failure).into());
+                return Err(TrackerError::from(failure).into());
             }
             self.migration.degrade(failure);
         }
@@ -166,8 +166,9 @@ impl<V: Vm> Session<'_, V> {
     }
 
     fn look_at_sources(&mut self, since: Duration) {
-        let page_bytes = self.machine.layout().host_page().bytes();
-        self.measured.source_rates.look(self.machine.attribution(), page_bytes, since);
+        let tracker = self.look();
+        let page_bytes = tracker.layout().host_page().bytes();
+        self.measured.source_rates.look(tracker.attribution(), page_bytes, since);
     }
 
     /// A device whose PRE_COPY fails hands out its whole state in the downtime; one that is gone ends the migration.
@@ -176,7 +177,7 @@ impl<V: Vm> Session<'_, V> {
     fn step_device_precopy(&mut self) -> Result<(), SendError> {
         for _ in 0..DEVICE_BUDGET_BYTES / DEVICE_PIECE_BYTES {
             self.migration.check()?;
-            match self.machine.devices().precopy_step(DEVICE_PIECE_BYTES) {
+            match self.devices().precopy_step(DEVICE_PIECE_BYTES) {
                 Ok(step) if step.drained || step.bytes == 0 => return Ok(()),
                 Ok(_) => {}
                 Err(error) if error.tells_of_lost_device() => return Err(error.into()),
@@ -188,7 +189,7 @@ impl<V: Vm> Session<'_, V> {
 
     pub(super) fn start_device_precopy(&mut self) -> Result<(), SendError> {
         self.undo.devices_touched = true;
-        Ok(self.machine.devices().start_precopy()?)
+        Ok(self.devices().start_precopy()?)
     }
 
     pub(super) fn observe(&mut self, estimate: Estimate) -> Observation {
@@ -210,12 +211,12 @@ impl<V: Vm> Session<'_, V> {
 
     /// Bytes that imprecise sources will report once the VM stands still: part of what the downtime carries.
     fn still_unreported(&self) -> u64 {
-        if self.undo.vm_paused.is_some() { 0 } else { self.machine.imprecise_bytes() }
+        if self.undo.vm_paused.is_some() { 0 } else { self.look().imprecise_bytes() }
     }
 
     /// What the State message will carry of the devices. All their state is in it, what PRE_COPY brought too.
     fn device_left(&mut self, estimate: Estimate) -> DeviceLeft {
-        let bytes = self.machine.devices().precopy_bytes().saturating_add(estimate.stop_copy_bytes);
+        let bytes = self.devices().precopy_bytes().saturating_add(estimate.stop_copy_bytes);
         match estimate.basis {
             Basis::Told => DeviceLeft::Exact(bytes),
             Basis::Guessed => DeviceLeft::Estimate(bytes),
@@ -244,7 +245,8 @@ impl<V: Vm> Session<'_, V> {
     /// What each source reported since this attempt began.
     pub(super) fn attribution(&self) -> Vec<SourceProgress> {
         let before = &self.measured.attribution_before;
-        let sources = self.machine.attribution().zip(before);
+        let tracker = self.look();
+        let sources = tracker.attribution().zip(before);
         sources
             .map(|((id, now), before)| SourceProgress {
                 id: id.to_owned(),

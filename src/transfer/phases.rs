@@ -2,7 +2,7 @@
 
 //! A migration, phase by phase, as its source sees it.
 
-use std::sync::Arc;
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::control::{Control, Switchover};
@@ -12,9 +12,11 @@ use super::payload::StatePayload;
 use super::progress::{Migration, Phase};
 use super::send::{SendError, SendOptions, Sent, SourceVm, VmOperation};
 use super::skipping::Sieve;
+use crate::device::DeviceSet;
 use crate::ledger::{CursorId, Start};
-use crate::migratable::MigratableDevice;
 use crate::precopy::{Decision, Policy};
+use crate::sync::lock;
+use crate::tracker::{Tracker, TrackerError, locked};
 use crate::vm::{Vm, VmError};
 
 /// How long chunks on their way may still be acknowledged after a failure or a cancellation.
@@ -25,9 +27,9 @@ pub(super) struct Session<'a, V: Vm> {
     pub(super) options: &'a SendOptions,
     pub(super) policy: Policy,
     pub(super) vm: &'a mut V,
-    pub(super) machine: &'a mut MigratableDevice,
+    tracker: &'a Mutex<Tracker>,
+    devices: &'a Mutex<DeviceSet>,
     pub(super) migration: &'a Migration,
-    memory: Arc<V::Memory>,
     pub(super) undo: Undo,
     pub(super) measured: Measured,
     pub(super) began: Instant,
@@ -46,22 +48,37 @@ impl<'a, V: Vm> Session<'a, V> {
     pub(super) fn new(
         options: &'a SendOptions,
         vm: &'a mut V,
-        machine: &'a mut MigratableDevice,
+        tracker: &'a Mutex<Tracker>,
+        devices: &'a Mutex<DeviceSet>,
         migration: &'a Migration,
     ) -> Self {
-        let attribution = machine.attribution().map(|(_, attribution)| attribution).collect();
+        let attribution = lock(tracker).attribution().map(|(_, attribution)| attribution).collect();
         let measured = Measured::new(attribution, options.bandwidth);
         Self {
             options,
             policy: options.policy(vm.can_throttle()),
-            memory: vm.memory(),
             vm,
-            machine,
+            tracker,
+            devices,
             migration,
             undo: Undo::default(),
             measured,
             began: Instant::now(),
         }
+    }
+
+    /// The tracker, for the next step; an error once a thread died in the middle of one.
+    pub(super) fn tracker(&self) -> Result<MutexGuard<'a, Tracker>, TrackerError> {
+        locked(self.tracker)
+    }
+
+    /// The tracker, to be asked how it stands.
+    pub(super) fn look(&self) -> MutexGuard<'a, Tracker> {
+        lock(self.tracker)
+    }
+
+    pub(super) fn devices(&self) -> MutexGuard<'a, DeviceSet> {
+        lock(self.devices)
     }
 
     /// Moves the VM, or leaves it as it was.
@@ -76,7 +93,7 @@ impl<'a, V: Vm> Session<'a, V> {
     }
 
     fn attempt(&mut self) -> Result<Sent, SendError> {
-        let ram_bytes = self.machine.layout().bytes();
+        let ram_bytes = self.look().layout().bytes();
         self.migration.update(|progress| progress.ram_bytes = ram_bytes);
         self.migration.enter(Phase::Connecting);
         let mut control = Control::connect(self.options, self.migration)?;
@@ -107,8 +124,10 @@ impl<'a, V: Vm> Session<'a, V> {
 
     /// Switches every source on, before the first page is copied (C1), and lets devices begin to hand out their state.
     fn arm(&mut self) -> Result<(), SendError> {
-        self.undo.cursor = Some(self.machine.begin(Start::Empty)?);
-        self.machine.imprecise_sources().for_each(|source| self.migration.degrade(source));
+        let mut tracker = self.tracker()?;
+        self.undo.cursor = Some(tracker.begin(Start::Empty)?);
+        tracker.imprecise_sources().for_each(|source| self.migration.degrade(source));
+        drop(tracker);
         self.start_measuring();
         self.start_device_precopy()
     }
@@ -120,16 +139,16 @@ impl<'a, V: Vm> Session<'a, V> {
             window: self.options.pipelined_chunks(),
             answer_timeout: self.options.limits.answer_timeout,
         };
-        let host_page = self.machine.layout().host_page();
+        let host_page = self.look().layout().host_page();
         let sieve = self.options.receiver_reads_zero.then(|| Sieve::new(self.vm.backing(), host_page));
-        let lanes = Lanes::start(connections, &self.memory, sieve, pipeline, self.migration);
+        let lanes = Lanes::start(connections, sieve, pipeline, self.migration);
         let mut lanes = lanes.map_err(SendError::Thread)?;
         let copied = self.copy_until_stopped(&mut lanes);
         let taken_back = control.take_back(lanes.stop(GRACE));
         copied.and(taken_back)
     }
 
-    fn copy_until_stopped(&mut self, lanes: &mut Lanes) -> Result<(), SendError> {
+    fn copy_until_stopped(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
         loop {
             self.precopy(lanes)?;
             if self.stop()? {
@@ -146,8 +165,8 @@ impl<'a, V: Vm> Session<'a, V> {
         self.migration.enter(Phase::SwitchOver);
         self.undo.vm_paused = Some(Instant::now());
         self.vm.pause().map_err(vm_failed(VmOperation::Pause))?;
-        let estimate = self.machine.devices().stop_for_copy()?;
-        let failures = self.machine.collect_final();
+        let estimate = self.devices().stop_for_copy()?;
+        let failures = self.tracker()?.collect_final();
         self.bear(failures)?;
         let seen = self.observe(estimate);
         self.publish(&seen);
@@ -163,7 +182,7 @@ impl<'a, V: Vm> Session<'a, V> {
 
     /// Takes a switchover back: devices first, then the vCPUs.
     fn run_on(&mut self) -> Result<(), SendError> {
-        self.machine.devices().run()?;
+        self.devices().run()?;
         self.vm.resume().map_err(vm_failed(VmOperation::Resume))?;
         self.undo.vm_paused = None;
         self.measured.back_outs += 1;
@@ -177,7 +196,7 @@ impl<'a, V: Vm> Session<'a, V> {
 
     /// Captures the stopped VM: what State carries.
     fn capture(&mut self) -> Result<StatePayload, SendError> {
-        let devices = self.machine.devices().save()?;
+        let devices = self.devices().save()?;
         let state = self.vm.state(devices).map_err(vm_failed(VmOperation::State))?;
         Ok(StatePayload::new(state)?)
     }
@@ -188,18 +207,19 @@ impl<'a, V: Vm> Session<'a, V> {
     fn copy_rest(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
         self.collect()?;
         let Some(cursor) = self.undo.cursor else { return Ok(()) };
-        self.machine.begin_round(cursor);
+        self.tracker()?.begin_round(cursor);
         let limits = self.chunk_limits(1);
-        while let Some(chunk) = self.machine.take(cursor, limits)? {
-            match control.memory(&*self.memory, &chunk) {
-                Ok(()) => self.machine.commit(chunk),
+        loop {
+            let Some(chunk) = self.tracker()?.take(cursor, limits)? else { return Ok(()) };
+            let copied = control.memory(&*self.vm.memory(), &chunk);
+            match copied {
+                Ok(()) => self.look().commit(chunk),
                 Err(failure) => {
-                    self.machine.roll_back(chunk);
+                    self.look().roll_back(chunk);
                     return Err(failure);
                 }
             }
         }
-        Ok(())
     }
 
     /// Closes the books on a VM that has moved.
@@ -207,13 +227,14 @@ impl<'a, V: Vm> Session<'a, V> {
         let downtime = self.undo.vm_paused.map_or(Duration::ZERO, |paused| paused.elapsed());
         let total = self.began.elapsed();
         let cursor = self.undo.cursor.take();
-        let unique_dirty_bytes = cursor.and_then(|cursor| self.machine.dirtied_bytes(cursor)).unwrap_or(0);
-        let devices = self.machine.devices();
+        let unique_dirty_bytes = cursor.and_then(|cursor| self.look().dirtied_bytes(cursor)).unwrap_or(0);
+        let mut devices = self.devices();
         let (device_state_bytes, device_precopy_bytes) = (devices.state_bytes(), devices.precopy_bytes());
         if let Err(error) = devices.retire() {
             self.migration.degrade(error);
         }
-        if let Some(Err(error)) = cursor.map(|cursor| self.machine.end(cursor)) {
+        drop(devices);
+        if let Some(Err(error)) = cursor.map(|cursor| self.look().end(cursor)) {
             self.migration.degrade(error);
         }
         let sources = self.attribution();
@@ -240,7 +261,7 @@ impl<'a, V: Vm> Session<'a, V> {
 
     /// Sets everything going again after a failure, devices before vCPUs, unless the receiver may run the VM.
     fn recover(&mut self, failure: SendError) -> Result<Sent, SendError> {
-        let _logs_off = self.undo.cursor.take().map(|cursor| self.machine.end(cursor));
+        let _logs_off = self.undo.cursor.take().map(|cursor| self.look().end(cursor));
         if failure.source_vm() == SourceVm::PausedForSafety {
             return Err(failure);
         }
@@ -257,8 +278,8 @@ impl<'a, V: Vm> Session<'a, V> {
         }
         let devices = match (self.undo.devices_touched, self.options.complete_paused) {
             (false, _) => Ok(()),
-            (true, false) => self.machine.devices().run(),
-            (true, true) => self.machine.devices().stop(),
+            (true, false) => self.devices().run(),
+            (true, true) => self.devices().stop(),
         };
         let vm = match self.undo.vm_paused.take() {
             Some(_) if !self.options.complete_paused => self.vm.resume(),

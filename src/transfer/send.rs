@@ -2,10 +2,10 @@
 
 //! [`Sender`]: what is asked of a migration, and what comes of it.
 
-use std::error::Error as _;
 use std::fmt;
 use std::io;
 use std::ops::RangeInclusive;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -16,10 +16,11 @@ use super::phases::Session;
 use super::progress::{Cancelled, Degradation, Migration, SourceProgress};
 use super::tls::ClientTls;
 use super::url::{Endpoint, Url};
-use crate::device::DeviceSetError;
+use crate::device::{DeviceSet, DeviceSetError};
+use crate::error::Chain;
 use crate::granule::Granule;
-use crate::migratable::{MigratableDevice, MigratableDeviceError};
 use crate::precopy::{CancelReason, Forecast, Policy, TimeoutStrategy};
+use crate::tracker::{Tracker, TrackerError};
 use crate::vm::{Vm, VmError};
 
 /// How to send a VM, and where to.
@@ -244,7 +245,7 @@ pub enum SendError {
     },
     /// A source could not be switched on or cleared.
     #[error("Dirty pages cannot be tracked")]
-    Tracking(#[source] Box<MigratableDeviceError>),
+    Tracking(#[source] Box<TrackerError>),
     /// A device failed.
     #[error("Devices cannot be moved")]
     Devices(#[source] Box<DeviceSetError>),
@@ -267,7 +268,7 @@ pub enum SendError {
         source: PeerError,
     },
     /// The migration failed, and the VM could not be set going again.
-    #[error("Migration failed ({}), and VM is not running as before", in_full(.failure))]
+    #[error("Migration failed ({}), and VM is not running as before", Chain(&**.failure))]
     Stuck {
         /// Why the migration failed.
         failure: Box<SendError>,
@@ -277,20 +278,14 @@ pub enum SendError {
     },
 }
 
-/// The whole error in one line, causes last.
-fn in_full(error: &SendError) -> String {
-    let causes = std::iter::successors(error.source(), |&error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
-}
-
 impl From<Cancelled> for SendError {
     fn from(_: Cancelled) -> Self {
         Self::Cancelled
     }
 }
 
-impl From<MigratableDeviceError> for SendError {
-    fn from(error: MigratableDeviceError) -> Self {
+impl From<TrackerError> for SendError {
+    fn from(error: TrackerError) -> Self {
         Self::Tracking(error.into())
     }
 }
@@ -362,14 +357,19 @@ pub struct Sent {
 /// Sends VMs.
 ///
 /// ```
-/// use vfio_migration::migratable::MigratableDevice;
+/// use std::sync::Mutex;
+/// use vfio_migration::{device::DeviceSet, tracker::Tracker, vm::Vm};
 /// use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
-/// use vfio_migration::vm::Vm;
 ///
-/// fn move_away(vm: &mut impl Vm, devices: &mut MigratableDevice, migration: &Migration) -> Result<Sent, SendError> {
+/// fn move_away(
+///     vm: &mut impl Vm,
+///     tracker: &Mutex<Tracker>,
+///     devices: &Mutex<DeviceSet>,
+///     migration: &Migration,
+/// ) -> Result<Sent, SendError> {
 ///     let mut options = SendOptions::new("tcp:destination:4444".parse().expect("a URL"));
 ///     options.downtime_ms = 100;
-///     Sender::new(options).send(vm, devices, migration)
+///     Sender::new(options).send(vm, tracker, devices, migration)
 /// }
 /// ```
 #[derive(Debug, Clone)]
@@ -385,7 +385,9 @@ impl Sender {
 
     /// Moves the running VM to the receiver; on success it stands still here, with no log running.
     ///
-    /// Returns when the receiver has it. `device` holds its sources of dirty pages and its pass-through devices.
+    /// Returns when the receiver has it. `tracker` knows its dirty pages and is locked for each collect and each chunk, never
+    /// while bytes are sent: the VMM may map, unmap, plug and unplug meanwhile. `devices` are its pass-through devices, locked
+    /// while they are moved, asked or read.
     ///
     /// # Errors
     /// An option is out of its bounds, or anything fails. The VM runs on here, its logs off, and may be sent again to another receiver, which then gets every page anew. The two
@@ -393,11 +395,12 @@ impl Sender {
     pub fn send<V: Vm>(
         &self,
         vm: &mut V,
-        device: &mut MigratableDevice,
+        tracker: &Mutex<Tracker>,
+        devices: &Mutex<DeviceSet>,
         migration: &Migration,
     ) -> Result<Sent, SendError> {
         self.options.check()?;
-        Session::new(&self.options, vm, device, migration).migrate()
+        Session::new(&self.options, vm, tracker, devices, migration).migrate()
     }
 }
 
@@ -414,7 +417,7 @@ mod tests {
         let lost = DeviceSetError::Device { name, attempt: Attempt::Run, source: DeviceFailure::Reset };
         let stuck = SendError::Stuck { failure: failure.into(), recovery: Box::new(lost.into()) };
         assert_eq!(
-            in_full(&stuck),
+            Chain(&stuck).to_string(),
             "Migration failed (Cannot copy memory to the receiver: Connection failed: broken pipe), and VM is not \
              running as before: Devices cannot be moved: Cannot run device \"dma0\": Device was reset, its state is lost"
         );

@@ -165,8 +165,8 @@ fn moved(
     options.max_rounds = Some(4);
     options.timeout_strategy = TimeoutStrategy::Ignore;
     set(&mut options);
-    let mut machine = vm.machine();
-    way.go(vmm, || Sender::new(options).send(vm, &mut machine, &Migration::new()))
+    let machine = vm.machine();
+    way.go(vmm, || Sender::new(options).send(vm, &machine.tracker, &machine.devices, &Migration::new()))
 }
 
 /// Checks that the pages that went over the wire, put where their tables say, are the VM's memory.
@@ -288,10 +288,12 @@ fn a_migration_that_is_given_up_ends_with_abandon() {
         options.bandwidth = Some(4 << 20);
         let migration = Migration::new();
         let canceller = migration.clone();
-        let mut machine = vm.machine();
+        let machine = vm.machine();
         let (sent, received, exchange) = way.go(&mut vmm, || {
             thread::scope(|scope| {
-                let sending = scope.spawn(|| Sender::new(options).send(&mut vm, &mut machine, &migration));
+                let sending = scope.spawn(|| {
+                    Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &migration)
+                });
                 while canceller.progress().acknowledged_bytes < 256 << 10 {
                     thread::sleep(Duration::from_millis(5));
                 }

@@ -4,13 +4,14 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::{env, fs};
 
 use serde_json::{Value, json};
-use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::snapshot::{
     DestinationOptions, Limits, SnapshotDestination, SnapshotDir, SnapshotSource,
 };
+use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::{Migration, SendOptions, Sender};
 
 use crate::Way;
@@ -59,12 +60,13 @@ fn inner(node: &Value) -> Value {
 /// Sends the snapshot `from` over `way` into the snapshot `into`.
 fn send(way: Way, from: &Path, into: &Path, set: impl FnOnce(&mut SendOptions)) -> Exchange {
     let mut source = SnapshotSource::new(SnapshotDir::open(from, &Limits::default()).unwrap()).unwrap();
-    let mut machine = MigratableDevice::builder("snapshot", source.layout().clone()).build().unwrap();
+    let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
     let mut destination = SnapshotDestination::create(into, DestinationOptions::default()).unwrap();
     let mut options = way.options();
     set(&mut options);
-    let (sent, received, exchange) =
-        way.go(&mut destination, || Sender::new(options).send(&mut source, &mut machine, &Migration::new()));
+    let (sent, received, exchange) = way.go(&mut destination, || {
+        Sender::new(options).send(&mut source, &tracker, &Mutex::default(), &Migration::new())
+    });
     sent.unwrap();
     received.unwrap();
     exchange

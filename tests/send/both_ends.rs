@@ -70,10 +70,10 @@ pub(crate) fn moves(
     options.timeout_strategy = vfio_migration::precopy::TimeoutStrategy::Ignore;
     let (client, server) = tls.unzip();
     options.tls = client;
-    let mut machine = vm.machine();
+    let machine = vm.machine();
     thread::scope(|scope| {
         let receiver = scope.spawn(|| Receiver::new(Limits::default(), server).receive(&listener, vmm));
-        let sent = Sender::new(options).send(vm, &mut machine, &Migration::new());
+        let sent = Sender::new(options).send(vm, &machine.tracker, &machine.devices, &Migration::new());
         (sent, receiver.join().unwrap())
     })
 }
@@ -138,7 +138,7 @@ fn a_receiver_stopped_at_any_time_leaves_a_vm_that_can_be_sent_again() {
         options.bandwidth = Some(100 << 20);
         // A receiver that is stopped before it lets us in leaves us waiting at its door.
         options.limits.handshake_timeout = std::time::Duration::from_secs(1);
-        let mut machine = vm.machine();
+        let machine = vm.machine();
         let mut vmm = Vmm::new(true);
         let receiver = Receiver::new(Limits::default(), None);
         let handle = receiver.handle();
@@ -148,7 +148,8 @@ fn a_receiver_stopped_at_any_time_leaves_a_vm_that_can_be_sent_again() {
                 thread::sleep(std::time::Duration::from_millis(delay_ms));
                 let _too_late = handle.stop();
             });
-            let sent = Sender::new(options).send(&mut vm, &mut machine, &Migration::new());
+            let sent =
+                Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new());
             let _stopped = receiving.join().unwrap();
             sent
         });

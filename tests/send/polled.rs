@@ -142,10 +142,10 @@ fn arrives(mut vm: FakeVm, connections: usize, chunk_bytes: u64) {
     options.limits.answer_timeout = Duration::from_secs(5);
     let config = bare_tls::server(&files);
     let receiver = Receiver { listener, config, memory: empty_memory(), state_came: AtomicBool::new(false) };
-    let mut machine = vm.machine();
+    let machine = vm.machine();
     thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(connections));
-        let sent = Sender::new(options).send(&mut vm, &mut machine, &Migration::new());
+        let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new());
         let received = receiving.join().unwrap();
         assert!(sent.is_ok() && received.is_ok(), "{sent:?} {received:?}");
     });

@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use crate::both_ends::{Vmm, loopback, moves};
 use crate::options;
 use crate::peer::{Fault, MEMORY, Peer, Transcript};
-use crate::vm::{FakeVm, LOW, Memory, PAGE, PAGES, empty_memory, page_gpa, sparse_memory};
+use crate::vm::{FakeVm, LOW, Machine, Memory, PAGE, PAGES, empty_memory, page_gpa, sparse_memory};
 
 /// Bytes of pages 0 to 2, which the tests write: data, zeros, nothing.
 const DATA: u64 = 0;
@@ -88,11 +88,11 @@ fn write_unseen(memory: &Memory, page: u64, value: u8) {
 }
 
 fn send_to_peer(vm: &mut FakeVm, meddler: Meddler, receiver_reads_zero: bool) -> (Sent, Transcript) {
-    let mut machine = vm.builder().source(Box::new(meddler)).build().unwrap();
+    let machine = Machine::from(vm.builder().source(Box::new(meddler)).build().unwrap());
     let peer = Peer::unix(Fault::None);
     let mut options = options(&peer);
     options.receiver_reads_zero = receiver_reads_zero;
-    let sent = Sender::new(options).send(vm, &mut machine, &Migration::new()).unwrap();
+    let sent = Sender::new(options).send(vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
     let (transcript, outcome) = peer.end();
     outcome.unwrap();
     (sent, transcript)
@@ -172,9 +172,11 @@ fn a_vm_that_is_one_hole_is_moved_within_its_downtime() {
     let mut vm = FakeVm::with_memory(sparse_memory(), 0);
     let device = crate::vm::FakeDevice::new(&vm.log, b"state that takes bandwidth");
     let device = vfio_migration::device::Device::new("device", Box::new(device));
-    let mut machine = vm.builder().device(device).build().unwrap();
+    let machine = vm.machine().with_device(device);
     let peer = Peer::unix(Fault::None);
-    let sent = Sender::new(options(&peer)).send(&mut vm, &mut machine, &Migration::new()).unwrap();
+    let sent = Sender::new(options(&peer))
+        .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
+        .unwrap();
     peer.end().1.unwrap();
     assert_eq!(sent.skipped_hole_bytes, PAGES * PAGE - (256 << 10), "all but one chunk");
 }
@@ -183,11 +185,12 @@ fn a_vm_that_is_one_hole_is_moved_within_its_downtime() {
 fn a_cap_on_bandwidth_counts_only_what_is_sent() {
     let mut vm = FakeVm::with_memory(sparse_memory(), 0);
     vm.memory.write_obj(1_u8, GuestAddress(page_gpa(0))).unwrap();
-    let mut machine = vm.machine();
+    let machine = vm.machine();
     let peer = Peer::unix(Fault::None);
     let mut options = options(&peer);
     options.bandwidth = Some(1 << 20);
-    let sent = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap();
+    let sent =
+        Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
     peer.end().1.unwrap();
     assert!(sent.total.as_secs() < 3, "6 MiB of holes at 1 MiB/s took {:?}", sent.total);
 }
@@ -203,12 +206,13 @@ fn what_a_first_pass_cut_short_did_not_reach_is_left_out_all_the_same() {
         write_unseen(memory, DATA, 0);
         vec![DATA]
     });
-    let mut machine = vm.builder().source(Box::new(meddler)).build().unwrap();
+    let machine = Machine::from(vm.builder().source(Box::new(meddler)).build().unwrap());
     let peer = Peer::unix(Fault::None);
     let mut options = options(&peer);
     (options.bandwidth, options.timeout_s) = (Some(2 << 20), 1);
     options.timeout_strategy = TimeoutStrategy::Ignore;
-    let sent = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap();
+    let sent =
+        Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
     let (transcript, outcome) = peer.end();
     outcome.unwrap();
     assert!(times_sent(&transcript, DATA) > 1 && last_sent(&transcript, DATA) == 0);

@@ -9,7 +9,7 @@ use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{Migration, SendOptions, Sender};
 
 use crate::peer::{Fault, MEMORY, Peer, Seen};
-use crate::vm::{FakeVm, PAGE, PAGES, Report, ScriptedSource};
+use crate::vm::{FakeVm, Machine, PAGE, PAGES, Report, ScriptedSource};
 
 /// Bytes below which a round is cut no finer.
 const LEAST_CHUNK_BYTES: u64 = 64 << 10;
@@ -41,14 +41,16 @@ impl Plan {
         let script =
             (0..collects).map(|at| Report::Pages(at * self.dirty_pages..(at + 1) * self.dirty_pages));
         let source = Box::new(ScriptedSource::new(&vm.log, script));
-        let mut machine = vm.builder().source(source).build().unwrap();
+        let machine = Machine::from(vm.builder().source(source).build().unwrap());
         let peer = Peer::tcp(self.connections as usize, Fault::None);
         let mut options = SendOptions::new(peer.url.clone());
         options.connections = ConnectionCount::new(self.connections).unwrap();
         (options.downtime_ms, options.timeout_strategy) = (0, TimeoutStrategy::Ignore);
         options.max_rounds = self.running_rounds;
         options.complete_paused = self.running_rounds.is_none();
-        let sent = Sender::new(options).send(&mut vm, &mut machine, &Migration::new()).unwrap();
+        let sent = Sender::new(options)
+            .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
+            .unwrap();
         assert_eq!(sent.rounds as usize, self.rounds().len());
         let (transcript, outcome) = peer.end();
         outcome.unwrap();

@@ -9,13 +9,14 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use vfio_migration::device::{
-    Capabilities, DataRead, DeviceError, DeviceIo, DeviceOperation, DeviceState, PrecopyInfo,
+    Capabilities, DataRead, Device, DeviceError, DeviceIo, DeviceOperation, DeviceSet, DeviceState,
+    PrecopyInfo,
 };
 use vfio_migration::iova::IovaMap;
 use vfio_migration::layout::Layout;
-use vfio_migration::migratable::{Builder, MigratableDevice};
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, GuestMemoryLog, Operation, Sink, SourceError};
+use vfio_migration::tracker::{Tracker, TrackerBuilder};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -143,19 +144,37 @@ impl FakeVm {
         })
     }
 
-    pub(crate) fn builder(&self) -> Builder {
+    pub(crate) fn builder(&self) -> TrackerBuilder {
         let layout = Layout::from_guest_memory(&*self.memory).unwrap();
-        MigratableDevice::builder("devices", layout)
+        Tracker::builder(layout)
             .allow_imprecise()
             .source(Box::new(GuestMemoryLog::new(Arc::clone(&self.memory))))
     }
 
-    pub(crate) fn machine(&self) -> MigratableDevice {
-        self.builder().build().unwrap()
+    pub(crate) fn machine(&self) -> Machine {
+        self.builder().build().unwrap().into()
     }
 
     pub(crate) fn page(&self, index: u64) -> Vec<u8> {
         read_page(&self.memory, index)
+    }
+}
+
+/// What a VM's sender shares with the VMM.
+pub(crate) struct Machine {
+    pub(crate) tracker: Mutex<Tracker>,
+    pub(crate) devices: Mutex<DeviceSet>,
+}
+
+impl From<Tracker> for Machine {
+    fn from(tracker: Tracker) -> Self {
+        Self { tracker: Mutex::new(tracker), devices: Mutex::default() }
+    }
+}
+
+impl Machine {
+    pub(crate) fn with_device(self, device: Device) -> Self {
+        Self { devices: Mutex::new(DeviceSet::new(vec![device]).unwrap()), ..self }
     }
 }
 

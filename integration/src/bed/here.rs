@@ -80,7 +80,12 @@ pub fn migrate(
             Receiver::new(Limits::default(), None).receive(&listener, &mut vm).map(drop)
         });
         let sent = scope.spawn(|| {
-            let sent = Sender::new(options).send(&mut side.source(), devices, &migration);
+            let sent = Sender::new(options).send(
+                &mut side.source(),
+                devices.tracker(),
+                devices.devices(),
+                &migration,
+            );
             over.store(true, Ordering::SeqCst);
             sent
         });

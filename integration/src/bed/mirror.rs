@@ -8,8 +8,8 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::Context;
 use vfio_migration::ledger::{Chunk, ChunkLimits, CursorId, Start};
-use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::GpaRange;
+use vfio_migration::tracker::Tracker;
 
 use crate::vmm::{Memory, PAGE_BYTES, PAGE_LEN, RegionBacking};
 
@@ -24,15 +24,15 @@ pub struct Mirror {
 }
 
 impl Mirror {
-    /// Switches `devices`' sources on and copies all of `machine`'s RAM.
+    /// Switches `tracker`'s sources on and copies all of `machine`'s RAM.
     ///
     /// # Errors
     /// A source does not start, or RAM cannot be copied.
-    pub fn start(machine: &Memory, devices: &mut MigratableDevice) -> anyhow::Result<Self> {
+    pub fn start(machine: &Memory, tracker: &mut Tracker) -> anyhow::Result<Self> {
         let copy = Memory::create(machine.layout())?;
-        let cursor = devices.begin(Start::Empty)?;
+        let cursor = tracker.begin(Start::Empty)?;
         let mirror = Self { machine: machine.clone(), copy, cursor };
-        mirror.copy(devices)?;
+        mirror.copy(tracker)?;
         Ok(mirror)
     }
 
@@ -40,16 +40,16 @@ impl Mirror {
     ///
     /// # Errors
     /// A source does not clear its bits, or RAM cannot be copied.
-    pub fn copy(&self, devices: &mut MigratableDevice) -> anyhow::Result<BTreeSet<u64>> {
+    pub fn copy(&self, tracker: &mut Tracker) -> anyhow::Result<BTreeSet<u64>> {
         let limits = ChunkLimits { bytes: 4 << 20, ranges: 100 };
         let mut pages = BTreeSet::new();
-        devices.begin_round(self.cursor);
-        while let Some(chunk) = devices.take(self.cursor, limits)? {
+        tracker.begin_round(self.cursor);
+        while let Some(chunk) = tracker.take(self.cursor, limits)? {
             self.copy_chunk(&chunk)?;
             pages.extend(
                 chunk.ranges().iter().flat_map(|range| range.pieces(PAGE_BYTES)).map(GpaRange::start),
             );
-            devices.commit(chunk);
+            tracker.commit(chunk);
         }
         Ok(pages)
     }
@@ -58,8 +58,8 @@ impl Mirror {
     ///
     /// # Errors
     /// A source does not stop.
-    pub fn end(self, devices: &mut MigratableDevice) -> anyhow::Result<()> {
-        Ok(devices.end(self.cursor)?)
+    pub fn end(self, tracker: &mut Tracker) -> anyhow::Result<()> {
+        Ok(tracker.end(self.cursor)?)
     }
 
     fn copy_chunk(&self, chunk: &Chunk) -> anyhow::Result<()> {

@@ -11,11 +11,12 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
 use vfio_migration::device::{Device, KernelDevice};
-use vfio_migration::migratable::{Builder, MigratableDevice};
+use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::source::{
     ContainerLog, DeviceLog, DirtySource, GuestMemoryLog, Harvester, HwptLog, KvmLog, KvmLogMode, KvmRing,
     Meaning, RingSize,
 };
+use vfio_migration::tracker::{Tracker, TrackerBuilder};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -28,8 +29,8 @@ use super::mock::MockDomain;
 use super::territory::Territory;
 use crate::demo::Health;
 use crate::demo::child::Hosted;
-use crate::demo::side::{make_passes, slots};
-use crate::demo::vm::{PASS_THROUGH, SourceVm, layout_of};
+use crate::demo::side::{make_passes, migratable, slots};
+use crate::demo::vm::{SourceVm, layout_of};
 use crate::device::stream_word;
 use crate::vmm::{
     CpuKind, ExitHook, Machine, MachineConfig, Memory, PAGE_BYTES, PAGE_LEN, RamLayout, Rate, Split,
@@ -121,12 +122,12 @@ impl BedSide {
     /// # Errors
     /// A source or a device lacks something.
     pub fn migratable(&self) -> anyhow::Result<MigratableDevice> {
-        let builder = MigratableDevice::builder(PASS_THROUGH, layout_of(&self.machine)?)
+        let builder = Tracker::builder(layout_of(&self.machine)?)
             .source(self.kvm_source()?)
             .source(Box::new(GuestMemoryLog::new(Arc::new(self.machine.memory().clone()))))
-            .source(self.engine.source("container:mdev0")?)
-            .device(self.engine.device("mdev0")?);
-        Ok(self.second.join(builder)?.build()?)
+            .source(self.engine.source("container:mdev0")?);
+        let mut devices = vec![self.engine.device("mdev0")?];
+        migratable(self.second.join(builder, &mut devices)?, devices)
     }
 
     /// KVM's dirty log, or its dirty ring where the machine has one.
@@ -333,13 +334,16 @@ impl Edu {
 }
 
 impl Second {
-    fn join(&self, mut builder: Builder) -> anyhow::Result<Builder> {
+    fn join(&self, mut tracker: TrackerBuilder, devices: &mut Vec<Device>) -> anyhow::Result<TrackerBuilder> {
         match self {
-            Self::Edu(edu) => Ok(builder.source(edu.source("device-log:edu0")?).device(edu.device("edu0")?)),
+            Self::Edu(edu) => {
+                devices.push(edu.device("edu0")?);
+                Ok(tracker.source(edu.source("device-log:edu0")?))
+            }
             Self::Mock(mock) => {
-                let space = builder.space(mock.iova_map()?);
+                let space = tracker.space(mock.iova_map()?);
                 let log = HwptLog::new("hwpt:mock0", Arc::clone(mock.iommufd()), mock.hwpt_id());
-                Ok(builder.source_in(space, Box::new(log)))
+                Ok(tracker.source_in(space, Box::new(log)))
             }
         }
     }

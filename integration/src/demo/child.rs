@@ -191,7 +191,12 @@ impl<S: Hosted> Child<S> {
                     thread::sleep(PROGRESS_PERIOD);
                 }
             });
-            let sent = Sender::new(options).send(&mut vm, &mut self.devices, &migration);
+            let sent = Sender::new(options).send(
+                &mut vm,
+                self.devices.tracker(),
+                self.devices.devices(),
+                &migration,
+            );
             over.store(true, Ordering::SeqCst);
             sent
         })?;

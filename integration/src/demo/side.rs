@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use vfio_migration::device::{Device, VfioUserDevice};
+use vfio_migration::device::{Device, DeviceSet, VfioUserDevice};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::{GpaRange, IovaRange};
 use vfio_migration::source::{DirtySource, GuestMemoryLog, KvmLog, KvmLogMode, KvmSlot, VfioUserSource};
+use vfio_migration::tracker::{Tracker, TrackerBuilder};
 use vfio_migration::vfio_user::{Client, DmaRegion, Options, SharedClient};
 use vfio_migration::vm::Vm;
 use vm_memory::{Bytes, GuestAddress};
@@ -99,18 +100,18 @@ impl Side {
         Ok(())
     }
 
-    /// Puts the machine's sources of dirty pages and its device under one roof; `mode` says how KVM's log is driven.
+    /// Puts the `vm-migration` traits over the machine's sources of dirty pages and its device; `mode` says how KVM's log is driven.
     ///
     /// # Errors
     /// A source or the device lacks something, or the source to forget is not there.
     pub fn migratable(&self, mode: KvmLogMode) -> anyhow::Result<MigratableDevice> {
-        let mut builder = MigratableDevice::builder(PASS_THROUGH, layout_of(&self.machine)?);
+        let mut builder = Tracker::builder(layout_of(&self.machine)?);
         for source in self.sources(mode)? {
             let forgotten = self.setup.forget.as_deref() == Some(source.id());
             builder = builder.source(if forgotten { Box::new(Forgetful::new(source)) } else { source });
         }
-        let device = VfioUserDevice::new(Arc::clone(&self.client))?;
-        Ok(builder.device(Device::new(DEVICE, Box::new(device))).build()?)
+        let device = Device::new(DEVICE, Box::new(VfioUserDevice::new(Arc::clone(&self.client))?));
+        migratable(builder, vec![device])
     }
 
     fn sources(&self, mode: KvmLogMode) -> anyhow::Result<Vec<Box<dyn DirtySource>>> {
@@ -197,6 +198,13 @@ pub(crate) fn slots(machine: &Machine) -> anyhow::Result<Vec<KvmSlot>> {
         anyhow::Ok(unsafe { KvmSlot::new(region.slot, gpa, region.userspace_addr, 0) })
     });
     slots.collect()
+}
+
+/// Puts the `vm-migration` traits over sources and devices.
+pub(crate) fn migratable(tracker: TrackerBuilder, devices: Vec<Device>) -> anyhow::Result<MigratableDevice> {
+    let tracker = Arc::new(Mutex::new(tracker.build()?));
+    let devices = Arc::new(Mutex::new(DeviceSet::new(devices)?));
+    Ok(MigratableDevice::new(PASS_THROUGH, tracker, devices))
 }
 
 /// Lets the guest make `passes` more passes at full speed, or fewer where it finds a wrong page.

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
 use vfio_migration::layout::Layout;
-use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::source::{ContainerLog, DeviceLog, DirtySource, Meaning};
+use vfio_migration::tracker::Tracker;
 use vfio_migration_integration::bed::{BedSetup, Here, Mirror};
 
 use crate::trap::{self, Trap, Trapped};
@@ -20,7 +20,7 @@ const WORDS: u64 = 20;
 
 /// A VM with one source, over a trapped descriptor, whose buffer was caught.
 struct Bench {
-    devices: MigratableDevice,
+    tracker: Tracker,
     mirror: Mirror,
     trap: Arc<Trap>,
     here: Here,
@@ -38,12 +38,12 @@ impl Bench {
         let trap = Arc::new(Trap::default());
         let source = source(Trapped { inner: descriptor(&here), readable, trap: Arc::clone(&trap) });
         let layout = Layout::from_guest_memory(here.side.machine().memory()).unwrap();
-        let mut devices = MigratableDevice::builder("trapped", layout).source(source).build().unwrap();
-        let mirror = Mirror::start(&here.memory, &mut devices).unwrap();
+        let mut tracker = Tracker::builder(layout).source(source).build().unwrap();
+        let mirror = Mirror::start(&here.memory, &mut tracker).unwrap();
         // The first collect allocates the buffer: a bit for each page of the first region, the largest.
         let pages = here.memory.regions()[0].len / PAGE_BYTES;
         trap::catch(usize::try_from(pages / 8).unwrap());
-        let mut bench = Self { devices, mirror, trap, here };
+        let mut bench = Self { tracker, mirror, trap, here };
         bench.assert_exact();
         bench
     }
@@ -52,13 +52,13 @@ impl Bench {
     fn lose_the_buffer(&mut self, region: usize) -> Vec<String> {
         self.here.side.engine().burst(WORDS).unwrap();
         self.trap.set(region);
-        let errors = self.devices.collect();
+        let errors = self.tracker.collect();
         self.trap.open();
         errors.iter().map(|error| chain(error)).collect()
     }
 
     fn assert_all_counts_as_written(&mut self) {
-        let copied = self.mirror.copy(&mut self.devices).unwrap();
+        let copied = self.mirror.copy(&mut self.tracker).unwrap();
         assert_eq!(copied.len() as u64, self.here.memory.layout().total_bytes() / PAGE_BYTES);
         assert_eq!(self.mirror.differing().unwrap(), BTreeSet::new());
     }
@@ -67,8 +67,8 @@ impl Bench {
         let engine = self.here.side.engine();
         let first = engine.position().unwrap();
         engine.burst(WORDS).unwrap();
-        assert!(self.devices.collect().is_empty());
-        assert_eq!(self.mirror.copy(&mut self.devices).unwrap(), pages_of(&self.here, first, WORDS));
+        assert!(self.tracker.collect().is_empty());
+        assert_eq!(self.mirror.copy(&mut self.tracker).unwrap(), pages_of(&self.here, first, WORDS));
     }
 }
 
@@ -114,7 +114,7 @@ fn device_log_into_a_buffer_that_cannot_be_written_fails_or_is_lost_without_a_wo
         let border = bench.here.memory.regions()[1].gpa;
         let written = pages_of(&bench.here, first, WORDS);
         let (below, above): (BTreeSet<_>, BTreeSet<_>) = written.into_iter().partition(|gpa| *gpa < border);
-        assert_eq!(bench.mirror.copy(&mut bench.devices).unwrap(), below);
+        assert_eq!(bench.mirror.copy(&mut bench.tracker).unwrap(), below);
         assert_eq!(bench.mirror.differing().unwrap(), above, "the kernel dropped the bits");
         eprintln!("this kernel's DMA_LOGGING_REPORT succeeds where it cannot write its bitmap");
     } else {

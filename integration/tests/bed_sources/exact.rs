@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Real devices under one [`MigratableDevice`]: what is sent is what was written, and the copy ends up equal.
+//! Real devices under one [`Tracker`]: what is sent is what was written, and the copy ends up equal.
 
 use std::collections::BTreeSet;
 
 use crate::bed::*;
 use crate::kernel::*;
 use vfio_migration::ledger::{ChunkLimits, CursorId, Start};
-use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::source::{ContainerLog, DeviceLog, Meaning};
+use vfio_migration::tracker::Tracker;
 
 /// Random schedules to run, of which each is known by its seed.
 const SCHEDULES: u64 = 20;
@@ -26,7 +26,7 @@ impl Random {
 }
 
 /// Sends a round: copies the pages that `cursor` lacks; returns which.
-fn send(vm: &mut MigratableDevice, cursor: CursorId, memory: &Device, copy: &mut [u64]) -> BTreeSet<u64> {
+fn send(vm: &mut Tracker, cursor: CursorId, memory: &Device, copy: &mut [u64]) -> BTreeSet<u64> {
     let mut pages = BTreeSet::new();
     vm.begin_round(cursor);
     while let Some(chunk) = vm.take(cursor, ChunkLimits { bytes: 7 * PAGE as u64, ranges: 3 }).unwrap() {
@@ -51,11 +51,8 @@ fn an_mdev_on_two_logs_is_sent_exactly_under_random_schedules() {
         let container =
             ContainerLog::new("container", clone(&device.container), 3, Meaning::Written).unwrap();
         let own = DeviceLog::new("device-log", clone(&device.file)).unwrap();
-        let mut vm = MigratableDevice::builder("vm", layout())
-            .source(Box::new(container))
-            .source(Box::new(own))
-            .build()
-            .unwrap();
+        let mut vm =
+            Tracker::builder(layout()).source(Box::new(container)).source(Box::new(own)).build().unwrap();
         let (mut random, mut copy) = (Random(seed), vec![0; PAGES * PAGE / 8]);
         let cursor = vm.begin(Start::Empty).unwrap();
         assert_eq!(send(&mut vm, cursor, &device, &mut copy), set(0..256));
@@ -79,11 +76,8 @@ fn an_edu_and_an_mdev_in_spaces_of_their_own_are_sent_exactly() {
     let (mdev, edu) = (open_mdev(&mdev), open_edu(&edu));
     let container = ContainerLog::new("container", clone(&mdev.container), 3, Meaning::Written).unwrap();
     let own = DeviceLog::new("device-log", clone(&edu.file)).unwrap();
-    let mut vm = MigratableDevice::builder("vm", layout())
-        .source(Box::new(container))
-        .source(Box::new(own))
-        .build()
-        .unwrap();
+    let mut vm =
+        Tracker::builder(layout()).source(Box::new(container)).source(Box::new(own)).build().unwrap();
     let cursor = vm.begin(Start::Copied).unwrap();
     let (mut random, mut unused) = (Random(5), vec![0; PAGES * PAGE / 8]);
     for _ in 0..5 {
@@ -102,7 +96,7 @@ fn an_imprecise_container_is_left_to_the_final_round() {
     let Some([edu, _]) = two("imprecise container, final round", "edu_vfio") else { return };
     let edu = open_edu(&edu);
     let container = ContainerLog::new("container", clone(&edu.container), 3, Meaning::Mapped).unwrap();
-    let builder = MigratableDevice::builder("vm", layout()).allow_imprecise();
+    let builder = Tracker::builder(layout()).allow_imprecise();
     let mut vm = builder.source(Box::new(container)).build().unwrap();
     let cursor = vm.begin(Start::Empty).unwrap();
     let mut copy = vec![0; PAGES * PAGE / 8];

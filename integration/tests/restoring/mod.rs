@@ -3,11 +3,13 @@
 //! Moving machines from and to snapshots: what several tests do with them.
 
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::snapshot::{Limits as SnapshotLimits, SnapshotDir, SnapshotSource};
 use vfio_migration::source::KvmLogMode;
+use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
 use vfio_migration::transfer::receive::{Destination, ReceiveError, Received, Receiver};
@@ -20,7 +22,7 @@ use vm_migration::Pausable;
 /// Sends `vm` to `destination` over a socket.
 pub(crate) fn transfer(
     vm: &mut impl Vm,
-    devices: &mut MigratableDevice,
+    devices: &MigratableDevice,
     destination: &mut (dyn Destination + Send),
     adjust: impl FnOnce(&mut SendOptions),
 ) -> (Result<Sent, SendError>, Result<Received, ReceiveError>) {
@@ -30,7 +32,7 @@ pub(crate) fn transfer(
     thread::scope(|scope| {
         let receiving =
             scope.spawn(|| Receiver::new(Limits::default(), None).receive(&listener, destination));
-        let sent = Sender::new(options).send(vm, devices, &Migration::new());
+        let sent = Sender::new(options).send(vm, devices.tracker(), devices.devices(), &Migration::new());
         (sent, receiving.join().unwrap())
     })
 }
@@ -42,10 +44,11 @@ pub(crate) fn restore(setup: MachineSetup, target: &Path) -> Health {
     let directory = SnapshotDir::open(target, &SnapshotLimits::default()).unwrap();
     let mut snapshot = SnapshotSource::new(directory).unwrap();
     let layout = snapshot.layout().clone();
-    let mut nothing = MigratableDevice::builder("pass-through", layout).build().unwrap();
+    let tracker = Arc::new(Mutex::new(Tracker::builder(layout).build().unwrap()));
+    let nothing = MigratableDevice::new("pass-through", tracker, Arc::default());
     let mut vm = DestinationVm::new(&side.machine, &mut devices);
     let (sent, received) =
-        transfer(&mut snapshot, &mut nothing, &mut vm, |options| options.complete_paused = true);
+        transfer(&mut snapshot, &nothing, &mut vm, |options| options.complete_paused = true);
     received.unwrap();
     let sent = sent.unwrap();
     assert!(sent.skipped_hole_bytes > 0, "holes of the file stay holes");

@@ -1,24 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Naming the parts of a [`MigratableDevice`].
+//! Naming the sources and address spaces of a [`Tracker`].
 
 use thiserror::Error;
 
-use super::{Attached, MigratableDevice, MigratableDeviceError, SpaceId};
-use crate::device::{Device, DeviceSet};
+use super::{Attached, SpaceId, Tracker, TrackerError};
 use crate::iova::IovaMap;
 use crate::layout::Layout;
 use crate::ledger::Ledger;
 use crate::source::DirtySource;
 
-/// Names the parts of a [`MigratableDevice`].
+/// Names the sources and address spaces of a [`Tracker`].
 #[must_use = "a builder does nothing until it builds"]
-pub struct Builder {
-    id: String,
+pub struct TrackerBuilder {
     layout: Layout,
     spaces: Vec<IovaMap>,
     sources: Vec<Attached>,
-    devices: Vec<Device>,
     allow_imprecise: bool,
 }
 
@@ -32,9 +29,9 @@ pub struct ImpreciseSource {
     pub id: String,
 }
 
-impl Builder {
-    pub(super) fn new(id: String, layout: Layout, spaces: Vec<IovaMap>) -> Self {
-        Self { id, layout, spaces, sources: Vec::new(), devices: Vec::new(), allow_imprecise: false }
+impl TrackerBuilder {
+    pub(super) fn new(layout: Layout) -> Self {
+        Self { layout, spaces: vec![IovaMap::Identity], sources: Vec::new(), allow_imprecise: false }
     }
 
     /// Adds a source whose addresses are guest-physical, or IOVAs equal to them.
@@ -59,43 +56,32 @@ impl Builder {
         SpaceId(self.spaces.len() - 1)
     }
 
-    /// Allows sources that cannot tell written pages from pages that could have been written, which [`Builder::build`] refuses
+    /// Allows sources that cannot tell written pages from pages that could have been written, which [`TrackerBuilder::build`] refuses
     /// otherwise. What they cover is sent in the last round, while the VM stands still, and each is named as a degradation.
     pub fn allow_imprecise(mut self) -> Self {
         self.allow_imprecise = true;
         self
     }
 
-    /// Adds a device whose state moves.
-    pub fn device(mut self, device: Device) -> Self {
-        self.devices.push(device);
-        self
-    }
-
     /// Builds it, with no log running.
     ///
     /// # Errors
-    /// Two sources share an id, one is imprecise and that was not allowed, or the devices cannot be migrated together.
-    pub fn build(self) -> Result<MigratableDevice, MigratableDeviceError> {
+    /// Two sources share an id, or one is imprecise and that was not allowed.
+    pub fn build(self) -> Result<Tracker, TrackerError> {
         let ids: Vec<_> = self.sources.iter().map(|attached| attached.source.id()).collect();
         if let Some((_, id)) = ids.iter().enumerate().find(|(at, id)| ids[..*at].contains(id)) {
-            return Err(MigratableDeviceError::TwoSources { id: (*id).to_owned() });
+            return Err(TrackerError::TwoSources { id: (*id).to_owned() });
         }
         if let Some(attached) =
             self.sources.iter().find(|attached| !attached.precise && !self.allow_imprecise)
         {
-            return Err(MigratableDeviceError::Imprecise { id: attached.source.id().to_owned() });
+            return Err(TrackerError::Imprecise { id: attached.source.id().to_owned() });
         }
-        Ok(MigratableDevice {
-            id: self.id,
+        Ok(Tracker {
             ledger: Ledger::new(self.layout, self.sources.len()),
             spaces: self.spaces,
             sources: self.sources,
-            devices: DeviceSet::new(self.devices)?,
-            logging: false,
-            migrating: false,
-            paused: false,
-            session: None,
+            tracking: false,
         })
     }
 }

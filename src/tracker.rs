@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! [`Tracker`]: everything that knows which pages are dirty, and nothing about devices' state.
+
+mod builder;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::sync::{Mutex, MutexGuard};
+
+use thiserror::Error;
+
+use crate::error::Chain;
+use crate::iova::{IovaError, IovaMap, Mapping};
+use crate::layout::{Layout, Region};
+use crate::ledger::{Attribution, Chunk, ChunkLimits, CursorId, Ledger, Outstanding, Start};
+use crate::range::{GpaRange, IovaRange};
+use crate::source::{DirtySource, SourceError};
+
+pub use builder::{ImpreciseSource, TrackerBuilder};
+
+/// Why a [`Tracker`] could not do its part.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TrackerError {
+    /// A source could not be switched on, or not be told of what happens.
+    #[error("Cannot track dirty pages")]
+    Source(#[from] SourceError),
+    /// The IOVA map refuses a change.
+    #[error("Cannot change the IOVA map")]
+    Iova(#[from] IovaError),
+    /// Two sources carry the same id.
+    #[error("Two dirty sources are named {id}")]
+    TwoSources {
+        /// The name.
+        id: String,
+    },
+    /// A source cannot tell written pages from pages that could have been written, and that was not allowed.
+    #[error("Dirty source {id} is imprecise: it reports every page its devices could have written")]
+    Imprecise {
+        /// The source.
+        id: String,
+    },
+    /// The cursor is closed.
+    #[error("Dirty log is not running for this receiver")]
+    CursorClosed,
+    /// A thread panicked in the middle of tracking, so that bits may be lost: begin anew, with a receiver that holds nothing.
+    #[error("Tracking was cut short by a panic")]
+    Poisoned,
+    /// Pages that should be saved together are elsewhere.
+    #[error("Cannot save all pending pages at once while {bytes} bytes are in flight")]
+    InFlight {
+        /// Bytes of the chunks that were neither committed nor rolled back.
+        bytes: u64,
+    },
+}
+
+/// Names one IOVA address space of a [`Tracker`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SpaceId(usize);
+
+impl SpaceId {
+    /// The space where IOVA equals GPA, which is always there.
+    pub const IDENTITY: Self = Self(0);
+}
+
+struct Attached {
+    source: Box<dyn DirtySource>,
+    space: SpaceId,
+    precise: bool,
+}
+
+/// Knows which pages of a VM are dirty: its sources, their address spaces, and a cursor for each receiver or snapshot base.
+///
+/// Driven chunk by chunk by [`crate::transfer`], or table by table through [`crate::migratable::MigratableDevice`]. Who shares
+/// it puts it into an `Arc<Mutex<Tracker>>`: a sender locks it for each collect and each chunk, never while bytes are sent, so
+/// that the VMM can plug, unplug, map and unmap meanwhile.
+///
+/// ```
+/// use vfio_migration::{granule::Granule, layout::Layout, ledger::{ChunkLimits, Start}, range::GpaRange, tracker::Tracker};
+/// let layout = Layout::new([GpaRange::new(0, 1 << 20)?], Granule::KIB_4)?;
+/// let mut tracker = Tracker::builder(layout).build()?;
+/// let receiver = tracker.begin(Start::Empty)?;
+/// let chunk = tracker.take(receiver, ChunkLimits::NONE)?.expect("a new receiver lacks all RAM");
+/// assert_eq!(chunk.bytes(), 1 << 20);
+/// tracker.commit(chunk);
+/// tracker.end(receiver)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Tracker {
+    ledger: Ledger,
+    spaces: Vec<IovaMap>,
+    sources: Vec<Attached>,
+    tracking: bool,
+}
+
+impl Tracker {
+    /// Starts naming what tracks the dirty pages of a VM with this RAM.
+    pub fn builder(layout: Layout) -> TrackerBuilder {
+        TrackerBuilder::new(layout)
+    }
+
+    /// The VM's RAM.
+    pub fn layout(&self) -> &Layout {
+        self.ledger.layout()
+    }
+
+    /// Opens a cursor for a receiver that holds what `start` says; switches all sources on first, unless they run.
+    ///
+    /// With [`Start::Copied`] and sources that ran before, pages whose bits stand in a kernel are pending: another write to
+    /// them shows no more once another receiver's copy has cleared them. A kernel that begins with every bit set has them cleared.
+    ///
+    /// # Errors
+    /// A source could not be switched on, or not begin with clean pages; all are off again unless another cursor is open.
+    pub fn begin(&mut self, start: Start) -> Result<CursorId, TrackerError> {
+        let ran_before = self.tracking;
+        self.arm()?;
+        let cursor = self.ledger.open(start);
+        if start == Start::Copied && ran_before {
+            warn_of(self.collect());
+        } else if start == Start::Copied {
+            let ram: Vec<_> = self.layout().regions().iter().map(Region::range).collect();
+            self.before_read(&ram).inspect_err(|_| {
+                let _already_failing = self.end(cursor);
+            })?;
+        }
+        Ok(cursor)
+    }
+
+    /// Closes a cursor; switches all sources off when it was the last.
+    ///
+    /// # Errors
+    /// A source could not be switched off; the cursor is closed and the sources count as off all the same.
+    pub fn end(&mut self, cursor: CursorId) -> Result<(), TrackerError> {
+        self.ledger.close(cursor);
+        if self.ledger.has_cursors() { Ok(()) } else { self.disarm() }
+    }
+
+    /// Collects from every precise source into every cursor.
+    ///
+    /// A source that fails has all it covers marked dirty; its error comes back as a degradation, and nothing is lost.
+    #[must_use = "each error is a degradation to report"]
+    pub fn collect(&mut self) -> Vec<SourceError> {
+        self.collect_from(|attached| attached.precise)
+    }
+
+    /// Collects from every source, imprecise ones too: for the last round, when vCPUs and devices are stopped.
+    #[must_use = "each error is a degradation to report"]
+    pub fn collect_final(&mut self) -> Vec<SourceError> {
+        self.collect_from(|_| true)
+    }
+
+    /// Sources that report what could have been written; see [`TrackerBuilder::allow_imprecise`].
+    pub fn imprecise_sources(&self) -> impl Iterator<Item = ImpreciseSource> {
+        let imprecise = self.sources.iter().filter(|attached| !attached.precise);
+        imprecise.map(|attached| ImpreciseSource { id: attached.source.id().to_owned() })
+    }
+
+    /// Bytes that only [`Tracker::collect_final`] makes pending: the RAM imprecise sources cover, rather too much.
+    pub fn imprecise_bytes(&self) -> u64 {
+        let layout = self.ledger.layout();
+        let imprecise = self.sources.iter().filter(|attached| !attached.precise);
+        let covers = imprecise.flat_map(|attached| attached.source.cover().ranges);
+        let in_ram = |range| layout.parts(range).map(|(_, part)| part.len()).sum::<u64>();
+        covers.map(in_ram).sum::<u64>().min(layout.bytes())
+    }
+
+    /// How much a cursor's receiver still lacks; `None` once it is closed.
+    pub fn outstanding(&self, cursor: CursorId) -> Option<Outstanding> {
+        self.ledger.outstanding(cursor)
+    }
+
+    /// Bytes of pages reported dirty at least once since the cursor was opened; `None` once it is closed.
+    pub fn dirtied_bytes(&self, cursor: CursorId) -> Option<u64> {
+        self.ledger.dirtied_bytes(cursor)
+    }
+
+    /// Begins a round: the next [`Tracker::take`] starts again at the lowest page.
+    pub fn begin_round(&mut self, cursor: CursorId) {
+        self.ledger.begin_round(cursor);
+    }
+
+    /// Takes the round's next pages into flight and clears their standing bits: their bytes may be read from now on.
+    ///
+    /// # Errors
+    /// A source could not clear its bits; the pages are pending again.
+    pub fn take(&mut self, cursor: CursorId, limits: ChunkLimits) -> Result<Option<Chunk>, TrackerError> {
+        let Some(chunk) = self.ledger.take(cursor, limits) else { return Ok(None) };
+        if let Err(error) = self.before_read(chunk.ranges()) {
+            self.ledger.roll_back(chunk);
+            return Err(error.into());
+        }
+        Ok(Some(chunk))
+    }
+
+    /// Forgets pages the receiver acknowledged.
+    pub fn commit(&mut self, chunk: Chunk) {
+        self.ledger.commit(chunk);
+    }
+
+    /// Makes pages pending again whose copy did not arrive.
+    pub fn roll_back(&mut self, chunk: Chunk) {
+        self.ledger.roll_back(chunk);
+    }
+
+    /// Hands all pending pages to `save` at once: committed if it succeeds, pending again if it fails, for another attempt.
+    ///
+    /// This is how one snapshot after another is taken: see [`crate::snapshot`]. Call [`Tracker::collect_final`]
+    /// right before, when vCPUs and devices are stopped and their state is captured. `save` is called even if nothing is pending.
+    /// A VM that is to run on once its pages are copied, before they are safe on disk, does the same with `take`, `commit` and
+    /// `roll_back`.
+    ///
+    /// # Errors
+    /// The cursor is closed, a chunk of it is neither committed nor rolled back, a source could not clear its bits, or `save`
+    /// failed. What was pending is pending.
+    pub fn save_pending<T, E: From<TrackerError>>(
+        &mut self,
+        cursor: CursorId,
+        save: impl FnOnce(&[GpaRange]) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let outstanding = self.outstanding(cursor).ok_or(TrackerError::CursorClosed)?;
+        if outstanding.in_flight_bytes > 0 {
+            return Err(TrackerError::InFlight { bytes: outstanding.in_flight_bytes }.into());
+        }
+        self.begin_round(cursor);
+        let chunk = self.take(cursor, ChunkLimits::NONE)?;
+        let saved = save(chunk.as_ref().map_or(&[][..], Chunk::ranges));
+        match (chunk, saved.is_ok()) {
+            (Some(chunk), true) => self.commit(chunk),
+            (Some(chunk), false) => self.roll_back(chunk),
+            (None, _) => {}
+        }
+        saved
+    }
+
+    /// Pages each source reported since this value was built, by source id.
+    pub fn attribution(&self) -> impl Iterator<Item = (&str, Attribution)> {
+        let ids = self.sources.iter().map(|attached| attached.source.id());
+        ids.zip(self.ledger.attribution().iter().copied())
+    }
+
+    /// Takes in a mapping that a virtual IOMMU has made.
+    ///
+    /// # Errors
+    /// It overlaps one that stands, or a source would not see writes through it: tear it down again, or end the migration.
+    pub fn map(&mut self, space: SpaceId, mapping: Mapping) -> Result<(), TrackerError> {
+        self.spaces[space.0].map(mapping)?;
+        if !self.tracking {
+            return Ok(());
+        }
+        // All are told, whoever fails: one that did not know of the mapping would take it for clean.
+        let mut told = Ok(());
+        for attached in self.sources.iter_mut().filter(|attached| attached.space == space) {
+            told = told.and(attached.source.mapped(&mapping));
+        }
+        Ok(told?)
+    }
+
+    /// Harvests the mappings in `iova` that are about to go, and forgets them; the caller unmaps whatever the answer.
+    ///
+    /// Returns the degradations: a mapping whose bits could not be read counts as written all over.
+    ///
+    /// # Errors
+    /// `iova` would cut a mapping in two; nothing changed.
+    pub fn unmap(&mut self, space: SpaceId, iova: IovaRange) -> Result<Vec<SourceError>, TrackerError> {
+        let mut degradations = Vec::new();
+        for mapping in self.spaces[space.0].whole_mappings(iova)? {
+            if self.tracking {
+                self.harvest(space, &mapping, &mut degradations);
+            }
+            self.spaces[space.0].forget(&mapping);
+        }
+        self.ledger.absorb();
+        Ok(degradations)
+    }
+
+    fn arm(&mut self) -> Result<(), TrackerError> {
+        if self.tracking {
+            return Ok(());
+        }
+        for index in 0..self.sources.len() {
+            let Attached { source, space, .. } = &mut self.sources[index];
+            if let Err(error) = source.start(self.ledger.layout(), &self.spaces[space.0]) {
+                for started in &mut self.sources[..index] {
+                    let _already_failing = started.source.stop();
+                }
+                return Err(error.into());
+            }
+        }
+        self.tracking = true;
+        Ok(())
+    }
+
+    fn disarm(&mut self) -> Result<(), TrackerError> {
+        if !std::mem::take(&mut self.tracking) {
+            return Ok(());
+        }
+        let mut first_error = Ok(());
+        for attached in &mut self.sources {
+            first_error = first_error.and(attached.source.stop());
+        }
+        Ok(first_error?)
+    }
+
+    /// Tells every source that the bytes of `ranges`, which ascend, are about to be read.
+    fn before_read(&mut self, ranges: &[GpaRange]) -> Result<(), SourceError> {
+        self.sources.iter_mut().try_for_each(|attached| attached.source.before_read(ranges))
+    }
+
+    fn collect_from(&mut self, which: impl Fn(&Attached) -> bool) -> Vec<SourceError> {
+        let mut degradations = Vec::new();
+        for (index, attached) in self.sources.iter_mut().enumerate().filter(|(_, attached)| which(attached)) {
+            let mut sink = self.ledger.sink(index, &self.spaces[attached.space.0]);
+            if let Err(error) = attached.source.collect(&mut sink) {
+                attached.source.cover().ranges.into_iter().for_each(|range| sink.gpa_range(range));
+                degradations.push(error);
+            }
+        }
+        self.ledger.absorb();
+        degradations
+    }
+
+    fn harvest(&mut self, space: SpaceId, mapping: &Mapping, degradations: &mut Vec<SourceError>) {
+        for (index, attached) in self.sources.iter_mut().enumerate() {
+            if attached.space != space {
+                continue;
+            }
+            let mut sink = self.ledger.sink(index, &self.spaces[space.0]);
+            if let Err(error) = attached.source.unmapped(mapping, &mut sink) {
+                sink.gpa_range(mapping.gpa());
+                degradations.push(error);
+            }
+        }
+    }
+}
+
+/// Locks a shared tracker for the next step of a migration, unless a thread died in the middle of one.
+pub(crate) fn locked(tracker: &Mutex<Tracker>) -> Result<MutexGuard<'_, Tracker>, TrackerError> {
+    tracker.lock().map_err(|_| TrackerError::Poisoned)
+}
+
+/// Tells of degradations where nobody but the log will hear of them.
+pub(crate) fn warn_of(degradations: Vec<SourceError>) {
+    for degradation in degradations {
+        log::warn!("{}; all it covers counts as written", Chain(&degradation));
+    }
+}
