@@ -11,8 +11,9 @@
 #include <linux/kthread.h>
 #include <linux/mdev.h>
 #include <linux/module.h>
-#include <linux/pci_ids.h>
+#include <linux/pci.h>
 #include <linux/uaccess.h>
+#include <linux/unaligned.h>
 #include <linux/wait.h>
 
 #include "dirty_mdev.h"
@@ -24,7 +25,7 @@
 #define BACKLOG_NS	(100 * NSEC_PER_MSEC)
 
 #define REGION_SHIFT	40
-#define CONFIG_BYTES	64
+#define CONFIG_BYTES	PCI_CFG_SPACE_SIZE
 
 static unsigned int mig_flags = VFIO_MIGRATION_STOP_COPY | VFIO_MIGRATION_P2P |
 				VFIO_MIGRATION_PRE_COPY;
@@ -46,6 +47,9 @@ struct window {
  *	in flight when it is free.
  * @dma_allowed: the migration state lets the device start DMA.
  * @changes: grows with every change of the state that migrates.
+ * @config: the PCI configuration space; under @lock, and no state that migrates:
+ *	a VMM moves what its guest wrote there itself.
+ * @high_half: written by a 4-byte access, and waiting for its low half.
  * @pins_lock: of @pins; apart from @lock, as the container calls back with
  *	locks of its own held.
  * @pins: pinned pages, by iova >> PAGE_SHIFT.
@@ -58,6 +62,8 @@ struct dirty_mdev {
 	u64 changes;
 	u64 control, seed, position, count, errors, rate;
 	struct window windows[DIRTY_MDEV_WINDOWS];
+	u8 config[CONFIG_BYTES];
+	u32 high_half;
 	struct task_struct *engine;
 	wait_queue_head_t wake;
 	struct mutex pins_lock;
@@ -347,6 +353,82 @@ static const struct fixture_ops dirty_mdev_fixture_ops = {
 
 FIXTURE_VFIO_OPS(dirty_mdev, to_fixture);
 
+/* --- PCI configuration space ---------------------------------------------- */
+
+/* As vfio-pci leaves a device it opened: it answers at its BAR. */
+static void config_reset(struct dirty_mdev *d)
+{
+	mutex_lock(&d->lock);
+	memset(d->config, 0, sizeof(d->config));
+	put_unaligned_le16(DIRTY_MDEV_VENDOR, d->config + PCI_VENDOR_ID);
+	put_unaligned_le16(DIRTY_MDEV_DEVICE, d->config + PCI_DEVICE_ID);
+	put_unaligned_le16(PCI_COMMAND_MEMORY, d->config + PCI_COMMAND);
+	put_unaligned_le16(PCI_CLASS_SYSTEM_OTHER, d->config + PCI_CLASS_DEVICE);
+	d->high_half = 0;
+	mutex_unlock(&d->lock);
+}
+
+/* Which bits of a byte a guest may write; the BAR's size shows in those it may not. */
+static u8 config_mask(u64 offset)
+{
+	const u16 command = PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER |
+			    PCI_COMMAND_INTX_DISABLE;
+	const u32 bar = ~(DIRTY_MDEV_BAR_BYTES - 1);
+
+	switch (offset) {
+	case PCI_COMMAND ... PCI_COMMAND + 1:
+		return command >> (8 * (offset - PCI_COMMAND));
+	case PCI_BASE_ADDRESS_0 ... PCI_BASE_ADDRESS_0 + 3:
+		return bar >> (8 * (offset - PCI_BASE_ADDRESS_0));
+	case PCI_CACHE_LINE_SIZE:
+	case PCI_INTERRUPT_LINE:
+		return 0xff;
+	}
+	return 0;
+}
+
+static bool memory_enabled(const struct dirty_mdev *d)
+{
+	lockdep_assert_held(&d->lock);
+	return get_unaligned_le16(d->config + PCI_COMMAND) & PCI_COMMAND_MEMORY;
+}
+
+static ssize_t config_read(struct dirty_mdev *d, char __user *buf, size_t n,
+			   u64 offset)
+{
+	u8 copy[CONFIG_BYTES];
+
+	if (offset >= CONFIG_BYTES)
+		return -EINVAL;
+	mutex_lock(&d->lock);
+	memcpy(copy, d->config, sizeof(copy));
+	mutex_unlock(&d->lock);
+	n = min_t(size_t, n, CONFIG_BYTES - offset);
+	return copy_to_user(buf, copy + offset, n) ? -EFAULT : n;
+}
+
+static ssize_t config_write(struct dirty_mdev *d, const char __user *buf,
+			    size_t n, u64 offset)
+{
+	u8 bytes[CONFIG_BYTES];
+	size_t i;
+
+	if (offset >= CONFIG_BYTES)
+		return -EINVAL;
+	n = min_t(size_t, n, CONFIG_BYTES - offset);
+	if (copy_from_user(bytes, buf, n))
+		return -EFAULT;
+	mutex_lock(&d->lock);
+	for (i = 0; i < n; i++) {
+		u8 mask = config_mask(offset + i);
+		u8 *byte = d->config + offset + i;
+
+		*byte = (*byte & ~mask) | (bytes[i] & mask);
+	}
+	mutex_unlock(&d->lock);
+	return n;
+}
+
 /* --- registers ----------------------------------------------------------- */
 
 /* Where the register at @offset lies if a user may just read and write it. */
@@ -423,64 +505,92 @@ static int bar_write(struct dirty_mdev *d, u64 offset, u64 value)
 	return set_register(d, offset, value);
 }
 
-static bool is_bar_access(loff_t pos, size_t n)
+/* A register at once, or one of its halves. */
+static bool is_bar_access(u64 offset, size_t n)
 {
-	u64 offset = pos & ((1ULL << REGION_SHIFT) - 1);
-
-	return pos >> REGION_SHIFT == VFIO_PCI_BAR0_REGION_INDEX &&
-	       n == sizeof(u64) && offset % sizeof(u64) == 0 &&
+	return (n == sizeof(u64) || n == sizeof(u32)) && offset % n == 0 &&
 	       offset < DIRTY_MDEV_BAR_BYTES;
 }
 
-/* Just enough of a header to be told from other devices; it ignores writes. */
-static ssize_t config_read(char __user *buf, size_t n, u64 offset)
+static ssize_t bar_read_user(struct dirty_mdev *d, char __user *buf, size_t n,
+			     u64 offset)
 {
-	u8 config[CONFIG_BYTES] = {};
+	u64 value;
 
-	config[0x00] = 0x34;
-	config[0x01] = 0x12;
-	config[0x02] = 0xd1;
-	config[0x03] = 0xd1;
-	config[0x0b] = PCI_BASE_CLASS_SYSTEM;
-	config[0x0a] = 0x80;
-	if (offset >= sizeof(config))
+	if (!is_bar_access(offset, n))
 		return -EINVAL;
-	n = min_t(size_t, n, sizeof(config) - offset);
-	return copy_to_user(buf, config + offset, n) ? -EFAULT : n;
+	mutex_lock(&d->lock);
+	if (!memory_enabled(d)) {
+		mutex_unlock(&d->lock);
+		return -EIO;
+	}
+	value = bar_read(d, round_down(offset, sizeof(u64)));
+	mutex_unlock(&d->lock);
+	value >>= 8 * (offset % sizeof(u64));
+	return copy_to_user(buf, &value, n) ? -EFAULT : n;
+}
+
+/* Keeps a high half, or joins a low one with it; returns 1 when @value is whole. */
+static int join_halves(struct dirty_mdev *d, u64 offset, size_t n, u64 *value)
+{
+	int ret = 1;
+
+	mutex_lock(&d->lock);
+	if (!memory_enabled(d)) {
+		ret = -EIO;
+	} else if (offset % sizeof(u64)) {
+		d->high_half = *value;
+		ret = 0;
+	} else if (n == sizeof(u32)) {
+		*value |= (u64)d->high_half << 32;
+		d->high_half = 0;
+	}
+	mutex_unlock(&d->lock);
+	return ret;
+}
+
+static ssize_t bar_write_user(struct dirty_mdev *d, const char __user *buf,
+			      size_t n, u64 offset)
+{
+	u64 value = 0;
+	int ret;
+
+	if (!is_bar_access(offset, n))
+		return -EINVAL;
+	if (copy_from_user(&value, buf, n))
+		return -EFAULT;
+	ret = join_halves(d, offset, n, &value);
+	if (ret > 0)
+		ret = bar_write(d, offset, value);
+	return ret ?: n;
 }
 
 static ssize_t dirty_mdev_read(struct vfio_device *vdev, char __user *buf,
 			       size_t n, loff_t *pos)
 {
-	struct dirty_mdev *d = to_dirty_mdev(vdev);
 	u64 offset = *pos & ((1ULL << REGION_SHIFT) - 1);
-	u64 value;
 
-	if (*pos >> REGION_SHIFT == VFIO_PCI_CONFIG_REGION_INDEX)
-		return config_read(buf, n, offset);
-	if (!is_bar_access(*pos, n))
-		return -EINVAL;
-	mutex_lock(&d->lock);
-	value = bar_read(d, offset);
-	mutex_unlock(&d->lock);
-	return copy_to_user(buf, &value, n) ? -EFAULT : n;
+	switch (*pos >> REGION_SHIFT) {
+	case VFIO_PCI_CONFIG_REGION_INDEX:
+		return config_read(to_dirty_mdev(vdev), buf, n, offset);
+	case VFIO_PCI_BAR0_REGION_INDEX:
+		return bar_read_user(to_dirty_mdev(vdev), buf, n, offset);
+	}
+	return -EINVAL;
 }
 
 static ssize_t dirty_mdev_write(struct vfio_device *vdev,
 				const char __user *buf, size_t n, loff_t *pos)
 {
-	u64 value;
-	int ret;
+	u64 offset = *pos & ((1ULL << REGION_SHIFT) - 1);
 
-	if (*pos >> REGION_SHIFT == VFIO_PCI_CONFIG_REGION_INDEX)
-		return n;
-	if (!is_bar_access(*pos, n))
-		return -EINVAL;
-	if (copy_from_user(&value, buf, n))
-		return -EFAULT;
-	ret = bar_write(to_dirty_mdev(vdev),
-			*pos & ((1ULL << REGION_SHIFT) - 1), value);
-	return ret ?: n;
+	switch (*pos >> REGION_SHIFT) {
+	case VFIO_PCI_CONFIG_REGION_INDEX:
+		return config_write(to_dirty_mdev(vdev), buf, n, offset);
+	case VFIO_PCI_BAR0_REGION_INDEX:
+		return bar_write_user(to_dirty_mdev(vdev), buf, n, offset);
+	}
+	return -EINVAL;
 }
 
 /* --- ioctls -------------------------------------------------------------- */
@@ -578,6 +688,7 @@ static int dirty_mdev_open(struct vfio_device *vdev)
 {
 	struct dirty_mdev *d = to_dirty_mdev(vdev);
 
+	config_reset(d);
 	dirty_mdev_reset(&d->fixture);
 	vdev->migration_flags = mig_flags;
 	vdev->mig_ops = mig_flags ? &dirty_mdev_migration_ops : NULL;

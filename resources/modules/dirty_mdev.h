@@ -2,8 +2,18 @@
 /*
  * dirty_mdev - register map
  *
+ * The device is 1234:d1d1, with one BAR of 4 KiB of 32-bit memory, and neither
+ * interrupts nor capabilities. Of its configuration space a guest can write the
+ * bits of the command register for memory, bus master and INTx, BAR0's address,
+ * cache line size and interrupt line. The BAR answers while the command
+ * register's memory bit is set, as it is when the device was opened; else
+ * accesses fail with EIO. Bus master changes nothing: tests start DMA unasked.
+ *
  * BAR0 (region 0) holds 64-bit registers, little endian. Each is read or
- * written whole, with an aligned access of 8 bytes; others fail with EINVAL.
+ * written whole, with an aligned access of 8 bytes, or a half at a time with
+ * 4 bytes: a high half that is written waits until the next low half is, which
+ * writes the register; a low half alone is extended with zeros. Other accesses
+ * fail with EINVAL.
  *
  *	0x000	ID	 ro	DIRTY_MDEV_ID
  *	0x008	CONTROL	 rw	bit 0, RUN: the engine writes at RATE
@@ -42,6 +52,9 @@
  */
 #ifndef DIRTY_MDEV_H
 #define DIRTY_MDEV_H
+
+#define DIRTY_MDEV_VENDOR		0x1234
+#define DIRTY_MDEV_DEVICE		0xd1d1
 
 #define DIRTY_MDEV_ID			0x56444d5954524944ULL	/* "DIRTYMDV" */
 #define DIRTY_MDEV_WINDOWS		16

@@ -61,6 +61,7 @@ pub(crate) const IOAS_MAP: u64 = 0x85;
 pub(crate) const SET_IOMMU: u64 = 102;
 pub(crate) const GROUP_SET_CONTAINER: u64 = 104;
 pub(crate) const GROUP_GET_DEVICE_FD: u64 = 106;
+pub(crate) const DEVICE_GET_REGION_INFO: u64 = 108;
 pub(crate) const DEVICE_RESET: u64 = 111;
 pub(crate) const IOMMU_MAP_DMA: u64 = 113;
 pub(crate) const IOMMU_DIRTY_PAGES: u64 = 117;
@@ -160,6 +161,15 @@ impl Device {
         let mut bytes = [0; 8];
         self.file.read_exact_at(&mut bytes, register).unwrap();
         u64::from_le_bytes(bytes)
+    }
+
+    /// Size and file offset of a region that can be read and written.
+    pub(crate) fn region(&self, index: u64) -> (u64, u64) {
+        const READ_AND_WRITE: u64 = 3;
+        let mut info = [32, index, 0, 0];
+        vfio(&self.file, DEVICE_GET_REGION_INFO, &raw mut info).unwrap();
+        assert_eq!(info[0] >> 32 & 3, READ_AND_WRITE);
+        (info[2], info[3])
     }
 
     /// `VFIO_DEVICE_FEATURE` with `N` words of data, in and out.
