@@ -53,12 +53,11 @@ fn every_rule_has_its_tests_or_a_reason() {
         tests_below(&root.join(folder), &mut known);
     }
     let text = fs::read_to_string(root.join("docs/rules.md")).unwrap();
-    let mut next = 1;
+    let mut numbers = Vec::new();
     for row in text.lines().filter(|line| line.starts_with("| C")) {
-        let number = format!("C{next:02}");
         let cells: Vec<_> = row.split('|').map(str::trim).collect();
-        assert_eq!(cells[1], number, "rules are in order and none is left out");
-        next += 1;
+        let number = cells[1].to_owned();
+        numbers.push(number.clone());
         if cells[3].starts_with("why not") {
             assert!(cells[3].len() > "why not: ".len(), "{number} has no reason");
             continue;
@@ -70,5 +69,7 @@ fn every_rule_has_its_tests_or_a_reason() {
             assert!(test.contains(&number.to_lowercase()), "{test} does not bear the number of {number}");
         }
     }
-    assert_eq!(next, 45, "there are 44 rules");
+    assert!(numbers.is_sorted(), "rules are in order");
+    let expected: Vec<_> = (1..=44).map(|number| format!("C{number:02}")).collect();
+    assert!(numbers.starts_with(&expected), "none of the first 44 is left out");
 }

@@ -23,6 +23,10 @@ static unsigned long log_max_length;
 module_param(log_max_length, ulong, 0644);
 MODULE_PARM_DESC(log_max_length, "Ranges of more bytes in all: START fails with EOPNOTSUPP; 0: no limit");
 
+static bool log_whole_words;
+module_param(log_whole_words, bool, 0644);
+MODULE_PARM_DESC(log_whole_words, "REPORT clears whole words of 64 granules, and drops bits in them that were not asked for");
+
 static unsigned int fault_log_start;
 module_param(fault_log_start, uint, 0644);
 MODULE_PARM_DESC(fault_log_start, "errno that START fails with; 0: none");
@@ -185,6 +189,26 @@ static void log_trip_fault(struct fixture *f)
 		f->log.broken = true;
 }
 
+/*
+ * Clears what a driver like pds clears: it keeps one bitmap from its lowest
+ * range on, and acknowledges it by the word.
+ */
+static void log_drop_words(struct fixture_log *log, unsigned long iova,
+			   unsigned long last)
+{
+	unsigned long origin = log->ranges[0].first;
+	unsigned long word = BITS_PER_LONG * log->granule;
+	unsigned long from = origin + round_down(iova - origin, word);
+	unsigned long to = origin + ((last - origin) | (word - 1));
+	unsigned long page;
+	void *entry;
+
+	xa_for_each_range(&log->dirty, page, entry, from >> PAGE_SHIFT,
+			  to >> PAGE_SHIFT)
+		if (!log_page_is_held(log, page))
+			xa_erase(&log->dirty, page);
+}
+
 int fixture_log_report(struct fixture *f, unsigned long iova,
 		       unsigned long length, struct iova_bitmap *dirty)
 {
@@ -216,6 +240,8 @@ int fixture_log_report(struct fixture *f, unsigned long iova,
 		if (!log_page_is_held(log, page))
 			xa_erase(&log->dirty, page);
 	}
+	if (log_whole_words)
+		log_drop_words(log, iova, last);
 	ret = 0;
 unlock:
 	mutex_unlock(&log->lock);

@@ -18,7 +18,7 @@ use crate::sys::vfio::device as sys;
 
 mod ranges;
 
-use ranges::{Search, merged, rounded};
+use ranges::{Search, in_words, merged, rounded, word_bytes};
 
 /// The IOVAs a device is asked to log. They cannot change while it logs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -188,7 +188,7 @@ impl<F: AsRawFd + Send> DeviceLog<F> {
         if let Some(&iova) = mapped.iter().find(|mapping| !covers(&ranges, **mapping)) {
             return Err(DeviceLogError::Uncovered { iova });
         }
-        let armed = self.arm(&ranges, asked)?;
+        let armed = self.arm(&in_words(&ranges, asked), asked)?;
         self.check_report(&armed).inspect_err(|_| {
             let _already_failing = sys::dma_logging_stop(&self.device);
         })?;
@@ -262,7 +262,7 @@ impl<F: AsRawFd + Send> DeviceLog<F> {
         let words = zeroed(&mut self.words, bits.div_ceil(WORD_BITS));
         sys::dma_logging_report(&self.device, iova, granule, words)
             .map_err(|source| DeviceLogError::Report { iova, source })?;
-        sink.iova_words(iova, granule, words).expect("the words were counted for this range");
+        mark(sink, iova, granule, words);
         Ok(())
     }
 
@@ -296,23 +296,37 @@ const GAP_WORDS: u64 = 64;
 
 /// Works out what to read so that the bits of every mapping that the log covers come in.
 fn requests(mapped: &Mapped, covered: &[IovaRange], granule: Granule) -> Requests {
-    let gap = (GAP_WORDS * WORD_BITS as u64) << granule.shift();
+    let gap = GAP_WORDS * word_bytes(granule);
     let mappings = || mapped.iter().map(|mapping| mapping.iova());
-    let inside = |range: &IovaRange| {
-        let range = *range;
-        spans(mappings().filter(move |mapping| range.covers(*mapping)), gap, u64::MAX)
+    let inside = |&armed: &IovaRange| {
+        let spans = spans(mappings().filter(move |mapping| armed.covers(*mapping)), gap, u64::MAX);
+        spans.into_iter().flat_map(move |span| reports(span, armed, granule))
     };
     Requests {
-        reports: covered.iter().flat_map(inside).flat_map(|span| reports(span, granule)).collect(),
+        reports: covered.iter().flat_map(inside).collect(),
         unknown: mappings().filter(|mapping| !covers(covered, *mapping)).collect(),
     }
 }
 
-/// Cuts `iova`, grown to whole granules, into what one REPORT each reads.
+/// Cuts `span`, a part of `armed`, into what one REPORT each reads: whole words of a bitmap that begins with `armed`, up to its end.
 ///
-/// A granule at an edge may be shared with memory outside: the sink marks all of it, so clearing it in the device loses nothing.
-fn reports(iova: IovaRange, granule: Granule) -> impl Iterator<Item = IovaRange> {
-    iova.align_outward(granule.bytes()).unwrap_or(iova).pieces(REPORT_BITS << granule.shift())
+/// Some drivers (pds) clear their bitmap by the word, and drop the bits of it that were not asked for. What comes back of memory beside
+/// `span` is marked like the rest.
+fn reports(span: IovaRange, armed: IovaRange, granule: Granule) -> impl Iterator<Item = IovaRange> {
+    let word = word_bytes(granule);
+    let first = (span.start() - armed.start()) / word * word;
+    let end = (span.end() - armed.start()).checked_next_multiple_of(word).unwrap_or(u64::MAX);
+    let words = IovaRange::new(armed.start() + first, end.min(armed.len()) - first);
+    words.expect("the words hold the span").pieces(REPORT_BITS << granule.shift())
+}
+
+/// Marks what a report of `iova` brought, past its end too, where a driver set bits in the rest of the last word.
+fn mark(sink: &mut Sink<'_>, iova: IovaRange, granule: Granule, words: &[u64]) {
+    let rest = usize::try_from(granule.bits_for(iova.len())).expect("a piece's bits") % WORD_BITS;
+    let beyond = rest > 0 && words.last().is_some_and(|word| word >> rest != 0);
+    let whole = word_bytes(granule).checked_mul(words.len() as u64);
+    let told = whole.filter(|_| beyond).and_then(|bytes| IovaRange::new(iova.start(), bytes).ok());
+    sink.iova_words(told.unwrap_or(iova), granule, words).expect("the words were counted for this range");
 }
 
 impl<F: AsRawFd + Send> DirtySource for DeviceLog<F> {

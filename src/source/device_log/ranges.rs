@@ -2,6 +2,7 @@
 
 //! Which IOVA ranges a device is asked to log: what is mapped, in as few ranges as the device can hold.
 
+use crate::bitmap::WORD_BITS;
 use crate::granule::Granule;
 use crate::range::IovaRange;
 use crate::source::mapped::{joined, united};
@@ -25,6 +26,26 @@ pub(super) fn rounded(
         let outward: Option<Vec<_>> = outward.map(|range| range.filter(|range| within(*range))).collect();
         Some((granule, united(outward?)))
     })
+}
+
+/// Bytes that a word of the device's bitmap stands for.
+pub(super) fn word_bytes(granule: Granule) -> u64 {
+    (WORD_BITS as u64) << granule.shift()
+}
+
+/// Grows ascending, disjoint ranges so that no two share a word of a bitmap, whether the driver keeps one for each, or, as pds
+/// does, one for all that begins with the lowest.
+///
+/// Ranges less than a word apart are joined, and each begins where a word of the lowest one's bitmap does.
+pub(super) fn in_words(ranges: &[IovaRange], granule: Granule) -> Vec<IovaRange> {
+    let word = word_bytes(granule);
+    let origin = ranges.first().map_or(0, |first| first.start());
+    let apart = joined(ranges.iter().copied(), |open, next| next.start() - open.end() < word);
+    let lowered = |range: IovaRange| {
+        let start = range.start() - (range.start() - origin) % word;
+        IovaRange::from_bounds(start, range.end()).expect("a range that grew")
+    };
+    apart.into_iter().map(lowered).collect()
 }
 
 /// Merges ascending, disjoint ranges into at most `count`, over as little unmapped space as possible.
@@ -158,6 +179,27 @@ mod tests {
                 ((from << shift) >> 12..(to << shift) >> 12).all(|page| page_of(&mapped, page))
             });
             prop_assert!((granule.shift() + 1..=hint).all(|shift| !coarser_fits(shift)));
+        }
+
+        #[test]
+        fn c55_no_two_ranges_share_a_word_of_one_bitmap_for_all(
+            steps in prop::collection::vec((0..300u64, 1..200u64), 1..7),
+        ) {
+            let mut next = 0;
+            let ranges = steps.iter().map(|&(gap, pages)| {
+                let placed = range((next + gap) << 12, pages << 12);
+                next += gap + pages;
+                placed
+            });
+            let ranges = united(ranges);
+            let found = in_words(&ranges, Granule::KIB_4);
+            let origin = ranges[0].start();
+            prop_assert!(ranges.iter().all(|range| found.iter().any(|found| found.covers(*range))));
+            prop_assert!(found.iter().all(|found| (found.start() - origin).is_multiple_of(64 << 12)));
+            let word_of = |iova: u64| (iova - origin) / (64 << 12);
+            prop_assert!(found.windows(2).all(|pair| word_of(pair[0].end() - 1) < word_of(pair[1].start())));
+            let added: u64 = found.iter().map(|range| range.len()).sum::<u64>() - ranges.iter().map(|range| range.len()).sum::<u64>();
+            prop_assert!(added < ranges.len() as u64 * (64 << 12));
         }
 
         #[test]

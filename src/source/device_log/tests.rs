@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
+use std::collections::BTreeSet;
 use std::fs::File;
 
 use proptest::prelude::*;
@@ -125,12 +126,18 @@ fn a_devices_own_limit_of_ranges_is_kept_within_the_kernels() {
 }
 
 #[test]
-fn reports_are_bounded_and_whole_granules() {
+fn reports_are_bounded_and_whole_words_inside_what_is_armed() {
     let granule = Granule::new(2 << 20).unwrap();
-    let pieces: Vec<_> = reports(range(0x1000, 9 << 40), granule).collect();
+    let armed = range(4 << 20, 10 << 40);
+    let pieces: Vec<_> = reports(range((4 << 20) + 0x1000, 9 << 40), armed, granule).collect();
     assert_eq!(pieces.len(), 3);
     assert!(pieces.iter().all(|piece| granule.bits_for(piece.len()) <= REPORT_BITS));
-    assert!(pieces.iter().all(|piece| granule.is_aligned(piece.start()) && granule.is_aligned(piece.end())));
+    assert!(pieces.iter().all(|piece| (piece.start() - armed.start()).is_multiple_of(128 << 20)));
+    assert!(pieces.iter().all(|piece| piece.len().is_multiple_of(128 << 20)));
+    let to_the_end: Vec<_> = reports(range(armed.end() - 0x1000, 0x1000), armed, granule).collect();
+    assert_eq!(to_the_end, [range(armed.end() - (128 << 20), 128 << 20)]);
+    let short = range(4 << 20, 6 << 20);
+    assert_eq!(reports(range(6 << 20, 0x1000), short, granule).collect::<Vec<_>>(), [short]);
 }
 
 proptest! {
@@ -154,4 +161,83 @@ proptest! {
             prop_assert!(!known || read >= iova.len());
         }
     }
+}
+
+/// A driver that clears its bitmap by the word, and drops bits that were not asked for.
+struct WordDriver {
+    armed: Vec<IovaRange>,
+    /// Whether the words of its bitmap begin with the lowest range, as pds has it, or with each range.
+    one_bitmap: bool,
+    dirty: BTreeSet<u64>,
+}
+
+impl WordDriver {
+    fn report(&mut self, asked: IovaRange) -> Vec<u64> {
+        let inside = self.armed.iter().find(|armed| armed.covers(asked)).expect("a part of one range");
+        let origin = if self.one_bitmap { self.armed[0].start() } else { inside.start() } >> 12;
+        let (first, end) = (asked.start() >> 12, asked.end() >> 12);
+        let words = origin + (first - origin) / 64 * 64..origin + (end - origin).next_multiple_of(64);
+        let mut bits = vec![0; usize::try_from((end - first).div_ceil(64)).unwrap()];
+        for page in words.filter(|page| self.dirty.remove(page) && (first..end).contains(page)) {
+            let bit = usize::try_from(page - first).unwrap();
+            bits[bit / 64] |= 1 << (bit % 64);
+        }
+        bits
+    }
+}
+
+/// Mappings of (gap, pages) each, one after the other.
+fn mappings(steps: Vec<(u64, u64)>) -> IovaMap {
+    let (mut iova, mut next) = (IovaMap::journal(), 0);
+    for (gap, pages) in steps {
+        iova.map(mapping((next + gap) << 12, pages << 12)).unwrap();
+        next += gap + pages;
+    }
+    iova
+}
+
+fn marked(marks: &Marks, pages: u64) -> BTreeSet<u64> {
+    let word = |page: u64| marks.dirty.word(usize::try_from(page / 64).unwrap());
+    (0..pages).filter(|page| word(*page) >> (page % 64) & 1 == 1).collect()
+}
+
+proptest! {
+    #[test]
+    fn c55_nothing_is_lost_to_a_driver_that_clears_whole_words(
+        steps in prop::collection::vec((0..150u64, 1..90u64), 1..6), merge in 1..6usize, one_bitmap: bool,
+        rounds in prop::collection::vec(
+            (prop::collection::btree_set(0..1500u64, 0..60), prop::option::of(0..6usize)), 1..6
+        ),
+    ) {
+        let layout = Layout::new([GpaRange::new(0, 1500 << 12).unwrap()], Granule::KIB_4).unwrap();
+        let iova = mappings(steps);
+        let mapped = Mapped::at_start(&layout, &iova);
+        let ranges = united(mapped.iter().map(|mapping| mapping.iova()));
+        let armed = merged(&in_words(&ranges, Granule::KIB_4), merge);
+        let mut driver = WordDriver { armed: armed.clone(), one_bitmap, dirty: BTreeSet::new() };
+        for (pages, one) in rounds {
+            let is_mapped = |page: &u64| mapped.iter().any(|mapping| mapping.iova().contains(page << 12));
+            let written: BTreeSet<_> = pages.into_iter().filter(is_mapped).collect();
+            driver.dirty.extend(&written);
+            let mut alone = Mapped::default();
+            one.and_then(|one| mapped.iter().nth(one)).into_iter().for_each(|mapping| alone.add(mapping));
+            let mut marks = Marks::new(&layout);
+            for held in [&alone, &mapped] {
+                for request in requests(held, &armed, Granule::KIB_4).reports {
+                    let words = driver.report(request);
+                    mark(&mut Sink::new(&layout, &iova, &mut marks), request, Granule::KIB_4, &words);
+                }
+            }
+            prop_assert_eq!(marked(&marks, 1500), written);
+        }
+    }
+}
+
+#[test]
+fn c55_bits_past_the_end_of_what_was_asked_count_too() {
+    let (layout, iova) = (layout(), IovaMap::Identity);
+    let mut marks = Marks::new(&layout);
+    let asked = range(64 << 12, 70 << 12);
+    mark(&mut Sink::new(&layout, &iova, &mut marks), asked, Granule::KIB_4, &[1, 1 << 5 | 1 << 63]);
+    assert_eq!(marked(&marks, 2048), BTreeSet::from([64, 64 + 69, 64 + 127]));
 }
