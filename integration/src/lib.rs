@@ -4,6 +4,7 @@
 //! Unpublished: nothing here is part of the library's interface.
 
 pub mod bed;
+pub mod confined;
 pub mod demo;
 pub mod device;
 mod skip;

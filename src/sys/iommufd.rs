@@ -19,8 +19,8 @@ use crate::granule::Granule;
 use crate::range::IovaRange;
 
 const GET_HW_INFO: ioctl::Opcode = ioctl::io(b';', 138);
-const HWPT_SET_DIRTY_TRACKING: ioctl::Opcode = ioctl::io(b';', 139);
-const HWPT_GET_DIRTY_BITMAP: ioctl::Opcode = ioctl::io(b';', 140);
+pub(crate) const HWPT_SET_DIRTY_TRACKING: ioctl::Opcode = ioctl::io(b';', 139);
+pub(crate) const HWPT_GET_DIRTY_BITMAP: ioctl::Opcode = ioctl::io(b';', 140);
 
 /// Whether a read of dirty bits leaves them set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

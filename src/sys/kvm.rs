@@ -20,11 +20,12 @@ use crate::range::GpaRange;
 use super::ioctl;
 
 const KVM_GET_API_VERSION: ioctl::Opcode = ioctl::io(0xae, 0x00);
-const KVM_CHECK_EXTENSION: ioctl::Opcode = ioctl::io(0xae, 0x03);
-const KVM_GET_DIRTY_LOG: ioctl::Opcode = ioctl::iow::<kvm_dirty_log>(0xae, 0x42);
-const KVM_SET_USER_MEMORY_REGION: ioctl::Opcode = ioctl::iow::<kvm_userspace_memory_region>(0xae, 0x46);
-const KVM_ENABLE_CAP: ioctl::Opcode = ioctl::iow::<kvm_enable_cap>(0xae, 0xa3);
-const KVM_CLEAR_DIRTY_LOG: ioctl::Opcode = ioctl::iowr::<kvm_clear_dirty_log>(0xae, 0xc0);
+pub(crate) const KVM_CHECK_EXTENSION: ioctl::Opcode = ioctl::io(0xae, 0x03);
+pub(crate) const KVM_GET_DIRTY_LOG: ioctl::Opcode = ioctl::iow::<kvm_dirty_log>(0xae, 0x42);
+pub(crate) const KVM_SET_USER_MEMORY_REGION: ioctl::Opcode =
+    ioctl::iow::<kvm_userspace_memory_region>(0xae, 0x46);
+pub(crate) const KVM_ENABLE_CAP: ioctl::Opcode = ioctl::iow::<kvm_enable_cap>(0xae, 0xa3);
+pub(crate) const KVM_CLEAR_DIRTY_LOG: ioctl::Opcode = ioctl::iowr::<kvm_clear_dirty_log>(0xae, 0xc0);
 
 /// A memory slot as it was registered with `KVM_SET_USER_MEMORY_REGION`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,7 +16,7 @@ use super::{host_page_bytes, ioctl};
 
 const KVM_CHECK_EXTENSION: ioctl::Opcode = ioctl::io(0xae, 0x03);
 const KVM_ENABLE_CAP: ioctl::Opcode = ioctl::iow::<kvm_enable_cap>(0xae, 0xa3);
-const KVM_RESET_DIRTY_RINGS: ioctl::Opcode = ioctl::io(0xae, 0xc7);
+pub(crate) const KVM_RESET_DIRTY_RINGS: ioctl::Opcode = ioctl::io(0xae, 0xc7);
 
 /// Flags of an entry; an entry without any is KVM's to fill.
 const DIRTY: u32 = 1;

@@ -19,9 +19,9 @@ use crate::granule::Granule;
 use crate::range::IovaRange;
 use crate::sys::ioctl;
 
-const IOMMU_GET_INFO: ioctl::Opcode = opcode(12);
-const IOMMU_UNMAP_DMA: ioctl::Opcode = opcode(14);
-const IOMMU_DIRTY_PAGES: ioctl::Opcode = opcode(17);
+pub(crate) const IOMMU_GET_INFO: ioctl::Opcode = opcode(12);
+pub(crate) const IOMMU_UNMAP_DMA: ioctl::Opcode = opcode(14);
+pub(crate) const IOMMU_DIRTY_PAGES: ioctl::Opcode = opcode(17);
 
 /// `struct vfio_iommu_type1_dma_unmap` after its header, with what its `data` holds.
 #[derive(Debug, Clone, Copy)]

@@ -19,9 +19,9 @@ use crate::granule::Granule;
 use crate::range::IovaRange;
 use crate::sys::ioctl;
 
-const DEVICE_RESET: ioctl::Opcode = opcode(11);
-const DEVICE_FEATURE: ioctl::Opcode = opcode(17);
-const MIG_GET_PRECOPY_INFO: ioctl::Opcode = opcode(21);
+pub(crate) const DEVICE_RESET: ioctl::Opcode = opcode(11);
+pub(crate) const DEVICE_FEATURE: ioctl::Opcode = opcode(17);
+pub(crate) const MIG_GET_PRECOPY_INFO: ioctl::Opcode = opcode(21);
 
 /// Whether `error` is a kernel's way of saying that it does not know a feature: older ones say `EINVAL`.
 pub(crate) fn is_absent(error: &io::Error) -> bool {

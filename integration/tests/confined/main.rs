@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Each part of the library under a seccomp filter of just its list in `vfio_migration::syscalls`; what needs VFIO is in `bed_confined`.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "memory slots of a real VM"))]
+
+mod components;
+#[cfg(target_arch = "x86_64")]
+#[path = "../../../tests/guest/mod.rs"]
+mod guest;
+#[cfg(target_arch = "x86_64")]
+mod kvm;
+mod memory;
+mod vfio_user;

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the library asks the kernel for: a list for each source and each part, for a VMM that confines its threads with seccomp.
+//!
+//! A thread that uses a part may make the calls of its list, those of [`RUNTIME`], and those of the sources and devices the part is
+//! given. Threads that the library starts make no others, and inherit the filter of the thread that starts them. A list holds what
+//! the part does with objects that it was given: opening, and making the VM, is the VMM's.
+//!
+//! ```
+//! use vfio_migration::syscalls::{self, Syscall};
+//! let of_the_dirty_log = [syscalls::KVM_LOG_MANUAL, syscalls::RUNTIME].concat();
+//! let ioctls: Vec<u32> = of_the_dirty_log.iter().filter_map(Syscall::request).collect();
+//! assert!(ioctls.contains(&0xc018_aec0), "KVM_CLEAR_DIRTY_LOG");
+//! ```
+//!
+//! The lists hold with the GNU C library on a kernel that has the calls; an older one that lacks `clone3`, say, is asked again by
+//! other names. A TCP host's name is looked up by the C library, which opens whatever files and sockets the host is set up for: give an
+//! address where connections are filtered.
+
+use libc::c_long;
+
+use crate::sys::{ioctl, iommufd, kvm, kvm_ring, vfio};
+
+/// A system call: one number, and of `ioctl` one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Syscall {
+    number: c_long,
+    request: Option<u32>,
+}
+
+impl Syscall {
+    const fn new(number: c_long) -> Self {
+        Self { number, request: None }
+    }
+
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the kernel takes 32 bits of a request, and checks below"
+    )]
+    const fn ioctl(request: ioctl::Opcode) -> Self {
+        assert!(request <= u32::MAX as ioctl::Opcode, "a request has 32 bits");
+        Self { number: libc::SYS_ioctl, request: Some(request as u32) }
+    }
+
+    /// Its number on this architecture, as `SYS_ioctl`.
+    pub const fn number(&self) -> c_long {
+        self.number
+    }
+
+    /// Of an `ioctl`, the request: its second argument.
+    pub const fn request(&self) -> Option<u32> {
+        self.request
+    }
+}
+
+/// [`KvmLog`](crate::source::KvmLog) in the mode `AtReport`, the only one that fits a filter made for Cloud Hypervisor's own loop.
+pub const KVM_LOG_AT_REPORT: &[Syscall] =
+    &[Syscall::ioctl(kvm::KVM_SET_USER_MEMORY_REGION), Syscall::ioctl(kvm::KVM_GET_DIRTY_LOG)];
+
+/// [`KvmLog`](crate::source::KvmLog) in the modes `ManualAtReport` and `ManualAtRead`.
+pub const KVM_LOG_MANUAL: &[Syscall] = &[
+    Syscall::ioctl(kvm::KVM_SET_USER_MEMORY_REGION),
+    Syscall::ioctl(kvm::KVM_GET_DIRTY_LOG),
+    Syscall::ioctl(kvm::KVM_CLEAR_DIRTY_LOG),
+    Syscall::ioctl(kvm::KVM_CHECK_EXTENSION),
+    Syscall::ioctl(kvm::KVM_ENABLE_CAP),
+];
+
+/// [`KvmRing`](crate::source::KvmRing), its harvester included.
+#[cfg(not(target_arch = "aarch64"))]
+pub const KVM_RING: &[Syscall] =
+    &[Syscall::ioctl(kvm::KVM_SET_USER_MEMORY_REGION), Syscall::ioctl(kvm_ring::KVM_RESET_DIRTY_RINGS)];
+
+/// [`KvmRing`](crate::source::KvmRing), its harvester included, and the bitmap beside the rings.
+#[cfg(target_arch = "aarch64")]
+pub const KVM_RING: &[Syscall] = &[
+    Syscall::ioctl(kvm::KVM_SET_USER_MEMORY_REGION),
+    Syscall::ioctl(kvm_ring::KVM_RESET_DIRTY_RINGS),
+    Syscall::ioctl(kvm::KVM_GET_DIRTY_LOG),
+];
+
+/// [`GuestMemoryLog`](crate::source::GuestMemoryLog): its bitmap is in this process.
+pub const GUEST_MEMORY_LOG: &[Syscall] = &[];
+
+/// [`MigratableLog`](crate::source::MigratableLog), beside what the component itself calls.
+pub const MIGRATABLE_LOG: &[Syscall] = &[Syscall::new(libc::SYS_clock_nanosleep)];
+
+/// [`VhostUserLog`](crate::source::VhostUserLog), beside what the VMM's own connection to the back end calls.
+pub const VHOST_USER_LOG: &[Syscall] = &[
+    Syscall::new(libc::SYS_memfd_create),
+    Syscall::new(libc::SYS_ftruncate),
+    Syscall::new(libc::SYS_fcntl),
+    Syscall::new(libc::SYS_close),
+];
+
+/// [`ContainerLog`](crate::source::ContainerLog).
+pub const CONTAINER_LOG: &[Syscall] = &[
+    Syscall::ioctl(vfio::container::IOMMU_GET_INFO),
+    Syscall::ioctl(vfio::container::IOMMU_DIRTY_PAGES),
+    Syscall::ioctl(vfio::container::IOMMU_UNMAP_DMA),
+];
+
+/// [`DeviceLog`](crate::source::DeviceLog).
+pub const DEVICE_LOG: &[Syscall] = &[Syscall::ioctl(vfio::device::DEVICE_FEATURE)];
+
+/// [`HwptLog`](crate::source::HwptLog).
+pub const HWPT_LOG: &[Syscall] =
+    &[Syscall::ioctl(iommufd::HWPT_SET_DIRTY_TRACKING), Syscall::ioctl(iommufd::HWPT_GET_DIRTY_BITMAP)];
+
+/// The state of a kernel device: [`KernelDevice`](crate::device::KernelDevice).
+pub const KERNEL_DEVICE: &[Syscall] = &[
+    Syscall::ioctl(vfio::device::DEVICE_FEATURE),
+    Syscall::ioctl(vfio::device::MIG_GET_PRECOPY_INFO),
+    Syscall::ioctl(vfio::device::DEVICE_RESET),
+    Syscall::new(libc::SYS_read),
+    Syscall::new(libc::SYS_write),
+    Syscall::new(libc::SYS_close),
+];
+
+/// A client of a device in another process, its dirty log and its state: [`vfio_user`](crate::vfio_user).
+#[cfg(feature = "vfio-user")]
+pub const VFIO_USER: &[Syscall] = &[
+    Syscall::new(libc::SYS_setsockopt),
+    Syscall::new(libc::SYS_recvfrom),
+    Syscall::new(libc::SYS_sendto),
+    Syscall::new(libc::SYS_sendmsg),
+    Syscall::new(libc::SYS_close),
+];
+
+/// What the standard library and the C library ask for on their own: memory, threads, locks, random seeds, clocks; and in a build with
+/// debug assertions whether a descriptor is open that is to be closed (`fcntl`).
+pub const RUNTIME: &[Syscall] = &[
+    Syscall::new(libc::SYS_brk),
+    Syscall::new(libc::SYS_mmap),
+    Syscall::new(libc::SYS_mremap),
+    Syscall::new(libc::SYS_munmap),
+    Syscall::new(libc::SYS_mprotect),
+    Syscall::new(libc::SYS_madvise),
+    Syscall::new(libc::SYS_futex),
+    Syscall::new(libc::SYS_sched_yield),
+    Syscall::new(libc::SYS_sched_getaffinity),
+    Syscall::new(libc::SYS_clone3),
+    Syscall::new(libc::SYS_clone),
+    Syscall::new(libc::SYS_set_robust_list),
+    Syscall::new(libc::SYS_rseq),
+    Syscall::new(libc::SYS_prctl),
+    Syscall::new(libc::SYS_sigaltstack),
+    Syscall::new(libc::SYS_rt_sigprocmask),
+    Syscall::new(libc::SYS_rt_sigreturn),
+    Syscall::new(libc::SYS_restart_syscall),
+    Syscall::new(libc::SYS_gettid),
+    Syscall::new(libc::SYS_getpid),
+    Syscall::new(libc::SYS_exit),
+    Syscall::new(libc::SYS_exit_group),
+    Syscall::new(libc::SYS_getrandom),
+    Syscall::new(libc::SYS_clock_gettime),
+    Syscall::new(libc::SYS_fcntl),
+];
