@@ -10,6 +10,8 @@
 //!  source                  granule
 //!   kvm log, ring  GPA     host page  ─┐
 //!   VMM's writes   GPA     host page   │
+//!   its components GPA     host page   │
+//!   vhost-user     GPA     4 KiB       │
 //!   container      IOVA    smallest    ├─► iova ─► LEDGER ─► runs ─► chunks ─► transfer ─► receiver
 //!   device log     IOVA    negotiated  │   map     one bit per host page,          ◄── commit on ACK
 //!   hwpt           IOVA    chosen      │           one cursor per receiver

@@ -38,6 +38,11 @@ pub enum MigratableDeviceError {
     /// No dirty log runs.
     #[error("Dirty log is not running")]
     NotLogging,
+    /// A table should be taken back, and none is out.
+    #[error(
+        "No table to hand back: none was given since the log started, or it was handed back or followed by a call since"
+    )]
+    NoTable,
     /// A migration should end that was not begun.
     #[error("No migration was started")]
     NotMigrating,
@@ -71,14 +76,18 @@ pub enum StopsToldBy {
     Call,
 }
 
-/// The dirty log as the traits' caller holds it: a cursor, and the table it was given last.
+/// The dirty log as the traits' caller holds it: a cursor, and the table that it was given last and may hand back.
 #[derive(Debug)]
 struct Log {
     cursor: CursorId,
-    handed_out: Option<Chunk>,
+    handed_out: Option<Table>,
     /// The stopped devices' imprecise sources were in a table already; nothing is new in them until devices run again.
     imprecise_reported: bool,
 }
+
+/// The pages of a table in flight; none, where nothing was dirty.
+#[derive(Debug)]
+struct Table(Option<Chunk>);
 
 /// Where the devices stand, and the log that runs meanwhile.
 #[derive(Debug)]
@@ -181,6 +190,27 @@ impl MigratableDevice {
         self.state.enter(State::Running);
     }
 
+    /// Takes back the table that [`Migratable::dirty_log`] returned last: its pages are in the next one, once, with what was written
+    /// meanwhile.
+    ///
+    /// For a caller that has a table in hand when it decides to stop the VM, as Cloud Hypervisor's loop does. Sent together with the
+    /// table after it, pages that both name go twice, in the downtime. Drop what you have in hand: the next table is all there is to send.
+    /// Right only before the next `dirty_log`, which takes the table for received, and before any of it was sent: that part
+    /// would go again. The first pass over all RAM is the caller's own table, and stays with it.
+    ///
+    /// # Errors
+    /// No log runs, or no table is out: none was returned since the log started, or it was handed back, or the log was
+    /// asked again since. Nothing changed.
+    pub fn hand_back(&mut self) -> Result<(), MigratableDeviceError> {
+        let log = self.state.log().as_mut().ok_or(MigratableDeviceError::NotLogging)?;
+        let mut tracker = locked(&self.tracker)?;
+        let Table(pages) = log.handed_out.take().ok_or(MigratableDeviceError::NoTable)?;
+        if let Some(pages) = pages {
+            tracker.roll_back(pages);
+        }
+        Ok(())
+    }
+
     /// Restores the devices from a snapshot that [`Snapshottable::snapshot`] made, or the `vm-migration` tree around it.
     /// They stay stopped until [`Pausable::resume`].
     ///
@@ -226,16 +256,17 @@ impl MigratableDevice {
         let stopped = self.state.is_stopped();
         let log = self.state.log().as_mut().ok_or(MigratableDeviceError::NotLogging)?;
         let mut tracker = locked(&self.tracker)?;
-        if let Some(received) = log.handed_out.take() {
+        if let Some(Table(Some(received))) = log.handed_out.take() {
             tracker.commit(received);
         }
         let with_imprecise = stopped && !log.imprecise_reported;
         warn_of(if with_imprecise { tracker.collect_final() } else { tracker.collect() });
         log.imprecise_reported |= with_imprecise;
         tracker.begin_round(log.cursor);
-        log.handed_out = tracker.take(log.cursor, ChunkLimits::NONE)?;
-        let ranges = log.handed_out.as_ref().map_or(&[][..], Chunk::ranges);
-        Ok(table_of(ranges.iter().copied()))
+        let chunk = tracker.take(log.cursor, ChunkLimits::NONE)?;
+        let table = table_of(chunk.as_ref().map_or(&[][..], Chunk::ranges).iter().copied());
+        log.handed_out = Some(Table(chunk));
+        Ok(table)
     }
 
     fn stop_devices(&mut self) -> Result<(), MigratableDeviceError> {

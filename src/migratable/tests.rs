@@ -35,6 +35,45 @@ fn c23_the_traits_session_commits_a_table_only_by_the_next_call() {
 }
 
 #[test]
+fn a_table_handed_back_is_in_the_next_one_once_with_what_was_written_meanwhile() {
+    let (kvm, device) = (Scripted::new("kvm"), Scripted::new("device"));
+    let mut vm = over(&[&kvm, &device]);
+    vm.start_dirty_log().unwrap();
+    kvm.write(4);
+    kvm.write(5);
+    device.write(5);
+    assert_eq!(dirty_pages(&mut vm), 2);
+    vm.hand_back().unwrap();
+    kvm.write(5);
+    device.write(6);
+    let table = vm.dirty_log().unwrap();
+    assert_eq!((table.regions()[0].gpa, table.effective_size()), (4 << 12, 3 << 12));
+    assert_eq!(table.regions().len(), 1);
+    assert_eq!(dirty_pages(&mut vm), 0, "and counts as received then");
+}
+
+#[test]
+fn a_table_is_handed_back_once_and_only_before_the_next_call() {
+    let kvm = Scripted::new("kvm");
+    let mut vm = over(&[&kvm]);
+    assert!(matches!(vm.hand_back(), Err(MigratableDeviceError::NotLogging)));
+    vm.start_dirty_log().unwrap();
+    assert!(matches!(vm.hand_back(), Err(MigratableDeviceError::NoTable)), "none was given");
+    assert_eq!(dirty_pages(&mut vm), 0);
+    vm.hand_back().unwrap();
+    assert!(matches!(vm.hand_back(), Err(MigratableDeviceError::NoTable)), "it was handed back");
+    kvm.write(7);
+    assert_eq!(dirty_pages(&mut vm), 1);
+    kvm.fail_next(Operation::BeforeRead);
+    kvm.write(8);
+    vm.dirty_log().unwrap_err();
+    assert!(matches!(vm.hand_back(), Err(MigratableDeviceError::NoTable)), "it counts as received");
+    assert_eq!(dirty_pages(&mut vm), 1, "page 8");
+    vm.stop_dirty_log().unwrap();
+    assert!(matches!(vm.hand_back(), Err(MigratableDeviceError::NotLogging)));
+}
+
+#[test]
 fn an_imprecise_source_is_refused_until_it_is_said_how_the_devices_stop_is_told() {
     let container = Scripted::imprecise("container");
     let mut vm = over(&[&container]);

@@ -105,8 +105,20 @@ impl Side {
     /// # Errors
     /// A source or the device lacks something, or the source to forget is not there.
     pub fn migratable(&self, mode: KvmLogMode) -> anyhow::Result<MigratableDevice> {
+        self.migratable_with(mode, Vec::new())
+    }
+
+    /// As [`Side::migratable`], with `more` sources beside the machine's own.
+    ///
+    /// # Errors
+    /// As [`Side::migratable`].
+    pub fn migratable_with(
+        &self,
+        mode: KvmLogMode,
+        more: Vec<Box<dyn DirtySource>>,
+    ) -> anyhow::Result<MigratableDevice> {
         let mut builder = Tracker::builder(layout_of(&self.machine)?);
-        for source in self.sources(mode)? {
+        for source in self.sources(mode)?.into_iter().chain(more) {
             let forgotten = self.setup.forget.as_deref() == Some(source.id());
             builder = builder.source(if forgotten { Box::new(Forgetful::new(source)) } else { source });
         }
