@@ -22,6 +22,7 @@ pub(crate) fn probe(json: bool) -> ExitCode {
 
 fn print(report: &Report) {
     let facts = &report.facts;
+    println!("{:<12} Linux {}", "kernel", facts.kernel);
     println!("{:<12} {}", "KVM", seen(&facts.kvm, kvm));
     println!("{:<12} {}", "containers", seen(&facts.container, container));
     println!("{:<12} {}", "iommufd", seen(&facts.iommufd, |_| "there".to_owned()));

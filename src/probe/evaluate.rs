@@ -4,9 +4,14 @@
 
 use super::facts::{BusKind, Device, DeviceProbe, Facts, KvmFacts, LogFacts, MigrationFacts, Seen};
 use super::{Finding, Report};
+use crate::device::STATE_LIMIT_BYTES;
+use crate::source::Meaning;
 use crate::source::choose::{Blocker, Degradation, DeviceFacts, Imprecise, OwnLog, Tracker, Writer, choose};
 
 const HOST: &str = "host";
+
+/// The first kernel whose iommufd reports every dirty bit of a mapping in large pages.
+const WHOLE_HUGE_BITS: (u32, u32) = (6, 11);
 
 /// Judges what was read of a host.
 pub fn evaluate(facts: Facts) -> Report {
@@ -14,7 +19,7 @@ pub fn evaluate(facts: Facts) -> Report {
     verdict.kvm(&facts.kvm);
     verdict.vfio(&facts);
     for device in &facts.devices {
-        verdict.device(device, facts.devices.len() > 1);
+        verdict.device(device, &facts);
     }
     let Verdict { blockers, degradations, unseen } = verdict;
     Report { facts, blockers, degradations, unseen }
@@ -76,11 +81,11 @@ impl Verdict {
         }
     }
 
-    fn device(&mut self, device: &Device, among_others: bool) {
+    fn device(&mut self, device: &Device, facts: &Facts) {
         match &device.probe {
             Seen::Seen(probe) => {
-                self.migration(&device.name, probe.migration, among_others);
-                self.tracking(device, probe);
+                self.migration(&device.name, probe.migration, facts.devices.len() > 1);
+                self.tracking(device, probe, &facts.kernel);
             }
             Seen::Absent => self.unseen.push(finding(
                 "device-gone",
@@ -123,17 +128,50 @@ impl Verdict {
                 "keep other devices' registers out of its reach: do not map them for it",
             ));
         }
-        if migration.stop_copy_bytes.is_none() {
-            self.degradations.push(finding(
+        self.state_size(name, migration.stop_copy_bytes);
+    }
+
+    fn state_size(&mut self, name: &str, state_bytes: Option<u64>) {
+        match state_bytes {
+            None => self.degradations.push(finding(
                 "state-size-unknown",
                 name,
                 "The device does not tell how large its state is",
                 "leave room in the downtime limit",
-            ));
+            )),
+            Some(bytes) if bytes > STATE_LIMIT_BYTES as u64 => self.blockers.push(finding(
+                "state-too-large",
+                name,
+                format!("The device has {bytes} bytes of state, and {STATE_LIMIT_BYTES} are moved at most"),
+                "raise Device::state_limit on both hosts, and both ends' limit on State to four thirds of it",
+            )),
+            Some(_) => {}
         }
     }
 
-    fn tracking(&mut self, device: &Device, probe: &DeviceProbe) {
+    /// A page table keeps one dirty bit for each of its entries, which may stand for 1 GiB.
+    fn large_pages(&mut self, name: &str, kernel: &str) {
+        let lost = release(kernel).is_none_or(|release| release < WHOLE_HUGE_BITS);
+        let reason = if lost {
+            format!("Linux {kernel} may lose dirty bits of memory mapped in large pages; 6.11 does not")
+        } else {
+            "A dirty bit of memory mapped in large pages stands for up to 1 GiB".to_owned()
+        };
+        let remedy = "set IOMMU_OPTION_HUGE_PAGES of the address space to 0 before anything is mapped in it";
+        self.degradations.push(finding("large-iommu-pages", name, reason, remedy));
+    }
+
+    /// What a mediated device's driver keeps pinned is reported at every read, whatever is written.
+    fn pinned_pages(&mut self, name: &str) {
+        self.degradations.push(finding(
+            "pinned-pages-stand",
+            name,
+            "Pages that the device's driver keeps pinned are dirty in every round, and are sent once more in the downtime",
+            "leave room for them in the downtime limit",
+        ));
+    }
+
+    fn tracking(&mut self, device: &Device, probe: &DeviceProbe, kernel: &str) {
         if let LogFacts::Fails { reason } = &probe.log {
             let reason = format!("The device's DMA log does not start: {reason}");
             let remedy = "see the kernel's log, and use newer firmware for the device";
@@ -144,10 +182,22 @@ impl Verdict {
                 let told =
                     |one: &Degradation| finding(one.code(), &device.name, one.to_string(), one.remedy());
                 self.degradations.extend(choice.degradations.iter().map(told));
+                if choice.page_table {
+                    self.large_pages(&device.name, kernel);
+                }
+                if choice.container == Some(Meaning::Written) {
+                    self.pinned_pages(&device.name);
+                }
             }
             Err(blocker) => self.blockers.push(blocked(&blocker, &device.name)),
         }
     }
+}
+
+/// The first two numbers of a kernel's release.
+fn release(kernel: &str) -> Option<(u32, u32)> {
+    let mut numbers = kernel.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse().ok());
+    Some((numbers.next()?, numbers.next()?))
 }
 
 fn blocked(blocker: &Blocker, name: &str) -> Finding {
@@ -202,7 +252,7 @@ mod tests {
 
     fn host(devices: Vec<Device>) -> Facts {
         let container = Seen::Seen(ContainerFacts { type1v2: true });
-        Facts { kvm: kvm(), container, iommufd: Seen::Absent, devices }
+        Facts { kernel: "6.12.0".to_owned(), kvm: kvm(), container, iommufd: Seen::Absent, devices }
     }
 
     fn migration(flags: u64) -> Option<MigrationFacts> {
@@ -248,10 +298,26 @@ mod tests {
     }
 
     #[test]
-    fn a_mediated_device_needs_no_log_of_its_own() {
+    fn c54_a_mediated_device_needs_no_log_of_its_own_but_what_it_pins_comes_back() {
         let (blockers, degradations, _) =
             judged(host(vec![device(BusKind::Mediated, migration(7), LogFacts::Absent)]));
-        assert!(blockers.is_empty() && degradations.is_empty());
+        assert!(blockers.is_empty());
+        assert_eq!(degradations, ["pinned-pages-stand"]);
+    }
+
+    #[test]
+    fn c48_a_state_too_large_to_move_is_a_blocker_that_says_what_to_raise() {
+        let judged = |bytes| {
+            let mut large = device(BusKind::Pci, migration(7), works());
+            if let Seen::Seen(DeviceProbe { migration: Some(migration), .. }) = &mut large.probe {
+                migration.stop_copy_bytes = Some(bytes);
+            }
+            evaluate(host(vec![large])).blockers
+        };
+        assert!(judged(STATE_LIMIT_BYTES as u64).is_empty());
+        let blockers = judged(STATE_LIMIT_BYTES as u64 + 1);
+        assert_eq!(codes(&blockers), ["state-too-large"]);
+        assert!(blockers[0].remedy.contains("Device::state_limit"));
     }
 
     #[test]
@@ -271,7 +337,10 @@ mod tests {
         }
         let second = device(BusKind::Pci, migration(7), works());
         let (_, degradations, _) = judged(host(vec![first, second]));
-        assert_eq!(degradations, ["no-precopy", "no-p2p", "state-size-unknown", "dma-log-fails"]);
+        assert_eq!(
+            degradations,
+            ["no-precopy", "no-p2p", "state-size-unknown", "dma-log-fails", "pinned-pages-stand",]
+        );
         let alone = judged(host(vec![device(BusKind::Pci, migration(5), works())]));
         assert!(alone.1.is_empty(), "a device alone has no peers");
     }
@@ -282,7 +351,7 @@ mod tests {
         if let Seen::Seen(probe) = &mut tracked.probe {
             probe.page_table_tracks = Some(true);
         }
-        assert!(judged(host(vec![tracked.clone()])).1.is_empty());
+        assert_eq!(judged(host(vec![tracked.clone()])).1, ["large-iommu-pages"]);
         if let Seen::Seen(probe) = &mut tracked.probe {
             (probe.page_table_tracks, probe.container_bitmap) = (Some(false), None);
         }
@@ -290,9 +359,28 @@ mod tests {
     }
 
     #[test]
+    fn c65_a_page_tables_large_pages_are_told_of_and_the_bits_old_kernels_lose() {
+        let told = |kernel: &str| {
+            let mut tracked = device(BusKind::Pci, migration(7), LogFacts::Absent);
+            if let Seen::Seen(probe) = &mut tracked.probe {
+                probe.page_table_tracks = Some(true);
+            }
+            let report = evaluate(Facts { kernel: kernel.to_owned(), ..host(vec![tracked]) });
+            let finding = &report.degradations[0];
+            assert!(finding.remedy.contains("IOMMU_OPTION_HUGE_PAGES"));
+            finding.reason.clone()
+        };
+        for old in ["6.8.0-45-generic", "6.10.14", "5.15.0", "unknown"] {
+            assert!(told(old).contains("may lose dirty bits"), "{old}");
+        }
+        for new in ["6.11.0", "6.12.1-rc1", "7.0"] {
+            assert!(told(new).contains("1 GiB"), "{new}");
+        }
+    }
+
+    #[test]
     fn hosts_without_kvm_or_vfio_are_blocked() {
-        let bare =
-            Facts { kvm: Seen::Absent, container: Seen::Absent, iommufd: Seen::Absent, devices: Vec::new() };
+        let bare = Facts { kvm: Seen::Absent, container: Seen::Absent, ..host(Vec::new()) };
         assert_eq!(judged(bare).0, ["no-kvm", "no-vfio"]);
     }
 
@@ -302,6 +390,7 @@ mod tests {
         let mut hidden = device(BusKind::Pci, None, LogFacts::Absent);
         hidden.probe = Seen::Unseen { reason: denied() };
         let facts = Facts {
+            kernel: "6.12.0".to_owned(),
             kvm: Seen::Unseen { reason: denied() },
             container: Seen::Unseen { reason: denied() },
             iommufd: Seen::Unseen { reason: denied() },
@@ -329,6 +418,7 @@ mod tests {
         let report = evaluate(host(vec![device(BusKind::Mediated, migration(3), works())]));
         let json = serde_json::to_value(&report).unwrap();
         let expected = serde_json::json!({
+            "kernel": "6.12.0",
             "kvm": {"seen": {"manual_protect": true, "initially_set": true, "ring_max_bytes": 1_048_576, "ring_needs_bitmap": false}},
             "container": {"seen": {"type1v2": true}},
             "iommufd": "absent",

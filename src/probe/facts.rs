@@ -34,6 +34,8 @@ impl<T> Seen<T> {
 /// Everything that was read of a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
+    /// The kernel's release, as `uname -r` prints it: `6.8.0-45-generic`.
+    pub kernel: String,
     /// KVM.
     pub kvm: Seen<KvmFacts>,
     /// The container interface of VFIO.

@@ -42,6 +42,7 @@ impl Default for Roots {
 /// Reads all that can be read of the host below `roots`.
 pub fn read(roots: &Roots) -> Facts {
     Facts {
+        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         kvm: seen(&roots.dev.join("kvm"), |kvm| read_kvm(&kvm)),
         container: seen(&roots.dev.join("vfio/vfio"), |container| read_container(&container)),
         iommufd: seen(&roots.dev.join("iommu"), |_| Ok(IommufdFacts {})),

@@ -18,6 +18,9 @@ use crate::range::IovaRange;
 use crate::sys::vfio::container as sys;
 
 mod info;
+mod steady;
+
+use steady::Steady;
 
 pub use info::{ContainerInfo, DirtyBitmapInfo};
 
@@ -100,6 +103,7 @@ pub struct ContainerLog<F> {
     /// What one GET each reads; empty when it is to be worked out anew.
     requests: Vec<IovaRange>,
     words: Vec<u64>,
+    steady: Steady,
     on: bool,
 }
 
@@ -121,7 +125,8 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
         let info = sys::iommu_info(&container).map_err(ContainerLogError::Info)?;
         let limits = Limits::new(ContainerInfo::parse(&info))?;
         let (mapped, requests, words) = (Mapped::default(), Vec::new(), Vec::new());
-        Ok(Self { id: id.into(), container, meaning, limits, mapped, requests, words, on: false })
+        let (id, steady) = (id.into(), Steady::default());
+        Ok(Self { id, container, meaning, limits, mapped, requests, words, steady, on: false })
     }
 
     /// Bytes per bit.
@@ -181,10 +186,15 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
     fn try_collect(&mut self, sink: &mut Sink<'_>) -> Result<(), ContainerLogError> {
         if self.requests.is_empty() {
             self.requests = self.limits.requests(self.mapped.iter().map(|mapping| mapping.iova()))?;
+            self.steady.restart();
         }
         for index in 0..self.requests.len() {
             self.read(self.requests[index], sink)?;
+            if self.meaning == Meaning::Written {
+                self.steady.see(&self.words[..self.limits.words(self.requests[index])]);
+            }
         }
+        self.steady.end_report();
         Ok(())
     }
 
@@ -259,10 +269,15 @@ impl<F: AsRawFd + Send> DirtySource for ContainerLog<F> {
         Cover { ranges: self.mapped.gpa_ranges(), precise: self.meaning == Meaning::Written }
     }
 
+    fn standing_bytes(&self) -> u64 {
+        self.steady.bytes(self.limits.granule)
+    }
+
     fn start(&mut self, layout: &Layout, iova: &IovaMap) -> Result<(), SourceError> {
         if self.on {
             return Ok(());
         }
+        self.steady = Steady::default();
         self.mapped = Mapped::at_start(layout, iova);
         self.requests.clear();
         let mappings = self.mapped.iter().map(|mapping| mapping.iova());
@@ -283,6 +298,7 @@ impl<F: AsRawFd + Send> DirtySource for ContainerLog<F> {
         if let Err(ContainerLogError::Read { .. }) = result {
             // Where this fails too, so does the next read: it is tried again there.
             let _told_by_the_read = self.rearm();
+            self.steady.restart();
         }
         result.map_err(|cause| SourceError::new(&self.id, Operation::Collect, cause))
     }
@@ -335,6 +351,7 @@ mod tests {
             mapped: Mapped::default(),
             requests: Vec::new(),
             words: Vec::new(),
+            steady: Steady::default(),
             on: false,
         }
     }

@@ -141,6 +141,12 @@ pub trait DirtySource: Send {
     /// The pages to mark dirty when this source fails.
     fn cover(&self) -> Cover;
 
+    /// Bytes of pages that the last reports all held and that the next will hold again, whatever is written: a mediated
+    /// device's driver keeps them pinned. 0 where there are none, or it is not known yet.
+    fn standing_bytes(&self) -> u64 {
+        0
+    }
+
     /// Switches the log on for the VM's RAM. Pages written after it returns are reported.
     ///
     /// # Errors
