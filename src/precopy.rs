@@ -13,7 +13,11 @@
 //! assert_eq!(policy.decide(&seen), Decision::SwitchOver { expected_downtime_ms: Some(98) });
 //! ```
 
-use std::fmt;
+mod forecast;
+mod reason;
+
+pub use forecast::{Blame, Forecast, SourceRate};
+pub use reason::{CancelReason, Obstacle};
 
 /// What to do when the timeout, or the last round allowed, comes before the downtime limit can be kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -85,13 +89,15 @@ impl Default for DeviceLeft {
 pub struct Observation {
     /// Bytes of guest memory changed since the receiver's copy.
     pub pending_bytes: u64,
+    /// Of these, bytes that sources report in every round whatever is written: pages that devices keep pinned.
+    pub standing_bytes: u64,
     /// Bytes of guest memory on their way.
     pub in_flight_bytes: u64,
     /// Bytes per second that the connections carry; 0 while nothing was measured.
     pub bandwidth: u64,
-    /// Bytes per second that become pending.
+    /// Bytes per second that become pending, without those that come back in every round.
     pub dirty_rate: u64,
-    /// Device state that the downtime will carry, as the devices count it.
+    /// Device state that the downtime will carry, as the devices count it: all of it, for all of it is in State.
     pub device: DeviceLeft,
     /// Bytes of it per second that both ends get done, however much the connections carry; 0: as much as they carry.
     pub state_rate: u64,
@@ -112,6 +118,11 @@ impl Observation {
     pub fn expected_downtime_ms(&self) -> Option<u64> {
         let memory = u128::from(self.pending_bytes) + u128::from(self.in_flight_bytes);
         Some(time_for(memory, self.bandwidth)?.saturating_add(self.state_ms()?))
+    }
+
+    /// How long the pages that come back in every round take; `None` where that cannot be told.
+    fn standing_ms(&self) -> Option<u64> {
+        time_for(self.standing_bytes.into(), self.bandwidth)
     }
 
     /// How much of that is for device state; `None` where that cannot be told.
@@ -157,60 +168,6 @@ pub enum Decision {
     },
 }
 
-/// Why a migration is given up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum CancelReason {
-    /// The timeout came first.
-    TimedOut {
-        /// The timeout.
-        timeout_ms: u64,
-    },
-    /// The cap on rounds came first.
-    OutOfRounds {
-        /// The cap.
-        max_rounds: u32,
-    },
-    /// The device state alone takes longer than the downtime limit, and further rounds would not make it less.
-    DeviceStateTooLong {
-        /// Its bytes.
-        bytes: u64,
-        /// How long they take.
-        expected_ms: u64,
-        /// The limit.
-        downtime_ms: u64,
-    },
-    /// Each time the VM was stopped, more was left than had been expected.
-    SwitchoverTooLong {
-        /// Times the VM was stopped and let run again.
-        back_outs: u32,
-        /// The downtime expected the last time; `None` where it could not be told.
-        expected_downtime_ms: Option<u64>,
-    },
-}
-
-impl fmt::Display for CancelReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::TimedOut { timeout_ms } => {
-                write!(f, "not converged within the timeout of {timeout_ms} ms")
-            }
-            Self::OutOfRounds { max_rounds } => write!(f, "not converged within {max_rounds} rounds"),
-            Self::DeviceStateTooLong { bytes, expected_ms, downtime_ms } => write!(
-                f,
-                "device state of {} MiB takes about {expected_ms} ms, more than the downtime limit of {downtime_ms} ms",
-                bytes >> 20
-            ),
-            Self::SwitchoverTooLong { back_outs, expected_downtime_ms: Some(ms) } => {
-                write!(f, "stopped VM {back_outs} times, and {ms} ms of downtime were still to come")
-            }
-            Self::SwitchoverTooLong { back_outs, expected_downtime_ms: None } => {
-                write!(f, "stopped VM {back_outs} times, and the downtime still could not be told")
-            }
-        }
-    }
-}
-
 /// Rounds that must have ended before a dirty rate is trusted enough to slow anybody down.
 const ROUNDS_BEFORE_THROTTLE: u32 = 2;
 /// Rounds that must have ended before a bandwidth, or a guess at a state's size, is trusted enough to give up for it.
@@ -232,6 +189,7 @@ impl Policy {
     /// that the next switchover has room for surprises.
     ///
     /// Where memory fits the limit and only device state does not, further rounds gain nothing: the timeout counts as reached.
+    /// So it does where only pages that come back in every round do not fit.
     pub fn decide(&self, seen: &Observation) -> Decision {
         let expected = seen.expected_downtime_ms();
         if expected.is_some_and(|ms| ms <= self.aim_ms(seen)) && seen.device_initial_bytes == 0 {
@@ -271,8 +229,13 @@ impl Policy {
         state_ms + ((self.downtime_ms - state_ms) >> seen.back_outs.min(Self::MAX_BACK_OUTS))
     }
 
-    /// Whether the device state alone breaks the limit, with all of it that should be read early read, and memory within it.
+    /// Whether more rounds gain nothing.
     fn hopeless(&self, seen: &Observation) -> Option<CancelReason> {
+        self.hopeless_state(seen).or_else(|| self.hopeless_pages(seen))
+    }
+
+    /// Whether the device state alone breaks the limit, with all of it that should be read early read, and memory within it.
+    fn hopeless_state(&self, seen: &Observation) -> Option<CancelReason> {
         let (bytes, state_ms) = (seen.device.bytes()?, seen.state_ms()?);
         let memory_ms = seen.expected_downtime_ms()?.saturating_sub(state_ms);
         // In the first rounds a bandwidth is not telling and a guess is often too high; what both ends get done is certain.
@@ -286,13 +249,45 @@ impl Policy {
         (only_state && seen.device_initial_bytes == 0).then_some(reason)
     }
 
+    /// Whether pages that come back in every round break the limit, together with the device state, and all else fits it.
+    fn hopeless_pages(&self, seen: &Observation) -> Option<CancelReason> {
+        if seen.rounds < ROUNDS_BEFORE_GIVING_UP || seen.standing_bytes == 0 || seen.device_initial_bytes > 0
+        {
+            return None;
+        }
+        let expected_ms = seen.standing_ms()?.saturating_add(seen.state_ms()?);
+        let others_ms = seen.expected_downtime_ms()?.saturating_sub(expected_ms);
+        let bytes = seen.standing_bytes;
+        let reason = CancelReason::StandingPagesTooLong { bytes, expected_ms, downtime_ms: self.downtime_ms };
+        (expected_ms > self.downtime_ms && others_ms <= self.downtime_ms).then_some(reason)
+    }
+
     /// Whether the timeout, or the last round allowed, has been reached, and which.
     pub fn exhausted(&self, seen: &Observation) -> Option<CancelReason> {
         if seen.elapsed_ms >= self.timeout_ms {
-            return Some(CancelReason::TimedOut { timeout_ms: self.timeout_ms });
+            let timeout_ms = self.timeout_ms;
+            return Some(CancelReason::TimedOut { timeout_ms, obstacle: self.obstacle(seen) });
         }
         let max_rounds = self.max_rounds.filter(|&max| seen.rounds >= max)?;
-        Some(CancelReason::OutOfRounds { max_rounds })
+        Some(CancelReason::OutOfRounds { max_rounds, obstacle: self.obstacle(seen) })
+    }
+
+    /// What most stands in the way of a switchover: what more rounds help least against comes first.
+    fn obstacle(&self, seen: &Observation) -> Obstacle {
+        let breaks = |ms: Option<u64>| ms.is_some_and(|ms| ms > self.downtime_ms);
+        let pinned_ms =
+            seen.standing_ms().zip(seen.state_ms()).map(|(pages, state)| pages.saturating_add(state));
+        match seen.device.bytes() {
+            None => Obstacle::DeviceSizeUnknown,
+            Some(bytes) if breaks(seen.state_ms()) => Obstacle::DeviceState { bytes },
+            _ if seen.standing_bytes > 0 && breaks(pinned_ms) => {
+                Obstacle::StandingPages { bytes: seen.standing_bytes }
+            }
+            _ if seen.device_initial_bytes > 0 && !breaks(seen.expected_downtime_ms()) => {
+                Obstacle::InitialBytes { bytes: seen.device_initial_bytes }
+            }
+            _ => Obstacle::Memory { bytes: seen.pending_bytes.saturating_add(seen.in_flight_bytes) },
+        }
     }
 
     fn after_last_back_out(&self, back_outs: u32, expected_downtime_ms: Option<u64>) -> Decision {
@@ -317,145 +312,12 @@ impl Policy {
     }
 }
 
-/// How fast one source dirties memory, in bytes per second.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SourceRate<'a> {
-    /// The source's id.
-    pub id: &'a str,
-    /// What it reports.
-    pub dirty_rate: u64,
-    /// What only it reports.
-    pub exclusive_dirty_rate: u64,
-}
-
-/// Whether a migration will come to its switchover, said for people.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum Forecast {
-    /// Nothing was measured yet.
-    #[default]
-    Unmeasured,
-    /// It will, in about so long.
-    Converges {
-        /// Time to the switchover.
-        in_ms: u64,
-    },
-    /// It will not while this goes on.
-    Stuck(Blame),
-}
-
-/// What keeps a migration from converging.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Blame {
-    /// The device state alone takes longer than the downtime limit.
-    DeviceState {
-        /// Its bytes.
-        bytes: u64,
-        /// Bytes that the limit allows.
-        allowed_bytes: u64,
-    },
-    /// Nobody can tell the device state's size.
-    DeviceSizeUnknown,
-    /// Without the pages that only this source reports it would converge.
-    Source {
-        /// The source's id.
-        id: String,
-        /// What only it dirties, in bytes per second.
-        exclusive_dirty_rate: u64,
-        /// Bytes per second that the connections carry.
-        bandwidth: u64,
-    },
-    /// No source alone is to blame.
-    Together {
-        /// What all dirty, in bytes per second.
-        dirty_rate: u64,
-        /// Bytes per second that the connections carry.
-        bandwidth: u64,
-    },
-}
-
-impl Forecast {
-    /// Judges from the rates of each source; where several could be to blame, names the one that dirties most.
-    pub fn new(policy: &Policy, seen: &Observation, sources: &[SourceRate<'_>]) -> Self {
-        if seen.bandwidth == 0 {
-            return Self::Unmeasured;
-        }
-        let Some(device_bytes) = seen.device.bytes() else {
-            return Self::Stuck(Blame::DeviceSizeUnknown);
-        };
-        let left_ms = seen.state_ms().and_then(|state_ms| policy.downtime_ms.checked_sub(state_ms));
-        let Some(left_ms) = left_ms else {
-            let allowed_bytes = bytes_in(policy.downtime_ms, seen.state_rate());
-            return Self::Stuck(Blame::DeviceState { bytes: device_bytes, allowed_bytes });
-        };
-        let memory = seen.pending_bytes.saturating_add(seen.in_flight_bytes);
-        let above_limit = memory.saturating_sub(bytes_in(left_ms, seen.bandwidth));
-        match (above_limit, seen.bandwidth.saturating_sub(seen.dirty_rate)) {
-            (0, _) => Self::Converges { in_ms: 0 },
-            (_, 0) => Self::Stuck(blame(seen, sources)),
-            (bytes, gain) => Self::Converges { in_ms: ms_for(bytes.into(), gain) },
-        }
-    }
-}
-
-fn blame(seen: &Observation, sources: &[SourceRate<'_>]) -> Blame {
-    let needed = seen.dirty_rate.saturating_sub(seen.bandwidth);
-    let culprits = sources.iter().filter(|source| source.exclusive_dirty_rate > needed);
-    match culprits.max_by_key(|source| source.exclusive_dirty_rate) {
-        Some(source) => Blame::Source {
-            id: source.id.to_owned(),
-            exclusive_dirty_rate: source.exclusive_dirty_rate,
-            bandwidth: seen.bandwidth,
-        },
-        None => Blame::Together { dirty_rate: seen.dirty_rate, bandwidth: seen.bandwidth },
-    }
-}
-
 fn bytes_in(ms: u64, rate: u64) -> u64 {
     u64::try_from(u128::from(ms) * u128::from(rate) / 1000).unwrap_or(u64::MAX)
 }
 
 fn ms_for(bytes: u128, rate: u64) -> u64 {
     u64::try_from((bytes * 1000).div_ceil(u128::from(rate))).unwrap_or(u64::MAX)
-}
-
-impl fmt::Display for Forecast {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unmeasured => f.write_str("nothing measured yet"),
-            Self::Converges { in_ms: 0 } => f.write_str("ready to switch over"),
-            Self::Converges { in_ms } => write!(f, "switches over in about {} s", in_ms.div_ceil(1000)),
-            Self::Stuck(blame) => write!(f, "does not converge: {blame}"),
-        }
-    }
-}
-
-impl fmt::Display for Blame {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mib = |bytes: &u64| bytes >> 20;
-        match self {
-            Self::DeviceState { bytes, allowed_bytes } => write!(
-                f,
-                "device state of {} MiB does not fit the downtime limit, which carries {} MiB",
-                mib(bytes),
-                mib(allowed_bytes)
-            ),
-            Self::DeviceSizeUnknown => f.write_str("size of the device state is unknown"),
-            Self::Source { id, exclusive_dirty_rate, bandwidth } => write!(
-                f,
-                "{id} alone dirties {} MiB/s, and {} MiB/s can be sent",
-                mib(exclusive_dirty_rate),
-                mib(bandwidth)
-            ),
-            Self::Together { dirty_rate, bandwidth } => write!(
-                f,
-                "all sources together dirty {} MiB/s, and {} MiB/s can be sent",
-                mib(dirty_rate),
-                mib(bandwidth)
-            ),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -239,6 +239,11 @@ impl Tracker {
         ids.zip(self.ledger.attribution().iter().copied())
     }
 
+    /// Bytes of pages that come back in every report of each source, by source id: see [`DirtySource::standing_bytes`].
+    pub fn standing_bytes(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.sources.iter().map(|attached| (attached.source.id(), attached.source.standing_bytes()))
+    }
+
     /// Takes in a mapping that a virtual IOMMU has made.
     ///
     /// # Errors

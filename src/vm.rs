@@ -88,6 +88,23 @@ pub trait Vm {
     /// The VMM cannot capture its VM.
     fn state(&mut self, devices: Snapshot) -> Result<Captured, VmError>;
 
+    /// Lets go of what the receiver takes for itself when it is given State, as the locks of disks. The VM is paused.
+    ///
+    /// # Errors
+    /// Something cannot be let go; [`Vm::reclaim`] follows.
+    fn release(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    /// Takes back what [`Vm::release`] let go, because the receiver will not run the VM after all. [`Vm::resume`] follows,
+    /// unless the VM was paused before.
+    ///
+    /// # Errors
+    /// Something cannot be had again: the VM is stuck, and not resumed.
+    fn reclaim(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
     /// Whether the vCPUs can be slowed down.
     fn can_throttle(&self) -> bool;
 

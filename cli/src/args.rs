@@ -233,7 +233,8 @@ pub(crate) struct SendArguments {
 impl SendArguments {
     /// What the receiver is held to; not to hurry with the State, for a stored VM stands still anyway.
     pub(crate) fn limits(&self) -> Limits {
-        Limits { switchover_timeout: Duration::MAX, ..self.patience.limits() }
+        let state_bytes = self.state.state_limit;
+        Limits { switchover_timeout: Duration::MAX, state_bytes, ..self.patience.limits() }
     }
 }
 

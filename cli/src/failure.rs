@@ -277,6 +277,7 @@ impl Class for SendError {
             Self::Peer { step: SendStep::Start | SendStep::Complete, .. } => None,
             Self::Peer { source: PeerError::Silent { .. }, .. } => Some("--idle-timeout"),
             Self::GivenUp(CancelReason::TimedOut { .. }) => Some("--timeout-s"),
+            Self::StateTooLarge { .. } => Some("--state-limit"),
             _ => None,
         }
     }

@@ -8,11 +8,12 @@ use log::{error, warn};
 use thiserror::Error;
 
 use super::saved::{Identity, SavedVersion, blob_to_snapshot};
+use super::size::StateSize;
 use super::state::{Recovery, quiescent_state, recovery};
-use super::stream::{PrecopyRead, STATE_LIMIT_BYTES, StateStream, write_all};
+use super::stream::{PrecopyRead, StateStream, write_all};
 use super::{
     ArcError, Basis, Capabilities, DeviceError, DeviceIo, DeviceState, Estimate, PrecopyInfo,
-    SavedStateError, StreamError, next_state,
+    STATE_LIMIT_BYTES, SavedStateError, StreamError, next_state,
 };
 use crate::error::Chain;
 
@@ -21,6 +22,15 @@ pub const UNKNOWN_STATE_BYTES: u64 = 100 << 30;
 
 /// Bytes of state a device is taken to have when its interface has no way to ask and none was read from it yet.
 pub const UNASKABLE_STATE_BYTES: u64 = 16 << 20;
+
+/// When a device in PRE_COPY is asked what it still has to bring. Some begin another piece of their state whenever they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asking {
+    /// As long as its last answer had initial bytes left.
+    WhileInitial,
+    /// Now.
+    Anew,
+}
 
 /// What went wrong with one device.
 #[derive(Debug, Error)]
@@ -38,6 +48,16 @@ pub enum DeviceFailure {
     /// Its saved state could not be put together or taken apart.
     #[error(transparent)]
     Saved(#[from] SavedStateError),
+    /// It says that its state is larger than allowed. Nothing of it was read on, and the VM was not stopped for it.
+    #[error(
+        "Device has {state_bytes} bytes of state, more than the {limit_bytes} bytes that Device::state_limit allows"
+    )]
+    StateTooLarge {
+        /// Bytes of its state, as it says.
+        state_bytes: u64,
+        /// Most bytes allowed.
+        limit_bytes: u64,
+    },
     /// It runs, and its state can only be saved once it is stopped.
     #[error("Device is in {state} and was not stopped")]
     NotStopped {
@@ -76,6 +96,7 @@ pub struct Device {
     io: Box<dyn DeviceIo>,
     capabilities: Capabilities,
     stream: StateStream,
+    size: StateSize,
     /// Whether the device's saving session is the one that `stream` was read from.
     in_session: bool,
     /// Whether the device holds a loaded state that has not run yet.
@@ -103,6 +124,7 @@ impl Device {
             capabilities: io.capabilities(),
             io,
             stream: StateStream::new(STATE_LIMIT_BYTES),
+            size: StateSize::default(),
             in_session: false,
             holds_loaded: false,
             last_state_bytes: None,
@@ -123,6 +145,16 @@ impl Device {
         Self { maps_only_ram: true, ..self }
     }
 
+    /// Sets the most bytes that the device's state may have, saved or loaded; [`STATE_LIMIT_BYTES`] unless set.
+    ///
+    /// A device that says that it has more is refused while it runs. In State four bytes carry three of it, so that the
+    /// receiver's limit on that text may have to grow, too.
+    #[must_use]
+    pub fn state_limit(mut self, bytes: usize) -> Self {
+        self.stream.set_limit(bytes);
+        self
+    }
+
     /// Who the device is.
     pub fn identity(&self) -> &Identity {
         &self.identity
@@ -140,6 +172,11 @@ impl Device {
 
     pub(super) fn in_session(&self) -> bool {
         self.in_session
+    }
+
+    /// Most bytes that the device's state may have.
+    pub(super) fn limit_bytes(&self) -> usize {
+        self.stream.limit()
     }
 
     pub(super) fn precopy_bytes(&self) -> u64 {
@@ -197,6 +234,7 @@ impl Device {
 
     fn end_session(&mut self) {
         self.in_session = false;
+        self.size = StateSize::default();
         self.stream.release();
     }
 
@@ -216,7 +254,7 @@ impl Device {
         }
     }
 
-    /// Reads what the device has in PRE_COPY, at most `budget` bytes.
+    /// Reads what of the device's state is worth reading in PRE_COPY, at most `budget` bytes.
     ///
     /// # Errors
     /// The session is over and what was read is dropped; the device is out of PRE_COPY, or recovered as far as it can be.
@@ -234,62 +272,102 @@ impl Device {
         if !self.in_session {
             return Err(DeviceFailure::SessionLost { state });
         }
-        Ok(self.stream.read_precopy(self.io.as_mut(), budget)?)
+        let budget = budget.min(self.worth_reading()?);
+        let read = self.stream.read_precopy(self.io.as_mut(), budget)?;
+        self.size.precopy_read(read.bytes);
+        Ok(PrecopyRead { drained: read.drained || self.worth_reading()? == 0, ..read })
+    }
+
+    /// Bytes that are worth reading while the device runs, now that all it hands out travels in the downtime.
+    ///
+    /// The initial bytes are. Whatever is read of the rest may change again, and is then sent twice.
+    fn worth_reading(&mut self) -> Result<u64, DeviceFailure> {
+        let told = match self.size.precopy() {
+            Some(info) => Some(info),
+            None => self.ask_precopy()?,
+        };
+        Ok(told.map_or_else(|| self.stream.worth_reading_untold(), |info| info.initial_bytes))
     }
 
     /// Estimates what the device has still to hand over once it is stopped. Ignorance is an estimate too.
     ///
     /// # Errors
-    /// The device is gone for good.
-    pub(super) fn estimate(&mut self) -> Result<Estimate, DeviceFailure> {
-        match self.try_estimate() {
-            Err(failure) if !failure.tells_of_lost_device() => Ok(self.unknown(&failure)),
-            estimate => estimate,
+    /// The device is gone for good, or says that its state is larger than allowed.
+    pub(super) fn estimate(&mut self, asking: Asking) -> Result<Estimate, DeviceFailure> {
+        match self.try_estimate(asking) {
+            Err(failure) if failure.tells_of_lost_device() => Err(failure),
+            Err(failure) => Ok(self.unknown(&failure)),
+            Ok(estimate) => self.check_limit(estimate).map(|()| estimate),
         }
     }
 
-    fn try_estimate(&mut self) -> Result<Estimate, DeviceFailure> {
-        let (precopying, info) = self.precopy_info()?;
+    fn try_estimate(&mut self, asking: Asking) -> Result<Estimate, DeviceFailure> {
+        let state = self.state()?;
         if self.in_session && self.stream.is_complete() {
-            return Ok(Estimate::NOTHING);
+            return Ok(Estimate { state_bytes: self.state_bytes(), ..Estimate::NOTHING });
         }
-        let initial_bytes = info.map_or(0, |info| info.initial_bytes);
-        let precopy_bytes = info.map_or(0, |info| info.initial_bytes.saturating_add(info.dirty_bytes));
-        Ok(match self.io.data_size()? {
-            Some(size) => Estimate {
-                stop_copy_bytes: size.saturating_add(precopy_bytes),
-                initial_bytes,
-                basis: Basis::Told,
-            },
-            None => {
-                let stop_copy_bytes = precopy_bytes.max(self.guess());
-                // A device that has not paused once has initial bytes left, however many.
-                let unread = info.is_none() && precopying && self.stream.is_short_of_first_pause();
-                let initial_bytes = initial_bytes.max(unread.into());
-                Estimate { stop_copy_bytes, initial_bytes, basis: Basis::Guessed }
-            }
-        })
+        let precopying = self.in_session && matches!(state, DeviceState::PreCopy | DeviceState::PreCopyP2p);
+        if precopying && (asking == Asking::Anew || !self.size.is_past_initial()) {
+            self.ask_precopy()?;
+        }
+        let read = if self.in_session { self.state_bytes() } else { 0 };
+        let (state_bytes, basis) = match self.io.data_size()? {
+            Some(answer) => (self.size.whole(answer, read), Basis::Told),
+            None => (self.guess(read), Basis::Guessed),
+        };
+        let initial_bytes = if precopying { self.initial_bytes() } else { 0 };
+        Ok(Estimate { state_bytes, stop_copy_bytes: state_bytes - read, initial_bytes, basis })
     }
 
-    /// Asks whether PRE_COPY goes on and what it still has to bring; `None` where the interface has no such question.
-    fn precopy_info(&mut self) -> Result<(bool, Option<PrecopyInfo>), DeviceFailure> {
-        match self.state()? {
-            DeviceState::PreCopy | DeviceState::PreCopyP2p if self.in_session => {
-                Ok((true, self.io.precopy_info()?))
-            }
-            _ => Ok((false, None)),
+    /// Asks what PRE_COPY still has to bring; `None` where the interface has no such question.
+    fn ask_precopy(&mut self) -> Result<Option<PrecopyInfo>, DeviceFailure> {
+        let info = self.io.precopy_info()?;
+        if let Some(info) = info {
+            self.size.precopy_told(info);
         }
+        Ok(info)
+    }
+
+    /// Bytes to read before the device is stopped. One that tells nothing has some, however many, until it has paused once.
+    fn initial_bytes(&self) -> u64 {
+        let untold = || self.stream.is_short_of_first_pause().into();
+        self.size.precopy().map_or_else(untold, |info| info.initial_bytes)
+    }
+
+    fn check_limit(&self, estimate: Estimate) -> Result<(), DeviceFailure> {
+        let limit_bytes = self.limit_bytes() as u64;
+        let known_bytes = match estimate.basis {
+            Basis::Told => estimate.state_bytes,
+            Basis::Guessed | Basis::Unknown => {
+                self.size.least(estimate.state_bytes - estimate.stop_copy_bytes)
+            }
+        };
+        if known_bytes > limit_bytes {
+            return Err(DeviceFailure::StateTooLarge { state_bytes: known_bytes, limit_bytes });
+        }
+        Ok(())
     }
 
     fn unknown(&self, failure: &DeviceFailure) -> Estimate {
         warn!("Device {:?} does not tell the size of its state: {}", self.identity.name, Chain(failure));
-        Estimate { stop_copy_bytes: UNKNOWN_STATE_BYTES, initial_bytes: 0, basis: Basis::Unknown }
+        Estimate {
+            state_bytes: UNKNOWN_STATE_BYTES,
+            stop_copy_bytes: UNKNOWN_STATE_BYTES,
+            initial_bytes: 0,
+            basis: Basis::Unknown,
+        }
     }
 
-    /// What changed between the last two pauses is taken to change again; else the state is taken to be as long as last time.
-    fn guess(&self) -> u64 {
-        let last_batch = self.stream.last_batch().map(|bytes| bytes as u64);
-        last_batch.filter(|_| self.in_session).or(self.last_state_bytes).unwrap_or(UNASKABLE_STATE_BYTES)
+    /// Guesses the size of the whole state, of which `read` bytes were read: what changed between the last two pauses is taken
+    /// to change again; else the state is taken to be as long as last time.
+    fn guess(&self, read: u64) -> u64 {
+        let last_batch = self.stream.last_batch().filter(|_| self.in_session);
+        let guess = match (last_batch, self.last_state_bytes) {
+            (Some(batch), _) => read.saturating_add(batch as u64),
+            (None, Some(last)) => last,
+            (None, None) => read.saturating_add(UNASKABLE_STATE_BYTES),
+        };
+        guess.max(self.size.least(read))
     }
 
     /// Brings a running device to rest before any is stopped on the way to `goal`, if it has a state for that.

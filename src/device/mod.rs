@@ -36,6 +36,8 @@ pub mod saved;
 #[cfg(feature = "device-state")]
 mod set;
 #[cfg(feature = "device-state")]
+mod size;
+#[cfg(feature = "device-state")]
 mod stream;
 #[cfg(test)]
 #[cfg(feature = "device-state")]
@@ -48,10 +50,14 @@ pub use without_state::{DeviceSet, DeviceSetError};
 #[cfg(feature = "device-state")]
 pub use {
     member::{Device, DeviceFailure, UNASKABLE_STATE_BYTES, UNKNOWN_STATE_BYTES},
-    saved::{Identity, SavedStateError, SavedVersion},
+    saved::{Identity, Nesting, SavedStateError, SavedVersion},
     set::{Attempt, DeviceSet, DeviceSetError},
-    stream::{CHUNK_BYTES, STATE_LIMIT_BYTES, StreamError},
+    stream::{CHUNK_BYTES, StreamError},
 };
+
+/// Most bytes one device's state may have unless its `Device::state_limit` says otherwise: as many as fit 4 GiB of base64, with
+/// room for the rest of the VM's state.
+pub const STATE_LIMIT_BYTES: usize = (3 << 30) - (64 << 20);
 
 /// States of `enum vfio_device_mig_state` in `linux/vfio.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -143,7 +149,7 @@ pub struct PrecopyInfo {
 pub struct PrecopyStep {
     /// Bytes read.
     pub bytes: u64,
-    /// Whether no device had more for now.
+    /// Whether no device has more for now that is worth reading.
     pub drained: bool,
 }
 
@@ -158,24 +164,28 @@ pub enum Basis {
     Unknown,
 }
 
-/// What devices have still to hand over.
+/// What devices hand over, and what of it they have still to hand over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Estimate {
-    /// Bytes to read once the devices are stopped, in the downtime; rather too many than too few.
+    /// Bytes of their whole state, what was read while they ran included; rather too many than too few.
+    pub state_bytes: u64,
+    /// Of these, bytes to read once the devices are stopped, in the downtime.
     pub stop_copy_bytes: u64,
-    /// Of these, bytes that should be read before PRE_COPY is left. May grow again.
+    /// Bytes that should be read before PRE_COPY is left. May grow again.
     pub initial_bytes: u64,
     /// How well this is known.
     pub basis: Basis,
 }
 
 impl Estimate {
-    /// Nothing is left.
-    pub const NOTHING: Self = Self { stop_copy_bytes: 0, initial_bytes: 0, basis: Basis::Told };
+    /// There is nothing to hand over.
+    pub const NOTHING: Self =
+        Self { state_bytes: 0, stop_copy_bytes: 0, initial_bytes: 0, basis: Basis::Told };
 
     #[cfg(feature = "device-state")]
     fn plus(self, other: Self) -> Self {
         Self {
+            state_bytes: self.state_bytes.saturating_add(other.state_bytes),
             stop_copy_bytes: self.stop_copy_bytes.saturating_add(other.stop_copy_bytes),
             initial_bytes: self.initial_bytes.saturating_add(other.initial_bytes),
             basis: self.basis.max(other.basis),

@@ -6,6 +6,9 @@
 //! Cloud Hypervisor's shape, so that snapshots cross over both ways. [`META_CHILD`], which Cloud Hypervisor does not look
 //! at, is `{"version": 2, "meta": "<base64>"}` and says whose the stream is and how to tell that it is whole. A node without
 //! it is taken as it is.
+//!
+//! Cloud Hypervisor keeps the stream one level further down, in [`COMMON_CHILD`] of the device's node. [`Nesting`] says where
+//! it is written; it is read wherever it is.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -20,14 +23,17 @@ use versionize::{VersionMap, Versionize, VersionizeError, VersionizeResult};
 use versionize_derive::Versionize;
 use vm_migration::{MigratableError, Snapshot, SnapshotData, state_from_id};
 
+use super::STATE_LIMIT_BYTES;
 use super::blob::{Blob, checksum};
-use super::stream::STATE_LIMIT_BYTES;
 
 /// Id of the child that holds the device's stream.
 pub const STATE_CHILD: &str = "vfio_migration";
 
 /// Id of the child that holds what this library adds.
 pub const META_CHILD: &str = "vfio_migration_meta";
+
+/// Id of the child of a device's node in which Cloud Hypervisor keeps [`STATE_CHILD`], beside the device's registers.
+pub const COMMON_CHILD: &str = "vfio_common";
 
 /// Most bytes of a device's name, and of its kind.
 pub const NAME_LIMIT_BYTES: usize = 256;
@@ -51,7 +57,10 @@ pub enum SavedStateError {
     #[error("Snapshot of the device has no {STATE_CHILD:?}")]
     NoState,
     /// A text is longer than allowed; it was not decoded.
-    #[error("{child:?} holds {text_bytes} bytes of base64, and at most {limit_bytes} are allowed")]
+    #[error(
+        "{child:?} holds {text_bytes} bytes of base64, and at most {limit_bytes} are allowed ({})",
+        limit_of(child)
+    )]
     TooLong {
         /// Id of the child.
         child: &'static str,
@@ -134,6 +143,46 @@ pub enum SavedStateError {
         /// Who was to take it.
         device: Identity,
     },
+}
+
+/// What sets the limit of a child.
+fn limit_of(child: &str) -> &'static str {
+    if child == STATE_CHILD { "Device::state_limit" } else { "fixed" }
+}
+
+/// How far down in a device's node its state is written. Both are found when a state is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Nesting {
+    /// `<name>/vfio_migration`.
+    #[default]
+    Flat,
+    /// `<name>/vfio_common/vfio_migration`, as Cloud Hypervisor does it.
+    Common,
+}
+
+impl Nesting {
+    /// Makes of a device's state the node that goes by the device's name.
+    pub(super) fn wrap(self, state: Snapshot) -> Snapshot {
+        match self {
+            Self::Flat => state,
+            Self::Common => {
+                let mut node = Snapshot::default();
+                node.add_snapshot(COMMON_CHILD.to_owned(), state);
+                node
+            }
+        }
+    }
+}
+
+/// Returns the node that holds a device's state, of the node that goes by the device's name; `None` where it holds none.
+pub(super) fn state_node(node: &Snapshot) -> Option<&Snapshot> {
+    let common = node.snapshots.get(COMMON_CHILD);
+    [Some(node), common].into_iter().flatten().find(|node| node.snapshots.contains_key(STATE_CHILD))
+}
+
+/// Bytes of base64 that stand for so many bytes of state.
+pub fn text_bytes(state_bytes: u64) -> u64 {
+    state_bytes.div_ceil(3).saturating_mul(4)
 }
 
 /// Who a device is, as far as its state is concerned.
@@ -262,15 +311,24 @@ impl Meta {
 }
 
 impl SavedState {
-    /// Reads a device's node of the Snapshot tree.
+    /// Reads a device's node of the Snapshot tree, a state of at most [`STATE_LIMIT_BYTES`], in either [`Nesting`].
     ///
     /// Checks every length before it decodes anything, and the stream against what the metadata says of it.
     ///
     /// # Errors
     /// The node has no stream, or something in it is too long, malformed or contradictory.
     pub fn from_snapshot(node: &Snapshot) -> Result<Self, SavedStateError> {
+        Self::from_snapshot_within(node, STATE_LIMIT_BYTES)
+    }
+
+    /// As [`SavedState::from_snapshot`], with a limit of the caller's.
+    ///
+    /// # Errors
+    /// As [`SavedState::from_snapshot`].
+    pub fn from_snapshot_within(node: &Snapshot, limit_bytes: usize) -> Result<Self, SavedStateError> {
+        let node = state_node(node).ok_or(SavedStateError::NoState)?;
         let state: StateText<'_> = child(node, STATE_CHILD)?.ok_or(SavedStateError::NoState)?;
-        let stream = decode_text(STATE_CHILD, &state.blob, STATE_LIMIT_BYTES)?;
+        let stream = decode_text(STATE_CHILD, &state.blob, limit_bytes)?;
         let Some(text) = child::<MetaText<'_>>(node, META_CHILD)? else {
             return Ok(Self { identity: None, stream, precopy_bytes: None });
         };
@@ -470,6 +528,30 @@ mod tests {
     }
 
     #[test]
+    fn a_state_is_found_where_cloud_hypervisor_keeps_it() {
+        let nested = Nesting::Common.wrap(saved(SavedVersion::LATEST));
+        let text = serde_json::to_string(&nested).unwrap();
+        assert!(text.starts_with(r#"{"snapshots":{"vfio_common":{"snapshots":{"vfio_migration""#), "{text}");
+        assert_eq!(SavedState::from_snapshot(&nested).unwrap().stream, STREAM);
+        assert_eq!(
+            SavedState::from_snapshot(&Nesting::Flat.wrap(saved(SavedVersion::V1))).unwrap().stream,
+            STREAM
+        );
+        let elsewhere = Nesting::Common.wrap(nested);
+        assert!(matches!(SavedState::from_snapshot(&elsewhere), Err(SavedStateError::NoState)));
+    }
+
+    #[test]
+    fn c48_a_saved_state_beyond_the_limit_is_not_decoded_and_the_limit_is_named() {
+        let refused = SavedState::from_snapshot_within(&saved(SavedVersion::LATEST), 9).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "\"vfio_migration\" holds 20 bytes of base64, and at most 12 are allowed (Device::state_limit)"
+        );
+        assert_eq!([0, 1, 3, 4].map(text_bytes), [0, 4, 4, 8]);
+    }
+
+    #[test]
     fn a_state_goes_only_where_name_and_kind_agree() {
         let state = SavedState::from_snapshot(&saved(SavedVersion::V1)).unwrap();
         state.check_identity(&identity()).unwrap();
@@ -508,7 +590,7 @@ mod tests {
         assert!(refusal(2, &changed(39, 0)).starts_with("Saved state has checksum 0xc986ea110839ca12"));
         assert_eq!(
             refusal(2, &[0; META_LIMIT_BYTES + 3]),
-            "\"vfio_migration_meta\" holds 1372 bytes of base64, and at most 1368 are allowed"
+            "\"vfio_migration_meta\" holds 1372 bytes of base64, and at most 1368 are allowed (fixed)"
         );
     }
 

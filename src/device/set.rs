@@ -10,8 +10,8 @@ use log::{error, warn};
 use thiserror::Error;
 use vm_migration::{Snapshot, snapshot_from_id};
 
-use super::member::{Device, DeviceFailure};
-use super::saved::{NAME_LIMIT_BYTES, STATE_CHILD, SavedState, SavedStateError, SavedVersion};
+use super::member::{Asking, Device, DeviceFailure};
+use super::saved::{NAME_LIMIT_BYTES, Nesting, SavedState, SavedStateError, SavedVersion, state_node};
 use super::{DeviceState, Estimate, PrecopyStep};
 use crate::error::Chain;
 
@@ -122,6 +122,7 @@ enum Phase {
 pub struct DeviceSet {
     devices: Vec<Device>,
     phase: Phase,
+    nesting: Nesting,
 }
 
 impl DeviceSet {
@@ -143,7 +144,13 @@ impl DeviceSet {
                 return Err(DeviceSetError::PeerToPeer { name: name.clone() });
             }
         }
-        Ok(Self { devices, phase: Phase::Running })
+        Ok(Self { devices, phase: Phase::Running, nesting: Nesting::default() })
+    }
+
+    /// Says how far down in each device's node its state is saved; [`Nesting::Flat`] unless said.
+    #[must_use]
+    pub fn nesting(self, nesting: Nesting) -> Self {
+        Self { nesting, ..self }
     }
 
     /// Whether there is no device.
@@ -184,7 +191,11 @@ impl DeviceSet {
         self.or_run_on(started)
     }
 
-    /// Reads what the devices in PRE_COPY have now, at most `budget_bytes` in all, shared evenly among those that have more.
+    /// Reads what of the devices' state is worth reading in PRE_COPY, at most `budget_bytes` in all, shared evenly among those
+    /// that have more.
+    ///
+    /// All that is read travels in State, so it is the initial bytes only: more would be sent twice where it changes again. Of
+    /// a device that tells no sizes it is what comes before its first pause, and what follows in shrinking batches.
     ///
     /// Once the devices are stopped there is nothing to read here.
     ///
@@ -207,16 +218,30 @@ impl DeviceSet {
         Ok(step)
     }
 
-    /// Estimates what the devices have still to hand over once they are stopped, by asking each anew.
+    /// Estimates what the devices hand over in all, and what is left of it for when they are stopped.
     ///
-    /// Ask again right before the switchover: `initial_bytes` may have grown again by then. A device that fails to tell is
-    /// an estimate, too.
+    /// Each is asked for its size, and in PRE_COPY for its initial bytes as long as it had some the last time. A device that
+    /// fails to tell is an estimate, too.
     ///
     /// # Errors
-    /// A device is gone for good.
+    /// A device is gone for good, or says that its state is larger than [`Device::state_limit`].
     pub fn estimate(&mut self) -> Result<Estimate, DeviceSetError> {
+        self.estimate_asking(Asking::WhileInitial)
+    }
+
+    /// Estimates as [`DeviceSet::estimate`] does, asking devices in PRE_COPY anew: their initial bytes may have grown again.
+    ///
+    /// For right before the switchover. Some devices begin another piece of their state whenever they are asked.
+    ///
+    /// # Errors
+    /// As [`DeviceSet::estimate`].
+    pub fn estimate_anew(&mut self) -> Result<Estimate, DeviceSetError> {
+        self.estimate_asking(Asking::Anew)
+    }
+
+    fn estimate_asking(&mut self, asking: Asking) -> Result<Estimate, DeviceSetError> {
         self.devices.iter_mut().try_fold(Estimate::NOTHING, |sum, device| {
-            let estimate = device.estimate().map_err(failed(device, Attempt::Estimate))?;
+            let estimate = device.estimate(asking).map_err(failed(device, Attempt::Estimate))?;
             Ok(sum.plus(estimate))
         })
     }
@@ -308,7 +333,7 @@ impl DeviceSet {
         let mut tree = Snapshot::default();
         for device in &mut self.devices {
             let node = device.take_snapshot(version).map_err(failed(device, Attempt::Save))?;
-            tree.add_snapshot(device.identity().name.clone(), node);
+            tree.add_snapshot(device.identity().name.clone(), self.nesting.wrap(node));
         }
         Ok(tree)
     }
@@ -399,8 +424,7 @@ impl DeviceSet {
     /// Reads the devices' states from `tree`, in the order of the devices.
     fn decode(&self, tree: &Snapshot) -> Result<Vec<Vec<u8>>, DeviceSetError> {
         let claimed = |name: &str| self.names().any(|own| own == name);
-        let mut with_state =
-            tree.snapshots.iter().filter(|(_, node)| node.snapshots.contains_key(STATE_CHILD));
+        let mut with_state = tree.snapshots.iter().filter(|(_, node)| state_node(node).is_some());
         if let Some((name, _)) = with_state.find(|(name, _)| !claimed(name)) {
             return Err(DeviceSetError::Unclaimed { name: name.clone() });
         }
@@ -412,7 +436,7 @@ fn decode(device: &Device, tree: &Snapshot) -> Result<Vec<u8>, DeviceSetError> {
     let name = &device.identity().name;
     let node =
         snapshot_from_id(Some(tree), name).ok_or_else(|| DeviceSetError::Missing { name: name.clone() })?;
-    let state = match SavedState::from_snapshot(node) {
+    let state = match SavedState::from_snapshot_within(node, device.limit_bytes()) {
         Err(SavedStateError::NoState) => return Err(DeviceSetError::Missing { name: name.clone() }),
         other => other.and_then(|state| state.check_identity(device.identity()).map(|()| state)),
     };

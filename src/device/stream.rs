@@ -15,9 +15,6 @@ pub const CHUNK_BYTES: usize = 1 << 20;
 /// Most bytes asked of a device as long as little is known of its state; then as many as it handed over before.
 const FIRST_CHUNK_BYTES: usize = 1 << 16;
 
-/// Most bytes one device's state may have.
-pub const STATE_LIMIT_BYTES: usize = 4 << 30;
-
 /// Why a device's state could not be read or written.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -51,7 +48,7 @@ pub enum StreamError {
         offered_bytes: usize,
     },
     /// The state is longer than allowed.
-    #[error("Device state is longer than {limit_bytes} bytes")]
+    #[error("Device state is longer than the {limit_bytes} bytes that Device::state_limit allows")]
     TooLong {
         /// Most bytes allowed.
         limit_bytes: usize,
@@ -87,9 +84,10 @@ pub(super) struct StateStream {
     taken: bool,
     precopy_bytes: usize,
     state_bytes: usize,
-    /// Bytes since the device last paused, and between the two pauses before.
+    /// Bytes since the device last paused, between the two pauses before, and between the two before those.
     since_pause: usize,
     last_batch: Option<usize>,
+    batch_before: Option<usize>,
 }
 
 impl StateStream {
@@ -105,7 +103,18 @@ impl StateStream {
             state_bytes: 0,
             since_pause: 0,
             last_batch: None,
+            batch_before: None,
         }
+    }
+
+    /// Sets the most bytes that the stream will hold.
+    pub(super) fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+    }
+
+    /// Most bytes that the stream will hold.
+    pub(super) fn limit(&self) -> usize {
+        self.limit
     }
 
     /// Begins anew for a new session.
@@ -162,9 +171,19 @@ impl StateStream {
         self.last_batch.is_none() && self.filled() < self.limit / 2
     }
 
-    /// Reads what a device in PRE_COPY has now, at most `budget` bytes.
+    /// Bytes worth reading in PRE_COPY of a device that tells no sizes.
     ///
-    /// PRE_COPY may fill half the limit only, so that a device that never comes to rest leaves room for the rest of its state.
+    /// Until it pauses, half the limit, which leaves room for the rest; then on as long as each batch is at most half of the
+    /// one before. What comes in batches that do not shrink is only sent twice.
+    pub(super) fn worth_reading_untold(&self) -> u64 {
+        let settling = match (self.last_batch, self.batch_before) {
+            (Some(last), Some(before)) => last <= before / 2,
+            _ => true,
+        };
+        if settling { (self.limit / 2).saturating_sub(self.filled()) as u64 } else { 0 }
+    }
+
+    /// Reads what a device in PRE_COPY has now, at most `budget` bytes, and no more than the limit leaves room for.
     ///
     /// # Errors
     /// The session is over, and what was read of it worthless.
@@ -173,7 +192,7 @@ impl StateStream {
         io: &mut dyn DeviceIo,
         budget: u64,
     ) -> Result<PrecopyRead, StreamError> {
-        let room = (self.limit / 2).saturating_sub(self.filled());
+        let room = self.limit.saturating_sub(self.filled());
         let mut left = usize::try_from(budget).unwrap_or(usize::MAX).min(room);
         let before = self.filled();
         let mut drained = false;
@@ -188,7 +207,7 @@ impl StateStream {
         self.precopy_bytes = self.filled();
         self.since_pause += bytes;
         if drained {
-            self.last_batch = Some(std::mem::take(&mut self.since_pause));
+            self.batch_before = self.last_batch.replace(std::mem::take(&mut self.since_pause));
         }
         Ok(PrecopyRead { bytes: bytes as u64, drained })
     }
@@ -254,7 +273,7 @@ mod tests {
     use base64::engine::general_purpose::STANDARD as BASE64;
 
     use super::*;
-    use crate::device::{Capabilities, DeviceOperation, DeviceState, PrecopyInfo};
+    use crate::device::{Capabilities, DeviceOperation, DeviceState, PrecopyInfo, STATE_LIMIT_BYTES};
 
     /// An interface of which only the data counts: each read answers with the next of the list, filled with its number.
     struct Reads(VecDeque<DataRead>, u8, Vec<usize>);
@@ -353,13 +372,31 @@ mod tests {
     }
 
     #[test]
-    fn precopy_fills_half_the_limit_at_most() {
-        let mut stream = StateStream::new(11);
+    fn c47_precopy_fills_the_limit_and_no_more() {
+        let mut stream = StateStream::new(10);
         let mut io = reads([Bytes(5), Bytes(5), End]);
-        assert_eq!(stream.read_precopy(&mut io, 50).unwrap(), PrecopyRead { bytes: 5, drained: false });
+        assert_eq!(stream.read_precopy(&mut io, 50).unwrap(), PrecopyRead { bytes: 10, drained: false });
         assert_eq!(stream.read_precopy(&mut io, 50).unwrap(), PrecopyRead { bytes: 0, drained: false });
         stream.read_to_end(&mut io).unwrap();
         assert_eq!(bytes(&mut stream).len(), 10);
+    }
+
+    #[test]
+    fn c46_a_device_that_tells_nothing_is_read_on_only_while_its_batches_shrink() {
+        let worth = |batches: &[usize]| {
+            let mut stream = StateStream::new(1000);
+            let answers =
+                batches.iter().flat_map(|&bytes| [(bytes > 0).then_some(Bytes(bytes)), Some(NothingNow)]);
+            let mut io = reads(answers.flatten());
+            for &bytes in batches {
+                assert_eq!(stream.read_precopy(&mut io, 500).unwrap().bytes, bytes as u64);
+            }
+            stream.worth_reading_untold()
+        };
+        assert_eq!((worth(&[]), worth(&[100])), (500, 400));
+        assert_eq!((worth(&[100, 50]), worth(&[100, 51])), (350, 0));
+        assert_eq!((worth(&[5, 5]), worth(&[5, 0, 0]), worth(&[5, 0, 1])), (0, 495, 0));
+        assert_eq!(worth(&[300, 210]), 0, "a device that never rests leaves room for its end");
     }
 
     #[test]

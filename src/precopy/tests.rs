@@ -29,10 +29,26 @@ fn observations() -> impl Strategy<Value = Observation> {
         Just(DeviceLeft::Unknown),
     ];
     let initial = prop_oneof![Just(0), any::<u64>()];
-    let bytes = (any_or_small(), any_or_small(), any_or_small(), any_or_small(), any_or_small(), initial);
+    let bytes = (
+        any_or_small(),
+        any_or_small(),
+        any_or_small(),
+        any_or_small(),
+        any_or_small(),
+        any_or_small(),
+        initial,
+    );
     (bytes, device, 0..150_000u64, 0..50u32, 0..=100u8, 0..5u32).prop_map(
         |(
-            (pending_bytes, in_flight_bytes, bandwidth, dirty_rate, state_rate, device_initial_bytes),
+            (
+                pending_bytes,
+                standing,
+                in_flight_bytes,
+                bandwidth,
+                dirty_rate,
+                state_rate,
+                device_initial_bytes,
+            ),
             device,
             elapsed_ms,
             rounds,
@@ -41,6 +57,7 @@ fn observations() -> impl Strategy<Value = Observation> {
         )| {
             Observation {
                 pending_bytes,
+                standing_bytes: standing.min(pending_bytes),
                 in_flight_bytes,
                 bandwidth,
                 dirty_rate,
@@ -75,7 +92,10 @@ proptest! {
 
     #[test]
     fn fewer_bytes_never_delay_a_switchover(policy in policies(), seen in observations(), fewer in any_or_small()) {
-        let lighter = Observation { pending_bytes: seen.pending_bytes.saturating_sub(fewer), ..seen };
+        let pending_bytes = seen.pending_bytes.saturating_sub(fewer);
+        let standing_bytes = seen.standing_bytes.min(pending_bytes);
+        let lighter = Observation { pending_bytes, standing_bytes, ..seen };
+        prop_assume!(policy.hopeless(&seen).is_none(), "which is no longer so when more rounds gain something");
         prop_assert!(!switches_over(policy.decide(&seen)) || switches_over(policy.decide(&lighter)));
     }
 
@@ -151,7 +171,7 @@ proptest! {
     fn forecasts_never_fail(policy in policies(), seen in observations(), rates in prop::collection::vec((any_or_small(), any_or_small()), 0..4)) {
         let sources: Vec<_> = rates
             .iter()
-            .map(|&(dirty_rate, exclusive_dirty_rate)| SourceRate { id: "a", dirty_rate, exclusive_dirty_rate })
+            .map(|&(dirty_rate, exclusive_dirty_rate)| SourceRate { id: "a", dirty_rate, exclusive_dirty_rate, standing_bytes: 0 })
             .collect();
         prop_assert!(!Forecast::new(&policy, &seen, &sources).to_string().is_empty());
     }
@@ -184,7 +204,12 @@ fn throttling_starts_at_twenty_and_ends_at_ninety_nine() {
 
 #[test]
 fn the_source_that_alone_keeps_it_from_converging_is_named() {
-    let rate = |id, dirty_rate, exclusive_dirty_rate| SourceRate { id, dirty_rate, exclusive_dirty_rate };
+    let rate = |id, dirty_rate, exclusive_dirty_rate| SourceRate {
+        id,
+        dirty_rate,
+        exclusive_dirty_rate,
+        standing_bytes: 0,
+    };
     let sources = [rate("kvm-log", GIB, GIB / 2), rate("device-log:net0", 3 * GIB / 2, 5 * GIB / 4)];
     let forecast = Forecast::new(&Policy::default(), &losing(), &sources);
     let Forecast::Stuck(Blame::Source { id, .. }) = &forecast else { panic!("{forecast}") };
@@ -197,7 +222,8 @@ fn the_source_that_alone_keeps_it_from_converging_is_named() {
 
 #[test]
 fn sources_that_share_the_blame_are_named_together() {
-    let sources = [SourceRate { id: "kvm-log", dirty_rate: 2 * GIB, exclusive_dirty_rate: 0 }; 2];
+    let one = SourceRate { id: "kvm-log", dirty_rate: 2 * GIB, exclusive_dirty_rate: 0, standing_bytes: 0 };
+    let sources = [one; 2];
     let forecast = Forecast::new(&Policy::default(), &losing(), &sources);
     assert_eq!(forecast, Forecast::Stuck(Blame::Together { dirty_rate: 2 * GIB, bandwidth: GIB }));
 }
@@ -271,4 +297,79 @@ fn each_back_out_halves_the_aim() {
     let seen = Observation { pending_bytes: GIB / 4, bandwidth: GIB, back_outs: 0, ..losing() };
     assert!(switches_over(policy.decide(&seen)));
     assert_eq!(policy.decide(&Observation { back_outs: 1, ..seen }), Decision::Continue);
+}
+
+/// A device that keeps 400 MiB pinned, which take 400 ms, and little else that changes.
+fn pinned() -> Observation {
+    Observation {
+        pending_bytes: 401 << 20,
+        standing_bytes: 400 << 20,
+        bandwidth: 1000 << 20,
+        rounds: 5,
+        ..Observation::default()
+    }
+}
+
+#[test]
+fn c54_pages_that_come_back_in_every_round_are_not_waited_for() {
+    let cancel = Policy::default();
+    let Decision::Cancel { reason } = cancel.decide(&pinned()) else { panic!("more rounds gain nothing") };
+    assert_eq!(
+        reason.to_string(),
+        "400 MiB of pinned pages come back in every round and take about 400 ms with the device state, more than the \
+         downtime limit of 300 ms"
+    );
+    let ignore = Policy { timeout_strategy: TimeoutStrategy::Ignore, ..cancel };
+    assert_eq!(ignore.decide(&pinned()), Decision::SwitchOver { expected_downtime_ms: Some(401) });
+    let busy = Observation { pending_bytes: 2 * GIB, ..pinned() };
+    assert_eq!(cancel.decide(&busy), Decision::Continue, "the rest still becomes less");
+    assert_eq!(cancel.decide(&Observation { rounds: 4, ..pinned() }), Decision::Continue);
+    let few = Observation { pending_bytes: 201 << 20, standing_bytes: 200 << 20, ..pinned() };
+    assert_eq!(cancel.decide(&few), Decision::SwitchOver { expected_downtime_ms: Some(201) });
+}
+
+#[test]
+fn c54_the_forecast_names_who_keeps_pages_pinned() {
+    let rate =
+        |id, standing_bytes| SourceRate { id, dirty_rate: GIB, exclusive_dirty_rate: GIB, standing_bytes };
+    let forecast =
+        Forecast::new(&Policy::default(), &pinned(), &[rate("kvm", 0), rate("container", 400 << 20)]);
+    assert_eq!(
+        forecast.to_string(),
+        "does not converge: container reports 400 MiB of pinned pages in every round, and the downtime limit carries 300 MiB"
+    );
+    let late = Observation { elapsed_ms: 3_600_000, pending_bytes: 2 * GIB, ..pinned() };
+    let Decision::Cancel { reason } = Policy::default().decide(&late) else { panic!() };
+    assert_eq!(
+        reason.to_string(),
+        "not converged within the timeout of 3600000 ms: 400 MiB of pinned pages come back in every round"
+    );
+}
+
+#[test]
+fn c47_a_timeout_says_what_it_waited_for() {
+    let late = Observation { elapsed_ms: 3_600_000, bandwidth: GIB, rounds: 9, ..Observation::default() };
+    let reason = |seen: Observation| match Policy::default().decide(&seen) {
+        Decision::Cancel { reason: CancelReason::TimedOut { obstacle, .. } } => obstacle,
+        other => panic!("{other:?}"),
+    };
+    let initial = Observation { device_initial_bytes: 3 * GIB, ..late };
+    assert_eq!(reason(initial), Obstacle::InitialBytes { bytes: 3 * GIB });
+    let blind = Observation { device: DeviceLeft::Unknown, ..late };
+    assert_eq!(reason(blind), Obstacle::DeviceSizeUnknown);
+    let large = Observation { device: DeviceLeft::Estimate(2 * GIB), device_initial_bytes: 1, ..late };
+    assert_eq!(reason(large), Obstacle::DeviceState { bytes: 2 * GIB });
+    let busy = Observation { pending_bytes: GIB, device_initial_bytes: 1, ..late };
+    assert_eq!(reason(busy), Obstacle::Memory { bytes: GIB });
+    assert_eq!(
+        CancelReason::OutOfRounds { max_rounds: 9, obstacle: reason(initial) }.to_string(),
+        "not converged within 9 rounds: 3072 MiB of device state were to be read before the devices stop"
+    );
+}
+
+#[test]
+fn c47_a_forecast_does_not_call_ready_what_waits_for_its_devices() {
+    let seen = Observation { bandwidth: GIB, device_initial_bytes: 5 << 20, ..Observation::default() };
+    let forecast = Forecast::new(&Policy::default(), &seen, &[]);
+    assert_eq!(forecast.to_string(), "waits for 5 MiB of device state to be read");
 }

@@ -79,12 +79,17 @@ impl<'a> Control<'a> {
 
     /// Agrees on the protocol.
     pub(super) fn start(&mut self) -> Result<(), SendError> {
-        self.request(SendStep::Start, Request::start(), &[])
+        let within = self.options.limits.handshake_timeout;
+        let say = |connection: &mut Connection| send(connection, Request::start(), &[]);
+        self.exchange_within(SendStep::Start, HEADER_BYTES as u64, within, say)
     }
 
-    /// Describes the VM: JSON text.
-    pub(super) fn config(&mut self, json: &[u8]) -> Result<(), SendError> {
-        self.request(SendStep::Config, Request::new(Command::Config, json.len() as u64), json)
+    /// Describes the VM: JSON text. The receiver may take so much longer to answer than other messages.
+    pub(super) fn config(&mut self, json: &[u8], longer: Duration) -> Result<(), SendError> {
+        let within = self.options.limits.answer_timeout.saturating_add(longer);
+        let request = Request::new(Command::Config, json.len() as u64);
+        let bytes = (HEADER_BYTES + json.len()) as u64;
+        self.exchange_within(SendStep::Config, bytes, within, |connection| send(connection, request, json))
     }
 
     /// Hands over the stopped VM's state.
@@ -170,18 +175,24 @@ impl<'a> Control<'a> {
         }
     }
 
-    fn request(&mut self, step: SendStep, request: Request, payload: &[u8]) -> Result<(), SendError> {
-        let bytes = (HEADER_BYTES + payload.len()) as u64;
-        self.exchange(step, bytes, |connection| send(connection, request, payload))
+    /// Makes an exchange within the time that any message but the first and the last may take.
+    fn exchange(
+        &mut self,
+        step: SendStep,
+        bytes: u64,
+        say: impl FnOnce(&mut Connection) -> Result<(), PeerError>,
+    ) -> Result<(), SendError> {
+        self.exchange_within(step, bytes, self.options.limits.answer_timeout, say)
     }
 
     /// Makes an exchange that a cancellation, or the end of the time for the switchover, cuts short.
     ///
     /// The connection is kept only if the receiver may be asked again: one that refused is done with the migration.
-    fn exchange(
+    fn exchange_within(
         &mut self,
         step: SendStep,
         bytes: u64,
+        within: Duration,
         say: impl FnOnce(&mut Connection) -> Result<(), PeerError>,
     ) -> Result<(), SendError> {
         self.migration.check()?;
@@ -189,10 +200,6 @@ impl<'a> Control<'a> {
         let mut connection = self.take(step)?;
         connection.end_at(self.switchover.map(Switchover::left));
         let handle = connection.handle();
-        let within = match step {
-            SendStep::Start => self.options.limits.handshake_timeout,
-            _ => self.options.limits.answer_timeout,
-        };
         let answer = self.migration.interruptible(
             move || handle.close(),
             || {

@@ -11,7 +11,7 @@ use super::phases::Session;
 use super::progress::Phase;
 use super::send::{SendError, SendStep};
 use crate::ledger::{Chunk, ChunkLimits};
-use crate::precopy::{CancelReason, Decision, TimeoutStrategy};
+use crate::precopy::{Decision, TimeoutStrategy};
 use crate::vm::Vm;
 
 /// How often a waiting engine looks whether it was cancelled or its time is up.
@@ -42,7 +42,12 @@ impl<V: Vm> Session<'_, V> {
             if self.options.complete_paused {
                 return Ok(());
             }
-            match self.policy.decide(&seen) {
+            let decision = match self.policy.decide(&seen) {
+                // Devices may have begun another piece of their state that they want read first (C37).
+                Decision::SwitchOver { .. } => self.decide_again()?,
+                decision => decision,
+            };
+            match decision {
                 Decision::SwitchOver { .. } => return Ok(()),
                 Decision::Cancel { reason } => return Err(SendError::GivenUp(reason)),
                 Decision::ContinueThrottled(percent) => self.throttle(percent),
@@ -50,6 +55,12 @@ impl<V: Vm> Session<'_, V> {
                 Decision::Continue => {}
             }
         }
+    }
+
+    /// Decides on a switchover once more, with what devices have left when they are asked anew.
+    fn decide_again(&mut self) -> Result<Decision, SendError> {
+        let seen = self.look_again()?;
+        Ok(self.policy.decide(&seen))
     }
 
     /// Makes one pass: sends every page pending now, and waits for the last acknowledgement.
@@ -155,12 +166,10 @@ impl<V: Vm> Session<'_, V> {
     /// Gives up in the middle of a round when the time is up: for precopy while the VM runs, for the switchover afterwards.
     fn check_time(&self) -> Result<(), SendError> {
         self.switchover().map_or(Ok(()), Switchover::check)?;
-        match self.time_is_up() && self.policy.timeout_strategy == TimeoutStrategy::Cancel {
-            true => {
-                let timeout_ms = self.policy.timeout_ms;
-                Err(SendError::GivenUp(CancelReason::TimedOut { timeout_ms }))
-            }
-            false => Ok(()),
+        let strict = self.policy.timeout_strategy == TimeoutStrategy::Cancel;
+        match self.policy.exhausted(&self.glance()).filter(|_| strict && self.time_is_up()) {
+            Some(reason) => Err(SendError::GivenUp(reason)),
+            None => Ok(()),
         }
     }
 

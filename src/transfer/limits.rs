@@ -78,7 +78,9 @@ pub struct Pace {
 pub struct Limits {
     /// Bytes of JSON in a Config; 64 MiB.
     pub config_bytes: u64,
-    /// Bytes of JSON in a State; 4 GiB, for a device's state is in it in base64.
+    /// Bytes of JSON in a State; 4 GiB, for a device's state is in it in base64: four bytes for three of the device's.
+    ///
+    /// A sender takes it for its receiver's limit: a VM whose devices say that their state is larger is not stopped.
     ///
     /// That is the most memory that a source can take up with texts; a VMM that makes a tree of one takes more. A State that
     /// is too long shows when all memory has moved and the VM stands still, so the limit is no place to save.

@@ -4,26 +4,32 @@
 
 use std::time::{Duration, Instant};
 
+use thiserror::Error;
+
+use super::device_state::device_left;
 use super::phases::Session;
 use super::progress::{Progress, SourceProgress};
-use super::rounds::{Bandwidth, Pace, SourceRates, rate};
+use super::rounds::{Bandwidth, Pace, Reported, SourceRates, rate};
 use super::send::SendError;
-use crate::device::{Basis, Estimate};
+use crate::device::Estimate;
 use crate::ledger::{Attribution, Chunk, Outstanding};
-use crate::precopy::{DeviceLeft, Forecast, Observation};
+use crate::precopy::{Forecast, Observation};
 use crate::source::SourceError;
 use crate::tracker::TrackerError;
 use crate::vm::Vm;
 
-/// Bytes of device state read in one round while the devices run.
-const DEVICE_BUDGET_BYTES: u64 = 64 << 20;
-
-/// Bytes of device state read between two looks whether the migration was cancelled.
-const DEVICE_PIECE_BYTES: u64 = 4 << 20;
-
 /// Bytes of device state per second, as the devices count it, that are read, put into base64 and JSON, checked, sent, and
 /// taken apart again at the receiver. Rather too few: the text is a third longer, and no step of this overlaps another.
 const STATE_BYTES_PER_SECOND: u64 = 150_000_000;
+
+/// A source whose pages come back in every round, because a device's driver keeps them pinned.
+#[derive(Debug, Error)]
+#[error(
+    "Pages that {id} reports stay pinned: they are sent in every round, and once more while the VM stands still"
+)]
+struct StandingPages {
+    id: String,
+}
 
 /// Figures of one migration.
 #[derive(Debug)]
@@ -108,14 +114,19 @@ impl<V: Vm> Session<'_, V> {
         self.migration.update(|progress| progress.round = round);
     }
 
+    /// The last look at everything, with what a round has changed since.
+    pub(super) fn glance(&self) -> Observation {
+        let Outstanding { pending_bytes, in_flight_bytes } = self.left();
+        let (bandwidth, elapsed_ms) = (self.measured.bandwidth(), self.elapsed_ms());
+        Observation { pending_bytes, in_flight_bytes, bandwidth, elapsed_ms, ..self.measured.seen }
+    }
+
     /// Shows how a round goes on.
     pub(super) fn show_left(&mut self) {
-        let Outstanding { pending_bytes, in_flight_bytes } = self.left();
-        let bandwidth = self.measured.bandwidth();
-        let seen = Observation { pending_bytes, in_flight_bytes, bandwidth, ..self.measured.seen };
+        let seen = self.glance();
         self.migration.update(|progress| {
-            progress.left_bytes = pending_bytes + in_flight_bytes;
-            progress.bandwidth = bandwidth;
+            progress.left_bytes = seen.pending_bytes + seen.in_flight_bytes;
+            progress.bandwidth = seen.bandwidth;
             progress.expected_downtime_ms = seen.expected_downtime_ms();
         });
     }
@@ -140,13 +151,26 @@ impl<V: Vm> Session<'_, V> {
         self.collect()?;
         let since = self.measured.collected.elapsed();
         self.measured.collected = Instant::now();
-        self.measured.dirty_rate = rate(self.left().pending_bytes - left_over, since);
         self.look_at_sources(since);
+        let standing_bytes = self.measured.source_rates.standing_bytes();
+        let changed_bytes = (self.left().pending_bytes - left_over).saturating_sub(standing_bytes);
+        self.measured.dirty_rate = rate(changed_bytes, since);
         self.step_device_precopy()?;
-        let estimate = self.devices().estimate()?;
+        let estimate = self.estimate_devices()?;
+        Ok(self.observe_and_publish(estimate))
+    }
+
+    /// Asks devices once more what they have left, now that the switchover hangs on it.
+    pub(super) fn look_again(&mut self) -> Result<Observation, SendError> {
+        let estimate = self.estimate_devices_anew()?;
+        Ok(self.observe_and_publish(estimate))
+    }
+
+    /// Puts all that is known together, and shows it.
+    pub(super) fn observe_and_publish(&mut self, estimate: Estimate) -> Observation {
         let seen = self.observe(estimate);
         self.publish(&seen);
-        Ok(seen)
+        seen
     }
 
     pub(super) fn collect(&mut self) -> Result<(), SendError> {
@@ -168,38 +192,25 @@ impl<V: Vm> Session<'_, V> {
     fn look_at_sources(&mut self, since: Duration) {
         let tracker = self.look();
         let page_bytes = tracker.layout().host_page().bytes();
-        self.measured.source_rates.look(tracker.attribution(), page_bytes, since);
-    }
-
-    /// A device whose PRE_COPY fails hands out its whole state in the downtime; one that is gone ends the migration.
-    ///
-    /// A cancellation is heeded between two pieces of the state.
-    fn step_device_precopy(&mut self) -> Result<(), SendError> {
-        for _ in 0..DEVICE_BUDGET_BYTES / DEVICE_PIECE_BYTES {
-            self.migration.check()?;
-            match self.devices().precopy_step(DEVICE_PIECE_BYTES) {
-                Ok(step) if step.drained || step.bytes == 0 => return Ok(()),
-                Ok(_) => {}
-                Err(error) if error.tells_of_lost_device() => return Err(error.into()),
-                Err(error) => self.migration.degrade(error),
+        let sources = tracker.attribution().zip(tracker.standing_bytes());
+        let reported = sources.map(|((id, attribution), (_, standing_bytes))| {
+            if standing_bytes > 0 {
+                self.migration.degrade(StandingPages { id: id.to_owned() });
             }
-        }
-        Ok(())
+            Reported { id, attribution, standing_bytes }
+        });
+        self.measured.source_rates.look(reported, page_bytes, since);
     }
 
-    pub(super) fn start_device_precopy(&mut self) -> Result<(), SendError> {
-        self.undo.devices_touched = true;
-        Ok(self.devices().start_precopy()?)
-    }
-
-    pub(super) fn observe(&mut self, estimate: Estimate) -> Observation {
+    fn observe(&mut self, estimate: Estimate) -> Observation {
         let Outstanding { pending_bytes, in_flight_bytes } = self.left();
         Observation {
             pending_bytes: pending_bytes.saturating_add(self.still_unreported()),
+            standing_bytes: self.measured.source_rates.standing_bytes().min(pending_bytes),
             in_flight_bytes,
             bandwidth: self.measured.bandwidth(),
             dirty_rate: self.measured.dirty_rate,
-            device: self.device_left(estimate),
+            device: device_left(estimate),
             state_rate: STATE_BYTES_PER_SECOND,
             device_initial_bytes: estimate.initial_bytes,
             elapsed_ms: self.elapsed_ms(),
@@ -214,17 +225,7 @@ impl<V: Vm> Session<'_, V> {
         if self.undo.vm_paused.is_some() { 0 } else { self.look().imprecise_bytes() }
     }
 
-    /// What the State message will carry of the devices. All their state is in it, what PRE_COPY brought too.
-    fn device_left(&mut self, estimate: Estimate) -> DeviceLeft {
-        let bytes = self.devices().precopy_bytes().saturating_add(estimate.stop_copy_bytes);
-        match estimate.basis {
-            Basis::Told => DeviceLeft::Exact(bytes),
-            Basis::Guessed => DeviceLeft::Estimate(bytes),
-            Basis::Unknown => DeviceLeft::Unknown,
-        }
-    }
-
-    pub(super) fn publish(&mut self, seen: &Observation) {
+    fn publish(&mut self, seen: &Observation) {
         self.measured.seen = *seen;
         let forecast = Forecast::new(&self.policy, seen, &self.measured.source_rates.rates());
         let sources = self.attribution();
@@ -262,6 +263,7 @@ impl<V: Vm> Session<'_, V> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::precopy::DeviceLeft;
 
     #[test]
     fn a_state_of_64_mib_is_known_to_exceed_300_ms_on_any_connection() {

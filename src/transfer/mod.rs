@@ -12,6 +12,7 @@
 pub mod connection;
 mod control;
 mod copying;
+mod device_state;
 mod exchange;
 pub mod frame;
 mod lanes;
@@ -19,6 +20,8 @@ pub mod limits;
 mod measuring;
 mod payload;
 mod phases;
+mod pinning;
+mod prefault;
 mod progress;
 pub mod receive;
 mod rounds;
@@ -29,5 +32,6 @@ pub mod tls;
 pub mod url;
 
 pub use exchange::PeerError;
+pub use pinning::{MissedBecause, MissedDowntime, PinningReceiver, Populated};
 pub use progress::{Degradation, Migration, Phase, Progress, SourceProgress};
 pub use send::{SendError, SendOptions, SendOptionsError, SendStep, Sender, Sent, SourceVm, VmOperation};

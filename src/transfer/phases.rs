@@ -9,6 +9,7 @@ use super::control::{Control, Switchover};
 use super::lanes::{Lanes, Pipeline};
 use super::measuring::Measured;
 use super::payload::StatePayload;
+use super::pinning::Populated;
 use super::progress::{Migration, Phase};
 use super::send::{SendError, SendOptions, Sent, SourceVm, VmOperation};
 use super::skipping::Sieve;
@@ -32,6 +33,7 @@ pub(super) struct Session<'a, V: Vm> {
     pub(super) migration: &'a Migration,
     pub(super) undo: Undo,
     pub(super) measured: Measured,
+    pub(super) populated: Populated,
     pub(super) began: Instant,
 }
 
@@ -41,6 +43,7 @@ pub(super) struct Undo {
     pub(super) cursor: Option<CursorId>,
     pub(super) devices_touched: bool,
     pub(super) vm_paused: Option<Instant>,
+    vm_released: bool,
     pub(super) throttle_percent: u8,
 }
 
@@ -63,6 +66,7 @@ impl<'a, V: Vm> Session<'a, V> {
             migration,
             undo: Undo::default(),
             measured,
+            populated: Populated::default(),
             began: Instant::now(),
         }
     }
@@ -107,19 +111,22 @@ impl<'a, V: Vm> Session<'a, V> {
     /// The conversation with the receiver, from the first word to the last.
     fn converse(&mut self, control: &mut Control<'_>) -> Result<Sent, SendError> {
         control.start()?;
-        control.config(&self.describe()?)?;
+        let config = self.describe()?;
+        control.config(&config, self.populating_time(self.look().layout().bytes()))?;
         self.arm()?;
         self.copy_memory(control)?;
         control.hurry(self.switchover());
         let state = self.capture()?;
         self.copy_rest(control)?;
+        self.release()?;
         control.state(&state)?;
         control.complete(self.options.complete_paused)?;
         Ok(self.retire())
     }
 
     fn describe(&mut self) -> Result<Vec<u8>, SendError> {
-        self.vm.config().map_err(vm_failed(VmOperation::Config))
+        let config = self.vm.config().map_err(vm_failed(VmOperation::Config))?;
+        Ok(self.heed_pinning(config))
     }
 
     /// Switches every source on, before the first page is copied (C1), and lets devices begin to hand out their state.
@@ -140,7 +147,7 @@ impl<'a, V: Vm> Session<'a, V> {
             answer_timeout: self.options.limits.answer_timeout,
         };
         let host_page = self.look().layout().host_page();
-        let sieve = self.options.receiver_reads_zero.then(|| Sieve::new(self.vm.backing(), host_page));
+        let sieve = self.may_leave_out().then(|| Sieve::new(self.vm.backing(), host_page));
         let lanes = Lanes::start(connections, sieve, pipeline, self.migration);
         let mut lanes = lanes.map_err(SendError::Thread)?;
         let copied = self.copy_until_stopped(&mut lanes);
@@ -166,10 +173,10 @@ impl<'a, V: Vm> Session<'a, V> {
         self.undo.vm_paused = Some(Instant::now());
         self.vm.pause().map_err(vm_failed(VmOperation::Pause))?;
         let estimate = self.devices().stop_for_copy()?;
+        let estimate = self.check_state_fits(estimate)?;
         let failures = self.tracker()?.collect_final();
         self.bear(failures)?;
-        let seen = self.observe(estimate);
-        self.publish(&seen);
+        let seen = self.observe_and_publish(estimate);
         if self.options.complete_paused {
             return Ok(true);
         }
@@ -198,7 +205,13 @@ impl<'a, V: Vm> Session<'a, V> {
     fn capture(&mut self) -> Result<StatePayload, SendError> {
         let devices = self.devices().save()?;
         let state = self.vm.state(devices).map_err(vm_failed(VmOperation::State))?;
-        Ok(StatePayload::new(state)?)
+        self.check_captured(StatePayload::new(state)?)
+    }
+
+    /// Lets go of what the receiver takes when it is given State.
+    fn release(&mut self) -> Result<(), SendError> {
+        self.undo.vm_released = true;
+        self.vm.release().map_err(vm_failed(VmOperation::Release))
     }
 
     /// Sends what capturing wrote (C4), on the control connection, with every other one drained and gone.
@@ -237,6 +250,7 @@ impl<'a, V: Vm> Session<'a, V> {
         if let Some(Err(error)) = cursor.map(|cursor| self.look().end(cursor)) {
             self.migration.degrade(error);
         }
+        self.note_missed_downtime(downtime);
         let sources = self.attribution();
         let progress = self.migration.progress();
         Sent {
@@ -246,8 +260,8 @@ impl<'a, V: Vm> Session<'a, V> {
             skipped_zero_bytes: progress.skipped_zero_bytes,
             unique_dirty_bytes,
             downtime,
-            downtime_exceeded: !self.options.complete_paused
-                && downtime > Duration::from_millis(self.options.downtime_ms),
+            downtime_exceeded: self.is_missed(downtime),
+            populated: self.populated,
             forecast: progress.forecast,
             total,
             sources,
@@ -281,6 +295,11 @@ impl<'a, V: Vm> Session<'a, V> {
             (true, false) => self.devices().run(),
             (true, true) => self.devices().stop(),
         };
+        let reclaimed = match std::mem::take(&mut self.undo.vm_released) {
+            true => self.vm.reclaim(),
+            false => Ok(()),
+        };
+        reclaimed.map_err(vm_failed(VmOperation::Reclaim))?;
         let vm = match self.undo.vm_paused.take() {
             Some(_) if !self.options.complete_paused => self.vm.resume(),
             _ => Ok(()),

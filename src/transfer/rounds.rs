@@ -64,8 +64,23 @@ fn to_rate(rate: f64) -> u64 {
 struct SourceMeter {
     id: String,
     last: Attribution,
+    standing_bytes: u64,
     dirty_rate: u64,
     exclusive_dirty_rate: u64,
+}
+
+/// What one source has reported, and which of it comes back in every report.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reported<'a> {
+    pub(super) id: &'a str,
+    pub(super) attribution: Attribution,
+    pub(super) standing_bytes: u64,
+}
+
+impl SourceMeter {
+    fn new(id: &str, last: Attribution) -> Self {
+        Self { id: id.to_owned(), last, standing_bytes: 0, dirty_rate: 0, exclusive_dirty_rate: 0 }
+    }
 }
 
 /// How fast each source dirties memory, from what it had reported at two looks.
@@ -75,24 +90,29 @@ pub(super) struct SourceRates {
 }
 
 impl SourceRates {
-    /// Takes a look: `now` is what each source has reported; the look before lies `time` back.
+    /// Takes a look: `now` is what each source has reported; the look before lies `time` back. What comes back in every report
+    /// is no rate: it comes as often as it is asked for.
     pub(super) fn look<'a>(
         &mut self,
-        now: impl Iterator<Item = (&'a str, Attribution)>,
+        now: impl Iterator<Item = Reported<'a>>,
         page_bytes: u64,
         time: Duration,
     ) {
-        for (at, (id, seen)) in now.enumerate() {
+        for (at, Reported { id, attribution, standing_bytes }) in now.enumerate() {
             let Some(meter) = self.meters.get_mut(at) else {
-                let id = id.to_owned();
-                self.meters.push(SourceMeter { id, last: seen, dirty_rate: 0, exclusive_dirty_rate: 0 });
+                self.meters.push(SourceMeter::new(id, attribution));
                 continue;
             };
-            meter.dirty_rate = rate((seen.pages - meter.last.pages) * page_bytes, time);
-            let exclusive = seen.exclusive_pages - meter.last.exclusive_pages;
-            meter.exclusive_dirty_rate = rate(exclusive * page_bytes, time);
-            meter.last = seen;
+            let moving = |pages: u64| rate((pages * page_bytes).saturating_sub(standing_bytes), time);
+            meter.dirty_rate = moving(attribution.pages - meter.last.pages);
+            meter.exclusive_dirty_rate = moving(attribution.exclusive_pages - meter.last.exclusive_pages);
+            (meter.last, meter.standing_bytes) = (attribution, standing_bytes);
         }
+    }
+
+    /// Bytes that come back in every report, of all sources.
+    pub(super) fn standing_bytes(&self) -> u64 {
+        self.meters.iter().map(|meter| meter.standing_bytes).sum()
     }
 
     /// The rates between the last two looks.
@@ -103,6 +123,7 @@ impl SourceRates {
                 id: &meter.id,
                 dirty_rate: meter.dirty_rate,
                 exclusive_dirty_rate: meter.exclusive_dirty_rate,
+                standing_bytes: meter.standing_bytes,
             })
             .collect()
     }
@@ -181,11 +202,29 @@ mod tests {
     #[test]
     fn source_rates_tell_what_came_since_the_last_look() {
         let mut rates = SourceRates::default();
-        let seen = |pages, exclusive_pages| [("a", Attribution { pages, exclusive_pages })].into_iter();
+        let seen = |pages, exclusive_pages| {
+            let attribution = Attribution { pages, exclusive_pages };
+            [Reported { id: "a", attribution, standing_bytes: 0 }].into_iter()
+        };
         rates.look(seen(1000, 1000), 4096, Duration::from_secs(1));
         rates.look(seen(1020, 1005), 4096, Duration::from_secs(2));
-        let expected = SourceRate { id: "a", dirty_rate: 10 * 4096, exclusive_dirty_rate: 5 * 2048 };
+        let expected =
+            SourceRate { id: "a", dirty_rate: 10 * 4096, exclusive_dirty_rate: 5 * 2048, standing_bytes: 0 };
         assert_eq!(rates.rates(), [expected]);
+    }
+
+    #[test]
+    fn c54_what_comes_back_in_every_round_is_no_rate() {
+        let mut rates = SourceRates::default();
+        let seen = |pages| {
+            let attribution = Attribution { pages, exclusive_pages: pages };
+            [Reported { id: "a", attribution, standing_bytes: 100 * 4096 }].into_iter()
+        };
+        rates.look(seen(100), 4096, Duration::ZERO);
+        rates.look(seen(202), 4096, Duration::from_millis(1));
+        let rate = rates.rates()[0];
+        assert_eq!((rate.dirty_rate, rate.standing_bytes), (2 * 4096 * 1000, 100 * 4096));
+        assert_eq!(rates.standing_bytes(), 100 * 4096);
     }
 
     #[test]

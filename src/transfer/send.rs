@@ -13,6 +13,7 @@ use thiserror::Error;
 use super::exchange::PeerError;
 use super::limits::{ConnectionCount, Limits};
 use super::phases::Session;
+use super::pinning::{PinningReceiver, Populated};
 use super::progress::{Cancelled, Degradation, Migration, SourceProgress};
 use super::tls::ClientTls;
 use super::url::{Endpoint, Url};
@@ -55,6 +56,8 @@ pub struct SendOptions {
     /// So it is with Cloud Hypervisor's own memory, a fresh memfd or anonymous, and with a snapshot directory. It is not where
     /// a memory zone of the receiver is a named file that holds something.
     pub receiver_reads_zero: bool,
+    /// What is done for a receiver that pins all memory while it takes State, where the VM has pass-through devices.
+    pub pinning_receiver: PinningReceiver,
     /// Mutual TLS over TCP.
     pub tls: Option<ClientTls>,
     /// How long the receiver may take, and more.
@@ -78,6 +81,7 @@ impl SendOptions {
             throttle: false,
             complete_paused: false,
             receiver_reads_zero: true,
+            pinning_receiver: PinningReceiver::default(),
             tls: None,
             limits: Limits::default(),
         }
@@ -191,6 +195,10 @@ pub enum VmOperation {
     Config,
     /// Standing still.
     Pause,
+    /// Letting go of what the receiver takes.
+    Release,
+    /// Taking that back.
+    Reclaim,
     /// Running again.
     Resume,
     /// Telling its state.
@@ -202,6 +210,8 @@ impl fmt::Display for VmOperation {
         f.write_str(match self {
             Self::Config => "describe itself",
             Self::Pause => "pause",
+            Self::Release => "let go of what the receiver takes",
+            Self::Reclaim => "take back what it let go of",
             Self::Resume => "resume",
             Self::State => "tell its state",
         })
@@ -249,6 +259,19 @@ pub enum SendError {
     /// A device failed.
     #[error("Devices cannot be moved")]
     Devices(#[source] Box<DeviceSetError>),
+    /// State is larger than it may be; where devices say so themselves, the VM was not stopped for it.
+    #[error(
+        "State takes {state_bytes} bytes or more, of which {device_bytes} bytes in base64 are device state, and the limit \
+         is {limit_bytes} bytes (Limits::state_bytes)"
+    )]
+    StateTooLarge {
+        /// Bytes of its text, as far as they are known.
+        state_bytes: u64,
+        /// Bytes of device state in it, before they are put into base64.
+        device_bytes: u64,
+        /// The limit.
+        limit_bytes: u64,
+    },
     /// The State message could not be written down.
     #[error("VM state is no JSON")]
     State(#[from] serde_json::Error),
@@ -334,8 +357,10 @@ pub struct Sent {
     pub unique_dirty_bytes: u64,
     /// From pausing the VM to the receiver's word that it has it.
     pub downtime: Duration,
-    /// Whether that was longer than the limit; never for a VM that was paused before.
+    /// Whether that was longer than the limit; never for a VM that was paused before. Then a degradation says why.
     pub downtime_exceeded: bool,
+    /// Who saw to it that a receiver with pass-through devices has all memory allocated before State.
+    pub populated: Populated,
     /// What was to be expected when the VM had just been stopped: where the limit was exceeded, what was to blame.
     pub forecast: Forecast,
     /// The whole of it.

@@ -41,6 +41,8 @@ pub(crate) enum Fault {
     IgnoreSecondPass,
     /// Waits so long before it answers each Memory.
     Slow(Duration),
+    /// Waits so long before it answers State.
+    SlowState(Duration),
 }
 
 /// One request as it came.
@@ -236,7 +238,7 @@ impl Talk {
         if matches!(self.fault, Fault::CloseAtRequest(at) if index >= at) {
             return Err(io::Error::other("closed on purpose"));
         }
-        if let (Fault::Slow(time), MEMORY) = (self.fault, command) {
+        if let (Fault::Slow(time), MEMORY) | (Fault::SlowState(time), STATE) = (self.fault, command) {
             thread::sleep(time);
         }
         let twice = self.fault == Fault::AnswerTwice(command);

@@ -69,6 +69,9 @@ pub(crate) struct FakeVm {
     pub(crate) log: Log,
     pub(crate) can_throttle: bool,
     pub(crate) fail_state: bool,
+    pub(crate) config: &'static str,
+    /// Notes when it lets go of its locks, and when it takes them back.
+    pub(crate) locks: bool,
     running: Arc<Mutex<bool>>,
     over: Arc<AtomicBool>,
     pub(crate) steps: Arc<AtomicU64>,
@@ -90,6 +93,8 @@ impl FakeVm {
             log: Log::default(),
             can_throttle: false,
             fail_state: false,
+            config: r#"{"vm_config":{"memory":{}}}"#,
+            locks: false,
             running: Arc::new(Mutex::new(true)),
             over: Arc::default(),
             steps: Arc::default(),
@@ -214,7 +219,7 @@ impl Vm for FakeVm {
     }
 
     fn config(&mut self) -> Result<Vec<u8>, VmError> {
-        Ok(br#"{"vm_config":{}}"#.to_vec())
+        Ok(self.config.as_bytes().to_vec())
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
@@ -239,6 +244,20 @@ impl Vm for FakeVm {
         let mut snapshot = Snapshot::default();
         snapshot.add_snapshot("devices".into(), devices);
         Ok(snapshot.into())
+    }
+
+    fn release(&mut self) -> Result<(), VmError> {
+        if self.locks {
+            note(&self.log, "release");
+        }
+        Ok(())
+    }
+
+    fn reclaim(&mut self) -> Result<(), VmError> {
+        if self.locks {
+            note(&self.log, "reclaim");
+        }
+        Ok(())
     }
 
     fn can_throttle(&self) -> bool {
@@ -331,6 +350,8 @@ pub(crate) struct FakeDevice {
     pub(crate) data: Vec<u8>,
     pub(crate) read: usize,
     pub(crate) size: Option<u64>,
+    /// Has always one more initial byte than it hands out.
+    pub(crate) restless: bool,
     /// Writes the state's number to this page in each move but to STOP, as a device does that has work to finish.
     pub(crate) writes: Option<(Arc<Memory>, u64)>,
     /// Fails the next move to this state.
@@ -348,6 +369,7 @@ impl FakeDevice {
             data,
             read: 0,
             size: Some(0),
+            restless: false,
             writes: None,
             fail: None,
             gone_after: None,
@@ -408,7 +430,7 @@ impl DeviceIo for FakeDevice {
     }
 
     fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
-        let initial_bytes = self.early().saturating_sub(self.read) as u64;
+        let initial_bytes = self.early().saturating_sub(self.read) as u64 + u64::from(self.restless);
         Ok(Some(PrecopyInfo { initial_bytes, dirty_bytes: 0 }))
     }
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use vfio_migration::layout::{Layout, LayoutError};
 use vfio_migration::migratable::MigratableDevice;
-use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore};
+use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, asks_for_prefault};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
@@ -140,6 +140,7 @@ impl<'a> DestinationVm<'a> {
 
 impl Destination for DestinationVm<'_> {
     fn config(&mut self, config: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
+        let wants_memory_now = asks_for_prefault(config);
         let config: Value = serde_json::from_slice(config)?;
         let described: BTreeMap<u64, u64> = config["memory_manager_data"]["guest_ram_mappings"]
             .as_array()
@@ -152,7 +153,8 @@ impl Destination for DestinationVm<'_> {
         if described != ours {
             return Err(VmMessageError::OtherRam.into());
         }
-        Ok(Arc::new(GuestPages::new(Arc::new(self.machine.memory().clone()))?))
+        let pages = GuestPages::new(Arc::new(self.machine.memory().clone()))?;
+        Ok(Arc::new(if wants_memory_now { pages.populated()? } else { pages }))
     }
 
     fn state(&mut self, state: Vec<u8>) -> Result<(), VmError> {

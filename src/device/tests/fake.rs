@@ -58,7 +58,7 @@ pub(super) struct Inside {
     pub(super) script: Script,
     pub(super) state: DeviceState,
     /// What is still to be read.
-    left: Vec<Turn>,
+    pub(super) left: Vec<Turn>,
     /// What was written to it in RESUMING, and whether it was accepted.
     pub(super) written: Vec<u8>,
     pub(super) loaded: Option<Vec<u8>>,

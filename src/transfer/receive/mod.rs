@@ -42,6 +42,7 @@ use gate::Gate;
 use session::{Context, Source, TICK};
 use turned_away::TurnedAway;
 
+pub use super::prefault::asks_for_prefault;
 pub use error::{Part, ReceiveError, Step};
 pub use roster::ReceiverHandle;
 pub use store::{GuestPages, PageStore, Pages};

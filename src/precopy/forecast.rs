@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Whether a migration will come to its switchover, and what keeps it from that.
+
+use std::fmt;
+
+use super::reason::Mib;
+use super::{Observation, Policy, bytes_in, ms_for};
+
+/// How fast one source dirties memory, in bytes per second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SourceRate<'a> {
+    /// The source's id.
+    pub id: &'a str,
+    /// What it reports.
+    pub dirty_rate: u64,
+    /// What only it reports.
+    pub exclusive_dirty_rate: u64,
+    /// Bytes that it reports in every round, whatever is written.
+    pub standing_bytes: u64,
+}
+
+/// Whether a migration will come to its switchover, said for people.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Forecast {
+    /// Nothing was measured yet.
+    #[default]
+    Unmeasured,
+    /// It will, in about so long.
+    Converges {
+        /// Time to the switchover.
+        in_ms: u64,
+    },
+    /// Memory is ready for it; devices still hand out state that they want read before they are stopped.
+    AwaitsDevices {
+        /// Bytes of it.
+        initial_bytes: u64,
+    },
+    /// It will not while this goes on.
+    Stuck(Blame),
+}
+
+/// What keeps a migration from converging.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Blame {
+    /// The device state alone takes longer than the downtime limit.
+    DeviceState {
+        /// Its bytes.
+        bytes: u64,
+        /// Bytes that the limit allows.
+        allowed_bytes: u64,
+    },
+    /// Nobody can tell the device state's size.
+    DeviceSizeUnknown,
+    /// Pages that a device keeps pinned come back in every round, and do not fit the downtime limit.
+    StandingPages {
+        /// Who reports most of them.
+        id: String,
+        /// Bytes of all of them.
+        bytes: u64,
+        /// Bytes that the limit allows.
+        allowed_bytes: u64,
+    },
+    /// Without the pages that only this source reports it would converge.
+    Source {
+        /// The source's id.
+        id: String,
+        /// What only it dirties, in bytes per second.
+        exclusive_dirty_rate: u64,
+        /// Bytes per second that the connections carry.
+        bandwidth: u64,
+    },
+    /// No source alone is to blame.
+    Together {
+        /// What all dirty, in bytes per second.
+        dirty_rate: u64,
+        /// Bytes per second that the connections carry.
+        bandwidth: u64,
+    },
+}
+
+impl Forecast {
+    /// Judges from the rates of each source; where several could be to blame, names the one that dirties most.
+    pub fn new(policy: &Policy, seen: &Observation, sources: &[SourceRate<'_>]) -> Self {
+        if seen.bandwidth == 0 {
+            return Self::Unmeasured;
+        }
+        let Some(device_bytes) = seen.device.bytes() else {
+            return Self::Stuck(Blame::DeviceSizeUnknown);
+        };
+        let left_ms = seen.state_ms().and_then(|state_ms| policy.downtime_ms.checked_sub(state_ms));
+        let Some(left_ms) = left_ms else {
+            let allowed_bytes = bytes_in(policy.downtime_ms, seen.state_rate());
+            return Self::Stuck(Blame::DeviceState { bytes: device_bytes, allowed_bytes });
+        };
+        let memory = seen.pending_bytes.saturating_add(seen.in_flight_bytes);
+        let allowed_bytes = bytes_in(left_ms, seen.bandwidth);
+        if seen.standing_bytes > allowed_bytes {
+            return Self::Stuck(standing(seen, sources, allowed_bytes));
+        }
+        let above_limit = memory.saturating_sub(allowed_bytes);
+        match (above_limit, seen.bandwidth.saturating_sub(seen.dirty_rate)) {
+            (0, _) if seen.device_initial_bytes > 0 => {
+                Self::AwaitsDevices { initial_bytes: seen.device_initial_bytes }
+            }
+            (0, _) => Self::Converges { in_ms: 0 },
+            (_, 0) => Self::Stuck(blame(seen, sources)),
+            (bytes, gain) => Self::Converges { in_ms: ms_for(bytes.into(), gain) },
+        }
+    }
+}
+
+fn blame(seen: &Observation, sources: &[SourceRate<'_>]) -> Blame {
+    let needed = seen.dirty_rate.saturating_sub(seen.bandwidth);
+    let culprits = sources.iter().filter(|source| source.exclusive_dirty_rate > needed);
+    match culprits.max_by_key(|source| source.exclusive_dirty_rate) {
+        Some(source) => Blame::Source {
+            id: source.id.to_owned(),
+            exclusive_dirty_rate: source.exclusive_dirty_rate,
+            bandwidth: seen.bandwidth,
+        },
+        None => Blame::Together { dirty_rate: seen.dirty_rate, bandwidth: seen.bandwidth },
+    }
+}
+
+fn standing(seen: &Observation, sources: &[SourceRate<'_>], allowed_bytes: u64) -> Blame {
+    let most = sources.iter().max_by_key(|source| source.standing_bytes);
+    let id = most.map_or_else(String::new, |source| source.id.to_owned());
+    Blame::StandingPages { id, bytes: seen.standing_bytes, allowed_bytes }
+}
+
+impl fmt::Display for Forecast {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unmeasured => f.write_str("nothing measured yet"),
+            Self::Converges { in_ms: 0 } => f.write_str("ready to switch over"),
+            Self::Converges { in_ms } => write!(f, "switches over in about {} s", in_ms.div_ceil(1000)),
+            Self::AwaitsDevices { initial_bytes } => {
+                write!(f, "waits for {} of device state to be read", Mib(*initial_bytes))
+            }
+            Self::Stuck(blame) => write!(f, "does not converge: {blame}"),
+        }
+    }
+}
+
+impl fmt::Display for Blame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: &u64| bytes >> 20;
+        match self {
+            Self::DeviceState { bytes, allowed_bytes } => write!(
+                f,
+                "device state of {} MiB does not fit the downtime limit, which carries {} MiB",
+                mib(bytes),
+                mib(allowed_bytes)
+            ),
+            Self::DeviceSizeUnknown => f.write_str("size of the device state is unknown"),
+            Self::StandingPages { id, bytes, allowed_bytes } => write!(
+                f,
+                "{id} reports {} of pinned pages in every round, and the downtime limit carries {}",
+                Mib(*bytes),
+                Mib(*allowed_bytes)
+            ),
+            Self::Source { id, exclusive_dirty_rate, bandwidth } => write!(
+                f,
+                "{id} alone dirties {} MiB/s, and {} MiB/s can be sent",
+                mib(exclusive_dirty_rate),
+                mib(bandwidth)
+            ),
+            Self::Together { dirty_rate, bandwidth } => write!(
+                f,
+                "all sources together dirty {} MiB/s, and {} MiB/s can be sent",
+                mib(dirty_rate),
+                mib(bandwidth)
+            ),
+        }
+    }
+}
