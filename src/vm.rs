@@ -9,9 +9,12 @@ use vm_memory::GuestMemoryBackend;
 use vm_migration::Snapshot;
 
 mod backing;
+mod userfault;
 
 pub use backing::Backing;
 pub(crate) use backing::Behind;
+pub(crate) use userfault::HoleWatch;
+pub use userfault::UserfaultError;
 
 /// A VMM's own error, whatever it is.
 pub type VmError = Box<dyn Error + Send + Sync>;

@@ -76,6 +76,7 @@ impl<V: Vm> Session<'_, V> {
             self.dispatch(lanes, chunk, content);
         }
         self.drain(lanes)?;
+        self.check_holes()?;
         self.measured.end_round();
         Ok(())
     }

@@ -18,7 +18,7 @@ use crate::ledger::{CursorId, Start};
 use crate::precopy::{Decision, Policy};
 use crate::sync::lock;
 use crate::tracker::{Tracker, TrackerError, locked};
-use crate::vm::{Vm, VmError};
+use crate::vm::{Backing, HoleWatch, UserfaultError, Vm, VmError};
 
 /// How long chunks on their way may still be acknowledged after a failure or a cancellation.
 const GRACE: Duration = Duration::from_millis(400);
@@ -31,6 +31,7 @@ pub(super) struct Session<'a, V: Vm> {
     tracker: &'a Mutex<Tracker>,
     devices: &'a Mutex<DeviceSet>,
     pub(super) migration: &'a Migration,
+    hole_watch: HoleWatch,
     pub(super) undo: Undo,
     pub(super) measured: Measured,
     pub(super) populated: Populated,
@@ -60,6 +61,7 @@ impl<'a, V: Vm> Session<'a, V> {
         Self {
             options,
             policy: options.policy(vm.can_throttle()),
+            hole_watch: HoleWatch::default(),
             vm,
             tracker,
             devices,
@@ -146,13 +148,35 @@ impl<'a, V: Vm> Session<'a, V> {
             window: self.options.pipelined_chunks(),
             answer_timeout: self.options.limits.answer_timeout,
         };
-        let host_page = self.look().layout().host_page();
-        let sieve = self.may_leave_out().then(|| Sieve::new(self.vm.backing(), host_page));
+        let sieve = self.sieve()?;
         let lanes = Lanes::start(connections, sieve, pipeline, self.migration);
         let mut lanes = lanes.map_err(SendError::Thread)?;
         let copied = self.copy_until_stopped(&mut lanes);
         let taken_back = control.take_back(lanes.stop(GRACE));
         copied.and(taken_back)
+    }
+
+    /// Makes what finds the pages that need not be sent; memory that a userfaultfd fills has no holes to it.
+    fn sieve(&mut self) -> Result<Option<Sieve>, SendError> {
+        let backing = match HoleWatch::begin(&*self.vm.memory(), self.vm.backing()) {
+            Ok((watch, backing)) => {
+                self.hole_watch = watch;
+                backing
+            }
+            Err(unknown @ UserfaultError::Smaps(_)) => {
+                self.migration.degrade(unknown);
+                Backing::default()
+            }
+            Err(unreadable) => return Err(unreadable.into()),
+        };
+        let host_page = self.look().layout().host_page();
+        Ok(self.may_leave_out().then(|| Sieve::new(backing, host_page)))
+    }
+
+    /// Makes sure that what was left out of a round as holes were some.
+    pub(super) fn check_holes(&mut self) -> Result<(), SendError> {
+        let hole_bytes = self.migration.progress().skipped_hole_bytes;
+        Ok(self.hole_watch.check(&*self.vm.memory(), hole_bytes)?)
     }
 
     fn copy_until_stopped(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {

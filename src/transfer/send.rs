@@ -22,7 +22,7 @@ use crate::error::Chain;
 use crate::granule::Granule;
 use crate::precopy::{CancelReason, Forecast, Policy, TimeoutStrategy};
 use crate::tracker::{Tracker, TrackerError};
-use crate::vm::{Vm, VmError};
+use crate::vm::{UserfaultError, Vm, VmError};
 
 /// How to send a VM, and where to.
 #[derive(Debug, Clone)]
@@ -256,6 +256,9 @@ pub enum SendError {
     /// A source could not be switched on or cleared.
     #[error("Dirty pages cannot be tracked")]
     Tracking(#[source] Box<TrackerError>),
+    /// Pages may be missing from memory that only a userfaultfd's handler can fill in.
+    #[error("Memory cannot be read as it is")]
+    Userfault(#[from] UserfaultError),
     /// A device failed.
     #[error("Devices cannot be moved")]
     Devices(#[source] Box<DeviceSetError>),

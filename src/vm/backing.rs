@@ -15,6 +15,11 @@ use crate::range::GpaRange;
 /// Such a page reads zero, and does not have to be sent to a receiver whose own memory reads zero. Memory that nothing is
 /// said about counts as written, all of it: a private mapping of a file has to, because the file's holes say nothing of it.
 ///
+/// A page that a userfaultfd has yet to fill looks just so, and does not read zero. A sender leaves such memory out of this,
+/// and reads it through its mapping, which has the handler fill it: the handler has to serve until the migration is over. It
+/// knows what is registered for the mappings of its own process; for what is registered in another, see
+/// [`Backing::shared_file`].
+///
 /// ```
 /// use vfio_migration::vm::Backing;
 /// use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -36,10 +41,25 @@ pub(crate) enum Behind {
     Anonymous { hva: u64 },
 }
 
+impl Behind {
+    /// Returns what is behind the memory from `bytes` on.
+    fn from(&self, bytes: u64) -> Self {
+        match self {
+            Self::SharedFile { file, offset } => {
+                Self::SharedFile { file: Arc::clone(file), offset: offset + bytes }
+            }
+            Self::Anonymous { hva } => Self::Anonymous { hva: hva + bytes },
+        }
+    }
+}
+
 impl Backing {
     /// Adds a shared mapping of `file` (a memfd, as a rule) from `offset` on: its holes are the pages nobody wrote.
     ///
     /// The file's cursor moves.
+    ///
+    /// Not for a file that another process maps and has a userfaultfd fill there: no one can tell here, and through this
+    /// mapping its missing pages read zero.
     #[must_use]
     pub fn shared_file(mut self, gpa: GpaRange, file: Arc<File>, offset: u64) -> Self {
         self.parts.push((gpa, Behind::SharedFile { file, offset }));
@@ -49,7 +69,7 @@ impl Backing {
     /// Adds private anonymous memory of this process that begins at `hva`: what is neither present nor swapped was never
     /// written.
     ///
-    /// Not for memory that a userfaultfd fills, nor for shared anonymous memory, whose pages come and go in the page table.
+    /// Not for shared anonymous memory, whose pages come and go in the page table.
     #[must_use]
     pub fn anonymous(mut self, gpa: GpaRange, hva: u64) -> Self {
         self.parts.push((gpa, Behind::Anonymous { hva }));
@@ -77,9 +97,36 @@ impl Backing {
         self.parts.len()
     }
 
+    /// Says nothing about `ranges`, which are sorted and disjoint, any more.
+    pub(crate) fn without(self, ranges: &[GpaRange]) -> Self {
+        let parts = self.parts.into_iter().flat_map(|(gpa, behind)| {
+            remainder(gpa, ranges)
+                .into_iter()
+                .map(move |rest| (rest, behind.from(rest.start() - gpa.start())))
+        });
+        Self { parts: parts.collect() }
+    }
+
+    /// What something is said about.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = GpaRange> {
+        self.parts.iter().map(|(gpa, _)| *gpa)
+    }
+
     pub(crate) fn into_parts(self) -> Vec<(GpaRange, Behind)> {
         self.parts
     }
+}
+
+/// Returns what of `whole` is in none of `ranges`, which are sorted and disjoint.
+fn remainder(whole: GpaRange, ranges: &[GpaRange]) -> Vec<GpaRange> {
+    let mut rest = Vec::new();
+    let mut at = whole.start();
+    for inside in ranges.iter().filter_map(|range| whole.intersection(*range)) {
+        rest.extend(GpaRange::from_bounds(at, inside.start()));
+        at = inside.end();
+    }
+    rest.extend(GpaRange::from_bounds(at, whole.end()));
+    rest
 }
 
 #[cfg(test)]
@@ -114,5 +161,26 @@ mod tests {
         assert!(matches!(&parts[0], (range, Behind::SharedFile { offset: 0, .. }) if *range == gpa(0)));
         assert!(matches!(&parts[1], (range, Behind::Anonymous { .. }) if *range == gpa(2 << 20)));
         assert_eq!(parts.len(), 2);
+    }
+
+    #[test]
+    fn what_is_left_of_a_part_is_where_it_was() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let gpa = |start, end| GpaRange::from_bounds(start, end).unwrap();
+        let backing = Backing::default()
+            .shared_file(gpa(0x1000, 0x9000), file, 0x4000)
+            .anonymous(gpa(0x9000, 0xb000), 0x7000);
+        let parts = backing.without(&[gpa(0, 0x2000), gpa(0x4000, 0x5000), gpa(0x8000, 0xa000)]).into_parts();
+        let told: Vec<_> = parts
+            .iter()
+            .map(|(range, behind)| match behind {
+                Behind::SharedFile { offset, .. } => (*range, *offset),
+                Behind::Anonymous { hva } => (*range, *hva),
+            })
+            .collect();
+        assert_eq!(
+            told,
+            [(gpa(0x2000, 0x4000), 0x5000), (gpa(0x5000, 0x8000), 0x8000), (gpa(0xa000, 0xb000), 0x8000)]
+        );
     }
 }

@@ -16,6 +16,7 @@ mod peer;
 mod polled;
 mod skipping;
 mod spreading;
+mod userfault;
 mod vm;
 
 use std::thread;

@@ -35,17 +35,17 @@ fn sparse_vm() -> FakeVm {
     FakeVm::with_memory(memory, 0)
 }
 
-type Act = Box<dyn FnMut(&Memory) -> Vec<u64> + Send>;
+pub(crate) type Act = Box<dyn FnMut(&Memory) -> Vec<u64> + Send>;
 
 /// A source that writes memory itself, at the worst of times, and reports what it is told to.
-struct Meddler {
+pub(crate) struct Meddler {
     memory: Arc<Memory>,
-    before_read: Act,
-    collect: Act,
+    pub(crate) before_read: Act,
+    pub(crate) collect: Act,
 }
 
 impl Meddler {
-    fn idle(vm: &FakeVm) -> Self {
+    pub(crate) fn idle(vm: &FakeVm) -> Self {
         let memory = Arc::clone(&vm.memory);
         Self { memory, before_read: Box::new(|_| Vec::new()), collect: Box::new(|_| Vec::new()) }
     }

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Memory whose pages a userfaultfd has yet to fill: each arrives, or the memory is refused by name.
+
+mod handler;
+
+use std::fs::File;
+use std::sync::{Arc, Mutex};
+
+use vfio_migration::transfer::{Migration, SendError, Sender, Sent, SourceVm};
+use vfio_migration::vm::{UserfaultError, Vm};
+use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+
+use self::handler::Handler;
+use crate::peer::{Fault, Peer, Transcript};
+use crate::skipping::Meddler;
+use crate::vm::{FakeVm, HIGH, LOW, Machine, Memory, PAGE, PAGES, empty_memory, page_gpa, sparse_memory};
+use crate::{options, send};
+
+/// What the handler fills every page with.
+const FILLING: u8 = 0xfd;
+
+/// Memory that is a private mapping of files that are one hole.
+fn private_memory() -> Memory {
+    let regions = [LOW, HIGH].map(|(start, len)| {
+        let file =
+            File::from(rustix::fs::memfd_create("guest-ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(len).unwrap();
+        let bytes = usize::try_from(len).unwrap();
+        let mapping = MmapRegionBuilder::new_with_bitmap(bytes, AtomicBitmap::with_len(bytes))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::new(file, 0));
+        Arc::new(GuestRegionMmap::new(mapping.build().unwrap(), GuestAddress(start)).unwrap())
+    });
+    Memory::from_arc_regions(regions.to_vec()).unwrap()
+}
+
+/// Where the region at `start` is mapped, and its length.
+fn mapping_of(memory: &Memory, (start, len): (u64, u64)) -> (u64, u64) {
+    (memory.get_host_address(GuestAddress(start)).unwrap() as u64, len)
+}
+
+fn both_regions(memory: &Memory) -> [(u64, u64); 2] {
+    [LOW, HIGH].map(|region| mapping_of(memory, region))
+}
+
+fn assert_arrives_whole(mut vm: FakeVm) -> Sent {
+    let machine = vm.machine();
+    let peer = Peer::unix(Fault::None);
+    let sent = send(&peer, &mut vm, &machine).unwrap();
+    let (transcript, outcome) = peer.end();
+    outcome.unwrap();
+    assert_all_filled(&transcript, &vm);
+    sent
+}
+
+fn assert_all_filled(transcript: &Transcript, vm: &FakeVm) {
+    transcript.assert_equals(vm);
+    let filled = (0..PAGES).filter(|&page| transcript.pages[&page_gpa(page)][PAGE as usize - 1] == FILLING);
+    assert_eq!(filled.count() as u64, PAGES);
+}
+
+/// Moves a VM all of whose memory has yet to be filled.
+fn assert_missing_pages_arrive(memory: Memory) {
+    let Some(_handler) = Handler::serve(&both_regions(&memory), FILLING) else { return };
+    let sent = assert_arrives_whole(FakeVm::with_memory(memory, 0));
+    assert_eq!(sent.skipped_hole_bytes, 0);
+}
+
+#[test]
+fn c49_missing_pages_of_a_memfd_arrive() {
+    assert_missing_pages_arrive(sparse_memory());
+}
+
+#[test]
+fn c49_missing_pages_of_anonymous_memory_arrive() {
+    assert_missing_pages_arrive(empty_memory());
+}
+
+#[test]
+fn c49_missing_pages_of_a_private_file_mapping_arrive() {
+    assert_missing_pages_arrive(private_memory());
+}
+
+#[test]
+fn c49_only_what_is_registered_counts_as_filled() {
+    let memory = sparse_memory();
+    // The second half of the low region.
+    let (hva, len) = mapping_of(&memory, LOW);
+    let Some(_handler) = Handler::serve(&[(hva + len / 2, len / 2)], FILLING) else { return };
+    let mut vm = FakeVm::with_memory(memory, 0);
+    let machine = vm.machine();
+    let peer = Peer::unix(Fault::None);
+    let sent = send(&peer, &mut vm, &machine).unwrap();
+    let (transcript, outcome) = peer.end();
+    outcome.unwrap();
+    let filled = LOW.1 / PAGE / 2..LOW.1 / PAGE;
+    assert!(filled.clone().all(|page| transcript.pages[&page_gpa(page)][0] == FILLING));
+    assert_eq!(sent.skipped_hole_bytes, (PAGES - filled.count() as u64) * PAGE);
+}
+
+#[test]
+fn c49_memory_registered_while_its_holes_are_looked_for_is_refused_and_arrives_the_next_time() {
+    let mut vm = FakeVm::with_memory(sparse_memory(), 0);
+    if Handler::serve(&[], FILLING).is_none() {
+        return;
+    }
+    let handler = Arc::new(Mutex::new(None));
+    let mut meddler = Meddler::idle(&vm);
+    let late = Arc::clone(&handler);
+    meddler.before_read = Box::new(move |memory| {
+        late.lock().unwrap().get_or_insert_with(|| Handler::serve(&both_regions(memory), FILLING));
+        Vec::new()
+    });
+    let machine = Machine::from(vm.builder().source(Box::new(meddler)).build().unwrap());
+    let peer = Peer::unix(Fault::None);
+    let error = send(&peer, &mut vm, &machine).unwrap_err();
+    drop(peer.end());
+    assert!(matches!(error, SendError::Userfault(UserfaultError::Late { .. })), "{error}");
+    assert_eq!(error.source_vm(), SourceVm::AsBefore);
+
+    let peer = Peer::unix(Fault::None);
+    send(&peer, &mut vm, &machine).unwrap();
+    let (transcript, outcome) = peer.end();
+    outcome.unwrap();
+    assert_all_filled(&transcript, &vm);
+}
+
+#[test]
+fn c49_memory_that_only_another_mapping_of_its_file_fills_is_refused_by_name() {
+    let memory = sparse_memory();
+    let files = memory.iter().map(|region| {
+        let len = usize::try_from(region.len()).unwrap();
+        (region.start_addr(), len, Some(region.file_offset().unwrap().clone()))
+    });
+    let other = Memory::from_ranges_with_files(files).unwrap();
+    let Some(_handler) = Handler::serve(&[mapping_of(&other, HIGH)], FILLING) else { return };
+    for receiver_reads_zero in [true, false] {
+        let mut vm = FakeVm::with_memory(sparse_memory(), 0);
+        vm.memory = Arc::new(memory.clone());
+        let machine = vm.machine();
+        let peer = Peer::unix(Fault::None);
+        let mut options = options(&peer);
+        options.receiver_reads_zero = receiver_reads_zero;
+        let error = Sender::new(options)
+            .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
+            .unwrap_err();
+        drop(peer.end());
+        let SendError::Userfault(UserfaultError::OtherMapping { range }) = error else { panic!("{error}") };
+        assert_eq!((range.start(), range.len()), HIGH);
+        vm.resume().unwrap();
+    }
+}
+
+#[test]
+fn a_handler_fills_what_is_read() {
+    let memory = sparse_memory();
+    let Some(_handler) = Handler::serve(&both_regions(&memory), FILLING) else { return };
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(page_gpa(7) + 99)).unwrap(), FILLING);
+}
