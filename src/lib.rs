@@ -111,3 +111,4 @@ pub mod vfio_user;
 pub mod vm;
 
 mod sys;
+mod units;

@@ -110,6 +110,8 @@ fn print(report: &Report, json: bool) {
         report.downtime_ms,
         report.total_ms
     );
+    let parts = report.downtime.parts().map(|(name, ms)| format!("{name} {ms:.1}"));
+    println!("  downtime in ms: {}", parts.join(", "));
     println!(
         "  left out of the first round: {} that nobody ever wrote, {} that reads zero",
         HumanBytes(report.skipped_hole_bytes),

@@ -119,6 +119,12 @@ fn the_report_has_every_documented_field() {
         assert!(bytes("bytes_sent") + left_out >= 32 << 20);
         assert!(report["unique_dirty_bytes"].as_u64().unwrap() > 0);
         assert!(report["downtime_ms"].as_f64().unwrap() > 0.0);
+        let parts = report["downtime"].as_object().unwrap();
+        let sum: f64 = parts.values().map(|part| part.as_f64().unwrap()).sum();
+        assert!(
+            (sum - report["downtime_ms"].as_f64().unwrap()).abs() < 0.1,
+            "{parts:?} add up to the downtime"
+        );
         assert!(report["total_ms"].as_f64().unwrap() > report["downtime_ms"].as_f64().unwrap());
         assert!(report["device"]["state_bytes"].as_u64().unwrap() >= 1 << 20);
         assert!(report["device"]["precopy_bytes"].as_u64().unwrap() > 0);

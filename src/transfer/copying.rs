@@ -39,6 +39,7 @@ impl<V: Vm> Session<'_, V> {
         loop {
             self.round(lanes)?;
             let seen = self.take_stock()?;
+            self.log_round(&seen);
             if self.options.complete_paused {
                 return Ok(());
             }
@@ -47,6 +48,7 @@ impl<V: Vm> Session<'_, V> {
                 Decision::SwitchOver { .. } => self.decide_again()?,
                 decision => decision,
             };
+            log::debug!("After round {}: {decision:?}", seen.rounds);
             match decision {
                 Decision::SwitchOver { .. } => return Ok(()),
                 Decision::Cancel { reason } => return Err(SendError::GivenUp(reason)),
@@ -184,6 +186,7 @@ impl<V: Vm> Session<'_, V> {
     }
 
     fn throttle(&mut self, percent: u8) {
+        log::info!("Taking {percent} % of the vCPUs' time away");
         self.undo.throttle_percent = percent;
         self.vm.throttle(percent);
     }

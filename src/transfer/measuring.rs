@@ -42,12 +42,14 @@ pub(super) struct Measured {
     /// Guest memory acknowledged in this round.
     pub(super) round_bytes: u64,
     /// Guest memory left out in this round.
-    round_skipped_bytes: u64,
+    pub(super) round_skipped_bytes: u64,
     round_began: Instant,
+    /// How long the last round took.
+    pub(super) round_took: Duration,
     bandwidth: Bandwidth,
     dirty_rate: u64,
     collected: Instant,
-    source_rates: SourceRates,
+    pub(super) source_rates: SourceRates,
     attribution_before: Vec<Attribution>,
     /// As of the last look at everything.
     seen: Observation,
@@ -64,6 +66,7 @@ impl Measured {
             round_bytes: 0,
             round_skipped_bytes: 0,
             round_began: now,
+            round_took: Duration::ZERO,
             bandwidth: Bandwidth::default(),
             dirty_rate: 0,
             collected: now,
@@ -92,7 +95,8 @@ impl Measured {
 
     /// Takes in that every page of the round was acknowledged.
     pub(super) fn end_round(&mut self) {
-        self.bandwidth.record(self.round_bytes, self.round_skipped_bytes, self.round_began.elapsed());
+        self.round_took = self.round_began.elapsed();
+        self.bandwidth.record(self.round_bytes, self.round_skipped_bytes, self.round_took);
     }
 
     /// The bandwidth measured over whole rounds, or in the first one what it comes to so far.

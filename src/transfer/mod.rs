@@ -7,16 +7,19 @@
 //! put on a peer. [`receive`] takes a VM in.
 //!
 //! A [`Sender`] goes through `phases`, the longest of which is `copying`: `control` is its first connection, `lanes` the ones
-//! that carry memory, `skipping` what they need not carry; `measuring` turns what happens into numbers, `progress` shows them to other threads.
+//! that carry memory, `skipping` what they need not carry; `measuring` turns what happens into numbers, `progress` shows them to other threads,
+//! `logging` tells them to the log, and `downtime` says where the time went.
 
 pub mod connection;
 mod control;
 mod copying;
 mod device_state;
+mod downtime;
 mod exchange;
 pub mod frame;
 mod lanes;
 pub mod limits;
+mod logging;
 mod measuring;
 mod payload;
 mod phases;
@@ -31,6 +34,7 @@ mod skipping;
 pub mod tls;
 pub mod url;
 
+pub use downtime::DowntimeParts;
 pub use exchange::PeerError;
 pub use pinning::{MissedBecause, MissedDowntime, PinningReceiver, Populated};
 pub use progress::{Degradation, Migration, Phase, Progress, SourceProgress};

@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::control::{Control, Switchover};
+use super::downtime::{DowntimeClock, DowntimeParts};
 use super::lanes::{Lanes, Pipeline};
 use super::measuring::Measured;
 use super::payload::StatePayload;
@@ -18,6 +19,7 @@ use crate::ledger::{CursorId, Start};
 use crate::precopy::{Decision, Policy};
 use crate::sync::lock;
 use crate::tracker::{Tracker, TrackerError, locked};
+use crate::units::Bytes;
 use crate::vm::{Backing, HoleWatch, UserfaultError, Vm, VmError};
 
 /// How long chunks on their way may still be acknowledged after a failure or a cancellation.
@@ -32,6 +34,7 @@ pub(super) struct Session<'a, V: Vm> {
     devices: &'a Mutex<DeviceSet>,
     pub(super) migration: &'a Migration,
     hole_watch: HoleWatch,
+    clock: DowntimeClock,
     pub(super) undo: Undo,
     pub(super) measured: Measured,
     pub(super) populated: Populated,
@@ -62,6 +65,7 @@ impl<'a, V: Vm> Session<'a, V> {
             options,
             policy: options.policy(vm.can_throttle()),
             hole_watch: HoleWatch::default(),
+            clock: DowntimeClock::default(),
             vm,
             tracker,
             devices,
@@ -95,6 +99,7 @@ impl<'a, V: Vm> Session<'a, V> {
             Err(SourceVm::PausedForSafety) => Phase::OutcomeUnknown,
             Err(SourceVm::AsBefore | SourceVm::Stuck) => Phase::Abandoned,
         });
+        self.log_outcome(&outcome);
         outcome
     }
 
@@ -102,6 +107,7 @@ impl<'a, V: Vm> Session<'a, V> {
         let ram_bytes = self.look().layout().bytes();
         self.migration.update(|progress| progress.ram_bytes = ram_bytes);
         self.migration.enter(Phase::Connecting);
+        self.log_begin(ram_bytes);
         let mut control = Control::connect(self.options, self.migration)?;
         let outcome = self.converse(&mut control).or_else(|failure| self.recover(failure));
         if outcome.is_err() {
@@ -116,13 +122,19 @@ impl<'a, V: Vm> Session<'a, V> {
         let config = self.describe()?;
         control.config(&config, self.populating_time(self.look().layout().bytes()))?;
         self.arm()?;
+        self.log_armed();
         self.copy_memory(control)?;
+        self.end_part(|parts| &mut parts.last_pages);
         control.hurry(self.switchover());
         let state = self.capture()?;
+        self.end_part(|parts| &mut parts.capture);
         self.copy_rest(control)?;
+        self.end_part(|parts| &mut parts.last_pages);
         self.release()?;
         control.state(&state)?;
+        self.end_part(|parts| &mut parts.state);
         control.complete(self.options.complete_paused)?;
+        self.end_part(|parts| &mut parts.complete);
         Ok(self.retire())
     }
 
@@ -183,7 +195,9 @@ impl<'a, V: Vm> Session<'a, V> {
         loop {
             self.precopy(lanes)?;
             if self.stop()? {
-                return self.round(lanes);
+                self.round(lanes)?;
+                self.log_last_round();
+                return Ok(());
             }
             self.run_on()?;
         }
@@ -194,13 +208,19 @@ impl<'a, V: Vm> Session<'a, V> {
     /// Returns whether to go through with it, now that the sizes are certain (C38).
     fn stop(&mut self) -> Result<bool, SendError> {
         self.migration.enter(Phase::SwitchOver);
-        self.undo.vm_paused = Some(Instant::now());
+        let paused = Instant::now();
+        self.undo.vm_paused = Some(paused);
+        self.clock.start(paused);
         self.vm.pause().map_err(vm_failed(VmOperation::Pause))?;
+        self.end_part(|parts| &mut parts.pause);
         let estimate = self.devices().stop_for_copy()?;
         let estimate = self.check_state_fits(estimate)?;
+        self.end_part(|parts| &mut parts.devices_stop);
         let failures = self.tracker()?.collect_final();
         self.bear(failures)?;
         let seen = self.observe_and_publish(estimate);
+        self.end_part(|parts| &mut parts.last_collect);
+        self.log_stopped(&seen);
         if self.options.complete_paused {
             return Ok(true);
         }
@@ -211,8 +231,14 @@ impl<'a, V: Vm> Session<'a, V> {
         }
     }
 
+    /// Ends a part of the downtime.
+    fn end_part(&mut self, of: impl FnOnce(&mut DowntimeParts) -> &mut Duration) {
+        self.clock.end_part(Instant::now(), of);
+    }
+
     /// Takes a switchover back: devices first, then the vCPUs.
     fn run_on(&mut self) -> Result<(), SendError> {
+        log::info!("Taking the switchover back: it would take too long");
         self.devices().run()?;
         self.vm.resume().map_err(vm_failed(VmOperation::Resume))?;
         self.undo.vm_paused = None;
@@ -229,7 +255,9 @@ impl<'a, V: Vm> Session<'a, V> {
     fn capture(&mut self) -> Result<StatePayload, SendError> {
         let devices = self.devices().save()?;
         let state = self.vm.state(devices).map_err(vm_failed(VmOperation::State))?;
-        self.check_captured(StatePayload::new(state)?)
+        let payload = self.check_captured(StatePayload::new(state)?)?;
+        log::debug!("Captured a state of {}", Bytes(payload.bytes()));
+        Ok(payload)
     }
 
     /// Lets go of what the receiver takes when it is given State.
@@ -243,6 +271,7 @@ impl<'a, V: Vm> Session<'a, V> {
     /// Imprecise sources have nothing to add: they speak of devices, and those stand still.
     fn copy_rest(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
         self.collect()?;
+        self.end_part(|parts| &mut parts.last_collect);
         let Some(cursor) = self.undo.cursor else { return Ok(()) };
         self.tracker()?.begin_round(cursor);
         let limits = self.chunk_limits(1);
@@ -261,7 +290,8 @@ impl<'a, V: Vm> Session<'a, V> {
 
     /// Closes the books on a VM that has moved.
     fn retire(&mut self) -> Sent {
-        let downtime = self.undo.vm_paused.map_or(Duration::ZERO, |paused| paused.elapsed());
+        let downtime_parts = self.clock.parts();
+        let downtime = downtime_parts.total();
         let total = self.began.elapsed();
         let cursor = self.undo.cursor.take();
         let unique_dirty_bytes = cursor.and_then(|cursor| self.look().dirtied_bytes(cursor)).unwrap_or(0);
@@ -284,6 +314,7 @@ impl<'a, V: Vm> Session<'a, V> {
             skipped_zero_bytes: progress.skipped_zero_bytes,
             unique_dirty_bytes,
             downtime,
+            downtime_parts,
             downtime_exceeded: self.is_missed(downtime),
             populated: self.populated,
             forecast: progress.forecast,

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::downtime::DowntimeParts;
 use super::exchange::PeerError;
 use super::limits::{ConnectionCount, Limits};
 use super::phases::Session;
@@ -360,6 +361,8 @@ pub struct Sent {
     pub unique_dirty_bytes: u64,
     /// From pausing the VM to the receiver's word that it has it.
     pub downtime: Duration,
+    /// What that was spent on.
+    pub downtime_parts: DowntimeParts,
     /// Whether that was longer than the limit; never for a VM that was paused before. Then a degradation says why.
     pub downtime_exceeded: bool,
     /// Who saw to it that a receiver with pass-through devices has all memory allocated before State.

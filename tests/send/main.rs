@@ -12,6 +12,7 @@ mod both_ends;
 #[expect(dead_code, reason = "certificates that fail are for the tests of TLS")]
 mod certificates;
 mod devices;
+mod logs;
 mod peer;
 mod polled;
 mod skipping;

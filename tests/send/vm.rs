@@ -72,6 +72,8 @@ pub(crate) struct FakeVm {
     pub(crate) config: &'static str,
     /// Notes when it lets go of its locks, and when it takes them back.
     pub(crate) locks: bool,
+    /// How long pausing takes, and capturing.
+    pub(crate) takes: Duration,
     running: Arc<Mutex<bool>>,
     over: Arc<AtomicBool>,
     pub(crate) steps: Arc<AtomicU64>,
@@ -95,6 +97,7 @@ impl FakeVm {
             fail_state: false,
             config: r#"{"vm_config":{"memory":{}}}"#,
             locks: false,
+            takes: Duration::ZERO,
             running: Arc::new(Mutex::new(true)),
             over: Arc::default(),
             steps: Arc::default(),
@@ -224,6 +227,7 @@ impl Vm for FakeVm {
 
     fn pause(&mut self) -> Result<(), VmError> {
         note(&self.log, "pause");
+        thread::sleep(self.takes);
         *self.running.lock().unwrap() = false;
         Ok(())
     }
@@ -237,6 +241,7 @@ impl Vm for FakeVm {
     /// Writes a page while it captures, as a VMM may.
     fn state(&mut self, devices: Snapshot) -> Result<Captured, VmError> {
         note(&self.log, "state");
+        thread::sleep(self.takes);
         if self.fail_state {
             return Err("no state today".into());
         }
@@ -354,6 +359,8 @@ pub(crate) struct FakeDevice {
     pub(crate) restless: bool,
     /// Writes the state's number to this page in each move but to STOP, as a device does that has work to finish.
     pub(crate) writes: Option<(Arc<Memory>, u64)>,
+    /// Takes so long to move to this state.
+    pub(crate) slow: Option<(DeviceState, Duration)>,
     /// Fails the next move to this state.
     pub(crate) fail: Option<DeviceState>,
     /// Answers so many questions where it is, and then it is gone.
@@ -371,6 +378,7 @@ impl FakeDevice {
             size: Some(0),
             restless: false,
             writes: None,
+            slow: None,
             fail: None,
             gone_after: None,
         }
@@ -402,6 +410,9 @@ impl DeviceIo for FakeDevice {
             return Err(DeviceError::new(DeviceOperation::SetState(state), "scripted to fail"));
         }
         note(&self.log, state.to_string());
+        if let Some((_, takes)) = self.slow.filter(|(slow, _)| *slow == state) {
+            thread::sleep(takes);
+        }
         if matches!(state, DeviceState::PreCopy | DeviceState::Running) {
             self.read = 0;
         }

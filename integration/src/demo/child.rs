@@ -20,13 +20,14 @@ use vfio_migration::source::KvmLogMode;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
 use vfio_migration::transfer::receive::Receiver as MigrationReceiver;
-use vfio_migration::transfer::{Migration, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{DowntimeParts, Migration, SendOptions, Sender, Sent};
 use vfio_migration::vm::Vm;
 use vm_migration::Pausable;
 
 use super::control::{Command, Control, Event, Health, MachineSetup, Role};
-use super::report::{DeviceReport, MigrationFigures, Progress, SourceReport};
+use super::report::{DeviceReport, DowntimeReport, MigrationFigures, Progress, SourceReport};
 use super::run::chain;
+use super::run::millis;
 use super::side::Side;
 use super::vm::DestinationVm;
 use crate::device::{DeviceConfig, DmaDevice};
@@ -293,6 +294,7 @@ fn figures_of(sent: &Sent, downtime_ms: u64) -> MigrationFigures {
         skipped_hole_bytes: sent.skipped_hole_bytes,
         skipped_zero_bytes: sent.skipped_zero_bytes,
         downtime_us: micros(sent.downtime),
+        downtime: downtime_of(&sent.downtime_parts),
         total_us: micros(sent.total),
         sources: sent.sources.iter().map(source).collect(),
         device: DeviceReport {
@@ -301,6 +303,20 @@ fn figures_of(sent: &Sent, downtime_ms: u64) -> MigrationFigures {
         },
         degradations: sent.degradations.iter().map(degradation).collect(),
         remark: remark(sent, downtime_ms),
+    }
+}
+
+fn downtime_of(parts: &DowntimeParts) -> DowntimeReport {
+    let ms = |part| millis(micros(part));
+    DowntimeReport {
+        pause_ms: ms(parts.pause),
+        devices_stop_ms: ms(parts.devices_stop),
+        last_collect_ms: ms(parts.last_collect),
+        last_pages_ms: ms(parts.last_pages),
+        capture_ms: ms(parts.capture),
+        state_ms: ms(parts.state),
+        complete_ms: ms(parts.complete),
+        resume_ms: 0.0,
     }
 }
 

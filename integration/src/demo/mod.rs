@@ -28,7 +28,7 @@ pub use compare::{Comparison, MAX_WRONG, compare};
 pub use control::{Health, MachineSetup};
 pub use error::DemoError;
 pub use options::{DemoOptions, Inject, OptionError, Transport};
-pub use report::{DeviceReport, MigrationFigures, Progress, Report, SourceReport};
+pub use report::{DeviceReport, DowntimeReport, MigrationFigures, Progress, Report, SourceReport};
 pub use run::{Note, chain, run};
 pub use side::Side;
 pub use vm::{DestinationVm, SourceVm};

@@ -36,6 +36,8 @@ pub struct MigrationFigures {
     pub skipped_zero_bytes: u64,
     /// How long the VM stood still at the source.
     pub downtime_us: u64,
+    /// What that was spent on, to the microsecond.
+    pub downtime: DowntimeReport,
     /// The whole of it.
     pub total_us: u64,
     /// Who dirtied what.
@@ -68,6 +70,43 @@ pub struct DeviceReport {
     pub precopy_bytes: u64,
 }
 
+/// What the downtime was spent on, in milliseconds; the parts add up to it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct DowntimeReport {
+    /// Pausing the vCPUs, and what of the VMM writes guest memory.
+    pub pause_ms: f64,
+    /// Stopping the devices.
+    pub devices_stop_ms: f64,
+    /// Asking every source once more.
+    pub last_collect_ms: f64,
+    /// Sending the last pages.
+    pub last_pages_ms: f64,
+    /// Capturing the state.
+    pub capture_ms: f64,
+    /// Sending the state, and the destination taking it.
+    pub state_ms: f64,
+    /// Telling the destination to take over.
+    pub complete_ms: f64,
+    /// Running the destination's devices and vCPUs.
+    pub resume_ms: f64,
+}
+
+impl DowntimeReport {
+    /// Their names and milliseconds, in the order they come.
+    pub fn parts(&self) -> [(&'static str, f64); 8] {
+        [
+            ("pause", self.pause_ms),
+            ("devices stop", self.devices_stop_ms),
+            ("last collect", self.last_collect_ms),
+            ("last pages", self.last_pages_ms),
+            ("capture", self.capture_ms),
+            ("state", self.state_ms),
+            ("complete", self.complete_ms),
+            ("resume", self.resume_ms),
+        ]
+    }
+}
+
 /// The report of a demo; `--json` prints it as one object.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
@@ -95,6 +134,8 @@ pub struct Report {
     pub skipped_zero_bytes: u64,
     /// From pausing the source's vCPUs to running the destination's, the comparison left out.
     pub downtime_ms: f64,
+    /// What that was spent on.
+    pub downtime: DowntimeReport,
     /// From the start of the migration to the destination running, the comparison left out.
     pub total_ms: f64,
     /// Who dirtied what.

@@ -87,6 +87,7 @@ pub fn run(
     demo.source = None;
     let resume_us = demo.run_destination(&mut moved.destination)?;
     let health = demo.check(Who::Destination(demo.attempts), Some(&mut moved.destination))?;
+    report.downtime.resume_ms = millis(resume_us);
     report.downtime_ms = to_micros(report.downtime_ms + millis(resume_us));
     report.total_ms = to_micros(report.total_ms + millis(resume_us));
     report.verified = is_well(&health);
@@ -352,6 +353,7 @@ impl<'a> Demo<'a> {
             skipped_hole_bytes: figures.skipped_hole_bytes,
             skipped_zero_bytes: figures.skipped_zero_bytes,
             downtime_ms: millis(figures.downtime_us),
+            downtime: figures.downtime,
             total_ms: millis(figures.total_us),
             sources: figures.sources,
             device: figures.device,
@@ -435,7 +437,7 @@ fn is_well(health: &Health) -> bool {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "figures for people; a migration is far shorter than 2^53 µs")]
-fn millis(micros: u64) -> f64 {
+pub(super) fn millis(micros: u64) -> f64 {
     micros as f64 / 1000.0
 }
 

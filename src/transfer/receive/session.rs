@@ -14,6 +14,7 @@ use super::{Destination, Received};
 use crate::transfer::connection::{Connection, Head};
 use crate::transfer::frame::{Command, Features, HEADER_BYTES, Request, Response, Status};
 use crate::transfer::limits::Limits;
+use crate::units::{Bytes, Millis};
 use crate::vm::VmError;
 
 /// How often a wait looks whether the migration has ended elsewhere.
@@ -44,7 +45,8 @@ pub(super) fn receive(
     context: Context<'_>,
 ) -> Result<Received, ReceiveError> {
     let Source { connection, entry, first } = source;
-    let mut session = Session { connection, context, step: Step::Nothing, answered: false };
+    let mut session =
+        Session { connection, context, began: Instant::now(), step: Step::Nothing, answered: false };
     entry.admit_main();
     let outcome = session.run(first, destination);
     drop(entry);
@@ -56,6 +58,9 @@ pub(super) fn receive(
             Err(ReceiveError::Stopped)
         }
         outcome => {
+            if let Err(error) = &outcome {
+                log::info!("Receiving the VM ended: {}", in_full(error));
+            }
             if !session.answered {
                 refuse(&mut session.connection, linger);
             }
@@ -68,6 +73,7 @@ pub(super) fn receive(
 struct Session<'a> {
     connection: Connection,
     context: Context<'a>,
+    began: Instant,
     step: Step,
     /// Whether no request waits for its answer.
     answered: bool,
@@ -102,6 +108,7 @@ impl Session<'_> {
         let features = first.offered().map(|offered| offered & FEATURES);
         let response = features.map_or(Response::new(Status::Ok), Response::ok_agreeing);
         self.answer(first, response)?;
+        log::info!("Receiving a VM from {}", self.connection.peer());
         self.step = Step::Start;
         Ok(features)
     }
@@ -111,6 +118,7 @@ impl Session<'_> {
         let request = self.next_of(&[Command::Config])?;
         let text = read_text(&mut self.connection, request, self.context.limits)?;
         let store = destination.config(&text).map_err(|source| refused(request, source))?;
+        log::info!("Took the VM's configuration, {}; its memory is next", Bytes(text.len() as u64));
         self.context.gate.open(Arc::clone(&store));
         self.step = Step::Config;
         self.answer_ok(request)?;
@@ -137,10 +145,14 @@ impl Session<'_> {
     /// Hands the State over when the last page of every connection is in place.
     fn state(&mut self, request: Request, destination: &mut dyn Destination) -> Result<(), ReceiveError> {
         self.context.gate.seal()?;
+        self.log_memory();
+        let began = Instant::now();
         let text = read_text(&mut self.connection, request, self.context.limits)?;
+        let bytes = Bytes(text.len() as u64);
         let taking = self.context.roster.take_state();
         destination.state(text).map_err(|source| refused(request, source))?;
         drop(taking);
+        log::info!("Took the VM's state, {bytes}, in {}", Millis(began.elapsed()));
         self.step = Step::State;
         self.answer_ok(request)
     }
@@ -155,7 +167,9 @@ impl Session<'_> {
             return Err(ReceiveError::Stopped);
         }
         let paused = request.command() == Command::CompletePaused;
+        let began = Instant::now();
         destination.complete(paused).map_err(|source| refused(request, source))?;
+        log::info!("Completed the VM in {}", Millis(began.elapsed()));
         // Even where another connection has failed meanwhile: the VM is here.
         let told = answer(&mut self.connection, request.command(), Response::new(Status::Ok));
         if let Err(error) = &told {
@@ -211,6 +225,19 @@ impl Session<'_> {
             return Err(ReceiveError::Abandoned { step: self.step });
         }
         Ok(request)
+    }
+
+    /// Tells what memory came before the State.
+    fn log_memory(&self) {
+        let gate = self.context.gate;
+        let memory = gate.memory();
+        log::info!(
+            "Took {} of memory in {} messages, additional connections: {}; {} since the source came",
+            Bytes(memory.bytes),
+            memory.messages,
+            gate.connections(),
+            Millis(self.began.elapsed()),
+        );
     }
 
     fn answer_ok(&mut self, request: Request) -> Result<(), ReceiveError> {

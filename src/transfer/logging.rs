@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a sender tells the log: a line for each phase and round at info, what led to it at debug, and nothing per chunk.
+
+use std::fmt;
+
+use super::phases::Session;
+use super::rounds::rate;
+use super::send::{SendError, Sent, SourceVm};
+use crate::error::Chain;
+use crate::precopy::{Observation, SourceRate};
+use crate::units::{Bytes, Millis};
+use crate::vm::Vm;
+
+impl<V: Vm> Session<'_, V> {
+    pub(super) fn log_begin(&self, ram_bytes: u64) {
+        let (url, connections) = (&self.options.url, self.options.connections);
+        log::info!("Migrating a VM with {} of RAM to {url}, connections: {connections}", Bytes(ram_bytes));
+    }
+
+    pub(super) fn log_armed(&self) {
+        let ids: Vec<_> = self.attribution().into_iter().map(|source| source.id).collect();
+        log::info!("Receiver takes the VM; tracking dirty pages with {}", ids.join(", "));
+    }
+
+    /// Tells what a round of the running VM did, and what it is up against.
+    pub(super) fn log_round(&self, seen: &Observation) {
+        let measured = &self.measured;
+        log::info!(
+            "Round {}: {}, left out {}; {} dirty now at {}/s{}; expected downtime {}",
+            measured.rounds,
+            Copied::of(self),
+            Bytes(measured.round_skipped_bytes),
+            Bytes(seen.pending_bytes),
+            Bytes(seen.dirty_rate),
+            WhoDirtied(&measured.source_rates.rates()),
+            ExpectedDowntime(seen),
+        );
+        log::debug!("{seen:?}");
+    }
+
+    /// Tells with what the VM and its devices came to a halt.
+    pub(super) fn log_stopped(&self, seen: &Observation) {
+        log::info!(
+            "VM stopped after round {}: {} of memory left; expected downtime {}",
+            seen.rounds,
+            Bytes(seen.pending_bytes),
+            ExpectedDowntime(seen),
+        );
+        log::debug!("{seen:?}");
+    }
+
+    pub(super) fn log_last_round(&self) {
+        log::info!("Round {}, the last one: {}", self.measured.rounds, Copied::of(self));
+    }
+
+    pub(super) fn log_outcome(&self, outcome: &Result<Sent, SendError>) {
+        match outcome {
+            Ok(sent) => log::info!(
+                "VM moved: {} in {} rounds and {}; downtime {}: {}",
+                Bytes(sent.bytes_sent),
+                sent.rounds,
+                Millis(sent.total),
+                Millis(sent.downtime),
+                sent.downtime_parts,
+            ),
+            Err(error) if error.source_vm() == SourceVm::AsBefore => {
+                log::info!(
+                    "VM did not move after {} rounds and is as before: {}",
+                    self.measured.rounds,
+                    Chain(error)
+                );
+            }
+            Err(error) => log::error!("{}", Chain(error)),
+        }
+    }
+}
+
+/// What a round sent, and how fast: `2.9 MiB in 12.0 ms (241.6 MiB/s)`.
+struct Copied {
+    bytes: u64,
+    took: std::time::Duration,
+}
+
+impl Copied {
+    fn of<V: Vm>(session: &Session<'_, V>) -> Self {
+        Self { bytes: session.measured.round_bytes, took: session.measured.round_took }
+    }
+}
+
+impl fmt::Display for Copied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let per_second = Bytes(rate(self.bytes, self.took));
+        write!(f, "sent {} in {} ({per_second}/s)", Bytes(self.bytes), Millis(self.took))
+    }
+}
+
+/// How fast each source dirties memory: ` (kvm-log 20.0 MiB/s, net0 3.0 MiB/s)`; nothing without sources.
+struct WhoDirtied<'a>(&'a [SourceRate<'a>]);
+
+impl fmt::Display for WhoDirtied<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, source) in self.0.iter().enumerate() {
+            let before = if at == 0 { " (" } else { ", " };
+            write!(f, "{before}{} {}/s", source.id, Bytes(source.dirty_rate))?;
+        }
+        f.write_str(if self.0.is_empty() { "" } else { ")" })
+    }
+}
+
+struct ExpectedDowntime<'a>(&'a Observation);
+
+impl fmt::Display for ExpectedDowntime<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.expected_downtime_ms() {
+            Some(ms) => write!(f, "{ms} ms"),
+            None => f.write_str("unknown"),
+        }
+    }
+}
