@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use thiserror::Error;
 
@@ -22,6 +23,7 @@ use super::writer::{Announced, SnapshotWriter, WriteError};
 use crate::granule::Granule;
 use crate::layout::{Layout, LayoutError};
 use crate::range::GpaRange;
+use crate::units::Millis;
 
 /// Why a chain was not turned into a full snapshot. Nothing lies under the new name.
 #[derive(Debug, Error)]
@@ -67,12 +69,15 @@ pub fn apply(chain: &Chain, target: &Path, limits: &Limits) -> Result<Digest, Ap
     let top = chain.differentials().last().map_or(manifest, Differential::manifest);
     let layout = Layout::new(chain.state().memory().ranges(), top.page)
         .map_err(|source| ApplyError::Layout { path: chain.path().to_owned(), source })?;
+    let began = Instant::now();
     let writer = SnapshotWriter::create(target, Announced::all(layout), *limits)?;
     let copy = |path: &Path, source| ApplyError::Copy { path: path.to_owned(), source };
     copy_checked(&writer, full.memory(), MEMORY_FILE, manifest, full.placement())
         .map_err(|source| copy(full.path(), source))?;
+    log::info!("Copied {} after {}", full.path().display(), Millis(began.elapsed()));
     for differential in chain.differentials() {
         lay_over(&writer, differential).map_err(|source| copy(differential.path(), source))?;
+        log::info!("Laid {} over it after {}", differential.path().display(), Millis(began.elapsed()));
     }
     let aliases = chain.differentials().last().map(Differential::digest);
     let aliases = aliases.map_or_else(|| manifest.aliases.clone(), |alias| vec![alias]);

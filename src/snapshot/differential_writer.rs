@@ -5,6 +5,7 @@
 use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use vm_memory::GuestMemoryBackend;
 
@@ -22,6 +23,7 @@ use super::state::VmState;
 use super::writer::{Announced, WriteError, publish};
 use crate::layout::Layout;
 use crate::range::GpaRange;
+use crate::units::{Bytes, Millis};
 
 /// The snapshot that a differential differs from.
 #[derive(Debug, Clone)]
@@ -159,12 +161,19 @@ impl DifferentialWriter {
         let Self { staged, announced, base, pages, limits } = self;
         let memory = announced.settle(&state, pages.placement(), &limits)?;
         let state = state.relist(&memory)?;
+        let began = Instant::now();
         let into = staged.make_file(CHANGES_FILE, 0)?;
         let settled = pages.settle(&memory, &into).map_err(|error| match error {
             SettleError::Work(source) => staged.write_error(WORK_FILE, source).into(),
             SettleError::Copy(source) => staged.write_error(CHANGES_FILE, source).into(),
             SettleError::Placement(source) => WriteError::Placement(source),
         })?;
+        log::info!(
+            "{} that changed, of {} of memory, are hashed and safe on disk after {}",
+            Bytes(settled.runs.bytes()),
+            Bytes(memory.bytes()),
+            Millis(began.elapsed()),
+        );
         staged.remove_file(WORK_FILE)?;
         let changes = Changes { base, runs: settled.runs, zero_runs: settled.zero_runs };
         let page = announced.layout().host_page();

@@ -7,6 +7,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde::{Serialize, Serializer};
 
@@ -21,6 +22,7 @@ use super::manifest::{Covered, Manifest};
 use super::placement::Placement;
 use super::state::VmState;
 use crate::range::GpaRange;
+use crate::units::{Bytes, Millis};
 
 /// Why a snapshot could not be checked to the end. What was found so far is not known.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +117,7 @@ impl Report {
 /// # Errors
 /// A file cannot be read to its end, or there is no manifest.
 pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
+    let began = Instant::now();
     let mut report = Report::default();
     let bytes = match read_bounded(&path.join(MANIFEST_FILE), limits.manifest_bytes) {
         Err(FileError::Open { source, .. }) if source.kind() == ErrorKind::NotFound => {
@@ -140,6 +143,13 @@ pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
     if report.is_clean() {
         report.listing(path, &manifest, limits);
     }
+    log::info!(
+        "Checked {} of {} in {}, findings: {}",
+        Bytes(report.bytes),
+        path.display(),
+        Millis(began.elapsed()),
+        report.findings.len(),
+    );
     Ok(report)
 }
 

@@ -4,6 +4,7 @@
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
@@ -22,6 +23,7 @@ use super::state::VmState;
 use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::GpaRange;
+use crate::units::{Bytes, Millis};
 
 /// Why no snapshot was written. Nothing lies under its name.
 #[derive(Debug, Error)]
@@ -216,7 +218,9 @@ impl SnapshotWriter {
         let page = announced.layout.host_page();
         let memory =
             if placement == *memory.placement() { memory } else { shrink(&staged, memory, placement, page)? };
+        let (began, bytes) = (Instant::now(), memory.placement().bytes());
         let blocks = memory.finish().map_err(|source| staged.write_error(MEMORY_FILE, source))?;
+        log::info!("Memory of {} is hashed and safe on disk after {}", Bytes(bytes), Millis(began.elapsed()));
         let manifest = Manifest { aliases, ..Manifest::of_full(page, config, &state, blocks) };
         Ok(publish(staged, config, &state, &manifest)?)
     }
@@ -229,12 +233,14 @@ pub(super) fn publish(
     state: &VmState,
     manifest: &Manifest,
 ) -> Result<Digest, StagingError> {
+    let began = Instant::now();
     let (bytes, digest) = manifest.encode();
     let files =
         [(CONFIG_FILE, config.text().as_bytes()), (STATE_FILE, state.text()), (MANIFEST_FILE, &bytes)];
     // All at once: a journal brings them to disk in one go, and a VM may be waiting.
     parallel::for_each(&files, files.len(), |&(name, content)| staged.write_file(name, content))?;
     staged.publish()?;
+    log::info!("Snapshot {digest} is safe under its name after {}", Millis(began.elapsed()));
     Ok(digest)
 }
 

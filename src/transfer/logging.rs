@@ -20,7 +20,8 @@ impl<V: Vm> Session<'_, V> {
 
     pub(super) fn log_armed(&self) {
         let ids: Vec<_> = self.attribution().into_iter().map(|source| source.id).collect();
-        log::info!("Receiver takes the VM; tracking dirty pages with {}", ids.join(", "));
+        let ids = if ids.is_empty() { "nothing".to_owned() } else { ids.join(", ") };
+        log::info!("Receiver takes the VM; tracking dirty pages with {ids}");
     }
 
     /// Tells what a round of the running VM did, and what it is up against.

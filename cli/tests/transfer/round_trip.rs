@@ -95,6 +95,30 @@ fn paused_and_within_a_bandwidth() {
 }
 
 #[test]
+fn at_info_both_sides_tell_of_each_phase_in_few_lines() {
+    let place = Place::new();
+    let from = place.stored("from", 8);
+    let info = ["--log-level", "info"];
+    let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &place.path("copy"), &info);
+    let sent = Tool::send(&url, &from, &[&info[..], &["--connections", "4"]].concat()).end().succeeded();
+    let kept = receiver.end().succeeded();
+    let copy = place.path("copy");
+    let verify = ["snapshot", "verify", copy.to_str().unwrap(), "--json", "--log-level", "info"];
+    let verified = Tool::start(verify).end().succeeded();
+    for (ended, words) in [
+        (&sent, &["Migrating a VM with 64.0 MiB", "Round 1: sent", "the last one", "VM moved"][..]),
+        (
+            &kept,
+            &["Receiving a VM from", "of memory in", "the VM's state", "is hashed", "safe under its name"],
+        ),
+        (&verified, &["Checked ", "findings: 0"]),
+    ] {
+        assert!(words.iter().all(|word| ended.stderr.contains(word)), "{words:?}: {ended:?}");
+        assert!(ended.stderr.lines().count() <= 10, "{ended:?}");
+    }
+}
+
+#[test]
 fn holes_and_zeros_are_left_out_unless_the_receiver_needs_them() {
     for (options, least, most) in [(&[][..], 13 << 20, 32 << 20), (&["--all-pages"], 64 << 20, 65 << 20)] {
         let place = Place::new();
