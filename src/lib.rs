@@ -111,4 +111,5 @@ pub mod vfio_user;
 pub mod vm;
 
 mod sys;
+#[cfg(feature = "transfer")]
 mod units;
