@@ -459,9 +459,12 @@ fn a_failing_source_is_a_degradation_and_loses_nothing() {
     let migration = Migration::new();
     let sent = send_with(&peer, &mut vm, &machine, &migration).unwrap();
     peer.end().0.assert_equals(&vm);
-    assert_eq!(sent.degradations.len(), 1);
-    assert_eq!(sent.degradations[0].to_string(), "Dirty source scripted cannot report dirty pages (3 times)",);
-    assert_eq!(migration.progress().degradations.len(), 1);
+    // A busy machine may miss the downtime limit, too.
+    for degradations in [sent.degradations, migration.progress().degradations] {
+        let told: Vec<_> = degradations.iter().map(ToString::to_string).collect();
+        let of_source: Vec<_> = told.iter().filter(|text| text.contains("scripted")).collect();
+        assert_eq!(of_source, ["Dirty source scripted cannot report dirty pages (3 times)"]);
+    }
 }
 
 #[test]
