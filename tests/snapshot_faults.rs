@@ -4,9 +4,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may end at any surprise")]
 
+#[path = "../integration/src/skip.rs"]
+#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
+mod skip;
+
 use std::env;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -190,9 +194,7 @@ fn a_full_disk_is_an_error_and_nothing_stays() {
         command.output()
     };
     if !isolated(r#"mount -t tmpfs none "$1""#).is_ok_and(|output| output.status.success()) {
-        // Not `eprintln`: that is shown for failing tests only.
-        let _ = writeln!(io::stderr(), "SKIPPED: cannot mount a small file system with unshare");
-        return;
+        return skip::skip("cannot mount a small file system with unshare");
     }
     let output = isolated(script).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -105,7 +105,7 @@ pub(crate) struct ReceiveArguments {
     /// in VFIO_MIGRATE_INTO. When CMD fails or its time is over, when the source goes away, and when vfio-migrate is given
     /// up or killed, nothing is kept and the source's VM runs on: CMD and what it started get a SIGTERM, 2 s later a
     /// SIGKILL, and 1 s later the VM waits no longer. Out of reach is what makes a session or a process group of its own,
-    /// such as setsid, or sudo with use_pty, and what runs as another user.
+    /// such as setsid, or sudo with use_pty, and what runs as another user. What CMD prints goes to stderr.
     #[arg(long, value_name = "CMD")]
     pub(crate) on_paused: Option<OsString>,
     /// Longest that CMD may take, in seconds, for the VM stands still meanwhile. A source may have less patience; Cloud
@@ -393,7 +393,8 @@ pub(crate) struct DemoArguments {
     /// What memory content, device stream and injected faults depend on.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) seed: u64,
-    /// Let something go wrong: corrupt-page, forget-SOURCE (kvm-log, vmm-writes, device-log), kill-destination@round=N.
+    /// Let something go wrong: corrupt-page, forget-SOURCE (kvm-log, vmm-writes, device-log), kill-destination@round=N with N
+    /// from 2 to 100.
     #[arg(long, value_name = "FAULT")]
     pub(crate) inject: Option<Inject>,
 }

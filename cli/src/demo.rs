@@ -2,31 +2,43 @@
 
 //! Printing of the demo: a live bar, then a report or one JSON object.
 
+use std::fmt::Write;
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 
-use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::HumanBytes;
 use log::LevelFilter;
+use serde_json::json;
 use vfio_migration_integration::demo::{DemoError, DemoOptions, Note, Progress, Report, chain, run};
 
 use crate::args::DemoArguments;
 use crate::exit::Exit;
+use crate::output::{Output, counted};
 use crate::signals::stop_flag;
 
 /// Runs the demo and prints how it goes.
 pub(crate) fn demo(arguments: DemoArguments, log_level: LevelFilter) -> ExitCode {
-    let json = arguments.json;
-    match try_demo(arguments, log_level) {
+    let mut output = Output::new(arguments.json);
+    let stop = match stop_flag() {
+        Ok(stop) => stop,
+        Err(error) => return refuse(&chain(&error), Exit::Io, &mut output),
+    };
+    match try_demo(arguments, log_level, &stop, &mut output) {
         Ok(report) => {
-            print(&report, json);
+            output.result(&report, || text(&report));
             ExitCode::SUCCESS
         }
-        Err(error) => fail(&error, json),
+        Err(error) => fail(&error, &mut output),
     }
 }
 
-fn try_demo(arguments: DemoArguments, log_level: LevelFilter) -> Result<Report, DemoError> {
-    let stop = stop_flag().map_err(DemoError::Spawn)?;
-    let mut display = Display::new(arguments.json);
+fn try_demo(
+    arguments: DemoArguments,
+    log_level: LevelFilter,
+    stop: &AtomicBool,
+    output: &mut Output,
+) -> Result<Report, DemoError> {
+    let json = arguments.json;
     let options = DemoOptions {
         program: std::env::current_exe().map_err(DemoError::Spawn)?,
         log_level: log_level.to_string(),
@@ -41,111 +53,94 @@ fn try_demo(arguments: DemoArguments, log_level: LevelFilter) -> Result<Report, 
         seed: arguments.seed,
         inject: arguments.inject,
     };
-    let report = run(&options, &stop, &mut |note| display.show(&note));
-    display.finish();
-    report
+    run(&options, stop, &mut |note| match note {
+        Note::Said(text) => output.remark(&text),
+        Note::Progress(progress) if !json => draw(&progress, output),
+        Note::Progress(_) => {}
+        Note::Moved => output.clear(),
+    })
 }
 
-/// Lines and the live bar, on stderr.
-struct Display {
-    bar: Option<ProgressBar>,
-    json: bool,
+/// Draws how far the migration is.
+fn draw(progress: &Progress, output: &mut Output) {
+    let downtime = match progress.expected_downtime_ms {
+        Some(ms) => format!("{ms} ms"),
+        None => "unknown".to_owned(),
+    };
+    let message = format!(
+        "round {}, sent {}, left {}, {}/s, expected downtime {downtime}",
+        progress.round,
+        HumanBytes(progress.sent_bytes),
+        HumanBytes(progress.left_bytes),
+        HumanBytes(progress.bytes_per_second),
+    );
+    output.draw(progress.sent_bytes, Some(progress.sent_bytes + progress.left_bytes), message);
 }
 
-impl Display {
-    fn new(json: bool) -> Self {
-        Self { bar: None, json }
-    }
-
-    fn show(&mut self, note: &Note) {
-        match note {
-            Note::Said(text) => match &self.bar {
-                Some(bar) => bar.suspend(|| eprintln!("{text}")),
-                None => eprintln!("{text}"),
-            },
-            Note::Progress(progress) if !self.json => self.advance(progress),
-            Note::Progress(_) => {}
-            Note::Moved => self.finish(),
-        }
-    }
-
-    fn advance(&mut self, progress: &Progress) {
-        let bar = self.bar.get_or_insert_with(|| {
-            let style = ProgressStyle::with_template("{bar:30} {msg}").expect("a literal template");
-            ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr()).with_style(style)
-        });
-        bar.set_length(progress.sent_bytes + progress.left_bytes);
-        bar.set_position(progress.sent_bytes);
-        let downtime = match progress.expected_downtime_ms {
-            Some(ms) => format!("{ms} ms"),
-            None => "unknown".to_owned(),
-        };
-        bar.set_message(format!(
-            "round {}, sent {}, left {}, {}/s, expected downtime {downtime}",
-            progress.round,
-            HumanBytes(progress.sent_bytes),
-            HumanBytes(progress.left_bytes),
-            HumanBytes(progress.bytes_per_second),
-        ));
-    }
-
-    fn finish(&mut self) {
-        if let Some(bar) = self.bar.take() {
-            bar.finish();
-        }
-    }
+/// The report for a person, with no line break at its end.
+fn text(report: &Report) -> String {
+    let mut text = String::new();
+    write_figures(report, &mut text).expect("memory takes every write");
+    text.truncate(text.trim_end().len());
+    text
 }
 
-fn print(report: &Report, json: bool) {
-    if json {
-        println!("{}", serde_json::to_string(report).expect("a report is plain data"));
-        return;
-    }
+fn write_figures(report: &Report, text: &mut String) -> std::fmt::Result {
     let guest = if report.kvm { "KVM guest" } else { "guest on a software vCPU (no KVM)" };
-    println!("Moved a {guest} with {} of RAM in {} rounds", HumanBytes(report.ram_bytes), report.rounds);
-    println!(
+    let (ram, rounds) = (HumanBytes(report.ram_bytes), counted(report.rounds, "round"));
+    writeln!(text, "Moved a {guest} with {ram} of RAM in {rounds}")?;
+    writeln!(
+        text,
         "  {} over the wire, {} of RAM dirtied on the way; downtime {:.1} ms, total {:.1} ms",
         HumanBytes(report.bytes_sent),
         HumanBytes(report.unique_dirty_bytes),
         report.downtime_ms,
         report.total_ms
-    );
+    )?;
     let parts = report.downtime.parts().map(|(name, ms)| format!("{name} {ms:.1}"));
-    println!("  downtime in ms: {}", parts.join(", "));
-    println!(
+    writeln!(text, "  downtime in ms: {}", parts.join(", "))?;
+    writeln!(
+        text,
         "  left out of the first round: {} that nobody ever wrote, {} that reads zero",
         HumanBytes(report.skipped_hole_bytes),
         HumanBytes(report.skipped_zero_bytes)
-    );
-    println!(
+    )?;
+    writeln!(
+        text,
         "  device state {}, {} of it before the switchover",
         HumanBytes(report.device.state_bytes),
         HumanBytes(report.device.precopy_bytes)
-    );
-    println!("\n  {:<20} {:>12} {:>17}", "who dirtied", "pages", "only they dirtied");
+    )?;
+    writeln!(text, "\n  {:<20} {:>12} {:>17}", "who dirtied", "pages", "only they dirtied")?;
     for source in &report.sources {
-        println!("  {:<20} {:>12} {:>17}", source.id, source.pages, source.exclusive_pages);
+        writeln!(text, "  {:<20} {:>12} {:>17}", source.id, source.pages, source.exclusive_pages)?;
     }
-    for degradation in &report.degradations {
-        println!("  degraded: {degradation}");
-    }
-    println!("\n  {} pages compared at the switchover", report.pages_compared);
-    println!("  source      {}", report.source_digest);
-    println!("  destination {}", report.destination_digest);
-    if report.verified {
-        println!("verified: every byte equal; the guest and the device go on where they stopped");
-    }
+    write_outcome(report, text)
 }
 
-fn fail(error: &DemoError, json: bool) -> ExitCode {
-    if let DemoError::Different { report, .. } | DemoError::Unwell { report, .. } = error {
-        print(report, json);
+fn write_outcome(report: &Report, text: &mut String) -> std::fmt::Result {
+    for degradation in &report.degradations {
+        writeln!(text, "  degraded: {degradation}")?;
     }
-    let text = chain(error);
-    if json && !matches!(error, DemoError::Different { .. } | DemoError::Unwell { .. }) {
-        println!("{}", serde_json::json!({ "verified": false, "error": &text }));
+    writeln!(text, "\n  {} compared at the switchover", counted(report.pages_compared, "page"))?;
+    writeln!(text, "  source      {}", report.source_digest)?;
+    writeln!(text, "  destination {}", report.destination_digest)?;
+    if report.verified {
+        writeln!(text, "verified: every byte equal; the guest and the device go on where they stopped")?;
     }
-    eprintln!("error: {text}");
+    Ok(())
+}
+
+/// Tells that there is no report, and why.
+fn refuse(message: &str, exit: Exit, output: &mut Output) -> ExitCode {
+    if output.is_json() {
+        output.result(&json!({ "verified": false, "error": message }), String::new);
+    }
+    output.remark(&format!("error: {message}"));
+    exit.into()
+}
+
+fn fail(error: &DemoError, output: &mut Output) -> ExitCode {
     let exit = match error {
         DemoError::Contradiction(_)
         | DemoError::NoSuchSource { .. }
@@ -161,5 +156,10 @@ fn fail(error: &DemoError, json: bool) -> ExitCode {
         DemoError::Cancelled { .. } => Exit::Cancelled,
         _ => Exit::Io,
     };
-    exit.into()
+    if let DemoError::Different { report, .. } | DemoError::Unwell { report, .. } = error {
+        output.result(report, || text(report));
+        output.remark(&format!("error: {}", chain(error)));
+        return exit.into();
+    }
+    refuse(&chain(error), exit, output)
 }

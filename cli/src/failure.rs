@@ -5,10 +5,11 @@
 use std::error::Error;
 use std::io;
 
+use rustix::io::Errno;
 use vfio_migration::precopy::CancelReason;
 use vfio_migration::snapshot::{
-    Altered, ApplyError, ChainError, CompareError, DestinationError, FileError, OpenError, STATE_FILE,
-    SealError, SourceError, StagingError, SubtractError, VerifyError, WriteError,
+    Altered, ApplyError, ChainError, CompareError, DestinationError, FileError, ManifestError, OpenError,
+    STATE_FILE, SealError, SourceError, StagingError, SubtractError, VerifyError, WriteError,
 };
 use vfio_migration::tracker::TrackerError;
 use vfio_migration::transfer::connection::ConnectionError;
@@ -18,10 +19,14 @@ use vfio_migration::transfer::{PeerError, SendError, SendStep};
 use vfio_migration_integration::demo::chain;
 
 use crate::exit::Exit;
+use crate::host::HostError;
 use crate::on_paused::CommandError;
 
 /// Sets how long a State may be.
 const STATE_LIMIT: &str = "--state-limit";
+
+/// What limits the files a process may open.
+const DESCRIPTORS: &str = "`ulimit -n` sets the limit";
 
 /// What makes a manifest.
 const SEAL: &str = "`snapshot seal` gives it one, of what it is now";
@@ -58,7 +63,7 @@ impl<E: Class> From<E> for Failure {
     }
 }
 
-impl Class for io::Error {
+impl Class for HostError {
     fn exit(&self) -> Exit {
         Exit::Io
     }
@@ -87,7 +92,7 @@ impl Class for SourceError {
 
 impl Class for CompareError {
     fn exit(&self) -> Exit {
-        Exit::Io
+        exit_of_copy(&self.source)
     }
 }
 
@@ -96,6 +101,9 @@ impl Class for ConnectionError {
         match self {
             Self::TlsOverUnix { .. } | Self::ServerName { .. } => Exit::Usage,
             Self::Listen { .. } | Self::Accept { .. } | Self::Socket { .. } => Exit::Io,
+            Self::Connect { source, .. } | Self::Resolve { source, .. } | Self::Handshake { source, .. } => {
+                exit_of_line(source)
+            }
             _ => Exit::Peer,
         }
     }
@@ -104,9 +112,13 @@ impl Class for ConnectionError {
 impl Class for StagingError {
     fn exit(&self) -> Exit {
         match self {
-            Self::Name { .. } | Self::Occupied { .. } => Exit::Usage,
+            Self::Name { .. } | Self::Occupied { .. } | Self::MountPoint { .. } => Exit::Usage,
             _ => Exit::Io,
         }
+    }
+
+    fn remedy(&self) -> Option<&'static str> {
+        matches!(self, Self::Descriptors { .. }).then_some(DESCRIPTORS)
     }
 }
 
@@ -118,12 +130,17 @@ impl Class for WriteError {
             _ => Exit::Verification,
         }
     }
+
+    fn remedy(&self) -> Option<&'static str> {
+        if let Self::Staging(error) = self { error.remedy() } else { None }
+    }
 }
 
 impl Class for OpenError {
     fn exit(&self) -> Exit {
         match self {
             Self::File(FileError::Open { .. } | FileError::Read { .. }) => Exit::Io,
+            Self::Manifest { source: ManifestError::Memory(_), .. } => Exit::Io,
             Self::Differential { .. } | Self::Full { .. } => Exit::Usage,
             _ => Exit::Verification,
         }
@@ -165,7 +182,11 @@ impl Class for VerifyError {
 
 impl Class for ApplyError {
     fn remedy(&self) -> Option<&'static str> {
-        matches!(self, Self::NoManifest { .. }).then_some(SEAL)
+        match self {
+            Self::NoManifest { .. } => Some(SEAL),
+            Self::Write(error) => error.remedy(),
+            _ => None,
+        }
     }
 
     fn exit(&self) -> Exit {
@@ -183,6 +204,13 @@ fn exit_of_copy(error: &io::Error) -> Exit {
     if Altered::of(error).is_some() { Exit::Verification } else { Exit::Io }
 }
 
+/// What fails on the way to the other side is its fault, unless this host is short of something.
+fn exit_of_line(error: &io::Error) -> Exit {
+    let errno = Errno::from_io_error(error);
+    let is_short = matches!(errno, Some(Errno::NOMEM | Errno::NFILE | Errno::MFILE | Errno::NOBUFS));
+    if is_short || error.kind() == io::ErrorKind::OutOfMemory { Exit::Io } else { Exit::Peer }
+}
+
 impl Class for SubtractError {
     fn exit(&self) -> Exit {
         match self {
@@ -190,6 +218,10 @@ impl Class for SubtractError {
             Self::Write(error) => error.exit(),
             _ => Exit::Io,
         }
+    }
+
+    fn remedy(&self) -> Option<&'static str> {
+        if let Self::Write(error) = self { error.remedy() } else { None }
     }
 }
 
@@ -236,7 +268,8 @@ impl Class for ReceiveError {
             Self::Connection { source } => source.exit(),
             Self::Stopped => Exit::Cancelled,
             Self::Store { source } => exit_of_copy(source),
-            Self::Thread { .. } => Exit::Io,
+            Self::Thread { .. } | Self::Descriptors { .. } | Self::Short { .. } => Exit::Io,
+            Self::Read { source, .. } | Self::Answer { source, .. } => exit_of_line(source),
             Self::Destination { source, .. } => {
                 source.downcast_ref::<DestinationError>().map_or(Exit::Io, Class::exit)
             }
@@ -254,8 +287,11 @@ impl Class for ReceiveError {
     }
 
     fn remedy(&self) -> Option<&'static str> {
-        let Self::Destination { source, .. } = self else { return None };
-        source.downcast_ref::<DestinationError>()?.remedy()
+        match self {
+            Self::Destination { source, .. } => source.downcast_ref::<DestinationError>()?.remedy(),
+            Self::Descriptors { .. } => Some(DESCRIPTORS),
+            _ => None,
+        }
     }
 }
 
@@ -265,6 +301,7 @@ impl Class for SendError {
             Self::Options(_) => Exit::Usage,
             Self::Cancelled => Exit::Cancelled,
             Self::Peer { source: PeerError::Connection(error), .. } => error.exit(),
+            Self::Peer { source: PeerError::Io(error), .. } => exit_of_line(error),
             Self::Peer { .. } | Self::GivenUp(_) | Self::SwitchoverTimedOut { .. } => Exit::Peer,
             Self::OutcomeUnknown { .. } => Exit::OutcomeUnknown,
             Self::Vm { source, .. } => source.downcast_ref::<SourceError>().map_or(Exit::Io, Class::exit),

@@ -13,12 +13,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::io::{self, PipeReader, PipeWriter, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::io::ioctl_fionbio;
 
 /// How often a running command is looked at.
 pub(crate) const TICK: Duration = Duration::from_millis(5);
@@ -45,9 +46,13 @@ pub(crate) struct GuardedCommand {
 }
 
 impl GuardedCommand {
-    /// Starts the guard, and then, in its group, a shell with `command` and one more variable; what the command prints goes
-    /// to standard error.
-    pub(crate) fn start(command: &OsStr, variable: (&str, OsString)) -> io::Result<Self> {
+    /// Starts the guard, and then, in its group, a shell with `command` and one more variable.
+    ///
+    /// What the command prints comes out of the pipe that is returned, whose reads do not wait: the command, and the VM that
+    /// waits for it, do not depend on who reads this process's standard error.
+    pub(crate) fn start(command: &OsStr, variable: (&str, OsString)) -> io::Result<(Self, PipeReader)> {
+        let (printed, prints) = io::pipe()?;
+        ioctl_fionbio(&printed, true)?;
         let mut guard = Command::new(SHELL)
             .args(["-c", GUARD])
             .stdin(Stdio::piped())
@@ -55,8 +60,8 @@ impl GuardedCommand {
             .stderr(Stdio::null())
             .process_group(0)
             .spawn()?;
-        match start_in_group(command, variable, &guard) {
-            Ok(command) => Ok(Self { guard, command }),
+        match start_in_group(command, variable, prints, &guard) {
+            Ok(command) => Ok((Self { guard, command }, printed)),
             Err(error) => {
                 dismiss(&mut guard)?;
                 Err(error)
@@ -117,15 +122,20 @@ impl GuardedCommand {
     }
 }
 
-fn start_in_group(command: &OsStr, variable: (&str, OsString), guard: &Child) -> io::Result<Child> {
-    let out = io::stderr().as_fd().try_clone_to_owned()?;
+fn start_in_group(
+    command: &OsStr,
+    variable: (&str, OsString),
+    prints: PipeWriter,
+    guard: &Child,
+) -> io::Result<Child> {
     let group = i32::try_from(guard.id()).expect("process numbers are positive ints");
     Command::new(SHELL)
         .arg("-c")
         .arg(command)
         .env(variable.0, variable.1)
         .stdin(Stdio::null())
-        .stdout(out)
+        .stdout(prints.try_clone()?)
+        .stderr(prints)
         .process_group(group)
         .spawn()
 }
@@ -163,7 +173,7 @@ mod tests {
     const NOBODY: [u32; 0] = [];
 
     fn start(command: &str) -> GuardedCommand {
-        GuardedCommand::start(OsStr::new(command), ("VARIABLE", OsString::new())).unwrap()
+        GuardedCommand::start(OsStr::new(command), ("VARIABLE", OsString::new())).unwrap().0
     }
 
     fn exists(pid: u32) -> bool {

@@ -3,7 +3,7 @@
 //! Runs the operator's command while the source's VM is paused, and lets the VM wait for it no longer than it may.
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, PipeReader, Read};
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::mpsc::Sender;
@@ -18,6 +18,7 @@ use vfio_migration::transfer::receive::ReceiverHandle;
 use crate::event::Event;
 use crate::group::{GuardedCommand, TICK};
 use crate::output::Output;
+use crate::printer::STDERR;
 
 /// Names the directory to be in the command's environment. The directory is not there yet.
 pub(crate) const DIR_VARIABLE: &str = "VFIO_MIGRATE_INTO";
@@ -64,6 +65,14 @@ pub(crate) enum CommandError {
     },
 }
 
+/// Hands on what the command has printed since the last look; where nobody reads it, it is lost.
+pub(crate) fn hand_on(mut printed: &PipeReader) {
+    let mut piece = [0; 4096];
+    while let Ok(length @ 1..) = printed.read(&mut piece) {
+        STDERR.offer(&piece[..length]);
+    }
+}
+
 /// The operator's command, and what it is held to.
 #[derive(Debug)]
 pub(crate) struct PausedCommand {
@@ -90,6 +99,8 @@ pub(crate) enum Note {
         /// How long it may take.
         limit: Duration,
     },
+    /// What it prints comes out here; reads do not wait.
+    Prints(PipeReader),
     /// It is over.
     Ended {
         /// The command.
@@ -109,9 +120,10 @@ pub(crate) enum Note {
 }
 
 impl Note {
-    /// Tells it.
-    pub(crate) fn tell(&self, output: &Output) {
+    /// Tells it; returns where what the command prints comes out.
+    pub(crate) fn tell(self, output: &Output) -> Option<PipeReader> {
         match self {
+            Self::Prints(printed) => return Some(printed),
             Self::Started { command, limit } => {
                 let (command, timeout_s) = (command.to_string_lossy(), limit.as_secs());
                 output.tell(&Event::CommandStarted { command: &command, timeout_s }, || {
@@ -120,7 +132,7 @@ impl Note {
                     )
                 });
             }
-            &Self::Ended { ref command, succeeded, ran } => {
+            Self::Ended { command, succeeded, ran } => {
                 let (command, ran_ms) = (command.to_string_lossy(), ran.as_millis());
                 output.tell(&Event::CommandEnded { command: &command, succeeded, ran_ms }, || {
                     let how = if succeeded { "succeeded" } else { "failed" };
@@ -131,6 +143,7 @@ impl Note {
                 "Cannot end {command:?}: processes {processes:?} are still there, as another user's or waiting for a device"
             ),
         }
+        None
     }
 }
 
@@ -158,7 +171,8 @@ impl PausedCommand {
     fn run_watched(&self, begun: Instant) -> Result<(), CommandError> {
         let failed = |source| CommandError::Run { command: self.command.clone(), source };
         let variable = (DIR_VARIABLE, self.into.clone().into_os_string());
-        let mut running = GuardedCommand::start(&self.command, variable).map_err(failed)?;
+        let (mut running, printed) = GuardedCommand::start(&self.command, variable).map_err(failed)?;
+        self.note(Note::Prints(printed));
         let reason = loop {
             match running.poll().map_err(failed)? {
                 Some(status) if status.success() => return running.leave().map_err(failed),

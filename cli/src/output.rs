@@ -1,35 +1,59 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where the tool says things: results on standard output; a bar, remarks and errors on standard error.
+//! What the tool says: results on standard output; a bar, remarks and errors on standard error.
+//!
+//! Nothing here waits for whoever reads, and nothing here fails: that output cannot be written is no reason to leave a VM
+//! paused or the work undone.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
-use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::event::Event;
+use crate::exit::Exit;
 use crate::failure::Failure;
-
-/// The bars on the terminal; whoever else writes there makes them step aside.
-static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+use crate::printer::{Reader, STDERR, STDOUT};
+use crate::terminal::BARS;
 
 /// How often programs are told of progress.
 const PROGRESS_PERIOD: Duration = Duration::from_secs(1);
 
-/// Standard error for the log, without tearing a bar.
+/// Standard error for the log, without tearing a bar. Where nobody reads it, lines are left out and counted.
 #[derive(Debug)]
 pub(crate) struct LogSink;
 
+/// Lines that were left out since the last one that was not.
+static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
+
 impl Write for LogSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        BARS.suspend(|| io::stderr().write(bytes))
+        let lost = LEFT_OUT.swap(0, Ordering::Relaxed);
+        let mut text = Vec::new();
+        if lost > 0 {
+            text = format!("({} left out here, which nobody read)\n", counted(lost, "message")).into_bytes();
+        }
+        text.extend_from_slice(bytes);
+        if !BARS.suspend(|| STDERR.offer(text)) {
+            LEFT_OUT.fetch_add(lost + 1, Ordering::Relaxed);
+        }
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        Ok(())
+    }
+}
+
+/// A number of things: `1 range`, `2 ranges`.
+pub(crate) fn counted(number: impl Into<u64>, thing: &str) -> String {
+    match number.into() {
+        1 => format!("1 {thing}"),
+        number => format!("{number} {thing}s"),
     }
 }
 
@@ -47,10 +71,27 @@ impl Output {
         Self { json, bar: None, told: Instant::now() }
     }
 
+    /// Whether a program is talked to.
+    pub(crate) fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Checks that a program can be told of `path`: JSON has room for UTF-8 alone.
+    pub(crate) fn check_name(&self, path: &Path) -> Result<(), Failure> {
+        if !self.json || path.to_str().is_some() {
+            return Ok(());
+        }
+        let message = format!(
+            "Cannot name {} in JSON: it is not UTF-8; leave --json out, or rename it",
+            path.display()
+        );
+        Err(Failure { exit: Exit::Usage, message })
+    }
+
     /// Tells what happened: `event` to a program, `text` to a person.
     pub(crate) fn tell(&self, event: &Event<'_>, text: impl FnOnce() -> String) {
         if self.json {
-            print_json(event);
+            STDOUT.print(json_line(event));
         } else {
             self.remark(&text());
         }
@@ -58,17 +99,13 @@ impl Output {
 
     /// Tells a person something that is no result.
     pub(crate) fn remark(&self, text: &str) {
-        BARS.suspend(|| eprintln!("{text}"));
+        BARS.suspend(|| STDERR.print(format!("{text}\n")));
     }
 
     /// Tells the result: `result` to a program, `text` to a person.
     pub(crate) fn result(&mut self, result: &impl Serialize, text: impl FnOnce() -> String) {
         self.clear();
-        if self.json {
-            print_json(result);
-        } else {
-            print_line(&text());
-        }
+        STDOUT.print(if self.json { json_line(result) } else { text() + "\n" });
     }
 
     /// Shows progress: a bar, `position` of `length` bytes or a spinner where the length is unknown, or now and then `event`.
@@ -79,50 +116,77 @@ impl Output {
         length: Option<u64>,
         message: impl FnOnce() -> String,
     ) {
-        if self.json {
-            if self.told.elapsed() >= PROGRESS_PERIOD {
-                self.told = Instant::now();
-                print_json(event);
-            }
-            return;
+        if !self.json {
+            self.draw(position, length, message());
+        } else if self.told.elapsed() >= PROGRESS_PERIOD {
+            self.told = Instant::now();
+            // Where nobody reads, the next one makes good for it.
+            STDOUT.offer(json_line(event));
         }
+    }
+
+    /// Draws a bar, or a spinner where the length is unknown.
+    pub(crate) fn draw(&mut self, position: u64, length: Option<u64>, message: String) {
         let bar = self.bar.get_or_insert_with(|| BARS.add(bar(length)));
-        bar.set_message(message());
+        length.into_iter().for_each(|length| bar.set_length(length));
+        bar.set_message(message);
         bar.set_position(position);
     }
 
     /// Tells that the command failed; returns its exit status.
     pub(crate) fn fail(&mut self, failure: &Failure) -> ExitCode {
         self.clear();
+        let Failure { exit, message } = failure;
         if self.json {
-            let Failure { exit, message } = failure;
-            print_json(&Event::Failed { class: *exit, exit: *exit as u8, message });
+            STDOUT.print(json_line(&Event::Failed { class: *exit, exit: *exit as u8, message }));
         }
-        self.remark(&format!("error: {}", failure.message));
-        failure.exit.into()
+        self.remark(&format!("error: {message}"));
+        (*exit).into()
     }
 
-    fn clear(&mut self) {
+    /// Takes the bar away.
+    pub(crate) fn clear(&mut self) {
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
     }
 }
 
+/// Prints what the parser of the command line says; returns the exit status.
+pub(crate) fn usage(error: &clap::Error) -> ExitCode {
+    let (printer, is_terminal) = match error.use_stderr() {
+        true => (&STDERR, io::stderr().is_terminal()),
+        false => (&STDOUT, io::stdout().is_terminal()),
+    };
+    let text = error.render();
+    printer.print(if is_terminal { text.ansi().to_string() } else { text.to_string() });
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8))
+}
+
+/// Waits until all that was said is written, as far as anybody reads it; returns whether standard output is complete.
+pub(crate) fn finish(reader: Reader) -> bool {
+    let written = STDOUT.finish(reader);
+    match &written {
+        Err(unwritten) if !unwritten.is_enough() => {
+            STDERR.print(format!("Cannot write all of standard output: {unwritten}\n"));
+        }
+        _ => {}
+    }
+    // Nobody is left to be told.
+    let _unwritten = STDERR.finish(Reader::Any);
+    written.map_or_else(|unwritten| unwritten.is_enough(), |()| true)
+}
+
 fn bar(length: Option<u64>) -> ProgressBar {
     let template =
         if length.is_some() { "{bar:30} {percent:>3}% {wide_msg}" } else { "{spinner} {wide_msg}" };
     let style = ProgressStyle::with_template(template).expect("a literal template");
-    let bar = ProgressBar::no_length().with_style(style);
-    length.into_iter().for_each(|length| bar.set_length(length));
-    bar
+    ProgressBar::no_length().with_style(style)
 }
 
-fn print_json(value: &impl Serialize) {
-    print_line(&serde_json::to_string(value).expect("what is told is plain data"));
-}
-
-/// Prints a line on standard output. Nobody may listen any more; that is no reason to leave the work undone.
-fn print_line(line: &str) {
-    let _ = writeln!(io::stdout(), "{line}");
+fn json_line(value: &impl Serialize) -> String {
+    // A name that is not UTF-8 is refused at the start; should one slip through, the work is not undone for it.
+    let text = serde_json::to_string(value)
+        .unwrap_or_else(|error| serde_json::json!({ "error": error.to_string() }).to_string());
+    text + "\n"
 }

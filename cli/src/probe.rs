@@ -2,6 +2,7 @@
 
 //! Printing of what this host, and each VFIO device on it, can do for a migration.
 
+use std::fmt::{self, Write};
 use std::process::ExitCode;
 
 use indicatif::HumanBytes;
@@ -9,35 +10,42 @@ use vfio_migration::probe::{
     ContainerFacts, Device, DeviceProbe, Finding, KvmFacts, LogFacts, Report, Roots, Seen, evaluate, read,
 };
 
+use crate::output::Output;
+
 /// Looks at this host and prints what it found.
 pub(crate) fn probe(json: bool) -> ExitCode {
     let report = evaluate(read(&Roots::default()));
-    if json {
-        println!("{}", serde_json::to_string(&report).expect("a report is plain data"));
-    } else {
-        print(&report);
-    }
+    Output::new(json).result(&report, || text(&report));
     ExitCode::SUCCESS
 }
 
-fn print(report: &Report) {
+/// The report for a person, with no line break at its end.
+fn text(report: &Report) -> String {
+    let mut text = String::new();
+    write_report(report, &mut text).expect("memory takes every write");
+    text.truncate(text.trim_end().len());
+    text
+}
+
+fn write_report(report: &Report, text: &mut String) -> fmt::Result {
     let facts = &report.facts;
-    println!("{:<12} Linux {}", "kernel", facts.kernel);
-    println!("{:<12} {}", "KVM", seen(&facts.kvm, kvm));
-    println!("{:<12} {}", "containers", seen(&facts.container, container));
-    println!("{:<12} {}", "iommufd", seen(&facts.iommufd, |_| "there".to_owned()));
+    writeln!(text, "{:<12} Linux {}", "kernel", facts.kernel)?;
+    writeln!(text, "{:<12} {}", "KVM", seen(&facts.kvm, kvm))?;
+    writeln!(text, "{:<12} {}", "containers", seen(&facts.container, container))?;
+    writeln!(text, "{:<12} {}", "iommufd", seen(&facts.iommufd, |_| "there".to_owned()))?;
     if facts.devices.is_empty() {
-        println!("{:<12} none is held by a VFIO driver", "devices");
+        writeln!(text, "{:<12} none is held by a VFIO driver", "devices")?;
     }
     for device in &facts.devices {
-        print_device(device);
+        write_device(device, text)?;
     }
-    print_findings("blocker", &report.blockers);
-    print_findings("degradation", &report.degradations);
-    print_findings("unseen", &report.unseen);
+    write_findings("blocker", &report.blockers, text)?;
+    write_findings("degradation", &report.degradations, text)?;
+    write_findings("unseen", &report.unseen, text)?;
     if report.blockers.is_empty() && report.degradations.is_empty() && report.unseen.is_empty() {
-        println!("\nNothing stands in the way.");
+        writeln!(text, "\nNothing stands in the way.")?;
     }
+    Ok(())
 }
 
 fn seen<T>(seen: &Seen<T>, describe: impl Fn(&T) -> String) -> String {
@@ -64,16 +72,16 @@ fn container(facts: &ContainerFacts) -> String {
     if facts.type1v2 { "type 1 version 2" } else { "no type 1 version 2, so no dirty bitmap" }.to_owned()
 }
 
-fn print_device(device: &Device) {
+fn write_device(device: &Device, text: &mut String) -> fmt::Result {
     let driver = device.driver.as_deref().unwrap_or("no driver");
-    println!("\n{} ({driver})", device.name);
+    writeln!(text, "\n{} ({driver})", device.name)?;
     match &device.probe {
-        Seen::Seen(probe) => print_probe(probe),
-        other => println!("  {}", seen(other, |_| String::new())),
+        Seen::Seen(probe) => write_probe(probe, text),
+        other => writeln!(text, "  {}", seen(other, |_| String::new())),
     }
 }
 
-fn print_probe(probe: &DeviceProbe) {
+fn write_probe(probe: &DeviceProbe, text: &mut String) -> fmt::Result {
     let migration = match &probe.migration {
         Some(facts) => format!(
             "STOP_COPY {}, P2P {}, PRE_COPY {}, state of {}",
@@ -98,19 +106,21 @@ fn print_probe(probe: &DeviceProbe) {
         Some(tracks) => yes(tracks),
         None => "could not be asked",
     };
-    println!("  migration         {migration}");
-    println!("  DMA log           {log}");
-    println!("  container bitmap  {bitmap}");
-    println!("  page table tracks {tracks}");
+    writeln!(text, "  migration         {migration}")?;
+    writeln!(text, "  DMA log           {log}")?;
+    writeln!(text, "  container bitmap  {bitmap}")?;
+    writeln!(text, "  page table tracks {tracks}")
 }
 
-fn print_findings(kind: &str, findings: &[Finding]) {
+fn write_findings(kind: &str, findings: &[Finding], text: &mut String) -> fmt::Result {
     for finding in findings {
-        println!(
+        writeln!(
+            text,
             "\n{kind} {} ({})\n  {}\n  {}",
             finding.code, finding.subject, finding.reason, finding.remedy
-        );
+        )?;
     }
+    Ok(())
 }
 
 fn yes(answer: bool) -> &'static str {

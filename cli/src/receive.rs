@@ -2,10 +2,11 @@
 
 //! `vfio-migrate receive`: a running VM becomes a snapshot directory.
 
+use std::io::PipeReader;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver as NoteReceiver, Sender, channel};
-use std::thread;
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
@@ -19,7 +20,8 @@ use crate::args::ReceiveArguments;
 use crate::event::Event;
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::on_paused::{Note, PausedCommand};
+use crate::host::HostError;
+use crate::on_paused::{Note, PausedCommand, hand_on};
 use crate::output::Output;
 use crate::signals::stop_flag;
 
@@ -53,6 +55,7 @@ pub(crate) fn receive(arguments: &ReceiveArguments) -> ExitCode {
 }
 
 fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept, Failure> {
+    output.check_name(&arguments.into)?;
     let stop = stop_flag()?;
     let tls = arguments.tls_dir.as_deref().map(ServerTls::from_directory).transpose()?;
     let receiver = Receiver::new(arguments.limits(), tls);
@@ -62,7 +65,7 @@ fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept
     let listener = Listener::bind(&arguments.url)?;
     tell_listening(arguments, &listener, output);
     let inbox = Inbox { stop: &stop, notes: &noted };
-    let received = watch(&receiver, &listener, &mut destination, inbox, output);
+    let received = watch(&receiver, &listener, &mut destination, inbox, output)?;
     let received_bytes = receiver.handle().received_bytes();
     match (received, destination.kept()) {
         (Ok(received), Some(digest)) => Ok(Kept { digest, confirmed: received.confirmed, received_bytes }),
@@ -84,7 +87,8 @@ fn options(
         true => None,
         false => Some(Base::open(&arguments.base, &limits)?),
     };
-    let into = std::path::absolute(&arguments.into)?;
+    let lost = |source| HostError::Path { path: arguments.into.clone(), source };
+    let into = std::path::absolute(&arguments.into).map_err(lost)?;
     let limit = Duration::from_secs(arguments.on_paused_timeout);
     let on_paused = arguments.on_paused.clone();
     let on_paused = on_paused.map(|command| PausedCommand { command, into, limit, receiver, notes }.hook());
@@ -113,24 +117,36 @@ fn watch(
     destination: &mut SnapshotDestination,
     inbox: Inbox<'_>,
     output: &mut Output,
-) -> Result<Received, ReceiveError> {
+) -> Result<Result<Received, ReceiveError>, HostError> {
     thread::scope(|scope| {
-        let receiving = scope.spawn(|| receiver.receive(listener, destination));
+        let receive = || receiver.receive(listener, destination);
+        let receiving = Builder::new().name("receive".into()).spawn_scoped(scope, receive);
+        let receiving = receiving.map_err(|source| HostError::Thread { purpose: "receives", source })?;
         let handle = receiver.handle();
         let mut rate = Rate::new();
+        let mut printed = None;
         let mut asked = false;
         while !receiving.is_finished() {
             if !asked && inbox.stop.load(Ordering::Relaxed) {
                 asked = true;
                 give_up(&handle, output);
             }
-            inbox.notes.try_iter().for_each(|note| note.tell(output));
+            tell_notes(inbox.notes, &mut printed, output);
             tell_progress(&handle, &mut rate, output);
             thread::sleep(TICK);
         }
-        inbox.notes.try_iter().for_each(|note| note.tell(output));
-        receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        tell_notes(inbox.notes, &mut printed, output);
+        Ok(receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
+}
+
+/// Tells of the command that the VM waits for: what there is to tell, and what it `printed`.
+fn tell_notes(notes: &NoteReceiver<Note>, printed: &mut Option<PipeReader>, output: &Output) {
+    printed.iter().for_each(hand_on);
+    for note in notes.try_iter() {
+        printed.iter().for_each(hand_on);
+        *printed = note.tell(output).or(printed.take());
+    }
 }
 
 fn tell_listening(arguments: &ReceiveArguments, listener: &Listener, output: &Output) {

@@ -5,7 +5,7 @@
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::thread::{self, Builder};
 use std::time::Duration;
 
 use indicatif::HumanBytes;
@@ -19,6 +19,7 @@ use crate::args::SendArguments;
 use crate::event::Event;
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::host::HostError;
 use crate::output::Output;
 use crate::signals::stop_flag;
 
@@ -43,7 +44,7 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Fail
     let mut source = SnapshotSource::new(dir)?;
     let sender = Sender::new(options(arguments, &source)?);
     let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build()?);
-    let sent = watch(&sender, &mut source, &tracker, &stop, output);
+    let sent = watch(&sender, &mut source, &tracker, &stop, output)?;
     sent.map_err(|error| match (&error, source.check_length()) {
         // To the kernel, memory that is gone is a write that failed; the receiver is not to blame.
         (SendError::Peer { .. }, Err(cut_off)) => cut_off.into(),
@@ -82,10 +83,12 @@ fn watch(
     tracker: &Mutex<Tracker>,
     stop: &AtomicBool,
     output: &mut Output,
-) -> Result<Sent, SendError> {
+) -> Result<Result<Sent, SendError>, HostError> {
     let migration = Migration::new();
     thread::scope(|scope| {
-        let sending = scope.spawn(|| sender.send(source, tracker, &Mutex::default(), &migration));
+        let send = || sender.send(source, tracker, &Mutex::default(), &migration);
+        let sending = Builder::new().name("send".into()).spawn_scoped(scope, send);
+        let sending = sending.map_err(|source| HostError::Thread { purpose: "sends", source })?;
         let mut asked = false;
         while !sending.is_finished() {
             if !asked && stop.load(Ordering::Relaxed) {
@@ -95,7 +98,7 @@ fn watch(
             tell_progress(&migration, output);
             thread::sleep(TICK);
         }
-        sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        Ok(sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
 }
 

@@ -2,7 +2,7 @@
 
 //! What a distribution packs beside the tool: completions and manual pages, made from the command line itself.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -13,6 +13,7 @@ use crate::args::Arguments;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Output;
+use crate::printer::STDOUT;
 
 /// Prints what makes `shell` complete the tool's words.
 pub(crate) fn completions(shell: Shell) -> ExitCode {
@@ -23,7 +24,8 @@ pub(crate) fn completions(shell: Shell) -> ExitCode {
     if shell == Shell::Bash {
         script = with_reachable_states(&script, &name);
     }
-    finish(io::stdout().write_all(&script), "Cannot print")
+    STDOUT.print(script);
+    ExitCode::SUCCESS
 }
 
 /// Mends a script for bash that completes nothing behind a command: clap_complete 4.6 spells the hyphen of a tool's `name` one way
@@ -37,23 +39,16 @@ fn with_reachable_states(script: &[u8], name: &str) -> Vec<u8> {
 pub(crate) fn man(into: Option<&Path>) -> ExitCode {
     let command = Arguments::command();
     if let Some(into) = into {
-        let what = format!("Cannot write the manual pages into {}", into.display());
-        return finish(clap_mangen::generate_to(command, into), &what);
+        let written = clap_mangen::generate_to(command, into);
+        return written.map_or_else(|error| fail(into, &error), |()| ExitCode::SUCCESS);
     }
     let mut page = Vec::new();
-    let printed =
-        clap_mangen::Man::new(command).render(&mut page).and_then(|()| io::stdout().write_all(&page));
-    finish(printed, "Cannot print")
+    clap_mangen::Man::new(command).render(&mut page).expect("memory takes every write");
+    STDOUT.print(page);
+    ExitCode::SUCCESS
 }
 
-/// Tells that `what` was done came to nothing, if it did.
-fn finish(done: io::Result<()>, what: &str) -> ExitCode {
-    match done {
-        // Whoever reads has enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            let failure = Failure { exit: Exit::Io, message: format!("{what}: {error}") };
-            Output::new(false).fail(&failure)
-        }
-        _ => ExitCode::SUCCESS,
-    }
+fn fail(into: &Path, error: &io::Error) -> ExitCode {
+    let message = format!("Cannot write the manual pages into {}: {error}", into.display());
+    Output::new(false).fail(&Failure { exit: Exit::Io, message })
 }

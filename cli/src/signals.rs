@@ -1,27 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The first SIGINT or SIGTERM asks to stop, a later one ends the tool.
+//! The first SIGINT or SIGTERM asks to stop, a later one ends the tool; a file that grows too large ends nothing.
 
-use std::io;
 use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
 use crate::exit::Exit;
+use crate::host::HostError;
 
 /// How long after the first signal others count as the same wish: `timeout` sends one to the tool and one to its group.
 const SAME_WISH: Duration = Duration::from_millis(300);
 
+/// Lets a write beyond the limit on the size of files (`ulimit -f`) fail with EFBIG, instead of ending this process.
+///
+/// A handler that does nothing, and not SIG_IGN: a command that is run gets the signal as it knows it.
+pub(crate) fn survive_file_size_limit() {
+    if let Err(error) = flag::register(SIGXFSZ, Arc::default()) {
+        log::debug!("Cannot survive SIGXFSZ: {error}");
+    }
+}
+
 /// Returns a flag that the first SIGINT or SIGTERM raises; a later one exits at once.
-pub(crate) fn stop_flag() -> io::Result<Arc<AtomicBool>> {
+pub(crate) fn stop_flag() -> Result<Arc<AtomicBool>, HostError> {
     let stop = Arc::new(AtomicBool::new(false));
     let raised = Arc::clone(&stop);
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(HostError::Signals)?;
     let heed = move || {
         let mut asked: Option<Instant> = None;
         for _ in signals.forever() {
@@ -33,6 +43,7 @@ pub(crate) fn stop_flag() -> io::Result<Arc<AtomicBool>> {
             raised.store(true, Ordering::Relaxed);
         }
     };
-    Builder::new().name("signals".into()).spawn(heed)?;
+    let started = Builder::new().name("signals".into()).spawn(heed);
+    started.map_err(|source| HostError::Thread { purpose: "heeds signals", source })?;
     Ok(stop)
 }

@@ -16,7 +16,7 @@ use vfio_migration::snapshot::{
 use crate::args::{ApplyArguments, CreateArguments, DiffArguments, SnapshotArguments, SnapshotCommand};
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::output::Output;
+use crate::output::{Output, counted};
 
 /// Does what `arguments` say and prints what came of it.
 pub(crate) fn snapshot(arguments: &SnapshotArguments) -> ExitCode {
@@ -62,9 +62,10 @@ fn description_text(description: &Description) -> String {
         Kind::Differential { base, changed_bytes, zeroed_bytes, runs } => vec![
             format!("differential to {base}"),
             format!(
-                "changed {}, zeroed {}, in {runs} runs",
+                "changed {}, zeroed {}, in {}",
                 HumanBytes(*changed_bytes),
-                HumanBytes(*zeroed_bytes)
+                HumanBytes(*zeroed_bytes),
+                counted(*runs as u64, "run")
             ),
         ],
         _ => vec!["snapshot of another kind".to_owned()],
@@ -75,9 +76,9 @@ fn description_text(description: &Description) -> String {
     });
     lines.extend(description.aliases.iter().map(|alias| format!("equals {alias}")));
     lines.push(format!(
-        "memory {} in {} ranges, config.json {}, state.json {}",
+        "memory {} in {}, config.json {}, state.json {}",
         HumanBytes(description.memory_bytes),
-        description.memory_ranges,
+        counted(description.memory_ranges as u64, "range"),
         HumanBytes(description.config_bytes),
         HumanBytes(description.state_bytes)
     ));
@@ -95,7 +96,7 @@ fn report_text(dir: &Path, report: &Report) -> String {
     let path = dir.display();
     match report.findings.len() {
         0 => format!("{path}: every byte is as it was written, {} checked", HumanBytes(report.bytes)),
-        count => format!("{findings}{path}: {count} findings"),
+        count => format!("{findings}{path}: {}", counted(count as u64, "finding")),
     }
 }
 
@@ -131,6 +132,7 @@ fn differences_text(differences: &Differences) -> String {
 }
 
 fn create(arguments: &CreateArguments, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    output.check_name(&arguments.into)?;
     let base = Arc::new(Chain::open(&arguments.base, limits)?);
     let digest =
         subtract(&open_upon(&arguments.base, &arguments.from, limits)?, base, &arguments.into, limits)?;
@@ -138,11 +140,13 @@ fn create(arguments: &CreateArguments, limits: &Limits, output: &mut Output) -> 
 }
 
 fn flatten(arguments: &ApplyArguments, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    output.check_name(&arguments.into)?;
     let digest = apply(&Chain::open(&arguments.chain, limits)?, &arguments.into, limits)?;
     Ok(Written { path: &arguments.into, digest }.tell(output))
 }
 
 fn name(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    output.check_name(dir)?;
     let sealed = dir.join(MANIFEST_FILE).exists();
     let digest = seal(dir, limits)?;
     if sealed {

@@ -10,4 +10,4 @@ pub mod device;
 mod skip;
 pub mod vmm;
 
-pub use skip::skip;
+pub use skip::{skip, skipped};

@@ -4,8 +4,30 @@
 
 use std::fmt::Display;
 use std::io::Write;
+use std::thread;
 
-/// Prints `SKIPPED: what: why` where the test runner does not swallow it.
-pub fn skip(what: &str, why: impl Display) {
-    let _nobody_listens = writeln!(std::io::stderr(), "SKIPPED: {what}: {why}");
+/// Prints `SKIPPED test: why` where the test runner does not swallow it: `.ci/skips` counts a test that says so wherever
+/// it runs.
+pub fn skip(why: impl Display) {
+    say(test().as_deref().unwrap_or("a test"), why);
+}
+
+/// As [`skip`], of `what`, a part of the test, or the test in other words.
+pub fn skipped(what: &str, why: impl Display) {
+    match test() {
+        Some(test) => say(&test, format_args!("{what}: {why}")),
+        None => say(what, why),
+    }
+}
+
+/// The test that this thread runs; `None` where tests run one after the other, on the main thread: then the line before
+/// names it.
+fn test() -> Option<String> {
+    thread::current().name().filter(|name| *name != "main").map(str::to_owned)
+}
+
+fn say(test: &str, why: impl Display) {
+    // One write: tests on other threads do not break the line up.
+    let line = format!("SKIPPED {test}: {why}\n");
+    let _nobody_listens = std::io::stderr().write_all(line.as_bytes());
 }

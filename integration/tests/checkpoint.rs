@@ -19,7 +19,7 @@ use vfio_migration::source::KvmLogMode;
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{SendError, SendStep, SourceVm as Left};
 use vfio_migration_integration::demo::{MachineSetup, Side, SourceVm};
-use vfio_migration_integration::skip;
+use vfio_migration_integration::skipped;
 use vfio_migration_integration::vmm::{Machine, Phase, probe_kvm};
 
 use restoring::{assert_well, restore, transfer};
@@ -136,7 +136,7 @@ fn a_checkpoint_is_whole_and_its_machine_runs_on(kvm: bool) {
 fn a_checkpoint_of_a_kvm_guest_is_whole_and_the_guest_runs_on() {
     match probe_kvm() {
         Ok(()) => a_checkpoint_is_whole_and_its_machine_runs_on(true),
-        Err(error) => skip("a_checkpoint_of_a_kvm_guest_is_whole_and_the_guest_runs_on", error),
+        Err(error) => skipped("a_checkpoint_of_a_kvm_guest_is_whole_and_the_guest_runs_on", error),
     }
 }
 

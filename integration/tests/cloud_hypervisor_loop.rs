@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::source::{KvmLogMode, MigratableLog};
 use vfio_migration_integration::demo::{MachineSetup, Side, compare};
-use vfio_migration_integration::skip;
+use vfio_migration_integration::skipped;
 use vfio_migration_integration::vmm::{Memory, PAGE_BYTES, probe_kvm};
 use vm_memory::{Bytes, GuestAddress};
 use vm_migration::protocol::{MemoryRange, MemoryRangeTable};
@@ -200,7 +200,7 @@ fn kvm(test: &str) -> bool {
     match probe_kvm() {
         Ok(()) => true,
         Err(error) => {
-            skip(test, error);
+            skipped(test, error);
             false
         }
     }

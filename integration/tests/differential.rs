@@ -29,7 +29,7 @@ use vfio_migration::tracker::Tracker;
 use vfio_migration::vm::Vm;
 use vfio_migration_integration::demo::{MachineSetup, Side, SourceVm};
 use vfio_migration_integration::device::control;
-use vfio_migration_integration::skip;
+use vfio_migration_integration::skipped;
 use vfio_migration_integration::vmm::{AreaKind, Memory, PAGE_BYTES, probe_kvm};
 use vm_memory::{Bytes, GuestAddress};
 use vm_migration::{Pausable, Snapshottable};
@@ -225,7 +225,7 @@ fn setup(memory_bytes: u64, kvm: bool) -> MachineSetup {
 
 /// Whether there is KVM; says so loudly when a test has to do with a software vCPU.
 fn kvm(test: &str) -> bool {
-    probe_kvm().inspect_err(|error| skip(&format!("{test}, with a KVM guest"), error)).is_ok()
+    probe_kvm().inspect_err(|error| skipped(&format!("{test}, with a KVM guest"), error)).is_ok()
 }
 
 /// The source that knows what the guest writes.
@@ -339,7 +339,7 @@ fn a_chain_of_ten_amounts_to_each_instant(kvm: bool) {
 fn a_chain_of_ten_amounts_to_each_instant_of_a_kvm_guest() {
     match probe_kvm() {
         Ok(()) => a_chain_of_ten_amounts_to_each_instant(true),
-        Err(error) => skip("a_chain_of_ten_amounts_to_each_instant_of_a_kvm_guest", error),
+        Err(error) => skipped("a_chain_of_ten_amounts_to_each_instant_of_a_kvm_guest", error),
     }
 }
 

@@ -27,7 +27,7 @@ fn on_each_cpu(test: impl Fn(CpuKind)) {
     test(CpuKind::Software);
     match probe_kvm() {
         Ok(()) => test(KVM),
-        Err(error) => skip("a test's half on KVM", error),
+        Err(error) => skip(format!("its half on KVM: {error}")),
     }
 }
 
@@ -311,7 +311,7 @@ fn more_memory_than_the_host_has_is_refused_before_it_is_taken() {
             assert!(available_bytes < total_bytes);
         }
         Err(error) => panic!("{error}"),
-        Ok(_) => skip("refusing 128 GiB", "this host has them to give"),
+        Ok(_) => skip("this host has 128 GiB to give"),
     }
 }
 
@@ -336,7 +336,7 @@ fn operations_out_of_turn_name_what_the_machine_is_doing() {
 #[test]
 fn a_state_of_the_other_kind_of_vcpu_is_refused() {
     if let Err(error) = probe_kvm() {
-        skip("a test on KVM", error);
+        skip(error);
         return;
     }
     let state = booted(CpuKind::Software).save().unwrap();
@@ -367,7 +367,7 @@ fn a_limited_guest_keeps_to_its_rate_and_a_throttle_slows_it() {
 #[test]
 fn the_hook_sees_port_accesses_and_a_full_dirty_ring() {
     if let Err(error) = probe_kvm() {
-        skip("a test on KVM", error);
+        skip(error);
         return;
     }
     let [io, full] = [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
@@ -380,7 +380,7 @@ fn the_hook_sees_port_accesses_and_a_full_dirty_ring() {
     }));
     let machine = match Machine::new(config) {
         Err(MachineError::Kvm(error @ KvmError::Lacks { .. })) => {
-            skip("a test on KVM", error);
+            skip(error);
             return;
         }
         other => other.unwrap(),
@@ -413,7 +413,7 @@ fn log_dirty_pages(machine: &Machine) {
 #[test]
 fn what_the_vmm_writes_is_in_the_bitmap_and_what_kvm_writes_is_not() {
     if let Err(error) = probe_kvm() {
-        skip("a test on KVM", error);
+        skip(error);
         return;
     }
     let machine = booted(KVM);

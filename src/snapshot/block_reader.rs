@@ -75,6 +75,7 @@ impl<'a> BlockReader<'a> {
         let loaded_end = self.loaded_at + self.buffer.len() as u64;
         if offset < self.loaded_at || offset + length > loaded_end {
             let ahead = READ_BYTES.min(self.data.end.saturating_sub(offset)).max(length);
+            self.buffer.try_reserve(index(ahead).saturating_sub(self.buffer.len()))?;
             self.buffer.resize(index(ahead), 0);
             self.loaded_at = offset;
             if let Err(error) = self.file.read_exact_at(&mut self.buffer, offset) {

@@ -9,9 +9,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, fstat, mkdirat, open, openat, renameat, statat, unlinkat,
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, StatxAttributes, StatxFlags, fstat, mkdirat, open, openat,
+    renameat, statat, statx, unlinkat,
 };
 use rustix::io::Errno;
+
+/// Whether a file system is mounted on the directory `path`; `false` where the kernel is too old to say.
+pub(super) fn is_mount_point(path: &Path) -> io::Result<bool> {
+    let facts = statx(CWD, path, AtFlags::empty(), StatxFlags::TYPE)?;
+    Ok(facts.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
+}
 
 /// An open directory. No name in it is followed where it is a link.
 #[derive(Debug)]

@@ -67,13 +67,25 @@ pub enum FileError {
     },
 }
 
+impl FileError {
+    /// Returns what keeps this host from looking at the file, which says nothing of what is in it: an error of the disk, a
+    /// right that is missing, no memory or descriptor left. A file that is absent is none of these.
+    pub fn unread(self) -> Result<(PathBuf, io::Error), Self> {
+        match self {
+            Self::Open { ref source, .. } if source.kind() == ErrorKind::NotFound => Err(self),
+            Self::Open { path, source } | Self::Read { path, source } => Ok((path, source)),
+            other => Err(other),
+        }
+    }
+}
+
 /// Opens a regular file to read. A pipe in its place does not block.
 pub(super) fn open_regular(path: &Path) -> Result<File, FileError> {
     let mut options = OpenOptions::new();
     let opened = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let file = opened.map_err(|source| FileError::Open { path: path.to_owned(), source })?;
-    let regular = file.metadata().is_ok_and(|metadata| metadata.is_file());
-    if regular { Ok(file) } else { Err(FileError::NotRegular { path: path.to_owned() }) }
+    let metadata = file.metadata().map_err(|source| FileError::Read { path: path.to_owned(), source })?;
+    if metadata.is_file() { Ok(file) } else { Err(FileError::NotRegular { path: path.to_owned() }) }
 }
 
 /// Opens a regular file that must have `expected` bytes.

@@ -4,6 +4,7 @@
 //!
 //! `docs/snapshot-format.md` describes the bytes. Pure: no file is touched here.
 
+use std::collections::TryReserveError;
 use thiserror::Error;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -70,6 +71,9 @@ pub enum ManifestError {
         /// What is wrong with them.
         source: PlacementError,
     },
+    /// This host has no memory for the digests: nothing is wrong with the file.
+    #[error("Manifest has more digests than there is memory for")]
+    Memory(#[from] TryReserveError),
     /// A run that is not whole pages of the memory, or out of order.
     #[error("Manifest lists run {run}, which is out of order or not of whole pages of the memory")]
     Run {
@@ -376,7 +380,9 @@ impl<'a> Parser<'a> {
         let set: u64 = words.iter().map(|byte| u64::from(byte.count_ones())).sum();
         let mut digests = self.take_list(set, Digest::BYTES)?.chunks_exact(Digest::BYTES);
         let mut next = || digests.next().and_then(|bytes| Digest::read_from_bytes(bytes).ok());
-        let digests = (0..count).map(|block| if is_set(block) { next() } else { None }).collect();
+        let mut digests = Vec::new();
+        digests.try_reserve_exact(count)?;
+        digests.extend((0..count).map(|block| if is_set(block) { next() } else { None }));
         Ok(BlockTable { block_bytes, digests })
     }
 

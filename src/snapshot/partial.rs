@@ -50,9 +50,17 @@ impl Partial for File {
     }
 }
 
-/// The beginning of every name that something has before it has the name `name`.
+/// Bytes a file system allows in a name, and those of a partial's that are not its final name's.
+const NAME_BYTES: usize = 255;
+const ADDED_BYTES: usize = ".".len() + ".partial-".len() + DIGITS;
+const DIGITS: usize = 16;
+
+/// The beginning of every name that something has before it has the name `name`: as much of that as there is room for.
 fn prefix(name: &OsStr) -> String {
-    format!(".{}.partial-", name.display())
+    let name = name.to_string_lossy();
+    let room = name.len().min(NAME_BYTES - ADDED_BYTES);
+    let end = (0..=room).rfind(|&end| name.is_char_boundary(end)).unwrap_or(0);
+    format!(".{}.partial-", &name[..end])
 }
 
 /// Makes and locks what will have the name `name` in `parent`; returns the name it has until then.
@@ -71,12 +79,19 @@ pub(super) fn make<T: Partial>(parent: &Directory, name: &OsStr) -> io::Result<(
     Err(ErrorKind::AlreadyExists.into())
 }
 
-/// Makes and locks something; `None` when somebody cleared it up in between.
+/// Makes and locks something; `None` when somebody cleared it up in between. A failure leaves nothing.
 fn make_locked<T: Partial>(parent: &Directory, name: &OsStr) -> io::Result<Option<T>> {
     let Some(made) = T::make(parent, name)? else { return Ok(None) };
     // Where the file system has no locks, nobody takes it for a leftover.
     let taken = matches!(made.file().try_lock(), Err(TryLockError::WouldBlock));
-    Ok((!taken && made.file().metadata()?.nlink() > 0).then_some(made))
+    match made.file().metadata() {
+        Ok(metadata) => Ok((!taken && metadata.nlink() > 0).then_some(made)),
+        Err(error) => {
+            // Best effort: why it cannot be used matters more than that it stays.
+            let _stays = made.remove_leftover(parent, name);
+            Err(error)
+        }
+    }
 }
 
 /// Removes what dead writers of `name` in `parent` left behind. What cannot be removed is left.
@@ -84,7 +99,7 @@ pub(super) fn clear_leftovers<T: Partial>(parent: &Directory, name: &OsStr) {
     let prefix = prefix(name);
     let is_ours = |name: &OsStr| {
         let tail = name.to_str().and_then(|name| name.strip_prefix(&prefix));
-        tail.is_some_and(|tail| tail.len() == 16 && tail.bytes().all(|c| c.is_ascii_hexdigit()))
+        tail.is_some_and(|tail| tail.len() == DIGITS && tail.bytes().all(|c| c.is_ascii_hexdigit()))
     };
     for leftover in parent.names().into_iter().flatten().filter(|name| is_ours(name)) {
         // Something else may have the name.

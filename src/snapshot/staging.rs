@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
-use super::directory::Directory;
+use super::directory::{Directory, is_mount_point};
 use super::files::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 use super::partial::{self, Partial, clear_leftovers};
 
@@ -24,7 +24,10 @@ pub(super) const WORK_FILE: &str = "memory-work";
 /// Everything a writer may leave behind in a directory it did not finish.
 const FILES: [&str; 6] = [CONFIG_FILE, STATE_FILE, MEMORY_FILE, CHANGES_FILE, MANIFEST_FILE, WORK_FILE];
 
-/// Why a directory was not written. Nothing lies under its name.
+/// Files that a writer has open at a time, and a connection that brings their bytes.
+const DESCRIPTORS: usize = 16;
+
+/// Why a directory was not written. Nothing lies under its name, but for [`StagingError::Stands`].
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StagingError {
@@ -39,6 +42,25 @@ pub enum StagingError {
     Occupied {
         /// The path.
         path: PathBuf,
+    },
+    /// An empty directory lies there that no other can take the place of, for a file system is mounted on it.
+    #[error(
+        "{path} is a mount point, which no finished directory can take the place of; name a directory in it",
+        path = .path.display()
+    )]
+    MountPoint {
+        /// The path.
+        path: PathBuf,
+    },
+    /// This process may open too few files to write it.
+    #[error("Cannot open the {needed} files at a time that it takes to write {path}", path = .path.display())]
+    Descriptors {
+        /// The path.
+        path: PathBuf,
+        /// How many it takes.
+        needed: usize,
+        /// Why they cannot be had.
+        source: io::Error,
     },
     /// The directory to hold it is absent, forbidden or full.
     #[error("Cannot make a directory beside {path}", path = .path.display())]
@@ -66,6 +88,20 @@ pub enum StagingError {
         /// Why.
         source: io::Error,
     },
+    /// The directory stands under its name, whole, but perhaps not for good: it could neither be brought to disk nor taken
+    /// back.
+    #[error(
+        "{path} is whole but may be lost with the power: it could not be brought to disk, nor taken back ({taking_back})",
+        path = .path.display()
+    )]
+    Stands {
+        /// The final path.
+        path: PathBuf,
+        /// Why it was not taken back.
+        taking_back: io::Error,
+        /// Why it was not brought to disk.
+        source: io::Error,
+    },
 }
 
 /// A directory as its writer fills it.
@@ -77,7 +113,12 @@ impl Partial for Staged {
         parent.make_directory(name)?;
         match Self::open(parent, name) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            opened => opened.map(Some),
+            Err(error) => {
+                // It is empty: no writer has it open. Why it cannot be used matters more than that it stays.
+                let _stays = parent.remove_directory(name);
+                Err(error)
+            }
+            Ok(opened) => Ok(Some(opened)),
         }
     }
 
@@ -151,6 +192,11 @@ impl StagedDir {
         let name = target.file_name().ok_or_else(|| StagingError::Name { path: target.clone() })?.to_owned();
         let make = |source| StagingError::Make { path: target.clone(), source };
         let parent = Directory::open(target.parent().unwrap_or(Path::new(""))).map_err(make)?;
+        check_descriptors(&parent).map_err(|source| StagingError::Descriptors {
+            path: target.clone(),
+            needed: DESCRIPTORS,
+            source,
+        })?;
         clear_leftovers::<Staged>(&parent, &name);
         let (temporary, staged) = partial::make(&parent, &name).map_err(make)?;
         let files = Mutex::default();
@@ -201,29 +247,33 @@ impl StagedDir {
     /// # Errors
     /// Nothing lies under the final name: so it is, too, where somebody took away or replaced what was written.
     pub(super) fn publish(mut self) -> Result<(), StagingError> {
-        let published = self.rename_synced();
-        self.published = published.is_ok();
-        published.map_err(|source| match source.kind() {
+        let path = || self.target.clone();
+        self.rename().map_err(|source| match source.kind() {
             ErrorKind::DirectoryNotEmpty | ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
-                StagingError::Occupied { path: self.target.clone() }
+                StagingError::Occupied { path: path() }
             }
-            _ => StagingError::Publish { path: self.target.clone(), source },
-        })
+            _ => StagingError::Publish { path: path(), source },
+        })?;
+        let renamed = expect_at(&self.parent, &self.name, self.staged.file());
+        let published = match renamed.and_then(|()| self.parent.file().sync_all()) {
+            Ok(()) => Ok(()),
+            Err(source) => Err(match self.parent.rename(&self.name, &self.temporary) {
+                Ok(()) => return Err(StagingError::Publish { path: path(), source }),
+                Err(taking_back) => StagingError::Stands { path: path(), taking_back, source },
+            }),
+        };
+        // Its name is the final one from here on: what is in it stays.
+        self.published = true;
+        published
     }
 
-    fn rename_synced(&self) -> io::Result<()> {
+    fn rename(&self) -> io::Result<()> {
         self.staged.file().sync_all()?;
         for (name, file) in &*self.files() {
             expect_at(&self.staged.0, name.as_ref(), file)?;
         }
         expect_at(&self.parent, &self.temporary, self.staged.file())?;
-        self.parent.rename(&self.temporary, &self.name)?;
-        let renamed = expect_at(&self.parent, &self.name, self.staged.file());
-        renamed.and_then(|()| self.parent.file().sync_all()).inspect_err(|_| {
-            if let Err(error) = self.parent.rename(&self.name, &self.temporary) {
-                log::error!("Cannot take {} back: {error}", self.target.display());
-            }
-        })
+        self.parent.rename(&self.temporary, &self.name)
     }
 }
 
@@ -248,7 +298,7 @@ pub(super) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result
         let (temporary, file) = partial::make::<File>(&directory, name.as_ref())?;
         let moved = write_synced(&file, content).and_then(|()| directory.rename(&temporary, name.as_ref()));
         moved.inspect_err(|_| discard(&directory, &temporary))?;
-        directory.file().sync_all()
+        directory.file().sync_all().inspect_err(|_| discard(&directory, name.as_ref()))
     });
     added.map_err(|source| StagingError::Write { name, path: dir.to_owned(), source })
 }
@@ -276,14 +326,24 @@ fn discard(directory: &Directory, temporary: &OsStr) {
     }
 }
 
+/// Checks that there is room for what a writer opens at a time: it would fail late without.
+fn check_descriptors(any: &Directory) -> io::Result<()> {
+    let taken: io::Result<Vec<_>> = (0..DESCRIPTORS).map(|_| any.file().try_clone()).collect();
+    taken.map(drop)
+}
+
 /// Follows `target` where it exists, as an empty directory.
 fn resolve(target: &Path) -> Result<PathBuf, StagingError> {
     let occupied = || StagingError::Occupied { path: target.to_owned() };
     let make = |source| StagingError::Make { path: target.to_owned(), source };
     match fs::read_dir(target) {
         Ok(mut entries) => match entries.next() {
+            None if is_mount_point(target).map_err(make)? => {
+                Err(StagingError::MountPoint { path: target.to_owned() })
+            }
             None => fs::canonicalize(target).map_err(make),
-            Some(_) => Err(occupied()),
+            Some(Ok(_)) => Err(occupied()),
+            Some(Err(error)) => Err(make(error)),
         },
         // A dangling link is there, though it leads nowhere.
         Err(error) if error.kind() == ErrorKind::NotFound && target.is_symlink() => Err(occupied()),
@@ -353,6 +413,19 @@ mod tests {
         std::os::unix::fs::symlink("empty", &link).unwrap();
         StagedDir::create(&link).unwrap().publish().unwrap();
         assert!(link.is_symlink() && empty.is_dir());
+    }
+
+    #[test]
+    fn a_name_as_long_as_any_has_room_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["n".repeat(255), "\u{e9}".repeat(127), "\u{20ac}".repeat(85)] {
+            let target = dir.path().join(&name);
+            StagedDir::create(&target).unwrap().publish().unwrap();
+            assert!(target.is_dir(), "{name}");
+        }
+        assert_eq!(names(dir.path()).len(), 3);
+        let refused = StagedDir::create(&dir.path().join("n".repeat(256)));
+        assert!(matches!(refused, Err(StagingError::Make { .. })));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::files::{
     CHANGES_FILE, CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, open_sized, read_bounded,
 };
 use super::limits::Limits;
-use super::manifest::{Covered, Manifest};
+use super::manifest::{Covered, Manifest, ManifestError};
 use super::placement::Placement;
 use super::state::VmState;
 use crate::range::GpaRange;
@@ -28,7 +28,7 @@ use crate::units::{Bytes, Millis};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VerifyError {
-    /// A file could be opened but not read.
+    /// A file is there, and this host cannot read it: nothing is known of what is in it.
     #[error("Cannot read {path}", path = .path.display())]
     Read {
         /// The file.
@@ -124,14 +124,19 @@ pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
             std::fs::metadata(path).map_err(|source| VerifyError::Read { path: path.to_owned(), source })?;
             return Err(VerifyError::NoManifest { path: path.to_owned() });
         }
-        Err(error) => return report.with(Finding::File(error)),
+        Err(error) => return report.file(error).map(|()| report),
         Ok(bytes) => bytes,
     };
     report.bytes += bytes.len() as u64;
     let manifest = match Manifest::parse(&bytes, limits) {
         Ok(manifest) => manifest,
+        Err(ManifestError::Memory(error)) => {
+            let path = path.join(MANIFEST_FILE);
+            return Err(VerifyError::Read { path, source: io::Error::from(error) });
+        }
         Err(source) => {
-            return report.with(Finding::Manifest(OpenError::Manifest { path: path.to_owned(), source }));
+            report.findings.push(Finding::Manifest(OpenError::Manifest { path: path.to_owned(), source }));
+            return Ok(report);
         }
     };
     report.text(path, CONFIG_FILE, manifest.config)?;
@@ -141,7 +146,7 @@ pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
         Some(changes) => report.memory(path, CHANGES_FILE, &manifest, &changes.runs)?,
     }
     if report.is_clean() {
-        report.listing(path, &manifest, limits);
+        report.listing(path, &manifest, limits)?;
     }
     log::info!(
         "Checked {} of {} in {}, findings: {}",
@@ -154,20 +159,25 @@ pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
 }
 
 impl Report {
-    fn with(mut self, finding: Finding) -> Result<Self, VerifyError> {
-        self.findings.push(finding);
-        Ok(self)
+    /// Notes what is wrong with a file, unless it is this host that cannot read it.
+    fn file(&mut self, error: FileError) -> Result<(), VerifyError> {
+        match error.unread() {
+            Ok((path, source)) => Err(VerifyError::Read { path, source }),
+            Err(error) => {
+                self.findings.push(Finding::File(error));
+                Ok(())
+            }
+        }
     }
 
     /// Opens a file of the size the manifest says; a file of another size is a finding.
-    fn open(&mut self, path: &Path, expected: u64) -> Option<File> {
-        let opened = open_sized(path, expected);
-        opened.map_err(|finding| self.findings.push(Finding::File(finding))).ok()
+    fn open(&mut self, path: &Path, expected: u64) -> Result<Option<File>, VerifyError> {
+        open_sized(path, expected).map_or_else(|error| self.file(error).map(|()| None), |file| Ok(Some(file)))
     }
 
     fn text(&mut self, dir: &Path, name: &'static str, covered: Covered) -> Result<(), VerifyError> {
         let path = dir.join(name);
-        let Some(file) = self.open(&path, covered.bytes) else { return Ok(()) };
+        let Some(file) = self.open(&path, covered.bytes)? else { return Ok(()) };
         let mut hasher = blake3::Hasher::new();
         let read = io::copy(&mut (&file).take(covered.bytes), &mut hasher);
         self.bytes += read.map_err(|source| VerifyError::Read { path, source })?;
@@ -185,7 +195,7 @@ impl Report {
         placement: &Placement,
     ) -> Result<(), VerifyError> {
         let path = dir.join(name);
-        let Some(file) = self.open(&path, placement.bytes()) else { return Ok(()) };
+        let Some(file) = self.open(&path, placement.bytes())? else { return Ok(()) };
         let mut blocks = CheckedBlocks::new(&file, name, manifest, placement);
         loop {
             match blocks.next_block() {
@@ -212,15 +222,17 @@ impl Report {
     }
 
     /// Checks that the state lists the memory that the manifest does: both may be sound and yet not belong together.
-    fn listing(&mut self, dir: &Path, manifest: &Manifest, limits: &Limits) {
-        let state = match read_bounded(&dir.join(STATE_FILE), limits.state_bytes) {
-            // It may be sound: nobody has looked.
-            Err(error @ FileError::TooLarge { .. }) => return self.findings.push(Finding::File(error)),
-            read => read.ok().and_then(|text| VmState::parse(text, limits).ok()),
+    fn listing(&mut self, dir: &Path, manifest: &Manifest, limits: &Limits) -> Result<(), VerifyError> {
+        let text = match read_bounded(&dir.join(STATE_FILE), limits.state_bytes) {
+            // One that is too large may be sound: nobody has looked.
+            Err(error) => return self.file(error),
+            Ok(text) => text,
         };
+        let state = VmState::parse(text, limits).ok();
         if !state.is_some_and(|state| state.memory().ranges().eq(manifest.memory.ranges())) {
             self.findings.push(Finding::Text { name: STATE_FILE });
         }
+        Ok(())
     }
 }
 

@@ -64,6 +64,9 @@ pub struct Pace {
     pub bytes: u64,
 }
 
+/// The smallest page that a guest has: a Memory table has at most a range for each.
+pub const GUEST_PAGE_BYTES: u64 = 4096;
+
 /// Every limit on what a peer may ask for; each can be set by itself.
 ///
 /// No limit costs memory by itself: buffers grow as bytes arrive, never by what a peer claims. A text is held once: it goes
@@ -86,7 +89,7 @@ pub struct Limits {
     /// is too long shows when all memory has moved and the VM stands still, so the limit is no place to save.
     pub state_bytes: u64,
     /// Bytes of table in one Memory, and in all that are under way at a time, on whatever connections; 1 GiB, which is
-    /// 64 Mi ranges. Tables of a large, fragmented VM are legal.
+    /// 64 Mi ranges. Tables of a large, fragmented VM are legal; one of more ranges than the VM has pages never is.
     pub table_bytes: u64,
     /// Bytes of guest memory a sender puts in one Memory on an additional connection; 64 MiB.
     pub chunk_bytes: u64,

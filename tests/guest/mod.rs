@@ -3,7 +3,6 @@
 //! A guest on this host's real KVM that writes to just the pages it is told to.
 
 use std::collections::BTreeSet;
-use std::io::Write;
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_segment, kvm_userspace_memory_region};
@@ -15,6 +14,10 @@ use vfio_migration::ledger::{ChunkLimits, CursorId, Ledger};
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{DirtySource, KvmSlot, RingSize};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+#[path = "../../integration/src/skip.rs"]
+#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
+mod skip;
 
 /// Where the code and the list of what to write stand: a slot that no test looks at.
 const CODE: u64 = 0x1000;
@@ -67,9 +70,8 @@ impl Ram {
 }
 
 /// Says why the tests of this file test nothing here.
-fn skip<T>(reason: &str) -> Option<T> {
-    // Straight to the stream: the test runner swallows what a passing test prints.
-    let _nobody_listens = writeln!(std::io::stderr(), "SKIPPED {reason}");
+fn skipped<T>(reason: &str) -> Option<T> {
+    skip::skip(reason);
     None
 }
 
@@ -84,15 +86,15 @@ impl Guest {
     pub(crate) fn over(ranges: &[(u64, u64)], foreign: &[Ram], ring_bytes: Option<u32>) -> Option<Self> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
-            Err(error) => return skip(&format!("a guest: /dev/kvm does not open: {error}")),
+            Err(error) => return skipped(&format!("a guest: /dev/kvm does not open: {error}")),
         };
         if Granule::host_page() != Granule::KIB_4 {
-            return skip("a guest: the host's pages are not 4 KiB");
+            return skipped("a guest: the host's pages are not 4 KiB");
         }
         let vm = kvm.create_vm().unwrap();
         vm.set_tss_address(0xfffb_d000).unwrap();
         let ring = match ring_bytes.map(|bytes| RingSize::enable(&vm, bytes)) {
-            Some(Err(error)) => return skip(&format!("a guest with a dirty ring: {error}")),
+            Some(Err(error)) => return skipped(&format!("a guest with a dirty ring: {error}")),
             Some(Ok(ring)) => Some(ring),
             None => None,
         };

@@ -11,6 +11,9 @@ mod bare_tls;
 mod certificates;
 mod encrypted;
 mod relay;
+#[path = "../../integration/src/skip.rs"]
+#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
+mod skip;
 mod stored;
 #[path = "../send/vm.rs"]
 #[expect(dead_code, reason = "sources and devices that fail are for the tests of the sender")]

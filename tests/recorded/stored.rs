@@ -2,7 +2,6 @@
 
 //! A snapshot with the configuration and state of a real Cloud Hypervisor VM, on its way from directory to directory.
 
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::{env, fs};
@@ -15,6 +14,7 @@ use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::{Migration, SendOptions, Sender};
 
 use crate::Way;
+use crate::skip::skip;
 use crate::wire::{COMPLETE, CONFIG, Exchange, STATE};
 
 const RAM: usize = 64 << 20;
@@ -25,9 +25,8 @@ fn capture(name: &str) -> Option<Vec<u8>> {
     let folder = env::var_os("VFIO_MIGRATION_CAPTURES").map_or_else(beside_repository, PathBuf::from);
     let path = folder.join(name);
     if !path.exists() {
-        // Not `eprintln`: that is shown for failing tests only.
         let how = "name its folder in VFIO_MIGRATION_CAPTURES";
-        let _ = writeln!(io::stderr(), "SKIPPED: no capture at {}; {how}", path.display());
+        skip(format!("no capture at {}; {how}", path.display()));
         return None;
     }
     Some(fs::read(path).expect("a capture is readable"))

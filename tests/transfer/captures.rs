@@ -2,7 +2,6 @@
 
 //! The migration that a real Cloud Hypervisor v53 sent, with memory of our own in it.
 
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::{env, fs};
@@ -14,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vm_migration::Snapshot;
 
 use crate::peer::{COMPLETE, CONFIG, START, STATE, memory, message, quick, receive_on_pair};
+use crate::skip::skip;
 
 /// Returns the bytes of a captured payload, or says loudly that there is none.
 fn capture(name: &str) -> Option<Vec<u8>> {
@@ -21,9 +21,8 @@ fn capture(name: &str) -> Option<Vec<u8>> {
     let folder = env::var_os("VFIO_MIGRATION_CAPTURES").map_or_else(beside_repository, PathBuf::from);
     let path = folder.join(name);
     if !path.exists() {
-        // Not `eprintln`: that is shown for failing tests only.
         let how = "name its folder in VFIO_MIGRATION_CAPTURES";
-        let _ = writeln!(io::stderr(), "SKIPPED: no capture at {}; {how}", path.display());
+        skip(format!("no capture at {}; {how}", path.display()));
         return None;
     }
     Some(fs::read(path).expect("a capture is readable"))

@@ -19,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestM
 
 use crate::bare_tls;
 use crate::certificates::Files;
+use crate::skip::skip;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -129,9 +130,7 @@ fn guest_memory_crosses_tcp_by_name() {
 #[test]
 fn guest_memory_crosses_ipv6() {
     if std::net::TcpListener::bind("[::1]:0").is_err() {
-        // Not `eprintln`: that is shown for failing tests only.
-        let _ = writeln!(io::stderr(), "SKIPPED: this host has no IPv6 loopback");
-        return;
+        return skip("this host has no IPv6 loopback");
     }
     guest_memory_crosses(connected("tcp:[::1]:0", None));
 }

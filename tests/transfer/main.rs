@@ -11,5 +11,8 @@ mod connection;
 mod cut_off;
 mod peer;
 mod receive;
+#[path = "../../integration/src/skip.rs"]
+#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
+mod skip;
 mod strangers;
 mod tls;

@@ -26,6 +26,7 @@ use crate::peer::{
     ABANDON, COMPLETE, COMPLETE_PAUSED, CONFIG, HIGH, MEMORY, MEMORY_FD, PAGE_FAULT, Peer, REGION, START,
     STATE, Vmm, announce, memory, message, quick, receive_on_pair, receive_on_tcp, request,
 };
+use crate::skip::skip;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -101,9 +102,7 @@ fn a_vm_comes_over_tcp() {
 #[test]
 fn a_vm_comes_over_ipv6() {
     if std::net::TcpListener::bind("[::1]:0").is_err() {
-        // Not `eprintln`: that is shown for failing tests only.
-        let _ = writeln!(io::stderr(), "SKIPPED: this host has no IPv6 loopback");
-        return;
+        return skip("this host has no IPv6 loopback");
     }
     migrates_over("tcp:[::1]:0", 1);
 }

@@ -4,8 +4,11 @@
 //!
 //! One test in a process of its own, so that nothing else moves the peak.
 
-use std::io::Write;
-use std::{fs, io};
+#[path = "../../integration/src/skip.rs"]
+#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
+mod skip;
+
+use std::fs;
 
 use vm_migration::protocol::MemoryRangeTable;
 
@@ -22,9 +25,7 @@ fn peak_kib() -> Option<u64> {
 #[test]
 fn c44_a_claimed_gigabyte_that_never_arrives_takes_no_memory() {
     let Some(before_kib) = peak_kib() else {
-        // Not `eprintln`: that is shown for failing tests only.
-        let _ = writeln!(io::stderr(), "SKIPPED: no VmPeak in /proc/self/status to measure allocations by");
-        return;
+        return skip::skip("no VmPeak in /proc/self/status to measure allocations by");
     };
     let sent = vec![0x5a; 1 << 20];
     let error = MemoryRangeTable::read_from(&mut sent.as_slice(), CLAIMED_BYTES).unwrap_err();

@@ -2,12 +2,16 @@
 
 //! The payloads that a real Cloud Hypervisor v53 sent.
 
-use std::io::Write;
+#[path = "../../integration/src/skip.rs"]
+#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
+mod skip;
+
 use std::path::{Path, PathBuf};
-use std::{env, fs, io};
+use std::{env, fs};
 
 use serde::Deserialize;
 use serde_json::Value;
+use skip::skip;
 use vm_migration::protocol::{MemoryRange, MemoryRangeTable};
 use vm_migration::{Snapshot, snapshot_from_id, state_from_id};
 
@@ -30,9 +34,8 @@ fn capture(name: &str) -> Option<String> {
     let folder = env::var_os("VFIO_MIGRATION_CAPTURES").map_or_else(beside_repository, PathBuf::from);
     let path = folder.join(name);
     if !path.exists() {
-        // Not `eprintln`: that is shown for failing tests only.
         let how = "name its folder in VFIO_MIGRATION_CAPTURES";
-        let _ = writeln!(io::stderr(), "SKIPPED: no capture at {}; {how}", path.display());
+        skip(format!("no capture at {}; {how}", path.display()));
         return None;
     }
     Some(fs::read_to_string(path).expect("a capture is readable text"))

@@ -3,13 +3,13 @@
 //! `snapshot` and what the tool says of itself.
 
 use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
 use vfio_migration::snapshot::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
+use vfio_migration_integration::skip;
 
 use crate::stored::{Place, assert_same, assert_sound};
 use crate::tool::{Ended, Tool, run};
@@ -226,8 +226,7 @@ fn bash_completes_the_options_of_every_command() {
             Ok(told) => {
                 assert_eq!(String::from_utf8_lossy(&told.stdout).trim(), expected, "{words}: {told:?}");
             }
-            // Not `eprintln`: that is shown for failing tests only.
-            Err(error) => writeln!(io::stderr(), "SKIPPED: completions of bash: {error}").unwrap(),
+            Err(error) => return skip(format!("no bash: {error}")),
         }
     }
 }

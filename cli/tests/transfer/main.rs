@@ -8,6 +8,7 @@ mod altered;
 #[expect(dead_code, reason = "the library's own tests use more of it")]
 mod certificates;
 mod commands;
+mod faults;
 mod hostile_receiver;
 mod hostile_source;
 mod kills;
@@ -18,6 +19,7 @@ mod recorded;
 #[path = "../../../tests/recorded/relay.rs"]
 mod relay;
 mod round_trip;
+mod sick_host;
 mod stored;
 mod tls;
 mod tool;

@@ -2,8 +2,9 @@
 
 //! Snapshots to send, and what makes two of them the same.
 
+use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -17,6 +18,9 @@ use vfio_migration::snapshot::{
     Announced, CONFIG_FILE, ConfigMessage, Limits, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, SnapshotWriter,
     verify,
 };
+use vfio_migration_integration::skip;
+
+use crate::tool::run;
 
 /// Bytes of RAM of a VM that is made up here, as of the captured one.
 const RAM: u64 = 64 << 20;
@@ -56,6 +60,20 @@ impl Place {
             let whole = number.is_multiple_of(every);
             (whole || number.is_multiple_of(7)).then_some(whole)
         })
+    }
+
+    /// Writes a snapshot of a VM of `bytes` bytes of RAM that are all zeros.
+    pub(crate) fn stored_holes(&self, name: &str, bytes: u64) -> PathBuf {
+        let dir = self.path(name);
+        fs::create_dir(&dir).unwrap();
+        let memory = json!({ "memory_ranges": { "data": [{ "gpa": 0, "length": bytes }] } }).to_string();
+        let manager = json!({ "snapshots": {}, "snapshot_data": { "state": memory } });
+        let state = json!({ "snapshots": { "memory-manager": manager }, "snapshot_data": null });
+        fs::write(dir.join(CONFIG_FILE), json!({ "memory": { "size": bytes } }).to_string()).unwrap();
+        fs::write(dir.join(STATE_FILE), state.to_string()).unwrap();
+        File::create(dir.join(MEMORY_FILE)).unwrap().set_len(bytes).unwrap();
+        run([OsStr::new("snapshot"), "seal".as_ref(), dir.as_ref()]).succeeded();
+        dir
     }
 
     /// Writes a snapshot of which `is_whole` tells for each MiB whether all of it is populated, a page or nothing.
@@ -98,14 +116,22 @@ impl Read for Noise {
 
 /// Config and State: those of a real VM, or made up ones.
 fn documents() -> (Vec<u8>, Vec<u8>) {
+    captured().unwrap_or_else(made_up)
+}
+
+/// Config and State of a real VM, where somebody captured them.
+fn captured() -> Option<(Vec<u8>, Vec<u8>)> {
     let beside_repository = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/captures");
     let folder = env::var_os("VFIO_MIGRATION_CAPTURES").map_or_else(beside_repository, PathBuf::from);
     let read = |name| fs::read(folder.join(name)).ok();
-    read("config-message.json").zip(read("state-message.json")).unwrap_or_else(|| {
-        // Not `eprintln`: that is shown for failing tests only.
-        let _ = writeln!(io::stderr(), "SKIPPED: the captured VM, for a made up one: no captures beside");
-        made_up()
-    })
+    read("config-message.json").zip(read("state-message.json"))
+}
+
+#[test]
+fn the_vm_that_is_stored_is_a_captured_one() {
+    if captured().is_none() {
+        skip("no captures; name their folder in VFIO_MIGRATION_CAPTURES: a made up VM is stored instead");
+    }
 }
 
 /// Gives the VM of a Config 4 GiB of RAM.

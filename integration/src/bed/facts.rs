@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use crate::skipped;
+
 const FACTS: &str = "/etc/vfio-migration-bed";
 
 /// What the guest's init found.
@@ -35,14 +37,8 @@ impl Bed {
         let two = names.try_into().ok();
         if two.is_none() {
             let (kernel, scenario) = (self.fact("kernel"), self.fact("scenario"));
-            skipped(test, &format!("no two {kind} in scenario {scenario} on the {kernel} kernel"));
+            skipped(test, format!("no two {kind} in scenario {scenario} on the {kernel} kernel"));
         }
         two
     }
-}
-
-/// Says that a test is skipped, on a line that tests on other threads do not break up.
-pub fn skipped(test: &str, why: &str) {
-    let line = format!("SKIPPED {test}: {why}\n");
-    eprint!("{line}");
 }

@@ -26,7 +26,7 @@ mod territory;
 pub use driver::Driver;
 pub use edu::{Edu, EduDma};
 pub use engine::{Engine, EngineStream};
-pub use facts::{Bed, skipped};
+pub use facts::Bed;
 pub use here::{Here, migrate};
 pub use mirror::{Mirror, differing};
 pub use mock::MockDomain;

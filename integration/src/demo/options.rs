@@ -2,10 +2,16 @@
 
 //! What the demo is asked to do.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use thiserror::Error;
+
+use super::side::SOURCES;
+
+/// Rounds that a destination can be killed in: later ones are not reached in the time that a migration has by default.
+const KILL_ROUNDS: RangeInclusive<u32> = 2..=100;
 
 /// How the two machines are connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +34,7 @@ pub enum Inject {
     Forget(String),
     /// The destination is killed in this round; a second attempt goes to a fresh one.
     KillDestination {
-        /// Round, the first being 1.
+        /// Round, 2 at least: in the first one the destination has too little of the memory.
         round: u32,
     },
 }
@@ -42,7 +48,8 @@ pub enum OptionError {
     Transport(String),
     /// Not a fault the demo knows.
     #[error(
-        "Fault {0:?} is not corrupt-page, forget-SOURCE or kill-destination@round=N with N from 1 to 1000"
+        "Fault {0:?} is not corrupt-page, forget-kvm-log, forget-vmm-writes, forget-device-log or \
+         kill-destination@round=N with N from 2 to 100"
     )]
     Inject(String),
 }
@@ -68,12 +75,12 @@ impl FromStr for Inject {
         if text == "corrupt-page" {
             return Ok(Self::CorruptPage);
         }
-        if let Some(source) = text.strip_prefix("forget-").filter(|source| !source.is_empty()) {
+        if let Some(source) = text.strip_prefix("forget-").filter(|source| SOURCES.contains(source)) {
             return Ok(Self::Forget(source.to_owned()));
         }
         let round = text.strip_prefix("kill-destination@round=").and_then(|round| round.parse().ok());
         round
-            .filter(|round| (1..=1000).contains(round))
+            .filter(|round| KILL_ROUNDS.contains(round))
             .map(|round| Self::KillDestination { round })
             .ok_or_else(|| OptionError::Inject(text.to_owned()))
     }
@@ -119,7 +126,9 @@ mod tests {
         assert!("tcp:70000".parse::<Transport>().unwrap_err().to_string().contains("tcp:70000"));
         assert_eq!("forget-kvm-log".parse(), Ok(Inject::Forget("kvm-log".to_owned())));
         assert_eq!("kill-destination@round=2".parse(), Ok(Inject::KillDestination { round: 2 }));
-        for bad in ["forget-", "kill-destination", "kill-destination@round=0", "corrupt"] {
+        let rounds = ["0", "1", "101", "-2", ""].map(|round| format!("kill-destination@round={round}"));
+        let bad = ["forget-", "forget-nobody", "kill-destination", "corrupt"].map(str::to_owned);
+        for bad in bad.iter().chain(&rounds) {
             assert!(bad.parse::<Inject>().unwrap_err().to_string().contains(bad));
         }
     }

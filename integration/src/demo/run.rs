@@ -16,7 +16,7 @@ use super::options::{DemoOptions, Inject, Transport};
 use super::process::{Process, Who};
 use super::proxy::flip_a_bit;
 use super::report::{MigrationFigures, Progress, Report};
-use super::side::source_names;
+use super::side::{DEVICE_LOG, KVM_LOG, source_names};
 use super::{LOG_VARIABLE, PROCESS_ARGUMENT};
 use crate::vmm::{AreaKind, Map, Memory, PAGE_BYTES, RamLayout, Split, probe_kvm};
 
@@ -100,9 +100,7 @@ impl<'a> Demo<'a> {
         stop: &'a AtomicBool,
         notify: &'a mut dyn FnMut(Note),
     ) -> Result<Self, DemoError> {
-        if options.inject == Some(Inject::CorruptPage) && options.transport == Transport::Unix {
-            return Err(DemoError::Contradiction("corrupt-page needs --transport tcp"));
-        }
+        check_fault(options)?;
         let layout = RamLayout::new(options.memory_bytes, Split::default())?;
         check_host_memory(options)?;
         let kvm = !options.no_kvm && kvm_or_why_not(notify);
@@ -444,6 +442,23 @@ pub(super) fn millis(micros: u64) -> f64 {
 /// Rounds to whole microseconds: a sum of two such figures is not printed to the fifteenth digit.
 fn to_micros(millis: f64) -> f64 {
     (millis * 1000.0).round() / 1000.0
+}
+
+/// Refuses a fault that could not show.
+fn check_fault(options: &DemoOptions) -> Result<(), DemoError> {
+    let contradiction = match &options.inject {
+        Some(Inject::CorruptPage) if options.transport == Transport::Unix => {
+            "corrupt-page needs --transport tcp"
+        }
+        Some(Inject::Forget(source)) if source == KVM_LOG && options.guest_dirty_rate == 0 => {
+            "forget-kvm-log needs a guest that writes: --guest-dirty-rate is 0"
+        }
+        Some(Inject::Forget(source)) if source == DEVICE_LOG && options.device_dirty_rate == 0 => {
+            "forget-device-log needs a device that writes: --device-dirty-rate is 0"
+        }
+        _ => return Ok(()),
+    };
+    Err(DemoError::Contradiction(contradiction))
 }
 
 /// Both machines' RAM and both devices' state must fit the host at once.

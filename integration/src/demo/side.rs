@@ -29,12 +29,17 @@ use crate::vmm::{AreaKind, CpuKind, Machine, MachineConfig, Memory, RamLayout, R
 /// Name of the one device.
 const DEVICE: &str = "dma0";
 /// Name of its DMA log among the sources.
-const DEVICE_LOG: &str = "device-log";
+pub(super) const DEVICE_LOG: &str = "device-log";
+
+/// Name of the guest's dirty log among them.
+pub(super) const KVM_LOG: &str = "kvm-log";
 
 /// Names of the sources a machine has, in the order of the report.
+pub(super) const SOURCES: [&str; 3] = [KVM_LOG, "vmm-writes", DEVICE_LOG];
+
+/// Those of a machine with or without KVM.
 pub(super) fn source_names(kvm: bool) -> &'static [&'static str] {
-    let names = &["kvm-log", "vmm-writes", DEVICE_LOG];
-    if kvm { names } else { &names[1..] }
+    if kvm { &SOURCES } else { &SOURCES[1..] }
 }
 
 /// How long the guest may take over one of the passes it is asked for.

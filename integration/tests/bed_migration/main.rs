@@ -8,8 +8,9 @@
 
 use std::collections::BTreeSet;
 
-use vfio_migration_integration::bed::{Bed, BedSetup, Moving, Pair, process_main, skipped};
+use vfio_migration_integration::bed::{Bed, BedSetup, Moving, Pair, process_main};
 use vfio_migration_integration::demo::{Health, MigrationFigures};
+use vfio_migration_integration::skipped;
 use vfio_migration_integration::vmm::MIN_RAM_BYTES;
 
 const NONE: [u64; 0] = [];

@@ -45,7 +45,7 @@ fn edu_moves_on_iommufd() {
 fn mock_domain_tracks_what_the_kernel_pretends_was_written() {
     let Some(bed) = bed("mock domain") else { return };
     if bed["kernel"] != "own" || bed["iommu"] != "none" || bed["scenario"] == "no-vfio" {
-        vfio_migration_integration::skip(
+        vfio_migration_integration::skipped(
             "mock domain",
             "only the own kernel has it, and only without an IOMMU",
         );

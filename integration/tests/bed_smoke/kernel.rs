@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::slice;
 
-use vfio_migration_integration::skip;
+use vfio_migration_integration::skipped;
 
 pub(crate) const PAGE: usize = 4096;
 pub(crate) const PAGES: usize = 256;
@@ -20,7 +20,7 @@ pub(crate) const IOVA: u64 = 0x100_0000;
 /// What the guest's init found, if this is the bed's guest.
 pub(crate) fn bed(test: &str) -> Option<BTreeMap<String, String>> {
     let Ok(text) = fs::read_to_string("/etc/vfio-migration-bed") else {
-        skip(test, "not inside the test bed (integration/testbed/run)");
+        skipped(test, "not inside the test bed (integration/testbed/run)");
         return None;
     };
     let pairs = text.lines().filter_map(|line| line.split_once('='));
@@ -35,7 +35,7 @@ pub(crate) fn two(test: &str, kind: &str) -> Option<[String; 2]> {
     let two = names.try_into().ok();
     if two.is_none() {
         let (kernel, scenario) = (&bed["kernel"], &bed["scenario"]);
-        skip(test, format!("no two {kind} in scenario {scenario} on the {kernel} kernel"));
+        skipped(test, format!("no two {kind} in scenario {scenario} on the {kernel} kernel"));
     }
     two
 }

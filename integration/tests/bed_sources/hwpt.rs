@@ -13,6 +13,7 @@ use vfio_migration::granule::Granule;
 use vfio_migration::iova::{IovaMap, Mapping};
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{DirtySource, HwptLog};
+use vfio_migration_integration::skipped;
 
 const HWPT_ALLOC: u64 = 0x89;
 const HWPT_GET_DIRTY_BITMAP: u64 = 0x8c;
@@ -34,7 +35,7 @@ impl Mock {
     fn new(test: &str, tracking: bool) -> Option<Self> {
         let bed = bed(test)?;
         if bed["kernel"] != "own" || bed["iommu"] != "none" || bed["scenario"] == "no-vfio" {
-            eprintln!("SKIPPED {test}: only the own kernel has the mock domain, and only without an IOMMU");
+            skipped(test, "only the own kernel has the mock domain, and only without an IOMMU");
             return None;
         }
         let iommu = OpenOptions::new().read(true).write(true).open("/dev/iommu").unwrap();

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use crate::kernel::bed;
 use vfio_migration::probe::{BusKind, Device, Finding, LogFacts, Report, Roots, Seen, evaluate, read};
-use vfio_migration_integration::skip;
+use vfio_migration_integration::skipped;
 
 fn codes<'a>(findings: &'a [Finding], subject: &str) -> Vec<&'a str> {
     let about = findings.iter().filter(|finding| finding.subject == subject);
@@ -101,7 +101,7 @@ fn the_tool_prints_the_same_report() {
         return;
     }
     if !Path::new(TOOL).exists() {
-        return skip(test, format!("no {TOOL} (integration/testbed/run --bin vfio-migrate)"));
+        return skipped(test, format!("no {TOOL} (integration/testbed/run --bin vfio-migrate)"));
     }
     let report = report();
     assert_eq!(serde_json::from_str::<Report>(&printed(&["--json"])).unwrap(), report);

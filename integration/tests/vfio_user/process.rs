@@ -9,7 +9,7 @@ use super::*;
 #[ignore = "the body of the device processes that other tests start"]
 fn device_process() {
     let Ok(socket) = std::env::var(SOCKET) else {
-        vfio_migration_integration::skip(
+        vfio_migration_integration::skipped(
             "device process",
             format!("{SOCKET} is not set; this is no test of its own"),
         );

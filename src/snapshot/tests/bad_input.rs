@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
+#[path = "../../../integration/src/skip.rs"]
+#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
+mod skip;
+
 use std::error::Error;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::guest::*;
@@ -201,8 +204,7 @@ fn captures() -> Option<PathBuf> {
     if dir.join("config-message.json").exists() {
         return Some(dir);
     }
-    // Not `eprintln`: that is shown for failing tests only.
     let how = "name their folder in VFIO_MIGRATION_CAPTURES";
-    let _ = writeln!(std::io::stderr(), "SKIPPED: no captures at {}; {how}", dir.display());
+    skip::skip(format!("no captures at {}; {how}", dir.display()));
     None
 }

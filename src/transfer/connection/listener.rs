@@ -32,6 +32,9 @@ const TRANSIENT: [i32; 12] = [
     libc::EPERM,
 ];
 
+/// Descriptors that a connection takes: its own, and that of its handle.
+const DESCRIPTORS: usize = 2;
+
 /// A socket that peers connect to; the file of a UNIX socket goes when it is dropped.
 #[derive(Debug)]
 pub struct Listener {
@@ -81,6 +84,12 @@ impl Listener {
         let accepted =
             accepted.map_err(|source| ConnectionError::Accept { url: self.url.clone(), source })?;
         accepted.map(|(socket, address)| Connection::new(socket, self.name_of(&address), limits)).transpose()
+    }
+
+    /// Checks that this process may open as many files as a connection takes.
+    pub(crate) fn check_descriptors(&self) -> io::Result<()> {
+        let taken: io::Result<Vec<_>> = (0..DESCRIPTORS).map(|_| self.socket.try_clone()).collect();
+        taken.map(drop)
     }
 
     fn try_accept(&self, within: Duration) -> io::Result<Option<(Socket, SockAddr)>> {

@@ -66,7 +66,7 @@ impl<'env> Door<'env> {
                 Ok(None) => {}
                 Ok(Some(connection)) => self.let_in(scope, connection, first),
                 Err(error @ ConnectionError::Socket { .. }) => {
-                    self.turned_away.count("a caller", &ReceiveError::from(error).into());
+                    self.turned_away.count_unserved("a caller", error.into());
                 }
                 Err(error) if error.is_of_descriptors() => self.make_room(error),
                 Err(error) => {
@@ -80,7 +80,7 @@ impl<'env> Door<'env> {
     /// Lets the caller that is heard longest go, so that there is a descriptor for the next one; that one waits meanwhile.
     fn make_room(self, error: ConnectionError) {
         if !self.context.roster.dismiss_caller() {
-            self.turned_away.count("a caller", &ReceiveError::from(error).into());
+            self.turned_away.count_unserved("a caller", error.into());
             thread::sleep(TICK);
         }
     }
@@ -101,7 +101,7 @@ impl<'env> Door<'env> {
             .name("migration-in".into())
             .spawn_scoped(scope, move || self.hear(caller, connection, entry, &first));
         if let Err(source) = heard {
-            self.turned_away.count(&peer, &ReceiveError::Thread { source }.into());
+            self.turned_away.count_unserved(&peer, ReceiveError::Thread { source });
         }
     }
 

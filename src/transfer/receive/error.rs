@@ -75,7 +75,10 @@ pub enum ReceiveError {
         source: ConnectionError,
     },
     /// Nobody began a migration in time.
-    #[error("No source began a migration in {:.0} s; {turned_away} callers were turned away", .waited.as_secs_f64())]
+    #[error(
+        "No source began a migration in {:.0} s; {turned_away} caller{} turned away",
+        .waited.as_secs_f64(), if *.turned_away == 1 { " was" } else { "s were" }
+    )]
     NoSource {
         /// How long one was waited for.
         waited: Duration,
@@ -187,6 +190,14 @@ pub enum ReceiveError {
         /// What [`Limits::table_bytes`](crate::transfer::limits::Limits::table_bytes) says.
         limit: u64,
     },
+    /// A table has more ranges than the VM has pages, so that it names some twice.
+    #[error("Memory announces a table of {ranges} ranges for a VM of {pages} pages")]
+    TooManyRanges {
+        /// Ranges announced.
+        ranges: u64,
+        /// Pages of [`GUEST_PAGE_BYTES`](crate::transfer::limits::GUEST_PAGE_BYTES) that the VM has.
+        pages: u64,
+    },
     /// The source opened more connections than the protocol knows.
     #[error("Source opened more than {limit} additional connections")]
     Connections {
@@ -227,9 +238,37 @@ pub enum ReceiveError {
         /// Why not.
         source: io::Error,
     },
+    /// This process may open too few files to hear a single source.
+    #[error("Cannot open as many files as a connection takes")]
+    Descriptors {
+        /// Why not.
+        source: io::Error,
+    },
+    /// The source failed, or did not come, and connections could not be served here before.
+    #[error("{outcome}; connections could not be served here before")]
+    Short {
+        /// How the migration ended.
+        outcome: String,
+        /// Why the last of the connections was not served.
+        source: Box<ReceiveError>,
+    },
 }
 
 impl ReceiveError {
+    /// Whether it was the source that failed, or its absence: this side did nothing wrong that it knows of.
+    pub(super) fn is_of_source(&self) -> bool {
+        matches!(
+            self,
+            Self::NoSource { .. }
+                | Self::Silent { .. }
+                | Self::Idle { .. }
+                | Self::Closed { .. }
+                | Self::Abandoned { .. }
+                | Self::Read { .. }
+                | Self::Answer { .. }
+        )
+    }
+
     /// Whether it was the destination that could not complete the VM.
     pub(super) fn is_of_completing(&self) -> bool {
         let complete = [Command::Complete, Command::CompletePaused];

@@ -10,8 +10,8 @@ use super::gate::Gate;
 use super::store::{PageStore, Pages};
 use super::tables::kept;
 use crate::transfer::connection::Connection;
-use crate::transfer::frame::{Command, HEADER_BYTES, MemoryTable, Request, Response, Status};
-use crate::transfer::limits::Limits;
+use crate::transfer::frame::{Command, HEADER_BYTES, MemoryTable, RANGE_BYTES, Request, Response, Status};
+use crate::transfer::limits::{GUEST_PAGE_BYTES, Limits};
 
 pub(super) fn decode(head: [u8; HEADER_BYTES]) -> Result<Request, ReceiveError> {
     Request::from_bytes(head).map_err(|source| ReceiveError::Frame { part: Part::Head, source })
@@ -53,6 +53,7 @@ pub(super) fn take_memory(
     let bad_table = |source| ReceiveError::Frame { part: Part::Table, source };
     check_length(request, "table_bytes", limits.table_bytes)?;
     MemoryTable::check_length(request.length()).map_err(bad_table)?;
+    check_ranges(request, store)?;
     let _share = gate.tables.take(request.length(), limits.table_bytes)?;
     let read = connection.read_payload(request.length(), buffer);
     read.map_err(|source| ReceiveError::Read { part: Part::Table, source })?;
@@ -97,6 +98,13 @@ pub(super) fn refuse(connection: &mut Connection, within: Duration) {
 pub(super) fn refuse_and_close(mut connection: Connection, linger: Duration) {
     refuse(&mut connection, linger);
     connection.close(linger);
+}
+
+/// Checks that a table has at most a range for each page, before it takes memory.
+fn check_ranges(request: Request, store: &dyn PageStore) -> Result<(), ReceiveError> {
+    let ranges = request.length() / RANGE_BYTES as u64;
+    let pages = store.layout().bytes() / GUEST_PAGE_BYTES;
+    if ranges <= pages { Ok(()) } else { Err(ReceiveError::TooManyRanges { ranges, pages }) }
 }
 
 fn check_length(request: Request, name: &'static str, limit: u64) -> Result<(), ReceiveError> {

@@ -166,7 +166,8 @@ impl Receiver {
     /// silent, slow, many or without a certificate: they are turned away and counted, and never keep the source out.
     ///
     /// # Errors
-    /// No VM was received; `destination` was told, unless it is what failed to complete it.
+    /// No VM was received; `destination` was told, unless it is what failed to complete it. A process that could not open a
+    /// file or start a thread for any source gets that error at once.
     pub fn receive(
         &self,
         listener: &Listener,
@@ -175,9 +176,10 @@ impl Receiver {
         if let (Some(_), Endpoint::Unix(_)) = (&self.tls, listener.url().endpoint()) {
             return Err(ConnectionError::TlsOverUnix { url: listener.url().clone() }.into());
         }
+        listener.check_descriptors().map_err(|source| ReceiveError::Descriptors { source })?;
         self.run(destination, |context, destination| {
             let turned_away = TurnedAway::default();
-            thread::scope(|scope| {
+            let received = thread::scope(|scope| {
                 let ending = Ending(context);
                 let (first, callers) = channel();
                 let door = Door::new(listener, self.tls.as_ref(), &turned_away, context);
@@ -185,12 +187,17 @@ impl Receiver {
                     .name("migration-door".into())
                     .spawn_scoped(scope, move || door.keep(scope, &first))
                     .map_err(|source| ReceiveError::Thread { source })?;
+                // And one to hear a caller on: else no source could ever be heard.
+                Builder::new()
+                    .spawn_scoped(scope, || {})
+                    .map_err(|source| ReceiveError::Thread { source })?;
                 let source = self.await_source(&callers, &turned_away, context)?;
                 drop(callers);
                 let received = session::receive(source, destination, context);
                 drop(ending);
                 received
-            })
+            });
+            received.map_err(|error| turned_away.explain(error))
         })
     }
 

@@ -67,6 +67,24 @@ impl TurnedAway {
         }
     }
 
+    /// Counts a caller that this host is too short of descriptors, threads or memory to serve.
+    pub(super) fn count_unserved(&self, peer: &str, error: ReceiveError) {
+        let reason = Reason::from(error);
+        self.count(peer, &reason);
+        if let Reason::Failed(error) = reason {
+            self.lock().unserved = Some(error);
+        }
+    }
+
+    /// Says of a migration that failed for its source that this host may have been too short of something to serve it.
+    pub(super) fn explain(&self, error: ReceiveError) -> ReceiveError {
+        let unserved = if error.is_of_source() { self.lock().unserved.take() } else { None };
+        match unserved {
+            Some(source) => ReceiveError::Short { outcome: in_full(&error), source: Box::new(source) },
+            None => error,
+        }
+    }
+
     /// How many there were.
     pub(super) fn callers(&self) -> u64 {
         self.lock().callers
@@ -86,11 +104,13 @@ struct Tally {
     budget: u32,
     /// When the budget grew last; `None` while it is full.
     grown: Option<Instant>,
+    /// Why the last one was turned away that this host was to blame for.
+    unserved: Option<ReceiveError>,
 }
 
 impl Default for Tally {
     fn default() -> Self {
-        Self { callers: 0, untold: 0, budget: BURST, grown: None }
+        Self { callers: 0, untold: 0, budget: BURST, grown: None, unserved: None }
     }
 }
 
@@ -120,6 +140,7 @@ impl Tally {
 
 #[cfg(test)]
 mod tests {
+    use super::super::error::Step;
     use super::*;
 
     #[test]
@@ -129,6 +150,22 @@ mod tests {
         assert_eq!(text(late.into()), "Caller did not say who it is in 10.0 s");
         let cut = text(io::ErrorKind::UnexpectedEof.into());
         assert_eq!(cut, "Cannot read the role of a connection: unexpected end of file");
+    }
+
+    #[test]
+    fn what_this_host_was_short_of_is_told_of_with_a_source_that_failed_and_with_nothing_else() {
+        let turned_away = TurnedAway::default();
+        let closed = || ReceiveError::Closed { step: Step::Config };
+        assert!(matches!(turned_away.explain(closed()), ReceiveError::Closed { .. }));
+        let thread = ReceiveError::Thread { source: io::Error::from_raw_os_error(libc::EAGAIN) };
+        turned_away.count_unserved("a caller", thread);
+        assert!(matches!(turned_away.explain(ReceiveError::Stopped), ReceiveError::Stopped));
+        let text = in_full(&turned_away.explain(closed()));
+        assert!(
+            text.starts_with("Source closed the connection after Config; connections could not be served"),
+            "{text}"
+        );
+        assert!(text.contains("Cannot start a thread for a connection: Resource temporarily"), "{text}");
     }
 
     #[test]

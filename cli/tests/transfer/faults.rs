@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! System calls that fail, one at a time, at each place where they are made: strace makes them fail.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use vfio_migration_integration::skip;
+
+use crate::stored::{Place, assert_same, assert_sound};
+use crate::tool::{Ended, Tool, run};
+
+/// A system call, how it fails, and how often it may be made before that is not tried any more.
+struct Fault {
+    call: &'static str,
+    error: &'static str,
+    most: u32,
+}
+
+const fn fault(call: &'static str, error: &'static str, most: u32) -> Fault {
+    Fault { call, error, most }
+}
+
+/// Runs the tool under strace with more `options`; returns how it ended, and whether a fault came to pass.
+fn run_with(options: &[&str], arguments: &[&str]) -> (Ended, bool) {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let mut command = Command::new("strace");
+    command.args(["-f", "-qq", "-e", "signal=none", "-o"]).arg(log.path());
+    command.args(options);
+    let ended = Tool::spawn(command.arg(env!("CARGO_BIN_EXE_vfio-migrate")).args(arguments)).end();
+    let injected = fs::read_to_string(log.path()).unwrap().contains("(INJECTED)");
+    (ended, injected)
+}
+
+/// Whether there is a strace that may trace here; says so where there is not.
+fn has_strace() -> bool {
+    let probe = ["-qq", "-o", "/dev/null", "-e", "inject=openat:error=EIO:when=99", "true"];
+    let works = Command::new("strace").args(probe).output().is_ok_and(|output| output.status.success());
+    if !works {
+        skip("no strace that may trace processes");
+    }
+    works
+}
+
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+fn entries(dir: &Path) -> Vec<PathBuf> {
+    dir.read_dir().unwrap().map(|entry| entry.unwrap().path()).collect()
+}
+
+/// Lets each of `faults` happen at every place in turn, and hands `check` how the tool ended.
+fn each_fault(faults: &[Fault], arguments: &[&str], mut check: impl FnMut(&str, Ended)) {
+    let mut happened = 0;
+    for Fault { call, error, most } in faults {
+        for when in 1..=*most {
+            let fault = format!("{call}:error={error}:when={when}");
+            let (ended, injected) = run_with(&["-e", &format!("inject={fault}")], arguments);
+            check(&fault, ended);
+            if !injected {
+                break;
+            }
+            happened += 1;
+        }
+    }
+    assert!(happened > 0);
+}
+
+#[test]
+fn what_cannot_be_read_while_it_is_checked_is_not_called_altered() {
+    if !has_strace() {
+        return;
+    }
+    let place = Place::new();
+    let stored = text(&place.stored("stored", 1));
+    let faults = [
+        fault("pread64", "EIO", 3),
+        fault("pread64", "ENOMEM", 1),
+        fault("lseek", "EIO", 3),
+        fault("openat", "EMFILE", 30),
+        fault("openat", "EACCES", 30),
+        fault("read", "EIO", 20),
+        fault("statx", "EIO", 20),
+    ];
+    each_fault(&faults, &["snapshot", "verify", &stored], |fault, ended| {
+        // The program loader has its own word for its own files: 127.
+        assert!(matches!(ended.code, Some(0 | 4 | 127)), "{fault}: {ended:?}");
+        assert!(!ended.stdout.contains("altered") && !ended.stdout.contains("damaged"), "{fault}: {ended:?}");
+        if ended.code == Some(4) {
+            assert!(
+                ended.stderr.contains(&stored) && ended.stderr.contains("(os error"),
+                "{fault}: {ended:?}"
+            );
+        }
+    });
+}
+
+#[test]
+fn a_step_that_fails_while_a_snapshot_is_written_leaves_a_whole_one_or_nothing() {
+    if !has_strace() {
+        return;
+    }
+    let (place, out) = (Place::new(), Place::new());
+    let (from, into) = (place.stored("stored", 1), out.path("into"));
+    let faults = [
+        fault("openat", "EMFILE", 30),
+        fault("mkdirat", "ENOSPC", 2),
+        fault("statx", "EIO", 20),
+        fault("fcntl", "EMFILE", 25),
+        fault("ftruncate", "EFBIG", 4),
+        fault("pwrite64", "ENOSPC", 2),
+        fault("write", "ENOSPC", 4),
+        fault("fsync", "EIO", 8),
+        fault("fdatasync", "EIO", 4),
+        fault("renameat", "EIO", 3),
+        fault("newfstatat", "EIO", 10),
+    ];
+    each_fault(&faults, &["snapshot", "apply", &text(&from), "--into", &text(&into)], |fault, ended| {
+        assert!(matches!(ended.code, Some(0 | 4 | 127)), "{fault}: {ended:?}");
+        if ended.code == Some(0) {
+            assert_eq!(entries(out.root()), std::slice::from_ref(&into), "{fault}");
+            assert_same(&from, &into);
+            fs::remove_dir_all(&into).unwrap();
+        } else {
+            assert!(entries(out.root()).is_empty(), "{fault}: {:?} is left, {ended:?}", entries(out.root()));
+        }
+        // Of writes, what is printed is one, too.
+        if ended.code == Some(4) && !fault.starts_with("write:") {
+            assert!(ended.stderr.contains("(os error"), "{fault}: {ended:?}");
+        }
+    });
+}
+
+#[test]
+fn a_directory_that_cannot_be_taken_back_is_left_whole() {
+    if !has_strace() {
+        return;
+    }
+    let (place, out) = (Place::new(), Place::new());
+    let (from, into) = (place.stored("stored", 1), out.path("into"));
+    // What is done to the directory above: it is moved into, brought to disk, and moved out of again.
+    let parent = text(out.root());
+    let faults =
+        ["fsync:error=EIO:when=1", "renameat:error=EROFS:when=2"].map(|fault| format!("inject={fault}"));
+    let options = ["-P", &parent, "-e", "trace=fsync,renameat", "-e", &faults[0], "-e", &faults[1]];
+    let (ended, _) = run_with(&options, &["snapshot", "apply", &text(&from), "--into", &text(&into)]);
+    let ended = ended.failed(4, "is whole but may be lost with the power");
+    assert!(ended.stderr.contains("Read-only file system"), "{ended:?}");
+    assert!(ended.stderr.contains("(os error 5)"), "{ended:?}");
+    assert_sound(&into);
+    assert_same(&from, &into);
+
+    // Where it can be taken back, nothing is left.
+    fs::remove_dir_all(&into).unwrap();
+    let (ended, _) = run_with(&options[..6], &["snapshot", "apply", &text(&from), "--into", &text(&into)]);
+    ended.failed(4, "Cannot move the finished directory to");
+    assert!(entries(out.root()).is_empty(), "{:?}", entries(out.root()));
+}
+
+#[test]
+fn no_memory_for_a_manifest_is_not_called_damage() {
+    let place = Place::new();
+    let large = place.stored_holes("large", 16 << 30);
+    // Enough for the tool, and too little for a million digests.
+    let limited = |arguments: &[&str]| {
+        let script = "ulimit -v 40960 && exec \"$0\" \"$@\"";
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script, env!("CARGO_BIN_EXE_vfio-migrate")]).args(arguments);
+        Tool::spawn(&mut command).end()
+    };
+    limited(&["snapshot", "info", "/nonexistent"]).failed(4, "No such file");
+    for command in ["verify", "info", "seal"] {
+        limited(&["snapshot", command, &text(&large)]).failed(4, "memory");
+    }
+    run(["snapshot", "verify", &text(&large)]).succeeded();
+}
