@@ -35,6 +35,7 @@
 //! | [`precopy`] | when to go on, slow down, switch over or give up: a pure function |
 //! | [`transfer`] | frames, connections, sender and receiver of Cloud Hypervisor's protocol |
 //! | [`snapshot`] | Cloud Hypervisor's snapshot directory: full, differential, received from a running VM, verified |
+//! | [`threads`] | what the threads of the library do first |
 //! | [`syscalls`] | the system calls of each source and part, for seccomp filters |
 //! | [`vm`] | what a sender asks of a VMM |
 //! | [`vfio_user`] | client for devices in another process |
@@ -102,6 +103,8 @@ pub mod source;
 mod sync;
 pub mod syscalls;
 pub mod table;
+#[cfg(feature = "transfer")]
+pub mod threads;
 pub mod tracker;
 #[cfg(feature = "transfer")]
 pub mod transfer;

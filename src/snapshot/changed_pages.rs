@@ -18,6 +18,7 @@ use super::limits::Limits;
 use super::placement::{Extent, Placement, PlacementError};
 use crate::granule::Granule;
 use crate::range::GpaRange;
+use crate::threads::ThreadStart;
 
 /// Pages per cell: one bit of a word each.
 const CELL_PAGES: u64 = u64::BITS as u64;
@@ -80,11 +81,12 @@ impl ChangedPages {
         placement: Placement,
         page: Granule,
         base: Option<Arc<Chain>>,
+        threads: ThreadStart,
     ) -> io::Result<Self> {
         work.set_len(placement.bytes())?;
         let feed = Feed::new(placement, CELL_PAGES * page.bytes());
         let cells = (0..feed.cells()).map(|_| Mutex::default()).collect();
-        let flusher = Flusher::start(&work)?;
+        let flusher = Flusher::start(&work, threads)?;
         Ok(Self { work, feed, page, cells, base, flusher, failed: AtomicBool::new(false) })
     }
 
@@ -262,7 +264,7 @@ mod tests {
         let placement = Placement::new([ram], &Limits::default()).unwrap();
         let written = || {
             let work = tempfile::tempfile().unwrap();
-            ChangedPages::new(work, placement.clone(), page, None).unwrap()
+            ChangedPages::new(work, placement.clone(), page, None, ThreadStart::NOTHING).unwrap()
         };
         let settle = |pages: ChangedPages| {
             pages.fill(ram, from_stream(&mut io::repeat(7))).unwrap();
@@ -272,7 +274,7 @@ mod tests {
 
         let lost = || Err(io::Error::from(Errno::IO));
         let mut unsynced = written();
-        unsynced.flusher = Flusher::with(Box::new(lost)).unwrap();
+        unsynced.flusher = Flusher::with(Box::new(lost), ThreadStart::NOTHING).unwrap();
         let error = settle(unsynced).unwrap_err();
         let io_error = Some(Errno::IO.raw_os_error());
         assert!(matches!(&error, SettleError::Work(source) if source.raw_os_error() == io_error), "{error}");

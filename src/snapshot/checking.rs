@@ -5,7 +5,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
 use super::checked::CheckedMemory;
 use super::differential::united;
@@ -29,10 +29,10 @@ impl Checking {
     /// # Errors
     /// The system has no thread left.
     pub(super) fn start(dir: &Arc<SnapshotDir>) -> io::Result<Self> {
-        let given_up = Arc::<AtomicBool>::default();
+        let (given_up, threads) = (Arc::<AtomicBool>::default(), dir.thread_start());
         let (dir, of_thread) = (Arc::clone(dir), Arc::clone(&given_up));
         let check = move || dir.checked().map_or(Ok(()), |memory| check(&dir, &memory, &of_thread));
-        let thread = Builder::new().name("snapshot-check".into()).spawn(check)?;
+        let thread = threads.spawn("snapshot-check", check)?;
         Ok(Self { given_up, thread })
     }
 
@@ -56,7 +56,7 @@ fn check(dir: &SnapshotDir, memory: &CheckedMemory<'_>, given_up: &AtomicBool) -
     ranges.extend(memory.populated());
     let pieces: Vec<GpaRange> =
         united(ranges).into_iter().flat_map(|range| range.pieces(CHECK_BYTES)).collect();
-    parallel::for_each(&pieces, parallel::processors(), |&piece| {
+    parallel::for_each(&pieces, parallel::processors(), dir.thread_start(), |&piece| {
         if given_up.load(Ordering::Relaxed) {
             return Ok(());
         }

@@ -95,8 +95,9 @@ impl DifferentialWriter {
         };
         let placement = Placement::of_layout(announced.layout(), &limits)?;
         let work = staged.make_file(WORK_FILE, 0)?;
-        let pages = ChangedPages::new(work, placement, announced.layout().host_page(), chain)
-            .map_err(|source| staged.write_error(WORK_FILE, source))?;
+        let pages =
+            ChangedPages::new(work, placement, announced.layout().host_page(), chain, limits.thread_start)
+                .map_err(|source| staged.write_error(WORK_FILE, source))?;
         Ok(Self { staged, announced, base, pages, limits })
     }
 
@@ -179,6 +180,6 @@ impl DifferentialWriter {
         let page = announced.layout().host_page();
         let changes = Some(changes);
         let manifest = Manifest { changes, ..Manifest::of_full(page, config, &state, settled.blocks) };
-        Ok(publish(staged, config, &state, &manifest)?)
+        Ok(publish(staged, config, &state, &manifest, limits.thread_start)?)
     }
 }

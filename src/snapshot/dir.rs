@@ -20,6 +20,7 @@ use super::memory_file::read_placed;
 use super::placement::Placement;
 use super::state::VmState;
 use crate::range::GpaRange;
+use crate::threads::ThreadStart;
 
 /// Why a directory is not a snapshot that can be read.
 #[derive(Debug, Error)]
@@ -118,6 +119,7 @@ pub struct SnapshotDir {
     memory: File,
     manifest: Option<Manifest>,
     checked: Option<CheckedBits>,
+    thread_start: ThreadStart,
 }
 
 impl SnapshotDir {
@@ -133,12 +135,18 @@ impl SnapshotDir {
         let documents = Documents::open(path, manifest.as_ref(), limits)?;
         let memory = open_sized(&path.join(MEMORY_FILE), documents.state.memory().bytes())?;
         let checked = manifest.as_ref().map(|manifest| CheckedBits::none(&manifest.blocks));
-        Ok(Self { path: path.to_owned(), documents, memory, manifest, checked })
+        let thread_start = limits.thread_start;
+        Ok(Self { path: path.to_owned(), documents, memory, manifest, checked, thread_start })
     }
 
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What each thread that works on the snapshot does first.
+    pub(super) fn thread_start(&self) -> ThreadStart {
+        self.thread_start
     }
 
     /// `config.json`.

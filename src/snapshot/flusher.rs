@@ -9,8 +9,10 @@ use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use crate::threads::ThreadStart;
 
 /// Bytes written that begin a sync.
 const FLUSH_BYTES: u64 = 8 << 20;
@@ -121,16 +123,16 @@ impl Flusher {
     ///
     /// # Errors
     /// The system has no descriptor or thread left.
-    pub(super) fn start(file: &File) -> io::Result<Self> {
+    pub(super) fn start(file: &File, threads: ThreadStart) -> io::Result<Self> {
         let file = file.try_clone()?;
-        Self::with(Box::new(move || file.sync_data()))
+        Self::with(Box::new(move || file.sync_data()), threads)
     }
 
     /// Starts a thread that calls `sync`.
-    pub(super) fn with(sync: SyncBytes) -> io::Result<Self> {
+    pub(super) fn with(sync: SyncBytes, threads: ThreadStart) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let of_thread = Arc::clone(&shared);
-        let thread = Builder::new().name("snapshot-flush".into()).spawn(move || of_thread.run(&sync))?;
+        let thread = threads.spawn("snapshot-flush", move || of_thread.run(&sync))?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
@@ -198,7 +200,7 @@ mod tests {
             counted.fetch_add(1, Ordering::SeqCst);
             said.recv().unwrap_or(Ok(()))
         };
-        (Flusher::with(Box::new(sync)).unwrap(), say, syncs)
+        (Flusher::with(Box::new(sync), ThreadStart::NOTHING).unwrap(), say, syncs)
     }
 
     #[test]

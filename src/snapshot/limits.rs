@@ -2,8 +2,10 @@
 
 //! How large a snapshot's parts may be.
 
-/// The most that is read of a snapshot before it is refused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+use crate::threads::ThreadStart;
+
+/// The most that is read of a snapshot before it is refused, and what the threads that work on it do first.
+#[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Bytes of `config.json`, of a Config message, and of either state in `state.json` that such a message is made of.
     pub config_bytes: u64,
@@ -15,6 +17,8 @@ pub struct Limits {
     pub memory_bytes: u64,
     /// Ranges of guest memory.
     pub ranges: usize,
+    /// What each thread that works on the snapshot does first.
+    pub thread_start: ThreadStart,
 }
 
 impl Default for Limits {
@@ -25,6 +29,7 @@ impl Default for Limits {
             manifest_bytes: 2 << 30,
             memory_bytes: 4 << 40,
             ranges: 1 << 20,
+            thread_start: ThreadStart::NOTHING,
         }
     }
 }

@@ -19,6 +19,7 @@ use super::parallel;
 use super::placement::{Extent, Placement};
 use crate::granule::Granule;
 use crate::range::GpaRange;
+use crate::threads::ThreadStart;
 
 /// Smallest block that gets a digest: as little as is hashed at full speed.
 pub(super) const LEAST_BLOCK_BYTES: u64 = 16 << 10;
@@ -50,12 +51,18 @@ pub(super) struct MemoryFile {
     /// The blocks of one cell; locked while bytes of the cell are written, so that digest and bytes agree.
     cells: Vec<Mutex<Vec<Block>>>,
     flusher: Flusher,
+    threads: ThreadStart,
     failed: AtomicBool,
 }
 
 impl MemoryFile {
     /// Takes an empty file and makes it one hole, for memory placed as in `placement`.
-    pub(super) fn new(file: File, placement: Placement, page: Granule) -> io::Result<Self> {
+    pub(super) fn new(
+        file: File,
+        placement: Placement,
+        page: Granule,
+        threads: ThreadStart,
+    ) -> io::Result<Self> {
         let bytes = placement.bytes();
         file.set_len(bytes)?;
         let block_bytes = block_bytes_for(bytes, LEAST_BLOCK_BYTES.max(page.bytes()));
@@ -66,9 +73,9 @@ impl MemoryFile {
         };
         let cells =
             (0..feed.cells()).map(|cell| Mutex::new(vec![Block::default(); blocks_of(cell)])).collect();
-        let flusher = Flusher::start(&file)?;
+        let (flusher, failed) = (Flusher::start(&file, threads)?, AtomicBool::new(false));
         let (page_bytes, block_bytes) = (index(page.bytes()), index(block_bytes));
-        Ok(Self { file, feed, page_bytes, block_bytes, cells, flusher, failed: AtomicBool::new(false) })
+        Ok(Self { file, feed, page_bytes, block_bytes, cells, flusher, threads, failed })
     }
 
     pub(super) fn placement(&self) -> &Placement {
@@ -225,7 +232,7 @@ impl MemoryFile {
     fn digests(&self, threads: usize) -> io::Result<Vec<Option<Digest>>> {
         let is_unsettled = |&cell: &usize| self.blocks(cell).iter().any(|block| block.unhashed > 0);
         let unsettled: Vec<_> = (0..self.cells.len()).filter(is_unsettled).collect();
-        parallel::for_each(&unsettled, threads, |&cell| {
+        parallel::for_each(&unsettled, threads, self.threads, |&cell| {
             let mut blocks = self.blocks(cell);
             let unsettled = blocks.iter_mut().enumerate().filter(|(_, block)| block.unhashed > 0);
             for (index, block) in unsettled {
@@ -304,7 +311,8 @@ mod tests {
     fn memory_file() -> MemoryFile {
         let ram = GpaRange::new(0, BYTES).unwrap();
         let placement = Placement::new([ram], &Limits::default()).unwrap();
-        MemoryFile::new(tempfile::tempfile().unwrap(), placement, Granule::KIB_4).unwrap()
+        MemoryFile::new(tempfile::tempfile().unwrap(), placement, Granule::KIB_4, ThreadStart::NOTHING)
+            .unwrap()
     }
 
     proptest! {
@@ -340,7 +348,7 @@ mod tests {
             end(whole).unwrap();
 
             let mut unsynced = memory_file();
-            unsynced.flusher = Flusher::with(Box::new(lost)).unwrap();
+            unsynced.flusher = Flusher::with(Box::new(lost), ThreadStart::NOTHING).unwrap();
             fill(&unsynced);
             unsynced.hurry();
             assert_eq!(end(unsynced).unwrap_err().raw_os_error(), Some(Errno::IO.raw_os_error()));

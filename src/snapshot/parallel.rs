@@ -6,12 +6,14 @@ use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
+use crate::threads::ThreadStart;
+
 /// How many threads this process may run at once.
 pub(super) fn processors() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Does `work` for each of `items`, on this thread and at most so many others that `threads` take part.
+/// Does `work` for each of `items`, on this thread and at most so many others, which do `start` first, that `threads` take part.
 ///
 /// Where a thread cannot be had the others do its share. Once `work` has failed no item is begun any more.
 ///
@@ -23,6 +25,7 @@ pub(super) fn processors() -> usize {
 pub(super) fn for_each<T: Sync, E: Send>(
     items: &[T],
     threads: usize,
+    start: ThreadStart,
     work: impl Fn(&T) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
     let (next, stopped) = (AtomicUsize::new(0), AtomicBool::new(false));
@@ -35,7 +38,7 @@ pub(super) fn for_each<T: Sync, E: Send>(
     };
     thread::scope(|scope| {
         let others: Vec<_> = (1..threads.min(items.len()))
-            .map_while(|_| thread::Builder::new().spawn_scoped(scope, take_part).ok())
+            .map_while(|_| start.spawn_scoped(scope, "snapshot-part", take_part).ok())
             .collect();
         let ours = take_part();
         let joined =
@@ -60,7 +63,7 @@ mod tests {
                     turn.fetch_add(1, Ordering::Relaxed);
                     Ok::<_, io::Error>(())
                 };
-                for_each(&turns, threads, note).unwrap();
+                for_each(&turns, threads, ThreadStart::NOTHING, note).unwrap();
                 assert!(
                     turns.into_iter().all(|turn| turn.into_inner() == 1),
                     "{count} items, {threads} threads"
@@ -73,7 +76,7 @@ mod tests {
     fn as_many_threads_work_at_once_as_were_asked_for() {
         let together = Barrier::new(3);
         // Waits for ever unless three wait at the same time.
-        for_each(&[(); 3], 3, |()| {
+        for_each(&[(); 3], 3, ThreadStart::NOTHING, |()| {
             together.wait();
             Ok::<_, io::Error>(())
         })
@@ -84,7 +87,7 @@ mod tests {
     fn nothing_is_begun_after_a_failure() {
         let begun = AtomicUsize::new(0);
         let items: Vec<_> = (0..1000).collect();
-        let error = for_each(&items, 1, |&item| {
+        let error = for_each(&items, 1, ThreadStart::NOTHING, |&item| {
             begun.fetch_add(1, Ordering::Relaxed);
             if item == 3 { Err(io::Error::other("fourth")) } else { Ok(()) }
         });
@@ -96,7 +99,7 @@ mod tests {
     fn a_failure_on_one_thread_stops_the_others() {
         let begun = AtomicUsize::new(0);
         let items: Vec<_> = (0..10_000).collect();
-        let error = for_each(&items, 4, |&item| {
+        let error = for_each(&items, 4, ThreadStart::NOTHING, |&item| {
             begun.fetch_add(1, Ordering::Relaxed);
             thread::sleep(std::time::Duration::from_millis(1));
             if item == 0 { Err(io::Error::other("first")) } else { Ok(()) }

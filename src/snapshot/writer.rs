@@ -23,6 +23,7 @@ use super::state::VmState;
 use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::GpaRange;
+use crate::threads::ThreadStart;
 use crate::units::{Bytes, Millis};
 
 /// Why no snapshot was written. Nothing lies under its name.
@@ -147,7 +148,8 @@ impl SnapshotWriter {
 
     pub(super) fn begin(staged: StagedDir, announced: Announced, limits: Limits) -> Result<Self, WriteError> {
         let placement = Placement::of_layout(&announced.layout, &limits)?;
-        let memory = memory_file(&staged, MEMORY_FILE, placement, announced.layout.host_page())?;
+        let memory =
+            memory_file(&staged, MEMORY_FILE, placement, announced.layout.host_page(), limits.thread_start)?;
         Ok(Self { staged, announced, memory, limits })
     }
 
@@ -216,13 +218,14 @@ impl SnapshotWriter {
         let placement = announced.settle(&state, memory.placement(), &limits)?;
         let state = state.relist(&placement)?;
         let page = announced.layout.host_page();
-        let memory =
-            if placement == *memory.placement() { memory } else { shrink(&staged, memory, placement, page)? };
+        let threads = limits.thread_start;
+        let same = placement == *memory.placement();
+        let memory = if same { memory } else { shrink(&staged, memory, placement, page, threads)? };
         let (began, bytes) = (Instant::now(), memory.placement().bytes());
         let blocks = memory.finish().map_err(|source| staged.write_error(MEMORY_FILE, source))?;
         log::info!("Memory of {} is hashed and safe on disk after {}", Bytes(bytes), Millis(began.elapsed()));
         let manifest = Manifest { aliases, ..Manifest::of_full(page, config, &state, blocks) };
-        Ok(publish(staged, config, &state, &manifest)?)
+        Ok(publish(staged, config, &state, &manifest, threads)?)
     }
 }
 
@@ -232,13 +235,14 @@ pub(super) fn publish(
     config: &VmConfig,
     state: &VmState,
     manifest: &Manifest,
+    threads: ThreadStart,
 ) -> Result<Digest, StagingError> {
     let began = Instant::now();
     let (bytes, digest) = manifest.encode();
     let files =
         [(CONFIG_FILE, config.text().as_bytes()), (STATE_FILE, state.text()), (MANIFEST_FILE, &bytes)];
     // All at once: a journal brings them to disk in one go, and a VM may be waiting.
-    parallel::for_each(&files, files.len(), |&(name, content)| staged.write_file(name, content))?;
+    parallel::for_each(&files, files.len(), threads, |&(name, content)| staged.write_file(name, content))?;
     staged.publish()?;
     log::info!("Snapshot {digest} is safe under its name after {}", Millis(began.elapsed()));
     Ok(digest)
@@ -249,9 +253,10 @@ fn memory_file(
     name: &'static str,
     placement: Placement,
     page: Granule,
+    threads: ThreadStart,
 ) -> Result<MemoryFile, StagingError> {
     let file = staged.make_file(name, 0)?;
-    MemoryFile::new(file, placement, page).map_err(|source| staged.write_error(name, source))
+    MemoryFile::new(file, placement, page, threads).map_err(|source| staged.write_error(name, source))
 }
 
 /// Leaves out the memory that `placement` leaves out.
@@ -260,10 +265,11 @@ fn shrink(
     memory: MemoryFile,
     placement: Placement,
     page: Granule,
+    threads: ThreadStart,
 ) -> Result<MemoryFile, StagingError> {
     let lost = |source| staged.write_error(MEMORY_FILE, source);
     memory.check_written().map_err(lost)?;
-    let smaller = memory_file(staged, WORK_FILE, placement, page)?;
+    let smaller = memory_file(staged, WORK_FILE, placement, page, threads)?;
     memory.copy_to(&smaller).map_err(|error| match error {
         FeedError::Read(source) => lost(source),
         FeedError::Write(source) => staged.write_error(WORK_FILE, source),

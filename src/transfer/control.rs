@@ -4,7 +4,6 @@
 
 use std::io::Write;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryBackend;
@@ -18,6 +17,7 @@ use super::payload::StatePayload;
 use super::progress::{Migration, Phase};
 use super::send::{SendError, SendOptions, SendStep};
 use crate::ledger::Chunk;
+use crate::threads::ThreadStart;
 
 /// How often somebody who waits for a connection looks whether the migration was cancelled.
 const TICK: Duration = Duration::from_millis(20);
@@ -126,7 +126,7 @@ impl<'a> Control<'a> {
         match sent.and_then(|()| read_answer(&mut connection, self.options.limits.complete_timeout)) {
             Ok(_) => {
                 self.migration.count_acknowledged(HEADER_BYTES as u64);
-                close_behind(vec![connection]);
+                close_behind(vec![connection], self.options.thread_start);
                 Ok(())
             }
             Err(source @ PeerError::Refused) => Err(SendError::Peer { step: SendStep::Complete, source }),
@@ -163,7 +163,7 @@ impl<'a> Control<'a> {
             // One that has ended meanwhile has done its work.
             _ => None,
         });
-        close_behind(lanes);
+        close_behind(lanes, self.options.thread_start);
         unasked.map_or(Ok(()), |source| Err(failed(SendStep::Memory)(source)))
     }
 
@@ -239,7 +239,7 @@ fn dial(options: &SendOptions, migration: &Migration, step: SendStep) -> Result<
     let dialling = move || {
         let _cancelled = report.send(Connection::connect(&url, tls.as_ref(), &limits));
     };
-    thread::Builder::new().name("migrate-dial".into()).spawn(dialling).map_err(SendError::Thread)?;
+    options.thread_start.spawn("migrate-dial", dialling).map_err(SendError::Thread)?;
     loop {
         match dialled.recv_timeout(TICK) {
             Ok(connection) => return connection.map_err(|error| failed(step)(error.into())),
@@ -250,9 +250,9 @@ fn dial(options: &SendOptions, migration: &Migration, step: SendStep) -> Result<
 }
 
 /// Closes connections without waiting for the receiver to do the same, which would be part of the downtime.
-fn close_behind(connections: Vec<Connection>) {
+fn close_behind(connections: Vec<Connection>, threads: ThreadStart) {
     let closing = move || connections.into_iter().for_each(|connection| connection.close(FAREWELL));
-    if let Err(error) = thread::Builder::new().name("migrate-close".into()).spawn(closing) {
+    if let Err(error) = threads.spawn("migrate-close", closing) {
         log::debug!("Connections are cut, not closed: {error}");
     }
 }

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryBackend;
@@ -23,6 +23,7 @@ use super::skipping::Sieve;
 use crate::ledger::Chunk;
 use crate::range::GpaRange;
 use crate::sync::lock;
+use crate::threads::ThreadStart;
 
 /// What a worker tells the engine.
 #[derive(Debug)]
@@ -88,6 +89,7 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Lanes<M> {
         sieve: Option<Sieve>,
         pipeline: Pipeline,
         migration: &Migration,
+        threads: ThreadStart,
     ) -> io::Result<Self> {
         let (report, events) = mpsc::channel();
         let sieve = Arc::new(sieve);
@@ -110,8 +112,7 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Lanes<M> {
                 kept: Vec::new(),
                 table: Vec::new(),
             };
-            let thread = thread::Builder::new().name(format!("migrate-{index}"));
-            let worker = thread.spawn(move || worker.run())?;
+            let worker = threads.spawn(format!("migrate-{index}"), move || worker.run())?;
             lanes.lanes.push(Lane { queue, worker, handle, load: 0 });
         }
         Ok(lanes)

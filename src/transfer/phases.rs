@@ -161,7 +161,7 @@ impl<'a, V: Vm> Session<'a, V> {
             answer_timeout: self.options.limits.answer_timeout,
         };
         let sieve = self.sieve()?;
-        let lanes = Lanes::start(connections, sieve, pipeline, self.migration);
+        let lanes = Lanes::start(connections, sieve, pipeline, self.migration, self.options.thread_start);
         let mut lanes = lanes.map_err(SendError::Thread)?;
         let copied = self.copy_until_stopped(&mut lanes);
         let taken_back = control.take_back(lanes.stop(GRACE));

@@ -22,6 +22,7 @@ use crate::device::{DeviceSet, DeviceSetError};
 use crate::error::Chain;
 use crate::granule::Granule;
 use crate::precopy::{CancelReason, Forecast, Policy, TimeoutStrategy};
+use crate::threads::ThreadStart;
 use crate::tracker::{Tracker, TrackerError};
 use crate::vm::{UserfaultError, Vm, VmError};
 
@@ -63,6 +64,8 @@ pub struct SendOptions {
     pub tls: Option<ClientTls>,
     /// How long the receiver may take, and more.
     pub limits: Limits,
+    /// What each thread of the sender does first.
+    pub thread_start: ThreadStart,
 }
 
 impl SendOptions {
@@ -85,6 +88,7 @@ impl SendOptions {
             pinning_receiver: PinningReceiver::default(),
             tls: None,
             limits: Limits::default(),
+            thread_start: ThreadStart::NOTHING,
         }
     }
 

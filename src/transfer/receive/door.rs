@@ -11,7 +11,7 @@
 
 use std::io;
 use std::sync::mpsc::Sender;
-use std::thread::{self, Builder, Scope};
+use std::thread::{self, Scope};
 use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
@@ -92,14 +92,13 @@ impl<'env> Door<'env> {
         connection: Connection,
         first: &Sender<Source>,
     ) {
-        let Context { gate, roster, .. } = self.context;
+        let Context { gate, roster, threads, .. } = self.context;
         let entry = roster.enter_caller(&connection, self.callers);
         // After that: whoever ends the migration closes those that are on the roster.
         let Some(caller) = gate.caller() else { return };
         let (peer, first) = (connection.peer().to_owned(), first.clone());
-        let heard = Builder::new()
-            .name("migration-in".into())
-            .spawn_scoped(scope, move || self.hear(caller, connection, entry, &first));
+        let hear = move || self.hear(caller, connection, entry, &first);
+        let heard = threads.spawn_scoped(scope, "migration-in", hear);
         if let Err(source) = heard {
             self.turned_away.count_unserved(&peer, ReceiveError::Thread { source });
         }
@@ -107,7 +106,7 @@ impl<'env> Door<'env> {
 
     /// Finds out who calls, and serves who may come in.
     fn hear(self, caller: Caller, mut connection: Connection, entry: Entry, first: &Sender<Source>) {
-        let Context { gate, roster, limits } = self.context;
+        let Context { gate, roster, limits, .. } = self.context;
         let (peer, handle) = (connection.peer().to_owned(), connection.handle());
         // For all of it, however slowly it is said.
         connection.end_at(Some(limits.handshake_timeout));

@@ -28,7 +28,7 @@ mod turned_away;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver as Callers, RecvTimeoutError, channel};
-use std::thread::{self, Builder};
+use std::thread;
 use std::time::Instant;
 
 use super::connection::{Connection, ConnectionError, Head, Listener};
@@ -36,6 +36,7 @@ use super::frame::Features;
 use super::limits::Limits;
 use super::tls::ServerTls;
 use super::url::Endpoint;
+use crate::threads::ThreadStart;
 use crate::vm::VmError;
 use door::Door;
 use gate::Gate;
@@ -146,13 +147,20 @@ pub struct Received {
 pub struct Receiver {
     limits: Limits,
     tls: Option<ServerTls>,
+    thread_start: ThreadStart,
     roster: ReceiverHandle,
 }
 
 impl Receiver {
     /// Makes a receiver that holds every peer to `limits`, and to TLS where `tls` is given.
     pub fn new(limits: Limits, tls: Option<ServerTls>) -> Self {
-        Self { limits, tls, roster: ReceiverHandle::default() }
+        Self { limits, tls, thread_start: ThreadStart::NOTHING, roster: ReceiverHandle::default() }
+    }
+
+    /// Has each thread of the receiver do `thread_start` first.
+    #[must_use]
+    pub fn thread_start(self, thread_start: ThreadStart) -> Self {
+        Self { thread_start, ..self }
     }
 
     /// Returns what stops and measures the receiver from any thread.
@@ -183,9 +191,8 @@ impl Receiver {
                 let ending = Ending(context);
                 let (first, callers) = channel();
                 let door = Door::new(listener, self.tls.as_ref(), &turned_away, context);
-                Builder::new()
-                    .name("migration-door".into())
-                    .spawn_scoped(scope, move || door.keep(scope, &first))
+                self.thread_start
+                    .spawn_scoped(scope, "migration-door", move || door.keep(scope, &first))
                     .map_err(|source| ReceiveError::Thread { source })?;
                 // And one to hear a caller on: else no source could ever be heard.
                 Builder::new()
@@ -237,7 +244,8 @@ impl Receiver {
     ) -> Result<Received, ReceiveError> {
         let gate = Gate::default();
         self.roster.begin();
-        let context = Context { gate: &gate, roster: &self.roster, limits: &self.limits };
+        let threads = self.thread_start;
+        let context = Context { gate: &gate, roster: &self.roster, limits: &self.limits, threads };
         let outcome = migrate(context, destination);
         if outcome.as_ref().is_err_and(|error| !error.is_of_completing()) {
             destination.abandoned();

@@ -11,6 +11,7 @@ use super::message::{answer, check_empty, decode, read_text, refuse, take_memory
 use super::roster::{Entry, ReceiverHandle};
 use super::store::PageStore;
 use super::{Destination, Received};
+use crate::threads::ThreadStart;
 use crate::transfer::connection::{Connection, Head};
 use crate::transfer::frame::{Command, Features, HEADER_BYTES, Request, Response, Status};
 use crate::transfer::limits::Limits;
@@ -29,6 +30,7 @@ pub(super) struct Context<'a> {
     pub(super) gate: &'a Gate,
     pub(super) roster: &'a ReceiverHandle,
     pub(super) limits: &'a Limits,
+    pub(super) threads: ThreadStart,
 }
 
 /// A source on its main connection, with the first request it made.
@@ -196,7 +198,7 @@ impl Session<'_> {
     ///
     /// That one keeps a pace of its own while it waits for the source, and is quiet for as long as the store needs.
     fn await_head(&mut self) -> Result<[u8; HEADER_BYTES], ReceiveError> {
-        let Context { gate, roster, limits } = self.context;
+        let Context { gate, roster, limits, .. } = self.context;
         let (mut bytes, mut since) = (roster.received_bytes(), Instant::now());
         loop {
             let head = self.connection.await_head(TICK);
