@@ -195,8 +195,8 @@ impl Receiver {
                     .spawn_scoped(scope, "migration-door", move || door.keep(scope, &first))
                     .map_err(|source| ReceiveError::Thread { source })?;
                 // And one to hear a caller on: else no source could ever be heard.
-                Builder::new()
-                    .spawn_scoped(scope, || {})
+                self.thread_start
+                    .spawn_scoped(scope, "migration-in", || {})
                     .map_err(|source| ReceiveError::Thread { source })?;
                 let source = self.await_source(&callers, &turned_away, context)?;
                 drop(callers);
