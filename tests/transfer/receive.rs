@@ -540,23 +540,23 @@ fn an_additional_connection_that_fails_ends_the_migration() {
 
 #[test]
 fn the_tables_of_all_connections_are_held_to_the_limit_of_one() {
-    let limits = Limits { table_bytes: 96 << 10, ..quick() };
+    let limits = Limits { table_bytes: 6 << 10, ..quick() };
     let (received, ()) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
         let mut main = Peer::to(listener);
         main.begin();
         // One after the other they may be as long as they like, up to the limit.
-        let ranges = vec![(0, &[7; 1][..]); 6 << 10];
+        let ranges = vec![(0, &[7; 1][..]); 6 << 6];
         main.say(&[memory(&ranges), memory(&ranges)]);
         let mut additional: Vec<_> = (0..2).map(|_| Peer::to(listener)).collect();
         for connection in &mut additional {
             announce(connection);
-            connection.send(&request(MEMORY, 64 << 10));
+            connection.send(&request(MEMORY, 4 << 10));
         }
         assert_eq!(main.answer(), None);
     });
     let error = received.unwrap_err();
     assert!(
-        matches!(error, ReceiveError::Tables { length: 0x1_0000, taken: 0x1_0000, limit: 0x1_8000 }),
+        matches!(error, ReceiveError::Tables { length: 0x1000, taken: 0x1000, limit: 0x1800 }),
         "{error:?}"
     );
 }

@@ -19,7 +19,7 @@ pub enum ConnectionError {
         source: io::Error,
     },
     /// No address of the peer let us in.
-    #[error("Cannot connect to {url} at {address}, the last of {addresses} addresses tried")]
+    #[error("Cannot connect to {url} at {address}{}", tried(*.addresses))]
     Connect {
         /// Where to.
         url: Url,
@@ -74,6 +74,10 @@ pub enum ConnectionError {
         /// What failed; a `rustls::Error` is in it where TLS is to blame.
         source: io::Error,
     },
+}
+
+fn tried(addresses: usize) -> String {
+    if addresses == 1 { String::new() } else { format!(", the last of {addresses} addresses tried") }
 }
 
 impl ConnectionError {

@@ -199,7 +199,7 @@ pub enum ReceiveError {
         pages: u64,
     },
     /// The source opened more connections than the protocol knows.
-    #[error("Source opened more than {limit} additional connections")]
+    #[error("Source opened more than {limit} additional connection{}", if limit.count() == 1 { "" } else { "s" })]
     Connections {
         /// The most there may be.
         limit: ConnectionCount,
