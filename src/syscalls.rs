@@ -121,11 +121,17 @@ pub const KERNEL_DEVICE: &[Syscall] = &[
 #[cfg(feature = "vfio-user")]
 pub const VFIO_USER: &[Syscall] = &[
     Syscall::new(libc::SYS_setsockopt),
+    Syscall::new(libc::SYS_recvmsg),
     Syscall::new(libc::SYS_recvfrom),
     Syscall::new(libc::SYS_sendto),
     Syscall::new(libc::SYS_sendmsg),
+    Syscall::new(libc::SYS_shutdown),
     Syscall::new(libc::SYS_close),
 ];
+
+/// What such a client calls beside [`VFIO_USER`] when the server may read and write memory by message.
+#[cfg(feature = "vfio-user")]
+pub const VFIO_USER_MEMORY: &[Syscall] = &[Syscall::new(libc::SYS_ppoll), Syscall::ioctl(libc::FIONREAD)];
 
 /// What the standard library and the C library ask for on their own: memory, threads, locks, random seeds, clocks; and in a build with
 /// debug assertions whether a descriptor is open that is to be closed (`fcntl`).

@@ -6,7 +6,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use vfio_migration::vfio_user::message::{
-    DeviceInfo, DmaMap, DmaUnmap, HEADER_BYTES, Header, MigData, RegionAccess, RegionInfo,
+    DeviceInfo, DmaAccess, DmaMap, DmaUnmap, HEADER_BYTES, Header, MigData, RegionAccess, RegionInfo,
 };
 use vfio_migration::vfio_user::{feature, version};
 
@@ -23,6 +23,9 @@ fuzz_target!(|input: &[u8]| {
     let _refused_or_not = MigData::decode(input).is_ok();
     if let Ok((access, data)) = RegionAccess::decode_with_data(input) {
         assert_eq!(data.len(), access.count.get() as usize);
+    }
+    if let Ok((access, data)) = DmaAccess::decode_with_data(input) {
+        assert_eq!(data.len() as u64, access.count.get());
     }
     if let Ok(data) = MigData::decode_with_data(input) {
         assert!(data.len() <= input.len());

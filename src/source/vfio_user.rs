@@ -11,7 +11,7 @@ use crate::granule::Granule;
 use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
 use crate::range::{GpaRange, IovaRange};
-use crate::vfio_user::feature::{FEATURE_GET, FEATURE_SET, Feature};
+use crate::vfio_user::feature::{FEATURE_GET, FEATURE_SET, Feature, MAX_LOGGING_RANGES};
 use crate::vfio_user::{self, Client, SharedClient};
 
 /// Why a vfio-user device's log cannot be used.
@@ -210,7 +210,8 @@ impl DirtySource for VfioUserSource {
     fn start(&mut self, layout: &Layout, iova: &IovaMap) -> Result<(), SourceError> {
         self.host_page = layout.host_page();
         let fixed = *iova == IovaMap::Identity;
-        self.logged = fixed.then(Vec::new);
+        let fits = vfio_user::lock(&self.client).writeable_ranges().len() <= MAX_LOGGING_RANGES as usize;
+        self.logged = (fixed && fits).then(Vec::new);
         self.ram = (!fixed).then(|| layout.regions().iter().map(|region| region.range()).collect());
         self.arm().map_err(|cause| self.failed(Operation::Start, cause))?;
         self.on = true;

@@ -2,39 +2,35 @@
 
 //! The client: one request at a time, each answered, refused or failed in bounded time.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use vm_memory::GuestAddressSpace;
 use zerocopy::IntoBytes;
 
 use super::channel::{Channel, echoed};
+use super::dma::DmaServer;
 use super::error::{DecodeError, Error};
-use super::feature::{
-    FEATURE_GET, FEATURE_PROBE, FEATURE_SET, Feature, FeatureHeader, LoggingControl, LoggingRange,
-    LoggingReport, MAX_LOGGING_RANGES, MigState, Migration,
-};
-use super::message::{
-    Command, DMA_MAP_READABLE, DMA_MAP_WRITEABLE, DeviceInfo, DmaMap, DmaUnmap, MigData, RegionAccess,
-    RegionInfo,
-};
+use super::message::{Command, DeviceInfo, MAX_REQUEST_DATA_BYTES, RegionAccess, RegionInfo};
 use super::version::{
-    Capabilities, MAX_DATA_XFER_BYTES, MAX_VERSION_DATA_BYTES, MIN_BITMAP_BYTES, MigrationCapability, Version,
+    Capabilities, MAX_DATA_XFER_BYTES, MAX_VERSION_DATA_BYTES, MIN_BITMAP_BYTES, MIN_DATA_XFER_BYTES,
+    MigrationCapability, TwinSocketCapability, Version,
 };
 use crate::granule::Granule;
-use crate::range::IovaRange;
 
-/// Bytes before the bitmap in the reply to DMA_LOGGING_REPORT; whole words, so that the bitmap can be lent as words.
-const BITMAP_OFFSET: usize = size_of::<FeatureHeader>() + size_of::<LoggingReport>();
+mod dma;
+mod migration;
 
 /// Holds what a [`Client`] asks of its server and how long it waits.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Time for one request from its first byte to its reply's last.
+    /// Time for one request from its first byte to its reply's last. A transfer that takes several has a second more for each
+    /// MiB, all together.
     pub request_timeout: Duration,
-    /// Most bytes of data in one message, either way.
+    /// Most bytes of data in one message of the server. Those of the client have 32 KiB at most.
     pub max_data_xfer_bytes: u64,
-    /// The page size of dirty bitmaps to propose.
+    /// The page size of dirty bitmaps to propose, and what memory given to the device is made of.
     pub page_size: Granule,
 }
 
@@ -48,27 +44,20 @@ impl Default for Options {
     }
 }
 
-/// Describes memory given to the device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DmaRegion {
-    /// Where the device sees it.
-    pub iova: IovaRange,
-    /// Where it begins in its file.
-    pub file_offset: u64,
-    /// Whether the device may write it.
-    pub writeable: bool,
-}
-
 /// Speaks to one vfio-user device.
 ///
 /// Requests are made one at a time. A refusal leaves the client usable; a timeout, a closed socket or a malformed reply
-/// leaves it out of step, and every later request fails at once with [`Error::Broken`].
+/// leaves it out of step: it drops the connection, and every later request fails at once with [`Error::Broken`], which says
+/// why.
+///
+/// A server may make requests of its own, DMA_READ and DMA_WRITE, for memory that it cannot map. A client made by
+/// [`Client::connect_with_memory`] serves them while it waits for a reply, and whenever [`Client::serve_requests`] is called.
 #[derive(Debug)]
 pub struct Client {
     channel: Channel,
     server: Version,
     data_xfer_bytes: usize,
-    writeable: Vec<IovaRange>,
+    page_size: Granule,
 }
 
 impl Client {
@@ -76,28 +65,70 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// The server does not answer, refuses, speaks another major version, or allows no data transfer at all, or dirty
-    /// bitmaps under [`MIN_BITMAP_BYTES`] only.
+    /// The server does not answer, refuses, speaks another major version, or allows only data transfers under
+    /// [`MIN_DATA_XFER_BYTES`] or dirty bitmaps under [`MIN_BITMAP_BYTES`].
     pub fn connect(stream: UnixStream, device: impl Into<String>, options: &Options) -> Result<Self, Error> {
-        let limit = options.max_data_xfer_bytes.clamp(1, MAX_DATA_XFER_BYTES);
+        Self::negotiate(Self::channel(stream, device.into(), options), options, None)
+    }
+
+    /// Connects as [`Client::connect`] does, and lets the device read and write `memory` by message as far as it is mapped.
+    ///
+    /// `memory` is addressed by IOVA: the guest's memory where IOVAs are GPAs, else an
+    /// `IommuMemory` of vm-memory. What the device writes is marked in its dirty bitmap as the VMM's own
+    /// writes are. A socket of its own for the server's requests is proposed, and used where the server has one.
+    ///
+    /// A server that gets no answer stands still: add [`Client::requests_fd`] to the VMM's event loop, and call
+    /// [`Client::serve_requests`] whenever it can be read.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::connect`]; the server says that it passes a socket along, and does not.
+    pub fn connect_with_memory<A>(
+        stream: UnixStream,
+        device: impl Into<String>,
+        options: &Options,
+        memory: A,
+    ) -> Result<Self, Error>
+    where
+        A: GuestAddressSpace + Send + 'static,
+    {
+        let mut channel = Self::channel(stream, device.into(), options);
+        channel.dma.serve_from(memory);
+        Self::negotiate(channel, options, Some(TwinSocketCapability { supported: true, fd_index: None }))
+    }
+
+    fn channel(stream: UnixStream, device: String, options: &Options) -> Channel {
+        let max_bytes = usize::try_from(data_xfer_limit(options)).unwrap_or(usize::MAX);
+        Channel::new(stream, device, options.request_timeout, DmaServer::new(max_bytes))
+    }
+
+    fn negotiate(
+        mut channel: Channel,
+        options: &Options,
+        twin_socket: Option<TwinSocketCapability>,
+    ) -> Result<Self, Error> {
+        let limit = data_xfer_limit(options);
         let proposal = Version::current(Capabilities {
-            max_msg_fds: Some(8),
+            max_msg_fds: Some(1),
             max_data_xfer_size: Some(limit),
             pgsizes: Some(options.page_size.bytes()),
             migration: Some(MigrationCapability {
                 pgsize: Some(options.page_size.bytes()),
                 max_bitmap_size: None,
             }),
+            twin_socket,
             ..Capabilities::default()
         });
-        let mut channel = Channel::new(stream, device.into(), options.request_timeout);
         let request = proposal.encode();
         let reply = channel.exchange(Command::Version, &[&request], None, MAX_VERSION_DATA_BYTES)?;
         let server = Version::decode(channel.payload(reply)).and_then(|server| accept(&proposal, server));
         let server = channel.checked(Command::Version, server)?;
+        let passed = channel.take_passed();
+        let twin = channel.checked(Command::Version, twin_socket_of(&proposal, &server, passed))?;
+        twin.into_iter().for_each(|twin| channel.serve_over(twin));
         let allowed = limit.min(server.capabilities.data_xfer_bytes());
         let data_xfer_bytes = usize::try_from(allowed).unwrap_or(usize::MAX);
-        Ok(Client { channel, server, data_xfer_bytes, writeable: Vec::new() })
+        Ok(Client { channel, server, data_xfer_bytes, page_size: options.page_size })
     }
 
     /// Returns the name given at connection.
@@ -110,7 +141,7 @@ impl Client {
         &self.server.capabilities
     }
 
-    /// Returns the most bytes of data both sides take in one message.
+    /// Returns the most bytes of data both sides allow in one message.
     pub fn data_xfer_bytes(&self) -> usize {
         self.data_xfer_bytes
     }
@@ -148,11 +179,12 @@ impl Client {
     ///
     /// As every request: see [`Error`]; a part of `buf` may have been filled.
     pub fn region_read(&mut self, region: u32, offset: u64, buf: &mut [u8]) -> Result<(), Error> {
+        let deadline = self.channel.deadline(buf.len());
         let mut at = offset;
         for chunk in buf.chunks_mut(self.data_xfer_bytes) {
             let access = region_access(region, at, chunk.len());
-            let reply =
-                self.channel.exchange(Command::RegionRead, &[access.as_bytes()], None, chunk.len())?;
+            let parts = [access.as_bytes()];
+            let reply = self.channel.exchange_before(deadline, Command::RegionRead, &parts, chunk.len())?;
             let copied =
                 RegionAccess::decode_with_data(self.channel.payload(reply)).and_then(|(done, data)| {
                     access_echoed(&access, &done)?;
@@ -171,10 +203,12 @@ impl Client {
     ///
     /// As every request: see [`Error`]; a part of `data` may have been written.
     pub fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Error> {
+        let deadline = self.channel.deadline(data.len());
         let mut at = offset;
-        for chunk in data.chunks(self.data_xfer_bytes) {
+        for chunk in data.chunks(self.request_data_bytes()) {
             let access = region_access(region, at, chunk.len());
-            let reply = self.channel.exchange(Command::RegionWrite, &[access.as_bytes(), chunk], None, 0)?;
+            let parts = [access.as_bytes(), chunk];
+            let reply = self.channel.exchange_before(deadline, Command::RegionWrite, &parts, 0)?;
             let done = RegionAccess::decode(self.channel.payload(reply));
             self.channel
                 .checked(Command::RegionWrite, done.and_then(|done| access_echoed(&access, &done)))?;
@@ -183,262 +217,20 @@ impl Client {
         Ok(())
     }
 
-    /// Gives the device `region`; without `fd` it cannot be mapped by the server, nor its log be reported by some.
+    /// Asks the device to reset itself.
+    ///
+    /// Its migration state may stay what it was: ask [`Client::device_state`].
     ///
     /// # Errors
     ///
-    /// As every request: see [`Error`]; EEXIST when part of the range is mapped already.
-    pub fn dma_map(&mut self, region: &DmaRegion, fd: Option<BorrowedFd<'_>>) -> Result<(), Error> {
-        let writeable = if region.writeable { DMA_MAP_WRITEABLE } else { 0 };
-        let request = DmaMap {
-            argsz: size_u32::<DmaMap>().into(),
-            flags: (DMA_MAP_READABLE | writeable).into(),
-            offset: region.file_offset.into(),
-            iova: region.iova.start().into(),
-            size: region.iova.len().into(),
-        };
-        self.channel.exchange(Command::DmaMap, &[request.as_bytes()], fd, 0)?;
-        if region.writeable && fd.is_some() {
-            self.writeable.push(region.iova);
-        }
-        Ok(())
-    }
-
-    /// Returns what the device can write to by itself: each range as it was mapped, in no order.
-    pub fn writeable_ranges(&self) -> &[IovaRange] {
-        &self.writeable
-    }
-
-    /// Takes a mapped range back; the device no longer touches it once this returns.
-    ///
-    /// # Errors
-    ///
-    /// As every request: see [`Error`]; `iova` must be exactly what was mapped.
-    pub fn dma_unmap(&mut self, iova: IovaRange) -> Result<(), Error> {
-        let request = DmaUnmap {
-            argsz: size_u32::<DmaUnmap>().into(),
-            flags: 0.into(),
-            iova: iova.start().into(),
-            size: iova.len().into(),
-        };
-        let reply = self.channel.exchange(Command::DmaUnmap, &[request.as_bytes()], None, 0)?;
-        let echo = DmaUnmap::decode(self.channel.payload(reply)).and_then(|unmapped| {
-            echoed("unmapped IOVA", unmapped.iova.get(), iova.start())?;
-            echoed("unmapped size", unmapped.size.get(), iova.len())
-        });
-        self.channel.checked(Command::DmaUnmap, echo)?;
-        self.writeable.retain(|range| *range != iova);
-        Ok(())
-    }
-
-    /// Resets the device: it runs, whatever its migration state was.
-    ///
-    /// # Errors
-    ///
-    /// As every request: see [`Error`].
+    /// As every request: see [`Error`]; some servers refuse it while the device is stopped.
     pub fn reset(&mut self) -> Result<(), Error> {
         self.channel.exchange(Command::DeviceReset, &[], None, 0).map(drop)
     }
 
-    /// Tells whether the device supports `feature` with all of `methods` ([`FEATURE_GET`], [`FEATURE_SET`]).
-    ///
-    /// # Errors
-    ///
-    /// As every request: see [`Error`]; an errno that means "no such feature" is an answer, not an error.
-    pub fn supports(&mut self, feature: Feature, methods: u32) -> Result<bool, Error> {
-        let probed = self.feature(feature, FEATURE_PROBE | methods, &[], 0);
-        Ok(absent_is_none(probed)?.is_some())
-    }
-
-    /// Returns the `VFIO_MIGRATION_*` flags, or `None` when the device cannot be migrated.
-    ///
-    /// # Errors
-    ///
-    /// As every request: see [`Error`].
-    pub fn migration_flags(&mut self) -> Result<Option<u64>, Error> {
-        let answer = self.feature(Feature::Migration, FEATURE_GET, &[], size_of::<Migration>());
-        let Some(reply) = absent_is_none(answer)? else { return Ok(None) };
-        let migration = self.feature_data(reply).and_then(Migration::decode);
-        self.channel.checked(Command::DeviceFeature, migration.map(|migration| Some(migration.flags.get())))
-    }
-
-    /// Returns the device's migration state, a `VFIO_DEVICE_STATE_*` value.
-    ///
-    /// # Errors
-    ///
-    /// As every request: see [`Error`].
-    pub fn device_state(&mut self) -> Result<u32, Error> {
-        let reply = self.feature(Feature::MigDeviceState, FEATURE_GET, &[], size_of::<MigState>())?;
-        let state = self.feature_data(reply).and_then(MigState::decode);
-        self.channel.checked(Command::DeviceFeature, state.map(|state| state.device_state.get()))
-    }
-
-    /// Moves the device to `state`, a `VFIO_DEVICE_STATE_*` value; it is there once this returns.
-    ///
-    /// # Errors
-    ///
-    /// As every request: see [`Error`]; after a refusal the device may be in any state on the way.
-    pub fn set_device_state(&mut self, state: u32) -> Result<(), Error> {
-        let wanted = MigState { device_state: state.into(), data_fd: 0.into() };
-        let reply = self.feature(Feature::MigDeviceState, FEATURE_SET, &[wanted.as_bytes()], 0)?;
-        let reached = self.feature_data(reply).and_then(MigState::decode);
-        let reached = reached.and_then(|now| echoed("device state", now.device_state.get(), state));
-        self.channel.checked(Command::DeviceFeature, reached)
-    }
-
-    /// Begins to log DMA writes to `ranges` (all, when there are none) and returns the granule the device chose.
-    ///
-    /// # Errors
-    ///
-    /// As every request: see [`Error`]; [`Error::TooLarge`] for more than [`MAX_LOGGING_RANGES`].
-    pub fn start_dma_logging(&mut self, wish: Granule, ranges: &[IovaRange]) -> Result<Granule, Error> {
-        let num_ranges = u32::try_from(ranges.len()).unwrap_or(u32::MAX);
-        if num_ranges > MAX_LOGGING_RANGES {
-            return Err(self.channel.too_large(
-                "number of DMA logging ranges",
-                ranges.len() as u64,
-                MAX_LOGGING_RANGES,
-            ));
-        }
-        let control = LoggingControl {
-            page_size: wish.bytes().into(),
-            num_ranges: num_ranges.into(),
-            reserved: 0.into(),
-        };
-        let wire: Vec<_> = ranges
-            .iter()
-            .map(|range| LoggingRange { iova: range.start().into(), length: range.len().into() })
-            .collect();
-        let reply = self.feature(
-            Feature::DmaLoggingStart,
-            FEATURE_SET,
-            &[control.as_bytes(), wire.as_bytes()],
-            wire.as_bytes().len(),
-        )?;
-        let chosen = self.feature_data(reply).and_then(|data| {
-            let page_size = LoggingControl::decode(data)?.0.page_size.get();
-            Granule::new(page_size)
-                .map_err(|_| DecodeError::Invalid { what: "DMA log page size", value: page_size })
-        });
-        self.channel.checked(Command::DeviceFeature, chosen)
-    }
-
-    /// Ends DMA logging; what was not reported is lost.
-    ///
-    /// # Errors
-    ///
-    /// As every request: see [`Error`].
-    pub fn stop_dma_logging(&mut self) -> Result<(), Error> {
-        self.feature(Feature::DmaLoggingStop, FEATURE_SET, &[], 0).map(drop)
-    }
-
-    /// Returns the most bytes of IOVA space one [`Client::report_dma_log`] may cover: whole words of the bitmap.
-    pub fn report_bytes(&self, granule: Granule) -> u64 {
-        let words = (self.server.capabilities.bitmap_bytes() / size_of::<u64>() as u64).max(1);
-        words.saturating_mul(64).saturating_mul(granule.bytes())
-    }
-
-    /// Reads and clears the log of `iova`: bit `n` of the words stands for its `n`th granule.
-    ///
-    /// The words are the client's own buffer, valid until the next request. Some servers report only exactly what one
-    /// DMA_MAP gave them.
-    ///
-    /// # Errors
-    ///
-    /// As every request: see [`Error`]; the log is then to be taken as lost. [`Error::TooLarge`] when `iova` is over
-    /// [`Client::report_bytes`].
-    pub fn report_dma_log(&mut self, iova: IovaRange, granule: Granule) -> Result<&[u64], Error> {
-        if iova.len() > self.report_bytes(granule) {
-            let limit = self.report_bytes(granule);
-            return Err(self.channel.too_large("range of a DMA log report", iova.len(), limit));
-        }
-        let request = LoggingReport {
-            iova: iova.start().into(),
-            length: iova.len().into(),
-            page_size: granule.bytes().into(),
-        };
-        let words = usize::try_from(granule.bits_for(iova.len()).div_ceil(64)).unwrap_or(usize::MAX);
-        let reply = self.feature(
-            Feature::DmaLoggingReport,
-            FEATURE_GET,
-            &[request.as_bytes()],
-            words.saturating_mul(size_of::<u64>()),
-        )?;
-        let checked = self.feature_data(reply).and_then(|data| {
-            let (report, _) = LoggingReport::decode_with_bitmap(data)?;
-            echoed("reported IOVA", report.iova.get(), iova.start())?;
-            echoed("reported length", report.length.get(), iova.len())?;
-            echoed("reported page size", report.page_size.get(), granule.bytes())
-        });
-        self.channel.checked(Command::DeviceFeature, checked)?;
-        let first = BITMAP_OFFSET / size_of::<u64>();
-        Ok(self.channel.words(first, words))
-    }
-
-    /// Reads migration data into `buf` and returns how much there was; less than `buf` holds means no more for now.
-    ///
-    /// # Errors
-    ///
-    /// As every request: see [`Error`]; what was read before is gone from the device.
-    pub fn read_migration_data(&mut self, buf: &mut [u8]) -> Result<usize, Error> {
-        let mut filled = 0;
-        for chunk in buf.chunks_mut(self.data_xfer_bytes) {
-            let read = self.read_migration_chunk(chunk)?;
-            filled += read;
-            if read < chunk.len() {
-                break;
-            }
-        }
-        Ok(filled)
-    }
-
-    fn read_migration_chunk(&mut self, chunk: &mut [u8]) -> Result<usize, Error> {
-        let request = mig_data(chunk.len());
-        let reply = self.channel.exchange(Command::MigDataRead, &[request.as_bytes()], None, chunk.len())?;
-        let copied = MigData::decode_with_data(self.channel.payload(reply)).and_then(|data| {
-            let (value, limit) = (data.len() as u64, chunk.len() as u64);
-            let target = chunk.get_mut(..data.len()).ok_or(DecodeError::OverLimit {
-                what: "migration data",
-                value,
-                limit,
-            })?;
-            target.copy_from_slice(data);
-            Ok(data.len())
-        });
-        self.channel.checked(Command::MigDataRead, copied)
-    }
-
-    /// Writes all of `data` as migration data.
-    ///
-    /// # Errors
-    ///
-    /// As every request: see [`Error`]; a part of `data` may have been taken.
-    pub fn write_migration_data(&mut self, data: &[u8]) -> Result<(), Error> {
-        for chunk in data.chunks(self.data_xfer_bytes) {
-            let request = mig_data(chunk.len());
-            self.channel.exchange(Command::MigDataWrite, &[request.as_bytes(), chunk], None, 0)?;
-        }
-        Ok(())
-    }
-
-    /// Makes a DEVICE_FEATURE request and returns the size of the reply's payload.
-    fn feature(
-        &mut self,
-        feature: Feature,
-        methods: u32,
-        data: &[&[u8]],
-        reply_data_bytes: usize,
-    ) -> Result<usize, Error> {
-        let [first, second] = [data.first(), data.get(1)].map(|part| part.copied().unwrap_or_default());
-        let sent = first.len() + second.len();
-        let argsz = size_of::<FeatureHeader>() + sent + reply_data_bytes;
-        let header = FeatureHeader::new(feature, methods, u32::try_from(argsz).unwrap_or(u32::MAX));
-        let parts = [header.as_bytes(), first, second];
-        self.channel.exchange(Command::DeviceFeature, &parts, None, reply_data_bytes)
-    }
-
-    fn feature_data(&self, reply: usize) -> Result<&[u8], DecodeError> {
-        FeatureHeader::decode(self.channel.payload(reply)).map(|(_, data)| data)
+    /// Returns the most bytes of data in one request.
+    fn request_data_bytes(&self) -> usize {
+        self.data_xfer_bytes.min(MAX_REQUEST_DATA_BYTES)
     }
 }
 
@@ -454,18 +246,34 @@ fn accept(proposal: &Version, server: Version) -> Result<Version, DecodeError> {
         return Err(DecodeError::Invalid { what: "max_bitmap_size", value: bitmap_bytes });
     }
     match server.capabilities.data_xfer_bytes() {
-        0 => Err(DecodeError::Invalid { what: "max_data_xfer_size", value: 0 }),
+        value @ ..MIN_DATA_XFER_BYTES => Err(DecodeError::Invalid { what: "max_data_xfer_size", value }),
         _ => Ok(server),
     }
 }
 
-/// Turns the errnos that servers and kernels answer for an unknown feature into `None`.
-fn absent_is_none<T>(answer: Result<T, Error>) -> Result<Option<T>, Error> {
-    match answer {
-        Ok(value) => Ok(Some(value)),
-        Err(Error::Refused { errno: libc::ENOTTY | libc::EINVAL | libc::EOPNOTSUPP, .. }) => Ok(None),
-        Err(error) => Err(error),
+/// Returns the socket for the server's own requests, if it passed one along.
+fn twin_socket_of(
+    proposal: &Version,
+    server: &Version,
+    passed: Option<OwnedFd>,
+) -> Result<Option<OwnedFd>, DecodeError> {
+    let offered = server.capabilities.twin_socket.as_ref().filter(|twin| twin.supported);
+    match (offered, passed) {
+        (None, _) => Ok(None),
+        (Some(_), _) if proposal.capabilities.twin_socket.is_none() => {
+            Err(DecodeError::Unexpected { what: "twin_socket.supported", value: 1, expected: 0 })
+        }
+        (Some(TwinSocketCapability { fd_index: Some(0), .. }), Some(socket)) => Ok(Some(socket)),
+        (Some(twin), _) => {
+            let value = twin.fd_index.map_or(u64::MAX, Into::into);
+            Err(DecodeError::Invalid { what: "twin_socket.fd_index", value })
+        }
     }
+}
+
+/// Returns the most bytes of data in one message of the server.
+fn data_xfer_limit(options: &Options) -> u64 {
+    options.max_data_xfer_bytes.clamp(MIN_DATA_XFER_BYTES, MAX_DATA_XFER_BYTES)
 }
 
 fn access_echoed(asked: &RegionAccess, done: &RegionAccess) -> Result<(), DecodeError> {
@@ -476,11 +284,6 @@ fn access_echoed(asked: &RegionAccess, done: &RegionAccess) -> Result<(), Decode
 
 fn region_access(region: u32, offset: u64, count: usize) -> RegionAccess {
     RegionAccess { offset: offset.into(), region: region.into(), count: chunk_u32(count).into() }
-}
-
-fn mig_data(size: usize) -> MigData {
-    let argsz = chunk_u32(size_of::<MigData>() + size);
-    MigData { argsz: argsz.into(), size: chunk_u32(size).into() }
 }
 
 fn chunk_u32(bytes: usize) -> u32 {

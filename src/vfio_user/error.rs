@@ -5,6 +5,7 @@
 use std::io;
 
 use super::message::Command;
+use crate::range::IovaRange;
 
 /// Describes bytes that are not the message they should be.
 #[derive(Debug, thiserror::Error)]
@@ -53,10 +54,55 @@ pub enum DecodeError {
     Capabilities(#[source] serde_json::Error),
 }
 
+/// Says what made a client drop its connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BrokenBy {
+    /// A request was not answered in time.
+    #[error("{0} was not answered in time")]
+    Timeout(Command),
+    /// The server hung up.
+    #[error("The server closed the connection during {0}")]
+    Disconnected(Command),
+    /// The socket failed.
+    #[error("The socket failed during {0}")]
+    Socket(Command),
+    /// An answer was not what the protocol says.
+    #[error("{0} was answered with a malformed message")]
+    Malformed(Command),
+    /// A request of the server could not be served.
+    #[error("A request of the server could not be served")]
+    Serving,
+    /// The thread that made a request panicked before it had the answer.
+    #[error("{0} was left unfinished")]
+    Interrupted(Command),
+}
+
+/// Says why a request of the server could not be served. A request that is merely refused is served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The rest of the request did not come, or its reply was not taken, in time.
+    #[error("It was not complete within {timeout_ms} ms")]
+    Timeout {
+        /// The time it had.
+        timeout_ms: u128,
+    },
+    /// The server's end of the socket is gone.
+    #[error("The server closed its connection")]
+    Disconnected,
+    /// The socket failed in another way.
+    #[error("The socket failed")]
+    Socket(#[source] io::Error),
+    /// The message is no request.
+    #[error("It is a malformed message")]
+    Malformed(#[source] DecodeError),
+}
+
 /// Describes a request to a vfio-user device that failed.
 ///
-/// Only after [`Error::Refused`] and [`Error::TooLarge`] is the connection still in step with the server; after any
-/// other kind each further request fails with [`Error::Broken`].
+/// Only where [`Error::leaves_connection_usable`] is the connection still in step with the server. After any other kind it
+/// is shut down, and each further request fails with [`Error::Broken`], which says what came first.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -120,13 +166,43 @@ pub enum Error {
         /// The limit it exceeds.
         limit: u64,
     },
-    /// An earlier request left the connection out of step; nothing was sent.
-    #[error("Cannot send {command} to vfio-user device {device}: an earlier request was left unfinished")]
+    /// The memory to map is not made of whole pages; nothing was sent.
+    #[error(
+        "vfio-user device {device} cannot be given {iova}: it is not made of whole pages of {page_bytes} bytes"
+    )]
+    NotWholePages {
+        /// The device's name.
+        device: String,
+        /// The memory.
+        iova: IovaRange,
+        /// The page size proposed when the client connected.
+        page_bytes: u64,
+    },
+    /// A part of the memory to map is mapped already; nothing was sent.
+    #[error("vfio-user device {device} cannot be given {iova}: it has {mapped} already")]
+    AlreadyMapped {
+        /// The device's name.
+        device: String,
+        /// The memory.
+        iova: IovaRange,
+        /// What it shares IOVAs with.
+        mapped: IovaRange,
+    },
+    /// A request that the server made could not be served.
+    #[error("Cannot serve a request of vfio-user device {device}")]
+    Serve {
+        /// The device's name.
+        device: String,
+        /// Why.
+        source: ServeError,
+    },
+    /// The connection was dropped earlier; nothing was sent.
+    #[error("vfio-user device {device} is lost: its connection was dropped")]
     Broken {
         /// The device's name.
         device: String,
-        /// The request.
-        command: Command,
+        /// Why it was dropped.
+        source: BrokenBy,
     },
 }
 
@@ -141,7 +217,23 @@ impl Error {
 
     /// Tells whether the connection can carry further requests.
     pub fn leaves_connection_usable(&self) -> bool {
-        matches!(self, Error::Refused { .. } | Error::TooLarge { .. })
+        self.broken_by().is_none()
+    }
+
+    /// Returns what a later request is told, when the connection carries none any more.
+    pub(super) fn broken_by(&self) -> Option<BrokenBy> {
+        match self {
+            Error::Refused { .. }
+            | Error::TooLarge { .. }
+            | Error::NotWholePages { .. }
+            | Error::AlreadyMapped { .. } => None,
+            Error::Timeout { command, .. } => Some(BrokenBy::Timeout(*command)),
+            Error::Disconnected { command, .. } => Some(BrokenBy::Disconnected(*command)),
+            Error::Socket { command, .. } => Some(BrokenBy::Socket(*command)),
+            Error::Malformed { command, .. } => Some(BrokenBy::Malformed(*command)),
+            Error::Serve { .. } => Some(BrokenBy::Serving),
+            Error::Broken { source, .. } => Some(*source),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::error::DecodeError;
-use super::message::{MAX_BITMAP_BYTES, split};
+use super::message::{MAX_BITMAP_BYTES, MAX_REQUEST_DATA_BYTES, split};
 
 /// `VFIO_DEVICE_FEATURE_GET`: the request asks for the feature's data.
 pub const FEATURE_GET: u32 = 1 << 16;
@@ -25,8 +25,10 @@ pub const MIGRATION_P2P: u64 = 1 << 1;
 /// `VFIO_MIGRATION_PRE_COPY`: the state can be read while the device runs.
 pub const MIGRATION_PRE_COPY: u64 = 1 << 2;
 
-/// Most ranges one DMA_LOGGING_START may name.
-pub const MAX_LOGGING_RANGES: u32 = 4096;
+/// Most ranges one DMA_LOGGING_START may name: as many as [`MAX_REQUEST_DATA_BYTES`] hold.
+pub const MAX_LOGGING_RANGES: u32 = 2048;
+
+const _: () = assert!(MAX_LOGGING_RANGES as usize * size_of::<LoggingRange>() <= MAX_REQUEST_DATA_BYTES);
 
 const FEATURE_MASK: u32 = 0xffff;
 
@@ -293,7 +295,7 @@ mod tests {
         let control =
             LoggingControl { page_size: 4096.into(), num_ranges: u32::MAX.into(), reserved: 0.into() };
         let error = LoggingControl::decode(control.as_bytes()).unwrap_err();
-        assert!(matches!(error, DecodeError::OverLimit { limit: 4096, .. }), "{error}");
+        assert!(matches!(error, DecodeError::OverLimit { limit: 2048, .. }), "{error}");
     }
 
     #[test]

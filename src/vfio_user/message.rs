@@ -18,6 +18,11 @@ pub const HEADER_BYTES: usize = size_of::<RawHeader>();
 pub const MAX_BITMAP_BYTES: u64 = 256 << 20;
 /// Largest message of any kind, header included: the largest bitmap and room for what surrounds it.
 pub const MAX_MESSAGE_BYTES: u64 = MAX_BITMAP_BYTES + 4096;
+/// Most data that a request of this library carries, in bytes.
+///
+/// A message of this size fits one socket buffer, which a UNIX socket hands over whole. Servers exist that read a message's
+/// body with one `recv` and take the rest of a message that comes in pieces for the next one.
+pub const MAX_REQUEST_DATA_BYTES: usize = 32 << 10;
 
 /// `VFIO_DEVICE_FLAGS_RESET`: the device can be reset.
 pub const DEVICE_FLAGS_RESET: u32 = 1 << 0;
@@ -56,6 +61,10 @@ pub enum Command {
     RegionRead = 9,
     /// `VFIO_USER_REGION_WRITE`: writes registers.
     RegionWrite = 10,
+    /// `VFIO_USER_DMA_READ`: the server reads guest memory that it cannot map.
+    DmaRead = 11,
+    /// `VFIO_USER_DMA_WRITE`: the server writes guest memory that it cannot map.
+    DmaWrite = 12,
     /// `VFIO_USER_DEVICE_RESET`: resets the device.
     DeviceReset = 13,
     /// `VFIO_USER_DEVICE_FEATURE`: probes, gets or sets a feature.
@@ -70,7 +79,7 @@ impl Command {
     /// Returns the command with this number, or `None` for one this library does not know.
     pub fn from_wire(number: u16) -> Option<Self> {
         use Command::*;
-        const ALL: [Command; 11] = [
+        const ALL: [Command; 13] = [
             Version,
             DmaMap,
             DmaUnmap,
@@ -78,6 +87,8 @@ impl Command {
             DeviceGetRegionInfo,
             RegionRead,
             RegionWrite,
+            DmaRead,
+            DmaWrite,
             DeviceReset,
             DeviceFeature,
             MigDataRead,
@@ -102,6 +113,8 @@ impl fmt::Display for Command {
             Command::DeviceGetRegionInfo => "DEVICE_GET_REGION_INFO",
             Command::RegionRead => "REGION_READ",
             Command::RegionWrite => "REGION_WRITE",
+            Command::DmaRead => "DMA_READ",
+            Command::DmaWrite => "DMA_WRITE",
             Command::DeviceReset => "DEVICE_RESET",
             Command::DeviceFeature => "DEVICE_FEATURE",
             Command::MigDataRead => "MIG_DATA_READ",
@@ -368,6 +381,33 @@ impl RegionAccess {
     }
 }
 
+/// Is the fixed part of DMA_READ and DMA_WRITE: `struct vfio_user_dma_region_access`.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct DmaAccess {
+    /// First IOVA.
+    pub iova: U64,
+    /// Bytes to transfer, or transferred.
+    pub count: U64,
+}
+
+impl DmaAccess {
+    /// Decodes a DMA_READ request or a DMA_WRITE reply, which carry no data.
+    pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
+        split("DMA access", payload).map(|(access, _)| *access)
+    }
+
+    /// Decodes a DMA_WRITE request or a DMA_READ reply with its `count` bytes of data.
+    pub fn decode_with_data(payload: &[u8]) -> Result<(Self, &[u8]), DecodeError> {
+        let (access, rest) = split::<Self>("DMA access", payload)?;
+        let needed = usize::try_from(access.count.get()).unwrap_or(usize::MAX);
+        let too_short = DecodeError::TooShort { what: "DMA data", needed, have: rest.len() };
+        Ok((*access, rest.get(..needed).ok_or(too_short)?))
+    }
+}
+
 /// Is the fixed part of MIG_DATA_READ and MIG_DATA_WRITE: `struct vfio_user_mig_data`.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
@@ -483,6 +523,11 @@ mod tests {
         assert_eq!(header.as_bytes(), &access[..16]);
         assert_eq!(bytes, [0xaa, 0xbb, 0xcc, 0xdd]);
 
+        let access = [0, 0x30, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0xaa, 0xbb];
+        let (header, bytes) = DmaAccess::decode_with_data(&access).unwrap();
+        assert_eq!(header, DmaAccess { iova: 0x1_0000_3000.into(), count: 2.into() });
+        assert_eq!((header.as_bytes(), bytes), access.split_at(16));
+
         let data = [11, 0, 0, 0, 3, 0, 0, 0, 1, 2, 3];
         assert_eq!(MigData::decode(&data).unwrap(), MigData { argsz: 11.into(), size: 3.into() });
         assert_eq!(MigData::decode(&data).unwrap().as_bytes(), &data[..8]);
@@ -497,7 +542,7 @@ mod tests {
     #[test]
     fn every_command_survives_its_number() {
         let known = (0..=u16::MAX).filter_map(Command::from_wire).collect::<Vec<_>>();
-        assert_eq!(known.len(), 11);
+        assert_eq!(known.len(), 13);
         assert!(known.iter().all(|c| Command::from_wire(c.to_wire()) == Some(*c)));
     }
 
@@ -523,7 +568,11 @@ mod tests {
             prop_assert_eq!(DeviceInfo::decode(&bytes).is_ok(), bytes.len() >= 16);
             prop_assert_eq!(RegionInfo::decode(&bytes).is_ok(), bytes.len() >= 32);
             prop_assert_eq!(RegionAccess::decode(&bytes).is_ok(), bytes.len() >= 16);
+            prop_assert_eq!(DmaAccess::decode(&bytes).is_ok(), bytes.len() >= 16);
             prop_assert_eq!(MigData::decode(&bytes).is_ok(), bytes.len() >= 8);
+            if let Ok((access, data)) = DmaAccess::decode_with_data(&bytes) {
+                prop_assert_eq!(access.count.get(), data.len() as u64);
+            }
             if let Ok((access, data)) = RegionAccess::decode_with_data(&bytes) {
                 prop_assert_eq!(access.count.get() as usize, data.len());
             }

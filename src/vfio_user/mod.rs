@@ -5,7 +5,8 @@
 //! ```text
 //!   Client ── request ──► transport (one deadline per request) ──► server
 //!     ▲                                                              │
-//!     └── message, feature, version: pure codecs, limits first ◄─────┘
+//!     ├── message, feature, version: pure codecs, limits first ◄─────┤
+//!     └── dma: guest memory for the server's own requests ◄──────────┘
 //! ```
 //! The codecs decode both directions, so that a server is built from the same definitions. The protocol says host
 //! byte order; every machine this library runs on is little-endian and the codecs say so.
@@ -15,6 +16,7 @@
 
 mod channel;
 pub mod client;
+mod dma;
 mod error;
 pub mod feature;
 pub mod message;
@@ -23,8 +25,9 @@ pub mod version;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub use client::{Client, DmaRegion, Options};
-pub use error::{DecodeError, Error};
+pub use client::{Client, Options};
+pub use dma::DmaRegion;
+pub use error::{BrokenBy, DecodeError, Error, ServeError};
 
 /// A client for all that speaks to one device: the VMM, the dirty source, the device's state.
 pub type SharedClient = Arc<Mutex<Client>>;

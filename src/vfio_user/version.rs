@@ -20,6 +20,8 @@ pub const DEFAULT_DATA_XFER_BYTES: u64 = 1 << 20;
 /// Smallest dirty bitmap that a server's limit may allow in one message, in bytes: 8 MiB of memory at 4 KiB, so that the log
 /// of a VM of 2 GiB takes 256 requests at most.
 pub const MIN_BITMAP_BYTES: u64 = 256;
+/// Smallest data transfer that a server's limit may allow, in bytes: a GiB of state takes 262,144 requests at most.
+pub const MIN_DATA_XFER_BYTES: u64 = 4096;
 /// Largest data transfer this library makes, whatever the peer allows, in bytes.
 pub const MAX_DATA_XFER_BYTES: u64 = 16 << 20;
 
@@ -52,6 +54,20 @@ pub struct Capabilities {
     /// Migration parameters; absent when the sender does not take part in migration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationCapability>,
+    /// A second socket for the server's own requests; absent when the sender has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub twin_socket: Option<TwinSocketCapability>,
+}
+
+/// Holds the parameters of the second socket of [`Capabilities`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TwinSocketCapability {
+    /// Whether the sender can use one; in a reply, whether one is passed along.
+    #[serde(default)]
+    pub supported: bool,
+    /// In a reply, which of the message's descriptors it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fd_index: Option<u32>,
 }
 
 /// Holds the migration parameters of [`Capabilities`].
@@ -136,7 +152,8 @@ mod tests {
 
     const GOLDEN: &[u8] =
         b"\x00\x00\x01\x00{\"capabilities\":{\"max_msg_fds\":8,\"max_data_xfer_size\":1048576,\
-        \"pgsizes\":4096,\"max_dma_maps\":16,\"migration\":{\"pgsize\":4096,\"max_bitmap_size\":65536}}}\0";
+        \"pgsizes\":4096,\"max_dma_maps\":16,\"migration\":{\"pgsize\":4096,\"max_bitmap_size\":65536},\
+        \"twin_socket\":{\"supported\":true,\"fd_index\":0}}}\0";
 
     fn full() -> Version {
         Version::current(Capabilities {
@@ -145,6 +162,7 @@ mod tests {
             pgsizes: Some(4096),
             max_dma_maps: Some(16),
             migration: Some(MigrationCapability { pgsize: Some(4096), max_bitmap_size: Some(65536) }),
+            twin_socket: Some(TwinSocketCapability { supported: true, fd_index: Some(0) }),
         })
     }
 
@@ -186,7 +204,8 @@ mod tests {
     proptest! {
         #[test]
         fn version_roundtrips(fds: Option<u32>, xfer: Option<u64>, pgsizes: Option<u64>, maps: Option<u64>,
-                              migration: Option<(Option<u64>, Option<u64>)>) {
+                              migration: Option<(Option<u64>, Option<u64>)>,
+                              twin_socket: Option<(bool, Option<u32>)>) {
             let version = Version::current(Capabilities {
                 max_msg_fds: fds,
                 max_data_xfer_size: xfer,
@@ -194,6 +213,8 @@ mod tests {
                 max_dma_maps: maps,
                 migration: migration
                     .map(|(pgsize, max_bitmap_size)| MigrationCapability { pgsize, max_bitmap_size }),
+                twin_socket: twin_socket
+                    .map(|(supported, fd_index)| TwinSocketCapability { supported, fd_index }),
             });
             prop_assert_eq!(Version::decode(&version.encode()).unwrap(), version);
         }

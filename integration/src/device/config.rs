@@ -20,6 +20,8 @@ pub struct DeviceConfig {
     pub log_page_bytes: Option<u64>,
     /// Most bytes of data in one message.
     pub max_data_xfer_bytes: u64,
+    /// Most bytes of state in one answer, however many are asked for and left; none hands out as many as asked.
+    pub state_piece_bytes: Option<u64>,
     /// To the letter of the protocol, or as the common C library reads it.
     pub behaviour: Behaviour,
     /// What goes wrong, and when.
@@ -35,6 +37,7 @@ impl Default for DeviceConfig {
             dma_logging: true,
             log_page_bytes: None,
             max_data_xfer_bytes: 1 << 20,
+            state_piece_bytes: None,
             behaviour: Behaviour::Strict,
             faults: Vec::new(),
         }
@@ -48,7 +51,8 @@ pub enum Behaviour {
     /// To the letter: the log covers the ranges of START, which may come once.
     Strict,
     /// As libvfio-user: START logs every mapped region and may come again with the same page size; REPORT names
-    /// exactly one mapped region.
+    /// exactly one mapped region. A message's body is read with one `recv`, and what comes later is taken for the next
+    /// message. DEVICE_RESET is refused in STOP and STOP_COPY, and in PRE_COPY and RESUMING leaves the state as it is.
     LibvfioUser,
 }
 

@@ -286,11 +286,18 @@ impl Engine {
         Ok(())
     }
 
-    /// Resets the device: it runs, with its engine off. Mapped memory and the log stay.
-    pub(super) fn reset(&mut self) {
+    /// Resets the device: it runs, with its engine off, or stays where it is as libvfio-user does. Mapped memory and the log
+    /// stay.
+    pub(super) fn reset(&mut self) -> Result<(), Errno> {
+        let keeps_state = self.config.behaviour == Behaviour::LibvfioUser;
+        match self.state {
+            State::Stop | State::StopCopy if keeps_state => return Err(Errno(libc::EINVAL)),
+            State::PreCopy | State::Resuming if keeps_state => {}
+            _ => self.state = State::Running,
+        }
         self.registers = Registers::default();
         self.blocks = Blocks::new(self.blocks.bytes());
-        self.state = State::Running;
         self.session = Session::None;
+        Ok(())
     }
 }

@@ -19,7 +19,7 @@ use vfio_migration::vfio_user::version::{Capabilities, MAX_DATA_XFER_BYTES, Migr
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use zerocopy::IntoBytes;
 
-use super::config::{DeviceConfig, Fault, When};
+use super::config::{Behaviour, DeviceConfig, Fault, When};
 use super::memory::MAX_DMA_MAPS;
 use super::registers::REGION_BYTES;
 use super::state::State;
@@ -64,7 +64,9 @@ impl Server {
     /// Answers until the client hangs up.
     pub(super) fn run(&mut self) -> Result<(), ServeError> {
         while let Some(mut request) = self.receive()? {
+            let is_whole = request.payload.len() == request.header.payload_bytes();
             let outcome = match self.fate(request.header.command()) {
+                Fate::Answered if !is_whole => Err(Errno(libc::EINVAL)),
                 Fate::Answered => self.answer(&mut request),
                 Fate::Refused(errno) => Err(errno),
                 Fate::Fatal(error) => return Err(error),
@@ -101,9 +103,20 @@ impl Server {
         if size > limit {
             return Err(ServeError::TooLong { size, limit });
         }
-        let mut payload = vec![0; header.payload_bytes()];
-        self.socket.read_exact(&mut payload)?;
+        let payload = self.receive_payload(header.payload_bytes())?;
         Ok(Some(Request { header, payload, file }))
+    }
+
+    /// Receives a message's body, or as much of it as one `recv` brings.
+    fn receive_payload(&mut self, bytes: usize) -> io::Result<Vec<u8>> {
+        let mut payload = vec![0; bytes];
+        if self.config.behaviour == Behaviour::LibvfioUser && bytes > 0 {
+            let received = self.socket.read(&mut payload)?;
+            payload.truncate(received);
+        } else {
+            self.socket.read_exact(&mut payload)?;
+        }
+        Ok(payload)
     }
 
     fn reply(&mut self, request: &Header, outcome: Result<Vec<u8>, Errno>) -> io::Result<()> {
@@ -162,9 +175,10 @@ impl Server {
             Command::RegionRead => self.region_read(payload),
             Command::RegionWrite => self.region_write(payload),
             Command::DeviceReset => {
-                self.device.change(|engine| engine.reset());
+                self.device.change(|engine| engine.reset())?;
                 Ok(Vec::new())
             }
+            Command::DmaRead | Command::DmaWrite => Err(Errno(libc::EINVAL)),
             Command::DeviceFeature => self.feature(payload),
             Command::MigDataRead => self.read_data(payload),
             Command::MigDataWrite => self.write_data(payload),
@@ -180,6 +194,7 @@ impl Server {
             pgsizes: Some(PAGE_BYTES as u64),
             max_dma_maps: Some(MAX_DMA_MAPS as u64),
             migration: self.config.migration.then_some(migration),
+            twin_socket: None,
         });
         if client.major != ours.major || client.capabilities.data_xfer_bytes() == 0 {
             return Err(Errno(libc::EINVAL));
@@ -315,7 +330,9 @@ impl Server {
         if u64::from(size) > limit.min(room) {
             return Err(Errno(libc::EINVAL));
         }
-        let data = self.device.change(|engine| engine.read_data(size as usize))?;
+        let piece_bytes = self.config.state_piece_bytes.unwrap_or(u64::MAX).min(size.into());
+        let data =
+            self.device.change(|engine| engine.read_data(usize::try_from(piece_bytes).unwrap_or(0)))?;
         let size = u32::try_from(data.len()).map_err(|_| Errno(libc::E2BIG))?;
         let header = MigData { argsz: (size + 8).into(), size: size.into() };
         Ok([header.as_bytes(), &data].concat())

@@ -8,8 +8,15 @@ use std::time::Instant;
 
 use proptest::prelude::*;
 
+use super::migration::mig_data;
 use super::*;
-use crate::vfio_user::message::{HEADER_BYTES, Header, Kind};
+use crate::range::IovaRange;
+use crate::vfio_user::DmaRegion;
+use crate::vfio_user::error::BrokenBy;
+use crate::vfio_user::feature::{FEATURE_SET, Feature, MAX_LOGGING_RANGES as MAX_RANGES};
+use crate::vfio_user::message::{HEADER_BYTES, Header, Kind, MigData};
+
+mod serving;
 
 /// One message a scripted server received.
 struct Request {
@@ -85,7 +92,11 @@ fn silent_server_times_out_and_the_client_stays_broken() {
     assert!(matches!(error, Error::Timeout { timeout_ms: 300, .. }), "{error}");
     assert_eq!(error.to_string(), "vfio-user device dma0 did not answer DEVICE_RESET within 300 ms");
     let error = client.device_info().unwrap_err();
-    assert!(matches!(error, Error::Broken { command: Command::DeviceGetInfo, .. }), "{error}");
+    assert_eq!(error.to_string(), "vfio-user device dma0 is lost: its connection was dropped");
+    assert!(
+        matches!(error, Error::Broken { source: BrokenBy::Timeout(Command::DeviceReset), .. }),
+        "{error:?}"
+    );
 }
 
 #[test]
@@ -177,12 +188,12 @@ fn version_that_cannot_work_is_rejected() {
 
 #[test]
 fn transfers_are_cut_to_the_smaller_limit() {
-    let small = Capabilities { max_data_xfer_size: Some(5), ..Capabilities::default() };
+    let small = Capabilities { max_data_xfer_size: Some(4096), ..Capabilities::default() };
     let mut written = Vec::new();
     let (stream, _) = server(Version::current(small), move |request| match request.command {
         18 => {
             let data = MigData::decode_with_data(&request.payload).unwrap();
-            assert!(data.len() <= 5);
+            assert!(data.len() <= 4096);
             written.extend_from_slice(data);
             reply(request, &[])
         }
@@ -195,12 +206,15 @@ fn transfers_are_cut_to_the_smaller_limit() {
         other => panic!("command {other}"),
     });
     let mut client = Client::connect(stream, "dma0", &options()).unwrap();
-    assert_eq!(client.data_xfer_bytes(), 5);
-    client.write_migration_data(b"thirteen byte").unwrap();
-    let mut buf = [0; 32];
-    assert_eq!(client.read_migration_data(&mut buf).unwrap(), 13);
-    assert_eq!(&buf[..13], b"thirteen byte");
-    assert_eq!(client.read_migration_data(&mut buf).unwrap(), 0);
+    assert_eq!(client.data_xfer_bytes(), 4096);
+    let state: Vec<u8> = (0..=255).cycle().take(10_000).collect();
+    client.write_migration_data(&state).unwrap();
+    let (mut read, mut buf) = (Vec::new(), [0; 9000]);
+    for expected in [4096, 4096, 1808, 0] {
+        assert_eq!(client.read_migration_data(&mut buf).unwrap(), expected);
+        read.extend_from_slice(&buf[..expected]);
+    }
+    assert_eq!(read, state);
 }
 
 #[test]
@@ -302,6 +316,106 @@ fn warm_reports_do_not_grow_the_buffers() {
         client.report_dma_log(range, Granule::KIB_4).unwrap();
     }
     assert_eq!(client.channel.buffers(), before);
+}
+
+#[test]
+fn c59_no_request_is_larger_than_a_socket_buffer_takes_at_once() {
+    let ranges: Vec<_> = (0..u64::from(MAX_RANGES)).map(|page| iova(page << 13, 4096)).collect();
+    let mut client = client(|request| {
+        assert!(request.payload.len() <= (32 << 10) + 256, "{} bytes", request.payload.len());
+        match request.command {
+            10 => reply(request, &request.payload[..16]),
+            16 => reply(request, &request.payload),
+            _ => reply(request, &[]),
+        }
+    });
+    client.region_write(0, 0, &vec![0; 100_000]).unwrap();
+    client.write_migration_data(&vec![0; 100_000]).unwrap();
+    client.start_dma_logging(Granule::KIB_4, &ranges).unwrap();
+    let error = client.channel.exchange(Command::MigDataWrite, &[&vec![0; 34_000]], None, 0).unwrap_err();
+    assert!(matches!(error, Error::TooLarge { .. }) && error.leaves_connection_usable(), "{error}");
+}
+
+#[test]
+fn c59_a_connection_out_of_step_is_hung_up_and_every_later_request_says_why() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let thread = thread::spawn(move || {
+        let request = receive(&mut theirs).unwrap();
+        theirs.write_all(&reply(&request, &defaults().encode())).unwrap();
+        // The request's rest is taken for another: the refusal bears an identifier that nobody gave.
+        let request = receive(&mut theirs).unwrap();
+        theirs.write_all(&message(request.id + 7, 0x4141, Kind::ErrorReply { errno: 22 }, &[])).unwrap();
+        theirs.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        theirs.read(&mut [0])
+    });
+    let mut client = Client::connect(ours, "dma0", &options()).unwrap();
+    let error = client.write_migration_data(&[0x41; 1000]).unwrap_err();
+    assert!(matches!(error, Error::Malformed { .. }), "{error}");
+    let seen = thread.join().unwrap();
+    assert_eq!(seen.ok(), Some(0), "the server sees its client hang up, with the client still there");
+    for _ in 0..2 {
+        let error = client.device_state().unwrap_err();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert_eq!(source, "MIG_DATA_WRITE was answered with a malformed message");
+    }
+}
+
+#[test]
+fn c61_a_server_that_allows_only_crumbs_is_refused() {
+    for max_data_xfer_size in [1, MIN_DATA_XFER_BYTES - 1] {
+        let version =
+            Capabilities { max_data_xfer_size: Some(max_data_xfer_size), ..Capabilities::default() };
+        let (stream, _) = server(Version::current(version), |_| panic!("nothing is to be sent"));
+        let error = Client::connect(stream, "dma0", &options()).unwrap_err();
+        let Error::Malformed { source, .. } = error else { panic!("{error}") };
+        assert!(source.to_string().contains("max_data_xfer_size"), "{source}");
+    }
+}
+
+#[test]
+fn c61_a_transfer_of_many_requests_has_one_deadline() {
+    let mut client = client(|request| {
+        thread::sleep(Duration::from_millis(200));
+        reply(request, &[])
+    });
+    let begun = Instant::now();
+    let error = client.write_migration_data(&[0; 256 << 10]).unwrap_err();
+    assert!(matches!(error, Error::Timeout { timeout_ms: 300, .. }), "{error}");
+    assert!(begun.elapsed() < Duration::from_millis(1500), "eight answers of 200 ms each");
+}
+
+#[test]
+fn c62_an_empty_answer_to_an_unmap_is_a_success() {
+    let region = DmaRegion { iova: iova(0x1000, 0x2000), file_offset: 0, writeable: true };
+    let mut unmaps = 0;
+    let mut client = client(move |request| {
+        unmaps += usize::from(request.command == 3);
+        reply(request, if unmaps == 2 { &request.payload[..23] } else { &[] })
+    });
+    client.dma_map(&region, None).unwrap();
+    client.dma_unmap(region.iova).unwrap();
+    client.dma_map(&region, None).unwrap();
+    let error = client.dma_unmap(region.iova).unwrap_err();
+    assert!(matches!(error, Error::Malformed { command: Command::DmaUnmap, .. }), "{error}");
+}
+
+#[test]
+fn c62_memory_that_is_not_whole_pages_or_mapped_already_is_not_sent() {
+    let mut client = client(|request| {
+        assert_eq!(request.payload[24..], 0x2000_u64.to_le_bytes(), "only the good one");
+        reply(request, &[])
+    });
+    let region =
+        |start, bytes, file_offset| DmaRegion { iova: iova(start, bytes), file_offset, writeable: true };
+    for odd in [region(0x800, 0x1000, 0), region(0x1000, 0x1800, 0), region(0x1000, 0x1000, 1)] {
+        let error = client.dma_map(&odd, None).unwrap_err();
+        assert!(matches!(error, Error::NotWholePages { page_bytes: 4096, .. }), "{error}");
+    }
+    client.dma_map(&region(0x1000, 0x2000, 0), None).unwrap();
+    for twice in [region(0x1000, 0x2000, 0), region(0x2000, 0x1000, 0), region(0, 0x9000, 0)] {
+        let error = client.dma_map(&twice, None).unwrap_err();
+        assert!(matches!(error, Error::AlreadyMapped { .. }) && error.leaves_connection_usable(), "{error}");
+    }
 }
 
 proptest! {
