@@ -153,10 +153,9 @@ fn written(status: &Status, from: u64) -> BTreeSet<u64> {
 fn read_all(client: &mut Client) -> Vec<u8> {
     let (mut data, mut buffer) = (Vec::new(), vec![0; 100_000]);
     loop {
-        let read = client.read_migration_data(&mut buffer).unwrap();
-        data.extend_from_slice(&buffer[..read]);
-        if read < buffer.len() {
-            return data;
+        match client.read_migration_data(&mut buffer).unwrap() {
+            0 => return data,
+            read => data.extend_from_slice(&buffer[..read]),
         }
     }
 }
@@ -178,6 +177,8 @@ fn wait_for_position(client: &mut Client, position: u64) {
 mod client;
 #[path = "vfio_user/faults.rs"]
 mod faults;
+#[path = "vfio_user/hostile.rs"]
+mod hostile;
 #[path = "vfio_user/process.rs"]
 mod process;
 #[path = "vfio_user/seams.rs"]

@@ -73,6 +73,12 @@ pub enum DeviceFailure {
     /// It holds a part of a saved state.
     #[error("Device is in RESUMING with an unfinished state")]
     Unfinished,
+    /// A reset left it in another state than RUNNING.
+    #[error("Device is in {state} after a reset")]
+    NotReset {
+        /// Where it is.
+        state: DeviceState,
+    },
     /// It runs again, but only after a reset: its state is lost, its PCI command register and interrupts are to be set up anew.
     #[error("Device was reset, its state is lost")]
     Reset,
@@ -417,14 +423,18 @@ impl Device {
         Err(DeviceFailure::Reset)
     }
 
-    /// Resets the device; it is RUNNING afterwards, with its state lost.
+    /// Resets the device; it is seen to be RUNNING afterwards, with its state lost.
     fn reset(&mut self) -> Result<(), DeviceFailure> {
         error!("Resetting device {:?}: its state is lost", self.identity.name);
         self.end_session();
         self.holds_loaded = false;
         // Even a reset that fails may have wiped the device.
         self.was_reset = true;
-        Ok(self.io.reset()?)
+        self.io.reset()?;
+        match self.io.state()? {
+            DeviceState::Running => Ok(()),
+            state => Err(DeviceFailure::NotReset { state }),
+        }
     }
 
     /// Reads the stopped device's state to its end, in STOP_COPY; what PRE_COPY brought stays in front.

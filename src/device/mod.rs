@@ -32,6 +32,8 @@ mod blob;
 #[cfg(feature = "device-state")]
 mod member;
 #[cfg(feature = "device-state")]
+mod pace;
+#[cfg(feature = "device-state")]
 pub mod saved;
 #[cfg(feature = "device-state")]
 mod set;
@@ -303,6 +305,6 @@ pub trait DeviceIo: Send {
     /// Resets the device: it is RUNNING afterwards, with nothing of its state left.
     ///
     /// # Errors
-    /// The device cannot be helped.
+    /// The device cannot be helped. Where the interface leaves the state as it was, it is moved to RUNNING and asked.
     fn reset(&mut self) -> Result<(), DeviceError>;
 }

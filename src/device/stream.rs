@@ -4,9 +4,12 @@
 //!
 //! How a device cuts its stream into reads means nothing; only the order of the bytes does.
 
+use std::time::{Duration, Instant};
+
 use thiserror::Error;
 
 use super::blob::Blob;
+use super::pace::{LEAST_BYTES_PER_SECOND, PATIENCE, Pace};
 use super::{DataRead, DeviceError, DeviceIo};
 
 /// Most bytes asked of a device, or given to it, at once.
@@ -14,6 +17,9 @@ pub const CHUNK_BYTES: usize = 1 << 20;
 
 /// Most bytes asked of a device as long as little is known of its state; then as many as it handed over before.
 const FIRST_CHUNK_BYTES: usize = 1 << 16;
+
+/// How long a device in PRE_COPY is listened to that hands out less than a useful rate. What it has left follows in STOP_COPY.
+const PRECOPY_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why a device's state could not be read or written.
 #[derive(Debug, Error)]
@@ -46,6 +52,17 @@ pub enum StreamError {
         claimed_bytes: usize,
         /// Bytes there was room for.
         offered_bytes: usize,
+    },
+    /// The stream is slower than any that is worth waiting for, as one that never ends.
+    #[error(
+        "Device moves its state too slowly: after {moved_bytes} bytes it fell {} s behind {LEAST_BYTES_PER_SECOND} bytes a second",
+        .patience.as_secs()
+    )]
+    Slow {
+        /// Bytes read of it, or written to it, before.
+        moved_bytes: usize,
+        /// How far it may fall behind.
+        patience: Duration,
     },
     /// The state is longer than allowed.
     #[error("Device state is longer than the {limit_bytes} bytes that Device::state_limit allows")]
@@ -84,6 +101,8 @@ pub(super) struct StateStream {
     taken: bool,
     precopy_bytes: usize,
     state_bytes: usize,
+    /// How long a stream may lag, in PRE_COPY and in STOP_COPY.
+    patience: [Duration; 2],
     /// Bytes since the device last paused, between the two pauses before, and between the two before those.
     since_pause: usize,
     last_batch: Option<usize>,
@@ -101,6 +120,7 @@ impl StateStream {
             taken: false,
             precopy_bytes: 0,
             state_bytes: 0,
+            patience: [PRECOPY_PATIENCE, PATIENCE],
             since_pause: 0,
             last_batch: None,
             batch_before: None,
@@ -120,7 +140,7 @@ impl StateStream {
     /// Begins anew for a new session.
     pub(super) fn restart(&mut self) {
         let room = std::mem::take(&mut self.room);
-        *self = Self { room, ..Self::new(self.limit) };
+        *self = Self { room, patience: self.patience, ..Self::new(self.limit) };
     }
 
     /// Frees the bytes of a session that is over; how many there were is still known.
@@ -185,6 +205,8 @@ impl StateStream {
 
     /// Reads what a device in PRE_COPY has now, at most `budget` bytes, and no more than the limit leaves room for.
     ///
+    /// A device that hands out its state in crumbs counts as one that has no more for now.
+    ///
     /// # Errors
     /// The session is over, and what was read of it worthless.
     pub(super) fn read_precopy(
@@ -196,9 +218,13 @@ impl StateStream {
         let mut left = usize::try_from(budget).unwrap_or(usize::MAX).min(room);
         let before = self.filled();
         let mut drained = false;
+        let mut pace = Pace::new(self.patience[0], Instant::now());
         while left > 0 && !drained {
             match self.read(io, left)? {
-                DataRead::Bytes(count) => left -= count,
+                DataRead::Bytes(count) => {
+                    left -= count;
+                    drained = !pace.keeps_up(count, Instant::now());
+                }
                 DataRead::NothingNow => drained = true,
                 DataRead::End => return Err(StreamError::EarlyEnd { read_bytes: self.filled() }),
             }
@@ -217,11 +243,16 @@ impl StateStream {
     /// # Errors
     /// The state is not complete and never will be.
     pub(super) fn read_to_end(&mut self, io: &mut dyn DeviceIo) -> Result<(), StreamError> {
+        let patience = self.patience[1];
+        let mut pace = Pace::new(patience, Instant::now());
         loop {
             let offered = self.limit.saturating_add(1) - self.filled();
             match self.read(io, offered)? {
                 DataRead::Bytes(_) if self.filled() > self.limit => {
                     return Err(StreamError::TooLong { limit_bytes: self.limit });
+                }
+                DataRead::Bytes(count) if !pace.keeps_up(count, Instant::now()) => {
+                    return Err(StreamError::Slow { moved_bytes: self.filled(), patience });
                 }
                 DataRead::Bytes(_) => {}
                 DataRead::NothingNow => return Err(StreamError::Pause { read_bytes: self.filled() }),
@@ -258,9 +289,18 @@ impl StateStream {
 /// # Errors
 /// The device refused a part; only a reset leads out of RESUMING then.
 pub(super) fn write_all(io: &mut dyn DeviceIo, state: &[u8]) -> Result<(), StreamError> {
-    for (index, chunk) in state.chunks(CHUNK_BYTES).enumerate() {
-        io.write_data(chunk)
-            .map_err(|source| StreamError::Write { written_bytes: index * CHUNK_BYTES, source })?;
+    write_within(io, state, PATIENCE)
+}
+
+fn write_within(io: &mut dyn DeviceIo, state: &[u8], patience: Duration) -> Result<(), StreamError> {
+    let mut pace = Pace::new(patience, Instant::now());
+    let mut written_bytes = 0;
+    for chunk in state.chunks(CHUNK_BYTES) {
+        io.write_data(chunk).map_err(|source| StreamError::Write { written_bytes, source })?;
+        written_bytes += chunk.len();
+        if !pace.keeps_up(chunk.len(), Instant::now()) {
+            return Err(StreamError::Slow { moved_bytes: written_bytes, patience });
+        }
     }
     Ok(())
 }
@@ -428,6 +468,66 @@ mod tests {
         stream.read_to_end(&mut reads([Bytes(2), End])).unwrap();
         assert_eq!(stream.room.as_ptr(), room);
         assert_eq!((bytes(&mut stream), stream.state_bytes()), (vec![1, 1], 2));
+    }
+
+    /// A device that hands out a byte each 20 ms and takes as long for each piece that it is given.
+    struct Trickle;
+
+    impl DeviceIo for Trickle {
+        fn capabilities(&self) -> Capabilities {
+            Capabilities::default()
+        }
+
+        fn state(&mut self) -> Result<DeviceState, DeviceError> {
+            unreachable!("a stream asks for data only")
+        }
+
+        fn set_state(&mut self, _: DeviceState) -> Result<(), DeviceError> {
+            unreachable!("a stream asks for data only")
+        }
+
+        fn read_data(&mut self, _: &mut [u8]) -> Result<DataRead, DeviceError> {
+            std::thread::sleep(Duration::from_millis(20));
+            Ok(Bytes(1))
+        }
+
+        fn write_data(&mut self, _: &[u8]) -> Result<(), DeviceError> {
+            std::thread::sleep(Duration::from_millis(1_020));
+            Ok(())
+        }
+
+        fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
+            unreachable!("a stream asks for data only")
+        }
+
+        fn data_size(&mut self) -> Result<Option<u64>, DeviceError> {
+            unreachable!("a stream asks for data only")
+        }
+
+        fn reset(&mut self) -> Result<(), DeviceError> {
+            unreachable!("a stream asks for data only")
+        }
+    }
+
+    #[test]
+    fn c61_a_trickle_is_a_pause_in_precopy_and_a_failure_in_stop_copy() {
+        let mut stream = StateStream::new(STATE_LIMIT_BYTES);
+        stream.patience = [Duration::from_millis(100), Duration::from_millis(200)];
+        let read = stream.read_precopy(&mut Trickle, u64::MAX).unwrap();
+        assert!(read.drained && (1..=10).contains(&read.bytes), "{read:?}");
+        stream.restart();
+        let error = stream.read_to_end(&mut Trickle).unwrap_err();
+        assert!(matches!(error, StreamError::Slow { moved_bytes: 1..=11, .. }), "{error}");
+        let error = write_within(&mut Trickle, &vec![0; 3 * CHUNK_BYTES], Duration::ZERO).unwrap_err();
+        assert!(matches!(error, StreamError::Slow { moved_bytes: CHUNK_BYTES, .. }), "{error}");
+    }
+
+    #[test]
+    fn c58_only_no_bytes_at_all_are_the_end_of_a_state() {
+        let pieces = std::iter::repeat_n(Bytes(30_000), 8).chain([Bytes(22_192), End]);
+        let mut stream = StateStream::new(STATE_LIMIT_BYTES);
+        stream.read_to_end(&mut reads(pieces)).unwrap();
+        assert_eq!(stream.state_bytes(), 262_192);
     }
 
     #[test]

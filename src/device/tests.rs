@@ -339,6 +339,15 @@ fn c31_a_broken_device_is_reset_and_named() {
 }
 
 #[test]
+fn c60_a_device_that_ignores_its_reset_is_not_said_to_run() {
+    let (mut set, world) = set(vec![script(ALL)]);
+    world.lock().unwrap().devices[0].state = DeviceState::Error;
+    world.lock().unwrap().devices[0].ignores_reset = true;
+    let error = set.abort_to_running().unwrap_err();
+    assert_eq!(chain(&error), "Cannot run device \"dev0\": Device is in ERROR after a reset");
+}
+
+#[test]
 fn c31_a_device_that_fails_once_is_not_reset() {
     for effect in [Effect::Fails, Effect::FailsHalfway] {
         for call in 0..12 {

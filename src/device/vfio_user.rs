@@ -4,7 +4,7 @@
 
 use thiserror::Error;
 
-use super::{Capabilities, DataRead, DeviceError, DeviceIo, DeviceOperation, DeviceState, PrecopyInfo};
+use super::{Capabilities, DataRead, DeviceError, DeviceIo, DeviceOperation, DeviceState, PrecopyInfo, path};
 use crate::vfio_user::feature::{MIGRATION_P2P, MIGRATION_PRE_COPY, MIGRATION_STOP_COPY};
 use crate::vfio_user::{self, Client, SharedClient};
 
@@ -37,6 +37,14 @@ pub enum VfioUserDeviceError {
         /// The state.
         state: DeviceState,
     },
+    /// The device was reset, its state is another than RUNNING, and it does not go there.
+    #[error("vfio-user device {device} is in {state} after a reset")]
+    NotReset {
+        /// The device's name.
+        device: String,
+        /// Where it is.
+        state: DeviceState,
+    },
 }
 
 impl VfioUserDeviceError {
@@ -56,8 +64,6 @@ pub struct VfioUserDevice {
     capabilities: Capabilities,
     /// The state last set or seen, which tells a temporary end of the data from the end.
     state: DeviceState,
-    /// The last read was short: there is nothing more in this state, or not now.
-    drained: bool,
 }
 
 impl VfioUserDevice {
@@ -74,7 +80,7 @@ impl VfioUserDevice {
         };
         let capabilities =
             Capabilities { p2p: flags & MIGRATION_P2P != 0, pre_copy: flags & MIGRATION_PRE_COPY != 0 };
-        Ok(Self { client, capabilities, state, drained: false })
+        Ok(Self { client, capabilities, state })
     }
 
     fn end_of_data(&self, client: &Client) -> Result<DataRead, VfioUserDeviceError> {
@@ -85,16 +91,32 @@ impl VfioUserDevice {
         }
     }
 
+    /// Reads one piece. Whatever its size, only no bytes at all are the end of what there is.
     fn try_read(&mut self, buffer: &mut [u8]) -> Result<DataRead, VfioUserDeviceError> {
         let mut client = vfio_user::lock(&self.client);
         let end = self.end_of_data(&client)?;
-        if self.drained {
-            self.drained = end == DataRead::End;
-            return Ok(end);
+        Ok(match client.read_migration_data(buffer)? {
+            0 => end,
+            read => DataRead::Bytes(read),
+        })
+    }
+
+    /// Resets the device, and moves it to RUNNING where the reset left its state as it was or was refused in it.
+    ///
+    /// It is reset there once more: what it was given in RESUMING has become its state on the way.
+    fn try_reset(&mut self) -> Result<(), VfioUserDeviceError> {
+        let client = &mut *vfio_user::lock(&self.client);
+        let mut reset = if_usable(client.reset())?;
+        self.state = state(client)?;
+        if self.state != DeviceState::Running {
+            self.state = run(client, self.state, self.capabilities)?;
+            reset = if_usable(client.reset())?;
+            self.state = state(client)?;
         }
-        let read = client.read_migration_data(buffer)?;
-        self.drained = read < buffer.len() && (read > 0 || end == DataRead::End);
-        Ok(if read == 0 { end } else { DataRead::Bytes(read) })
+        match self.state {
+            DeviceState::Running => Ok(reset?),
+            state => Err(VfioUserDeviceError::NotReset { device: client.device().to_owned(), state }),
+        }
     }
 }
 
@@ -110,7 +132,6 @@ impl DeviceIo for VfioUserDevice {
     }
 
     fn set_state(&mut self, state: DeviceState) -> Result<(), DeviceError> {
-        self.drained = false;
         let set = vfio_user::lock(&self.client).set_device_state(state as u32);
         set.map_err(|cause| VfioUserDeviceError::from(cause).during(DeviceOperation::SetState(state)))?;
         self.state = state;
@@ -135,11 +156,32 @@ impl DeviceIo for VfioUserDevice {
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
-        let reset = vfio_user::lock(&self.client).reset();
-        reset.map_err(|cause| VfioUserDeviceError::from(cause).during(DeviceOperation::Reset))?;
-        (self.state, self.drained) = (DeviceState::Running, false);
-        Ok(())
+        self.try_reset().map_err(|cause| cause.during(DeviceOperation::Reset))
     }
+}
+
+/// Passes a refusal on as a value, and a lost connection as an error.
+fn if_usable(
+    outcome: Result<(), vfio_user::Error>,
+) -> Result<Result<(), vfio_user::Error>, vfio_user::Error> {
+    match outcome {
+        Err(error) if !error.leaves_connection_usable() => Err(error),
+        outcome => Ok(outcome),
+    }
+}
+
+/// Moves the device towards RUNNING, state by state until it refuses one, and returns where it is then.
+fn run(
+    client: &mut Client,
+    from: DeviceState,
+    capabilities: Capabilities,
+) -> Result<DeviceState, VfioUserDeviceError> {
+    for next in path(from, DeviceState::Running, capabilities).into_iter().flatten() {
+        if if_usable(client.set_device_state(next as u32))?.is_err() {
+            break;
+        }
+    }
+    state(client)
 }
 
 fn state(client: &mut Client) -> Result<DeviceState, VfioUserDeviceError> {

@@ -66,6 +66,8 @@ pub(super) struct Inside {
     pub(super) expects: Option<Vec<u8>>,
     /// Something else moved it: where it is then proves nothing.
     pub(super) excused: bool,
+    /// A reset leaves it in the state in which it is.
+    pub(super) ignores_reset: bool,
     /// It was reset and has not been touched since: it runs, but has nothing to do.
     blank: bool,
 }
@@ -146,6 +148,9 @@ impl World {
         let device = &mut self.devices[index];
         (device.left, device.loaded) = (Vec::new(), None);
         device.written.clear();
+        if device.ignores_reset {
+            return;
+        }
         (device.state, device.blank) = (DeviceState::Running, true);
         self.log.push((index, DeviceState::Running));
     }
@@ -181,6 +186,7 @@ pub(super) fn interface(script: Script, world: &Arc<Mutex<World>>) -> Box<dyn De
         loaded: None,
         expects: None,
         excused: false,
+        ignores_reset: false,
         blank: false,
     });
     Box::new(Fake { world: Arc::clone(world), index, capabilities })
