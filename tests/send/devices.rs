@@ -159,7 +159,7 @@ fn c54_pinned_pages_neither_hold_a_migration_up_nor_slow_the_vcpus_down() {
         let machine = Machine::from(vm.builder().source(Box::new(Pins(512))).build().unwrap());
         let peer = Peer::unix(Fault::Slow(Duration::from_millis(10)));
         let mut options = options(&peer);
-        (options.downtime_ms, options.throttle) = (downtime_ms, true);
+        (options.downtime_ms, options.throttle, options.timeout_s) = (downtime_ms, true, 20);
         let outcome = moved(&mut vm, &machine, options);
         assert!(!log_of(&vm.log).iter().any(|step| step.starts_with("throttle")));
         outcome

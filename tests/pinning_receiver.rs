@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The downtime that a receiver costs which pins all memory while it takes State, as one with pass-through devices does: with
+//! what was left out of the first pass populated before, with nothing left out, and with nothing done about it.
+//!
+//! `VFIO_MIGRATE_TEST_RAM_MIB=1024` makes the VM larger; a sixteenth of its memory was ever written.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::env;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use vfio_migration::device::{
+    Capabilities, DataRead, Device, DeviceError, DeviceIo, DeviceSet, DeviceState, PrecopyInfo,
+};
+use vfio_migration::layout::Layout;
+use vfio_migration::source::GuestMemoryLog;
+use vfio_migration::tracker::Tracker;
+use vfio_migration::transfer::connection::Listener;
+use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver, asks_for_prefault};
+use vfio_migration::transfer::url::Url;
+use vfio_migration::transfer::{Migration, PinningReceiver, Populated, SendOptions, Sender, Sent};
+use vfio_migration::vm::{Backing, Captured, Vm, VmError};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_migration::Snapshot;
+
+type Memory = GuestMemoryMmap<AtomicBitmap>;
+
+const MIB: u64 = 1 << 20;
+const RUNS: usize = 5;
+
+fn ram_bytes() -> u64 {
+    let mib = env::var("VFIO_MIGRATE_TEST_RAM_MIB").map_or(256, |mib| mib.parse().unwrap());
+    mib * MIB
+}
+
+/// Memory of a memfd's kind, none of which was touched.
+fn untouched(bytes: u64) -> Arc<Memory> {
+    let file = tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap();
+    file.set_len(bytes).unwrap();
+    let range = (GuestAddress(0), usize::try_from(bytes).unwrap(), Some(FileOffset::new(file, 0)));
+    Arc::new(Memory::from_ranges_with_files([range]).unwrap())
+}
+
+struct QuietVm(Arc<Memory>);
+
+impl Vm for QuietVm {
+    type Memory = Memory;
+
+    fn memory(&self) -> Arc<Memory> {
+        Arc::clone(&self.0)
+    }
+
+    fn backing(&self) -> Backing {
+        Backing::of_mmap(&self.0)
+    }
+
+    fn config(&mut self) -> Result<Vec<u8>, VmError> {
+        Ok(br#"{"vm_config":{"memory":{"prefault":false}}}"#.to_vec())
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn state(&mut self, devices: Snapshot) -> Result<Captured, VmError> {
+        Ok(devices.into())
+    }
+
+    fn can_throttle(&self) -> bool {
+        false
+    }
+
+    fn throttle(&mut self, _percent: u8) {}
+}
+
+/// A device of a few bytes of state.
+struct Small(DeviceState, bool);
+
+impl DeviceIo for Small {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { p2p: true, pre_copy: false }
+    }
+
+    fn state(&mut self) -> Result<DeviceState, DeviceError> {
+        Ok(self.0)
+    }
+
+    fn set_state(&mut self, state: DeviceState) -> Result<(), DeviceError> {
+        *self = Self(state, false);
+        Ok(())
+    }
+
+    fn read_data(&mut self, _buffer: &mut [u8]) -> Result<DataRead, DeviceError> {
+        let read = std::mem::replace(&mut self.1, true);
+        Ok(if read { DataRead::End } else { DataRead::Bytes(1) })
+    }
+
+    fn write_data(&mut self, _data: &[u8]) -> Result<(), DeviceError> {
+        unreachable!("a source's device takes no state")
+    }
+
+    fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
+        Ok(None)
+    }
+
+    fn data_size(&mut self) -> Result<Option<u64>, DeviceError> {
+        Ok(Some(1))
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+/// A VMM that pins its VM's memory for a device before it says that it has taken the State.
+struct Pinning {
+    memory: Arc<Memory>,
+}
+
+impl Destination for Pinning {
+    fn config(&mut self, json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
+        let pages = GuestPages::new(Arc::clone(&self.memory))?;
+        Ok(Arc::new(if asks_for_prefault(json) { pages.populated()? } else { pages }))
+    }
+
+    fn state(&mut self, _json: Vec<u8>) -> Result<(), VmError> {
+        GuestPages::new(Arc::clone(&self.memory))?.populated()?;
+        Ok(())
+    }
+
+    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn abandoned(&mut self) {}
+}
+
+fn moved(source: &Arc<Memory>, pinning_receiver: PinningReceiver) -> Sent {
+    let listener = Listener::bind(&Url::tcp("127.0.0.1", 0).unwrap()).unwrap();
+    let mut options = SendOptions::new(listener.url().clone());
+    options.pinning_receiver = pinning_receiver;
+    let mut vmm = Pinning { memory: untouched(ram_bytes()) };
+    let layout = Layout::from_guest_memory(source.as_ref()).unwrap();
+    let log = GuestMemoryLog::new(Arc::clone(source));
+    let tracker = Mutex::new(Tracker::builder(layout).source(Box::new(log)).build().unwrap());
+    let device = Device::new("dev", Box::new(Small(DeviceState::Running, false)));
+    let devices = Mutex::new(DeviceSet::new(vec![device]).unwrap());
+    thread::scope(|scope| {
+        let receiver = scope.spawn(|| Receiver::new(Limits::default(), None).receive(&listener, &mut vmm));
+        let sender = Sender::new(options);
+        let sent = sender.send(&mut QuietVm(Arc::clone(source)), &tracker, &devices, &Migration::new());
+        receiver.join().unwrap().unwrap();
+        sent.unwrap()
+    })
+}
+
+#[test]
+fn c67_a_pinning_receiver_takes_no_longer_than_when_every_page_is_sent() {
+    let source = untouched(ram_bytes());
+    for gpa in (0..ram_bytes() / 16).step_by(4096) {
+        source.write_obj(gpa | 1, GuestAddress(gpa)).unwrap();
+    }
+    let contenders = [PinningReceiver::Prefault, PinningReceiver::SendAll, PinningReceiver::Unheeded];
+    let mut runs: [Vec<Sent>; 3] = Default::default();
+    for _ in 0..RUNS {
+        for (contender, sent) in contenders.iter().zip(&mut runs) {
+            sent.push(moved(&source, *contender));
+        }
+    }
+    for (contender, sent) in contenders.iter().zip(&runs) {
+        println!("{contender:?}: {:?}", sent.iter().map(|sent| sent.downtime).collect::<Vec<_>>());
+    }
+    let least = |sent: &[Sent]| sent.iter().map(|sent| sent.downtime).min().unwrap();
+    let [asked, all, unheeded] = runs.each_ref().map(|sent| least(sent));
+    let [asked_bytes, all_bytes, _] = runs.each_ref().map(|sent| sent[0].bytes_sent);
+    println!(
+        "{} MiB: least downtime {asked:?} populated ({asked_bytes} bytes), {all:?} all sent ({all_bytes} bytes), {unheeded:?} left out",
+        ram_bytes() / MIB
+    );
+    assert!(runs[0].iter().all(|sent| sent.populated == Populated::Receiver));
+    assert!(asked_bytes * 10 <= all_bytes * 3, "{asked_bytes} of {all_bytes} bytes");
+    // What a busy host adds to a downtime of milliseconds.
+    let noise = unheeded / 10;
+    assert!(asked <= all * 12 / 10 + noise, "{asked:?} against {all:?}");
+    assert!(unheeded > asked * 2, "the receiver pins: {unheeded:?} against {asked:?}");
+}
