@@ -12,12 +12,9 @@ pub fn skip(why: impl Display) {
     say(test().as_deref().unwrap_or("a test"), why);
 }
 
-/// As [`skip`], of `what`, a part of the test, or the test in other words.
-pub fn skipped(what: &str, why: impl Display) {
-    match test() {
-        Some(test) => say(&test, format_args!("{what}: {why}")),
-        None => say(what, why),
-    }
+/// As [`skip`], of a test that calls itself `name` where its thread does not.
+pub fn skipped(name: &str, why: impl Display) {
+    say(test().as_deref().unwrap_or(name), why);
 }
 
 /// The test that this thread runs; `None` where tests run one after the other, on the main thread: then the line before

@@ -225,7 +225,7 @@ fn setup(memory_bytes: u64, kvm: bool) -> MachineSetup {
 
 /// Whether there is KVM; says so loudly when a test has to do with a software vCPU.
 fn kvm(test: &str) -> bool {
-    probe_kvm().inspect_err(|error| skipped(&format!("{test}, with a KVM guest"), error)).is_ok()
+    probe_kvm().inspect_err(|error| skipped(test, format!("with a KVM guest: {error}"))).is_ok()
 }
 
 /// The source that knows what the guest writes.
