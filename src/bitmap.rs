@@ -113,6 +113,16 @@ impl Bitmap {
         self.words[word]
     }
 
+    /// The words of `range`.
+    pub(crate) fn words(&self, range: Range<usize>) -> &[u64] {
+        &self.words[range]
+    }
+
+    /// Counts the set bits of a run.
+    pub(crate) fn count(&self, bits: Range<usize>) -> u64 {
+        masks(bits).map(|(word, mask)| u64::from((self.words[word] & mask).count_ones())).sum()
+    }
+
     /// Sets the bits of `mask` in `word`.
     pub(crate) fn or_word(&mut self, word: usize, mask: u64) {
         if mask != 0 {

@@ -9,7 +9,7 @@
 use thiserror::Error;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::bitmap::{BLOCK_WORDS, WORD_BITS};
+use crate::bitmap::{BLOCK_WORDS, Bitmap, WORD_BITS, runs};
 use crate::granule::Granule;
 use crate::range::{GpaRange, RangeError};
 
@@ -44,6 +44,12 @@ pub enum LayoutError {
     /// There is no RAM at all.
     #[error("VM has no RAM region")]
     Empty,
+    /// RAM goes by whole regions, as it came.
+    #[error("RAM at {gpa} is not one or more whole regions")]
+    NotRegions {
+        /// What was to go.
+        gpa: GpaRange,
+    },
 }
 
 /// One region of RAM and where its bits live.
@@ -125,6 +131,27 @@ impl Layout {
         Self::new(ranges?, Granule::host_page())
     }
 
+    /// Returns this layout with more RAM.
+    ///
+    /// # Errors
+    /// `range` overlaps RAM that is there, or is not aligned to the host page.
+    pub fn with(&self, range: GpaRange) -> Result<Self, LayoutError> {
+        Self::new(self.regions.iter().map(Region::range).chain([range]), self.host_page)
+    }
+
+    /// Returns this layout without the RAM in `gpa`: one or more whole regions.
+    ///
+    /// # Errors
+    /// `gpa` holds no region or a part of one, or nothing would be left.
+    pub fn without(&self, gpa: GpaRange) -> Result<Self, LayoutError> {
+        let (gone, rest): (Vec<_>, Vec<_>) =
+            self.regions.iter().map(Region::range).partition(|region| gpa.covers(*region));
+        if gone.is_empty() || rest.iter().any(|region| region.intersection(gpa).is_some()) {
+            return Err(LayoutError::NotRegions { gpa });
+        }
+        Self::new(rest, self.host_page)
+    }
+
     fn append(&mut self, range: GpaRange) -> Result<(), LayoutError> {
         let aligned = self.host_page.is_aligned(range.start()) && self.host_page.is_aligned(range.end());
         if !aligned {
@@ -196,6 +223,36 @@ impl Layout {
     /// Returns the index of the region whose words hold `word`, padding counted with the region before it.
     pub(crate) fn region_index_of_word(&self, word: usize) -> usize {
         self.regions.partition_point(|region| region.first_word <= word) - 1
+    }
+
+    /// Returns the address of the first page at or after `bit`; `None` behind the last one.
+    pub(crate) fn gpa_from(&self, bit: usize) -> Option<u64> {
+        let after = |region: &&Region| {
+            bit < region.first_bit() + to_index(region.range.len() >> self.host_page.shift())
+        };
+        let index = self.regions.iter().position(|region| after(&region))?;
+        Some(self.gpa_of(index, bit.max(self.regions[index].first_bit())))
+    }
+
+    /// Returns the bit of the first page at or after `gpa`; the number of bits behind the last one.
+    pub(crate) fn bit_from(&self, gpa: u64) -> usize {
+        let region = self.regions.iter().find(|region| region.range.end() > gpa);
+        region.map_or(self.words * WORD_BITS, |region| {
+            let inside = gpa.saturating_sub(region.range.start());
+            region.first_bit() + to_index(inside >> self.host_page.shift())
+        })
+    }
+
+    /// Returns the guest memory of the bits that `bitmap` has set, ascending.
+    pub(crate) fn ranges_in<'a>(&'a self, bitmap: &'a Bitmap) -> impl Iterator<Item = GpaRange> + 'a {
+        let shift = self.host_page.shift();
+        self.regions.iter().flat_map(move |region| {
+            let pages = to_index(region.range.len() >> shift);
+            runs(bitmap.words(region.words()), pages).map(move |run| {
+                let at = |page: usize| region.range.start() + ((page as u64) << shift);
+                GpaRange::from_bounds(at(run.start), at(run.end)).expect("a run inside a region")
+            })
+        })
     }
 
     /// Returns the address of the page at `bit`, which must be a bit of region `index`.

@@ -8,8 +8,8 @@
 
 use crate::bitmap::{BLOCK_WORDS, Bitmap, WORD_BITS, low_bits};
 use crate::iova::IovaMap;
-use crate::layout::Layout;
-use crate::range::GpaRange;
+use crate::layout::{Layout, Region};
+use crate::range::{GpaRange, subtract};
 use crate::source::{Marks, Sink};
 
 /// Names one cursor of one ledger; never used again after the cursor is closed.
@@ -91,6 +91,20 @@ pub struct Attribution {
     pub exclusive_pages: u64,
 }
 
+#[cfg(feature = "transfer")]
+impl Attribution {
+    /// Returns what was reported since `before`; all, where the count began anew in between.
+    pub(crate) fn since(self, before: Self) -> Self {
+        if before.pages > self.pages || before.exclusive_pages > self.exclusive_pages {
+            return self;
+        }
+        Self {
+            pages: self.pages - before.pages,
+            exclusive_pages: self.exclusive_pages - before.exclusive_pages,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Cursor {
     id: CursorId,
@@ -103,6 +117,9 @@ struct Cursor {
     dirtied_pages: u64,
     /// Bits below were offered to this round.
     position: usize,
+    /// Pages on their way of RAM that was unplugged since: RAM plugged in at their address waits for them, or an old page could
+    /// arrive after a new one.
+    departed: Vec<GpaRange>,
     spare: Vec<Vec<GpaRange>>,
 }
 
@@ -161,6 +178,7 @@ impl Ledger {
             dirtied: Bitmap::new(words),
             dirtied_pages: 0,
             position: 0,
+            departed: Vec::new(),
             spare: Vec::new(),
         };
         if start == Start::Empty {
@@ -233,6 +251,32 @@ impl Ledger {
         for cursor in &mut self.cursors {
             cursor.mark(&self.layout, range);
         }
+    }
+
+    /// Changes the RAM: every cursor keeps what it knows of what stays, and new RAM is pending for all.
+    ///
+    /// Nothing may be marked that was not absorbed.
+    pub fn change_layout(&mut self, layout: Layout) {
+        for cursor in &mut self.cursors {
+            cursor.change_layout(&self.layout, &layout);
+        }
+        self.marks.iter_mut().for_each(|marks| *marks = Marks::new(&layout));
+        self.layout = layout;
+    }
+
+    /// Makes room for one source more, which gets the next number.
+    pub fn add_source(&mut self) {
+        self.marks.push(Marks::new(&self.layout));
+        self.attribution.push(Attribution::default());
+    }
+
+    /// Forgets source number `source`; those after it move up. Nothing may be marked that was not absorbed.
+    ///
+    /// # Panics
+    /// There is no such source.
+    pub fn remove_source(&mut self, source: usize) {
+        self.marks.remove(source);
+        self.attribution.remove(source);
     }
 
     /// What each source reported so far, by source number.
@@ -380,11 +424,43 @@ impl Cursor {
 
     fn land(&mut self, layout: &Layout, chunk: &Chunk) {
         for &range in &chunk.ranges {
+            subtract(&mut self.departed, range);
             for bits in layout.bits_of(range) {
-                self.in_flight_pages -= bits.len() as u64;
+                self.in_flight_pages -= self.in_flight.count(bits.clone());
                 self.in_flight.clear(bits);
             }
         }
+    }
+
+    fn change_layout(&mut self, old: &Layout, new: &Layout) {
+        let moved = |bits: &Bitmap| {
+            let mut moved = Bitmap::new(new.words());
+            old.ranges_in(bits).flat_map(|range| new.bits_of(range)).for_each(|bits| moved.set(bits));
+            moved
+        };
+        let mut departed: Vec<_> = old.ranges_in(&self.in_flight).chain(self.departed.drain(..)).collect();
+        let mut in_flight = Bitmap::new(new.words());
+        for bits in departed.iter().flat_map(|&range| new.bits_of(range)) {
+            in_flight.set(bits);
+        }
+        new.regions().iter().for_each(|region| subtract(&mut departed, region.range()));
+        let (pending, dirtied) = (moved(&self.pending), moved(&self.dirtied));
+        let position = old.gpa_from(self.position).map_or(usize::MAX, |gpa| new.bit_from(gpa));
+        *self = Self {
+            pending_pages: pages_in(new, &pending),
+            in_flight_pages: pages_in(new, &in_flight),
+            dirtied_pages: pages_in(new, &dirtied),
+            position: position.min(new.words() * WORD_BITS),
+            pending,
+            in_flight,
+            dirtied,
+            departed,
+            spare: std::mem::take(&mut self.spare),
+            id: self.id,
+        };
+        let mut plugged: Vec<_> = new.regions().iter().map(Region::range).collect();
+        old.regions().iter().for_each(|region| subtract(&mut plugged, region.range()));
+        plugged.into_iter().for_each(|range| self.mark(new, range));
     }
 
     fn recycle(&mut self, chunk: Chunk) {
@@ -392,6 +468,10 @@ impl Cursor {
         ranges.clear();
         self.spare.push(ranges);
     }
+}
+
+fn pages_in(layout: &Layout, bits: &Bitmap) -> u64 {
+    layout.ranges_in(bits).map(|range| range.len() >> layout.host_page().shift()).sum()
 }
 
 #[cfg(test)]

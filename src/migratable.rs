@@ -260,8 +260,12 @@ impl MigratableDevice {
             tracker.commit(received);
         }
         let with_imprecise = stopped && !log.imprecise_reported;
-        warn_of(if with_imprecise { tracker.collect_final() } else { tracker.collect() });
+        let mut failures = if with_imprecise { tracker.collect_final() } else { tracker.collect() };
         log.imprecise_reported |= with_imprecise;
+        if let Some(fatal) = failures.iter().position(|failure| tracker.is_fatal(failure)) {
+            return Err(TrackerError::Source(failures.swap_remove(fatal)).into());
+        }
+        warn_of(failures);
         tracker.begin_round(log.cursor);
         let chunk = tracker.take(log.cursor, ChunkLimits::NONE)?;
         let table = table_of(chunk.as_ref().map_or(&[][..], Chunk::ranges).iter().copied());

@@ -135,6 +135,36 @@ impl<S> Range<S> {
     }
 }
 
+/// Returns the first part of `wanted` that lies outside all of `held`, whatever their order.
+pub(crate) fn first_outside<S>(
+    wanted: &[Range<S>],
+    held: impl IntoIterator<Item = Range<S>>,
+) -> Option<Range<S>> {
+    let mut held: Vec<_> = held.into_iter().collect();
+    held.sort_unstable();
+    wanted.iter().find_map(|range| {
+        let mut next = range.start;
+        for holder in held.iter().filter(|holder| holder.end > range.start) {
+            if holder.start > next {
+                break;
+            }
+            next = next.max(holder.end);
+        }
+        let end = held.iter().map(|holder| holder.start).find(|&start| start > next).unwrap_or(range.end);
+        Range::from_bounds(next, end.min(range.end)).ok()
+    })
+}
+
+/// Takes the bytes of `gone` out of `ranges`.
+pub(crate) fn subtract<S>(ranges: &mut Vec<Range<S>>, gone: Range<S>) {
+    let rest = |range: Range<S>| {
+        let below = Range::from_bounds(range.start, range.end.min(gone.start)).ok();
+        let above = Range::from_bounds(range.start.max(gone.end), range.end).ok();
+        below.into_iter().chain(above)
+    };
+    *ranges = ranges.drain(..).flat_map(rest).collect();
+}
+
 impl<S> Clone for Range<S> {
     fn clone(&self) -> Self {
         *self
@@ -211,6 +241,29 @@ mod tests {
                 next = piece.end();
             }
             prop_assert_eq!(next, whole.end());
+        }
+
+        #[test]
+        fn the_first_part_outside_equals_a_byte_at_a_time_oracle(
+            wanted in prop::collection::vec((0..60u64, 1..20u64), 1..4),
+            held in prop::collection::vec((0..60u64, 1..20u64), 0..6),
+        ) {
+            let range = |&(start, len): &(u64, u64)| GpaRange::new(start, len).unwrap();
+            let (wanted, held): (Vec<_>, Vec<_>) = (wanted.iter().map(range).collect(), held.iter().map(range).collect());
+            let is_held = |byte: u64| held.iter().any(|range| range.contains(byte));
+            let expected = wanted.iter().find_map(|range| {
+                let start = (range.start()..range.end()).find(|&byte| !is_held(byte))?;
+                let end = (start..range.end()).find(|&byte| is_held(byte)).unwrap_or(range.end());
+                GpaRange::from_bounds(start, end).ok()
+            });
+            prop_assert_eq!(first_outside(&wanted, held.iter().copied()), expected);
+
+            let mut rest = wanted.clone();
+            held.iter().for_each(|&gone| subtract(&mut rest, gone));
+            for byte in 0..90 {
+                let expected = wanted.iter().any(|range| range.contains(byte)) && !is_held(byte);
+                prop_assert_eq!(rest.iter().any(|range| range.contains(byte)), expected);
+            }
         }
 
         #[test]

@@ -3,21 +3,27 @@
 //! [`Tracker`]: everything that knows which pages are dirty, and nothing about devices' state.
 
 mod builder;
+mod changes;
+mod mappings;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use std::sync::{Mutex, MutexGuard};
 
 use thiserror::Error;
+#[cfg(feature = "transfer")]
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::error::Chain;
-use crate::iova::{IovaError, IovaMap, Mapping};
-use crate::layout::{Layout, Region};
+use crate::iova::{IovaError, IovaMap};
+use crate::layout::{Layout, LayoutError, Region};
 use crate::ledger::{Attribution, Chunk, ChunkLimits, CursorId, Ledger, Outstanding, Start};
-use crate::range::{GpaRange, IovaRange};
+use crate::range::GpaRange;
 use crate::source::{DirtySource, SourceError};
 
 pub use builder::{ImpreciseSource, TrackerBuilder};
+pub use mappings::{DeviceMappings, Disagreement, VmMappings};
+use mappings::{check_covers, check_memory};
 
 /// Why a [`Tracker`] could not do its part.
 #[derive(Debug, Error)]
@@ -39,6 +45,46 @@ pub enum TrackerError {
     #[error("Dirty source {id} is imprecise: it reports every page its devices could have written")]
     Imprecise {
         /// The source.
+        id: String,
+    },
+    /// A source that calls all it covers written stands beside others, and it is not said whose writes each reports.
+    #[error(
+        "Dirty source {id} is imprecise: name the devices that it and every other device source speak for (source_of)"
+    )]
+    DevicesNotNamed {
+        /// The source.
+        id: String,
+    },
+    /// An imprecise source stands beside a precise one for the same device, and would drown it.
+    #[error(
+        "Dirty source {imprecise} is imprecise and would drown {precise}, which reports exactly what device {device} writes"
+    )]
+    ImpreciseBesidePrecise {
+        /// The imprecise source.
+        imprecise: String,
+        /// The precise one.
+        precise: String,
+        /// The device of both.
+        device: String,
+    },
+    /// Sources report what vCPUs or devices write, and nobody said what these reach.
+    #[error(
+        "Dirty source {id} takes what really maps the VM's memory (TrackerBuilder::mappings), to be compared with what it covers"
+    )]
+    NoMappings {
+        /// The source.
+        id: String,
+    },
+    /// What is tracked is not what can be written.
+    #[error("Tracked memory is not what the VM maps")]
+    Disagreement(#[from] Disagreement),
+    /// RAM can not be added or removed like this.
+    #[error("Cannot change the VM's RAM")]
+    Layout(#[from] LayoutError),
+    /// There is no such source.
+    #[error("No dirty source is named {id}")]
+    NoSuchSource {
+        /// The name looked for.
         id: String,
     },
     /// The cursor is closed.
@@ -67,7 +113,26 @@ impl SpaceId {
 struct Attached {
     source: Box<dyn DirtySource>,
     space: SpaceId,
+    /// The devices whose writes it reports, where it reports devices'.
+    devices: Vec<String>,
     precise: bool,
+}
+
+impl Attached {
+    fn new(space: SpaceId, devices: Vec<String>, source: Box<dyn DirtySource>) -> Self {
+        let precise = source.cover().precise;
+        Self { source, space, devices, precise }
+    }
+}
+
+/// What a source that fails does to a migration. All it covers counts as written either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnFailure {
+    /// It goes on, with that as a degradation, unless the source is gone for good.
+    #[default]
+    Widen,
+    /// It ends.
+    Fail,
 }
 
 /// Knows which pages of a VM are dirty: its sources, their address spaces, and a cursor for each receiver or snapshot base.
@@ -91,8 +156,14 @@ pub struct Tracker {
     ledger: Ledger,
     spaces: Vec<IovaMap>,
     sources: Vec<Attached>,
+    mappings: Option<Mappings>,
+    allow_imprecise: bool,
+    on_failure: OnFailure,
     tracking: bool,
 }
+
+/// Tells what maps the VM's memory at the moment.
+type Mappings = Box<dyn Fn() -> VmMappings + Send>;
 
 impl Tracker {
     /// Starts naming what tracks the dirty pages of a VM with this RAM.
@@ -110,11 +181,20 @@ impl Tracker {
     /// With [`Start::Copied`] and sources that ran before, pages whose bits stand in a kernel are pending: another write to
     /// them shows no more once another receiver's copy has cleared them. A kernel that begins with every bit set has them cleared.
     ///
+    /// What the sources cover is compared with what really maps the VM's memory, see [`TrackerBuilder::mappings`].
+    ///
     /// # Errors
-    /// A source could not be switched on, or not begin with clean pages; all are off again unless another cursor is open.
+    /// A source could not be switched on, or not begin with clean pages, or memory can be written that no source covers; all are
+    /// off again unless another cursor is open.
     pub fn begin(&mut self, start: Start) -> Result<CursorId, TrackerError> {
         let ran_before = self.tracking;
         self.arm()?;
+        if let Err(disagreement) = self.check_mappings() {
+            if !self.ledger.has_cursors() {
+                let _already_failing = self.disarm();
+            }
+            return Err(disagreement.into());
+        }
         let cursor = self.ledger.open(start);
         if start == Start::Copied && ran_before {
             warn_of(self.collect());
@@ -154,6 +234,20 @@ impl Tracker {
     pub fn imprecise_sources(&self) -> impl Iterator<Item = ImpreciseSource> {
         let imprecise = self.sources.iter().filter(|attached| !attached.precise);
         imprecise.map(|attached| ImpreciseSource { id: attached.source.id().to_owned() })
+    }
+
+    /// Compares the memory that is about to be copied with the RAM that is tracked.
+    #[cfg(feature = "transfer")]
+    pub(crate) fn check_memory(&self, memory: &impl GuestMemoryBackend) -> Result<(), TrackerError> {
+        let ranges = memory.iter().map(|region| GpaRange::new(region.start_addr().raw_value(), region.len()));
+        let ranges: Vec<_> = ranges.flatten().collect();
+        let absent = self.mappings.as_ref().map_or(Vec::new(), |mappings| mappings().absent);
+        Ok(check_memory(self.layout(), &ranges, &absent)?)
+    }
+
+    /// Whether a source's failure ends a migration: it is gone for good, or that is what was asked for.
+    pub fn is_fatal(&self, failure: &SourceError) -> bool {
+        failure.gone || self.on_failure == OnFailure::Fail
     }
 
     /// Bytes that only [`Tracker::collect_final`] makes pending: the RAM imprecise sources cover, rather too much.
@@ -244,41 +338,6 @@ impl Tracker {
         self.sources.iter().map(|attached| (attached.source.id(), attached.source.standing_bytes()))
     }
 
-    /// Takes in a mapping that a virtual IOMMU has made.
-    ///
-    /// # Errors
-    /// It overlaps one that stands, or a source would not see writes through it: tear it down again, or end the migration.
-    pub fn map(&mut self, space: SpaceId, mapping: Mapping) -> Result<(), TrackerError> {
-        self.spaces[space.0].map(mapping)?;
-        if !self.tracking {
-            return Ok(());
-        }
-        // All are told, whoever fails: one that did not know of the mapping would take it for clean.
-        let mut told = Ok(());
-        for attached in self.sources.iter_mut().filter(|attached| attached.space == space) {
-            told = told.and(attached.source.mapped(&mapping));
-        }
-        Ok(told?)
-    }
-
-    /// Harvests the mappings in `iova` that are about to go, and forgets them; the caller unmaps whatever the answer.
-    ///
-    /// Returns the degradations: a mapping whose bits could not be read counts as written all over.
-    ///
-    /// # Errors
-    /// `iova` would cut a mapping in two; nothing changed.
-    pub fn unmap(&mut self, space: SpaceId, iova: IovaRange) -> Result<Vec<SourceError>, TrackerError> {
-        let mut degradations = Vec::new();
-        for mapping in self.spaces[space.0].whole_mappings(iova)? {
-            if self.tracking {
-                self.harvest(space, &mapping, &mut degradations);
-            }
-            self.spaces[space.0].forget(&mapping);
-        }
-        self.ledger.absorb();
-        Ok(degradations)
-    }
-
     fn arm(&mut self) -> Result<(), TrackerError> {
         if self.tracking {
             return Ok(());
@@ -325,17 +384,11 @@ impl Tracker {
         degradations
     }
 
-    fn harvest(&mut self, space: SpaceId, mapping: &Mapping, degradations: &mut Vec<SourceError>) {
-        for (index, attached) in self.sources.iter_mut().enumerate() {
-            if attached.space != space {
-                continue;
-            }
-            let mut sink = self.ledger.sink(index, &self.spaces[space.0]);
-            if let Err(error) = attached.source.unmapped(mapping, &mut sink) {
-                sink.gpa_range(mapping.gpa());
-                degradations.push(error);
-            }
-        }
+    fn check_mappings(&self) -> Result<(), Disagreement> {
+        let Some(mappings) = &self.mappings else { return Ok(()) };
+        let mappings = mappings();
+        check_memory(self.layout(), &mappings.ram, &mappings.absent)?;
+        check_covers(self.layout(), &self.sources, &mappings)
     }
 }
 

@@ -12,9 +12,9 @@ use kvm_ioctls::VmFd;
 use vfio_migration::iova::IovaMap;
 use vfio_migration::ledger::{ChunkLimits, CursorId, Ledger, Start};
 use vfio_migration::range::GpaRange;
-use vfio_migration::source::{DirtySource, KvmLog, KvmLogMode};
+use vfio_migration::source::{DirtySource, KvmLog, KvmLogMode, KvmSlot};
+use vfio_migration::tracker::{Tracker, TrackerBuilder, VmMappings};
 
-use vfio_migration::tracker::Tracker;
 mod guest;
 
 use guest::{Guest, PAGE, collect, taken};
@@ -171,13 +171,20 @@ fn c23_two_receivers_each_get_every_page_whoever_reads_first() {
     }
 }
 
+/// Starts a tracker that knows the guest's slots.
+fn tracker_of(guest: &Guest) -> TrackerBuilder {
+    let slots: Vec<_> = guest.slots().iter().map(KvmSlot::gpa).collect();
+    let mappings = VmMappings { ram: slots.clone(), vcpu_slots: slots, ..VmMappings::default() };
+    Tracker::builder(guest.layout()).mappings(move || mappings.clone())
+}
+
 #[test]
 fn c21_what_one_receiver_clears_unreported_is_not_lost_to_one_that_holds_a_copy() {
     for mode in MODES {
         for copied_first in [true, false] {
             let Some(mut guest) = Guest::new(&RAM, None) else { return };
             let source = KvmLog::new(Arc::clone(&guest.vm), guest.slots(), mode);
-            let builder = Tracker::builder(guest.layout()).source(Box::new(source));
+            let builder = tracker_of(&guest).source(Box::new(source));
             let mut vm = builder.build().unwrap();
             let order =
                 if copied_first { [Start::Copied, Start::Empty] } else { [Start::Empty, Start::Copied] };
@@ -206,7 +213,7 @@ fn who_holds_a_copy_lacks_only_what_is_written_from_then_on() {
     for mode in MODES {
         let Some(mut guest) = Guest::new(&RAM, None) else { return };
         let source = KvmLog::new(Arc::clone(&guest.vm), guest.slots(), mode);
-        let builder = Tracker::builder(guest.layout()).source(Box::new(source));
+        let builder = tracker_of(&guest).source(Box::new(source));
         let mut vm = builder.build().unwrap();
         let copied = vm.begin(Start::Copied).unwrap();
         guest.write(odd_pages(), || {});

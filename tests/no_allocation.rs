@@ -12,7 +12,7 @@ use vfio_migration::iova::IovaMap;
 use vfio_migration::layout::Layout;
 use vfio_migration::ledger::{ChunkLimits, Start};
 use vfio_migration::range::GpaRange;
-use vfio_migration::source::{Cover, DirtySource, GuestMemoryLog, Sink, SourceError, SummaryBitmap};
+use vfio_migration::source::{Cover, DirtySource, GuestMemoryLog, Reports, Sink, SourceError, SummaryBitmap};
 use vfio_migration::tracker::Tracker;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -49,6 +49,10 @@ struct Pattern {
 impl DirtySource for Pattern {
     fn id(&self) -> &str {
         "pattern"
+    }
+
+    fn reports(&self) -> Reports {
+        Reports::Component
     }
 
     fn cover(&self) -> Cover {

@@ -9,7 +9,7 @@ use thiserror::Error;
 use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
 
 use super::mapped::{Mapped, spans, zeroed};
-use super::{Cover, DirtySource, Operation, Sink, SourceError};
+use super::{Cover, DirtySource, Harvest, Operation, Reports, Sink, SourceError};
 use crate::bitmap::WORD_BITS;
 use crate::granule::{Granule, GranuleError};
 use crate::iova::{IovaMap, Mapping};
@@ -135,18 +135,20 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
     }
 
     /// Takes the mappings in `iova` down, which may be many but must be whole, and reports their dirty pages as it goes;
-    /// returns the bytes unmapped.
+    /// returns the bytes unmapped. Where the log is off it only unmaps.
     ///
-    /// Replaces [`DirtySource::unmapped`] and the VMM's own unmap, with one lock held over both in the kernel. That closes the
-    /// gap for the kernel's own writes; a pass-through device may still write between the two. Where the log is off it only
-    /// unmaps.
+    /// One lock is held over both in the kernel. That closes the gap for the kernel's own writes; a pass-through device may still
+    /// write between the two (C14).
     ///
     /// # Errors
-    /// What the bitmap said is lost, so their pages must be marked dirty; the mappings are gone all the same, unless the cause is
-    /// [`ContainerLogError::Unmap`].
+    /// What the bitmap said is lost, so their pages must be marked dirty; the mappings are gone all the same, unless it says
+    /// [`Operation::Unmap`].
     pub fn unmap_with_bitmap(&mut self, iova: IovaRange, sink: &mut Sink<'_>) -> Result<u64, SourceError> {
-        let result = self.try_unmap(iova, sink);
-        result.map_err(|cause| SourceError::new(&self.id, Operation::Unmapped, cause))
+        self.try_unmap(iova, sink).map_err(|cause| {
+            let stands = matches!(cause, ContainerLogError::Unmap { .. });
+            let operation = if stands { Operation::Unmap } else { Operation::Unmapped };
+            SourceError::new(&self.id, operation, cause)
+        })
     }
 
     fn try_unmap(&mut self, iova: IovaRange, sink: &mut Sink<'_>) -> Result<u64, ContainerLogError> {
@@ -265,6 +267,10 @@ impl<F: AsRawFd + Send> DirtySource for ContainerLog<F> {
         &self.id
     }
 
+    fn reports(&self) -> Reports {
+        Reports::Devices
+    }
+
     fn cover(&self) -> Cover {
         Cover { ranges: self.mapped.gpa_ranges(), precise: self.meaning == Meaning::Written }
     }
@@ -309,11 +315,18 @@ impl<F: AsRawFd + Send> DirtySource for ContainerLog<F> {
         Ok(())
     }
 
+    fn harvest(&self) -> Harvest {
+        Harvest::ByUnmapping
+    }
+
+    /// Takes the mapping down, see [`ContainerLog::unmap_with_bitmap`].
     fn unmapped(&mut self, mapping: &Mapping, sink: &mut Sink<'_>) -> Result<(), SourceError> {
-        let result = if self.on { self.read(mapping.iova(), sink) } else { Ok(()) };
+        self.unmap_with_bitmap(mapping.iova(), sink).map(drop)
+    }
+
+    fn forget(&mut self, mapping: &Mapping) {
         self.mapped.remove(mapping.iova());
         self.requests.clear();
-        result.map_err(|cause| SourceError::new(&self.id, Operation::Unmapped, cause))
     }
 
     fn stop(&mut self) -> Result<(), SourceError> {

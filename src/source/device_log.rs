@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use thiserror::Error;
 
 use super::mapped::{Mapped, spans, united, zeroed};
-use super::{Cover, DirtySource, Operation, Sink, SourceError};
+use super::{Cover, DirtySource, Harvest, Operation, Reports, Sink, SourceError};
 use crate::bitmap::WORD_BITS;
 use crate::granule::{Granule, GranuleError};
 use crate::iova::{IovaMap, Mapping};
@@ -334,6 +334,10 @@ impl<F: AsRawFd + Send> DirtySource for DeviceLog<F> {
         &self.id
     }
 
+    fn reports(&self) -> Reports {
+        Reports::Devices
+    }
+
     fn cover(&self) -> Cover {
         Cover { ranges: self.mapped.gpa_ranges(), precise: true }
     }
@@ -373,8 +377,11 @@ impl<F: AsRawFd + Send> DirtySource for DeviceLog<F> {
         }
     }
 
+    fn harvest(&self) -> Harvest {
+        Harvest::AfterUnmap
+    }
+
     fn unmapped(&mut self, mapping: &Mapping, sink: &mut Sink<'_>) -> Result<(), SourceError> {
-        let iova = mapping.iova();
         let mut one = Mapped::default();
         one.add(*mapping);
         let result = match &self.armed {
@@ -391,9 +398,12 @@ impl<F: AsRawFd + Send> DirtySource for DeviceLog<F> {
             // The whole log is corrupt, of which only this mapping's part is told here.
             armed.lost = true;
         }
-        self.mapped.remove(iova);
-        self.requests = None;
         result.map_err(|cause| SourceError::new(&self.id, Operation::Unmapped, cause))
+    }
+
+    fn forget(&mut self, mapping: &Mapping) {
+        self.mapped.remove(mapping.iova());
+        self.requests = None;
     }
 
     fn stop(&mut self) -> Result<(), SourceError> {

@@ -2,13 +2,12 @@
 
 //! The VMM's own writes: the dirty bitmap inside vm-memory's guest memory.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use super::{Cover, DirtySource, Sink, SourceError};
+use super::{Cover, DirtySource, Reports, Sink, SourceError};
 use crate::bitmap::{BLOCK_WORDS, WORD_BITS, masks};
 use crate::granule::Granule;
 use crate::iova::IovaMap;
@@ -113,23 +112,30 @@ impl TakeDirtyWords for SummaryBitmap {
 }
 
 /// The VMM's own writes to guest memory: device models, loaders, anything that writes through vm-memory.
+///
+/// Over an `Arc` the memory is fixed; a VM whose RAM changes hands over what tells the memory of the moment, as vm-memory's
+/// `GuestMemoryAtomic` does.
 #[derive(Debug)]
-pub struct GuestMemoryLog<B> {
-    memory: Arc<GuestMemoryMmap<B>>,
+pub struct GuestMemoryLog<A> {
+    memory: A,
 }
 
 const ID: &str = "vmm-writes";
 
-impl<B: TakeDirtyWords + Send + Sync> GuestMemoryLog<B> {
+impl<A, B> GuestMemoryLog<A>
+where
+    A: GuestAddressSpace<M = GuestMemoryMmap<B>>,
+    B: TakeDirtyWords + Send + Sync,
+{
     /// Makes the source for `memory`. The bitmap is part of the memory and always on.
-    pub fn new(memory: Arc<GuestMemoryMmap<B>>) -> Self {
+    pub fn new(memory: A) -> Self {
         Self { memory }
     }
 
     /// Takes every region's words, handing over the pages they speak of, cut to the region.
     fn take(&self, mut report: impl FnMut(GpaRange, &[u64])) {
         let page = Granule::host_page();
-        for region in self.memory.iter() {
+        for region in self.memory.memory().iter() {
             let end = region.start_addr().raw_value() + region.len();
             (**region).bitmap().take_dirty_words(&mut |first, words| {
                 let start = region.start_addr().raw_value() + ((first * WORD_BITS) as u64 * page.bytes());
@@ -142,14 +148,22 @@ impl<B: TakeDirtyWords + Send + Sync> GuestMemoryLog<B> {
     }
 }
 
-impl<B: TakeDirtyWords + Send + Sync> DirtySource for GuestMemoryLog<B> {
+impl<A, B> DirtySource for GuestMemoryLog<A>
+where
+    A: GuestAddressSpace<M = GuestMemoryMmap<B>> + Send,
+    B: TakeDirtyWords + Send + Sync,
+{
     fn id(&self) -> &str {
         ID
     }
 
+    fn reports(&self) -> Reports {
+        Reports::Vmm
+    }
+
     fn cover(&self) -> Cover {
         let mut ranges = Vec::new();
-        for region in self.memory.iter() {
+        for region in self.memory.memory().iter() {
             ranges.extend(GpaRange::new(region.start_addr().raw_value(), region.len()));
         }
         Cover { ranges, precise: true }
@@ -175,6 +189,8 @@ impl<B: TakeDirtyWords + Send + Sync> DirtySource for GuestMemoryLog<B> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use proptest::prelude::*;
     use vm_memory::{Bytes, GuestAddress};
 

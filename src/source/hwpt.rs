@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use thiserror::Error;
 
 use super::mapped::{Mapped, zeroed};
-use super::{Cover, DirtySource, Operation, Sink, SourceError};
+use super::{Cover, DirtySource, Operation, Reports, Sink, SourceError};
 use crate::bitmap::WORD_BITS;
 use crate::granule::Granule;
 use crate::iova::{IovaMap, Mapping};
@@ -114,6 +114,10 @@ impl<F: AsRawFd + Send> DirtySource for HwptLog<F> {
         &self.id
     }
 
+    fn reports(&self) -> Reports {
+        Reports::Devices
+    }
+
     fn cover(&self) -> Cover {
         Cover { ranges: self.mapped.gpa_ranges(), precise: true }
     }
@@ -147,8 +151,11 @@ impl<F: AsRawFd + Send> DirtySource for HwptLog<F> {
     /// Reads the bits while their page-table entries are still there; they are not cleared, which saves a flush.
     fn unmapped(&mut self, mapping: &Mapping, sink: &mut Sink<'_>) -> Result<(), SourceError> {
         let result = if self.on { self.read(mapping.iova(), Afterwards::Keep, sink) } else { Ok(()) };
-        self.mapped.remove(mapping.iova());
         result.map_err(|cause| SourceError::new(&self.id, Operation::Unmapped, cause))
+    }
+
+    fn forget(&mut self, mapping: &Mapping) {
+        self.mapped.remove(mapping.iova());
     }
 
     fn stop(&mut self) -> Result<(), SourceError> {

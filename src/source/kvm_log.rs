@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 
 use thiserror::Error;
 
-use super::{Cover, DirtySource, Operation, Sink, SourceError};
+use super::{Cover, DirtySource, Operation, PluggedRam, Reports, Sink, SourceError};
 use crate::bitmap::{WORD_BITS, masks};
 use crate::granule::Granule;
 use crate::iova::IovaMap;
@@ -92,6 +92,8 @@ pub struct KvmLog<F> {
     mode: KvmLogMode,
     slots: Vec<SlotLog>,
     on: bool,
+    /// Every page's bit stands once a slot's log is on.
+    initially_set: bool,
 }
 
 /// Bits farther apart than this many words are cleared by separate CLEARs.
@@ -101,19 +103,18 @@ impl<F: AsRawFd + Send> KvmLog<F> {
     /// Makes the source for `slots` of `vm`; their log is off until [`DirtySource::start`].
     pub fn new(vm: F, slots: impl IntoIterator<Item = KvmSlot>, mode: KvmLogMode) -> Self {
         let slots = slots.into_iter().map(SlotLog::new).collect();
-        Self { vm, mode, slots, on: false }
+        Self { vm, mode, slots, on: false, initially_set: false }
     }
 
     fn try_start(&mut self) -> Result<(), KvmLogError> {
         let initially_set = self.choose_protection()?;
         self.on = true;
+        self.initially_set = initially_set;
         for index in 0..self.slots.len() {
-            let log = &mut self.slots[index];
-            if let Err(error) = log.switch(&self.vm, true) {
+            if let Err(error) = self.slots[index].begin(&self.vm, initially_set) {
                 let _already_failing = self.try_stop();
                 return Err(error);
             }
-            log.standing.fill(if initially_set { u64::MAX } else { 0 });
         }
         Ok(())
     }
@@ -157,6 +158,12 @@ impl SlotLog {
     fn switch(&self, vm: &impl AsRawFd, on: bool) -> Result<(), KvmLogError> {
         let (slot, gpa) = (self.slot.id(), self.slot.gpa());
         self.slot.log_dirty_pages(vm, on).map_err(|source| KvmLogError::Switch { slot, gpa, on, source })
+    }
+
+    fn begin(&mut self, vm: &impl AsRawFd, initially_set: bool) -> Result<(), KvmLogError> {
+        self.switch(vm, true)?;
+        self.standing.fill(if initially_set { u64::MAX } else { 0 });
+        Ok(())
     }
 
     fn report(
@@ -245,6 +252,10 @@ impl<F: AsRawFd + Send> DirtySource for KvmLog<F> {
         ID
     }
 
+    fn reports(&self) -> Reports {
+        Reports::Vcpus
+    }
+
     fn cover(&self) -> Cover {
         Cover { ranges: self.slots.iter().map(|log| log.slot.gpa()).collect(), precise: true }
     }
@@ -273,6 +284,21 @@ impl<F: AsRawFd + Send> DirtySource for KvmLog<F> {
             .iter_mut()
             .try_for_each(|log| log.clear_chunk(vm, chunk))
             .map_err(|cause| SourceError::new(ID, Operation::BeforeRead, cause))
+    }
+
+    fn plugged(&mut self, ram: &PluggedRam) -> Result<(), SourceError> {
+        let Some(slot) = ram.kvm_slot else { return Ok(()) };
+        let mut log = SlotLog::new(slot);
+        if self.on {
+            log.begin(&self.vm, self.initially_set)
+                .map_err(|cause| SourceError::new(ID, Operation::Plugged, cause))?;
+        }
+        self.slots.push(log);
+        Ok(())
+    }
+
+    fn unplugged(&mut self, gpa: GpaRange) {
+        self.slots.retain(|log| !gpa.covers(log.slot.gpa()));
     }
 
     fn stop(&mut self) -> Result<(), SourceError> {

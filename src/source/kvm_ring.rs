@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
-use super::{Cover, DirtySource, KvmSlot, Operation, Sink, SourceError};
+use super::{Cover, DirtySource, KvmSlot, Operation, PluggedRam, Reports, Sink, SourceError};
 use crate::bitmap::{BLOCK_WORDS, Bitmap, WORD_BITS};
 use crate::granule::Granule;
 use crate::iova::IovaMap;
@@ -259,7 +259,8 @@ impl<F> fmt::Debug for Harvester<F> {
 /// The dirty rings of a VM's vCPUs, over any VM descriptor.
 ///
 /// A page that a vCPU wrote may stay in the processor's own buffer until that vCPU leaves the guest; so the last collect comes
-/// after all vCPUs have stopped. Slots must not change while the source is on: an entry names a slot by number.
+/// after all vCPUs have stopped. An entry names a slot by number: one that goes is harvested first, and its number is not used again
+/// while the source is on.
 #[derive(Debug)]
 pub struct KvmRing<F> {
     shared: Arc<Shared<F>>,
@@ -363,6 +364,10 @@ impl<F: AsRawFd + Send + Sync> DirtySource for KvmRing<F> {
         ID
     }
 
+    fn reports(&self) -> Reports {
+        Reports::Vcpus
+    }
+
     fn cover(&self) -> Cover {
         let ranges = self.shared.lock().slots.iter().map(|slot| slot.slot.gpa()).collect();
         Cover { ranges, precise: true }
@@ -379,6 +384,21 @@ impl<F: AsRawFd + Send + Sync> DirtySource for KvmRing<F> {
 
     fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
         self.try_collect(sink).map_err(|cause| SourceError::new(ID, Operation::Collect, cause))
+    }
+
+    fn plugged(&mut self, ram: &PluggedRam) -> Result<(), SourceError> {
+        let Some(slot) = ram.kvm_slot else { return Ok(()) };
+        let bits = SlotBits::new(slot);
+        if self.on {
+            bits.switch(&self.shared.vm, true)
+                .map_err(|cause| SourceError::new(ID, Operation::Plugged, cause))?;
+        }
+        self.shared.lock().slots.push(bits);
+        Ok(())
+    }
+
+    fn unplugged(&mut self, gpa: GpaRange) {
+        self.shared.lock().slots.retain(|bits| !gpa.covers(bits.slot.gpa()));
     }
 
     fn stop(&mut self) -> Result<(), SourceError> {

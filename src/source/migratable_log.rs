@@ -11,7 +11,7 @@ use vm_migration::protocol::{MemoryRange, MemoryRangeTable};
 use vm_migration::{Migratable, MigratableError};
 
 use super::mapped::united;
-use super::{Cover, DirtySource, Operation, Sink, SourceError};
+use super::{Cover, DirtySource, Operation, Reports, Sink, SourceError};
 use crate::iova::IovaMap;
 use crate::layout::Layout;
 use crate::range::{GpaRange, RangeError};
@@ -126,6 +126,10 @@ impl MigratableLog {
 impl DirtySource for MigratableLog {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn reports(&self) -> Reports {
+        Reports::Component
     }
 
     fn cover(&self) -> Cover {

@@ -54,8 +54,12 @@ pub enum Operation {
     BeforeRead,
     /// Taking in a new mapping.
     Mapped,
-    /// Reading the bits of a mapping about to go.
+    /// Reading the bits of a mapping that goes.
     Unmapped,
+    /// Taking a mapping down, which still stands.
+    Unmap,
+    /// Taking in RAM that is plugged in.
+    Plugged,
     /// Switching its log off.
     Stop,
 }
@@ -67,7 +71,9 @@ impl fmt::Display for Operation {
             Self::Collect => "report dirty pages",
             Self::BeforeRead => "clear dirty bits before a read",
             Self::Mapped => "take in a mapping",
-            Self::Unmapped => "report the dirty pages of a mapping about to go",
+            Self::Unmapped => "report the dirty pages of a mapping that goes",
+            Self::Unmap => "take a mapping down",
+            Self::Plugged => "take in RAM that is plugged in",
             Self::Stop => "stop logging",
         })
     }
@@ -130,6 +136,39 @@ impl Cover {
     }
 }
 
+/// Whose writes a source reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reports {
+    /// The vCPUs', and the hypervisor's on their behalf. All sources of the kind together cover all RAM.
+    Vcpus,
+    /// Those of the VMM's own threads. All sources of the kind together cover all RAM.
+    Vmm,
+    /// Pass-through devices'.
+    Devices,
+    /// Those of a component of the VMM that says itself what it wrote.
+    Component,
+}
+
+/// When the bits of a mapping that goes are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Harvest {
+    /// Before it is taken down: its bits go with it. Page tables, and devices in another process.
+    BeforeUnmap,
+    /// After it was taken down, when the device can write through it no more: the device keeps the log itself.
+    AfterUnmap,
+    /// As it is taken down, which the source does itself: a type1 container.
+    ByUnmapping,
+}
+
+/// RAM that is plugged into a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PluggedRam {
+    /// Where the guest sees it.
+    pub gpa: GpaRange,
+    /// The vCPUs' memory slot that holds just it; `None` where their writes are not tracked here.
+    pub kvm_slot: Option<KvmSlot>,
+}
+
 /// One reporter of dirty pages: a kernel interface, a device's process, the VMM's own bitmap.
 ///
 /// Life: `start`, then any number of `collect`, `before_read`, `mapped` and `unmapped`, then `stop`; then perhaps `start`
@@ -138,7 +177,10 @@ pub trait DirtySource: Send {
     /// A short name, unique among a VM's sources: `kvm-log`, `device-log:net0`.
     fn id(&self) -> &str;
 
-    /// The pages to mark dirty when this source fails.
+    /// Whose writes it reports.
+    fn reports(&self) -> Reports;
+
+    /// The pages it speaks for, which are marked dirty when it fails: complete while it runs.
     fn cover(&self) -> Cover;
 
     /// Bytes of pages that the last reports all held and that the next will hold again, whatever is written: a mediated
@@ -179,13 +221,36 @@ pub trait DirtySource: Send {
         Ok(())
     }
 
-    /// Reports the dirty pages of a mapping that is about to go. The caller tears it down whatever the answer.
+    /// When [`DirtySource::unmapped`] is called for a mapping that goes.
+    fn harvest(&self) -> Harvest {
+        Harvest::BeforeUnmap
+    }
+
+    /// Reports the dirty pages of a mapping that goes, at the time that [`DirtySource::harvest`] tells. The source knows the mapping
+    /// until [`DirtySource::forget`].
     ///
     /// # Errors
-    /// As [`DirtySource::collect`], for the mapping's pages.
+    /// As [`DirtySource::collect`], for the mapping's pages. The mapping goes all the same, except where the source takes it down
+    /// itself and could not: [`Operation::Unmap`].
     fn unmapped(&mut self, _mapping: &Mapping, _sink: &mut Sink<'_>) -> Result<(), SourceError> {
         Ok(())
     }
+
+    /// Forgets a mapping that is gone.
+    fn forget(&mut self, _mapping: &Mapping) {}
+
+    /// Takes in RAM that is about to be used: its slot, if it has one, is registered. Writes to it are reported from then on.
+    ///
+    /// What a device reaches it is told by [`DirtySource::mapped`].
+    ///
+    /// # Errors
+    /// Writes to it would go unseen; the source is as it was.
+    fn plugged(&mut self, _ram: &PluggedRam) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    /// Forgets RAM that is gone, its slot with it.
+    fn unplugged(&mut self, _gpa: GpaRange) {}
 
     /// Switches the log off; bits not collected are lost. Stopping a stopped source does nothing.
     ///

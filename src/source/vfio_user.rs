@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use super::{Cover, DirtySource, Operation, ShortBitmap, Sink, SourceError};
+use super::{Cover, DirtySource, Operation, Reports, ShortBitmap, Sink, SourceError};
 use crate::granule::Granule;
 use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
@@ -195,6 +195,10 @@ fn report_range(
 impl DirtySource for VfioUserSource {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn reports(&self) -> Reports {
+        Reports::Devices
     }
 
     fn cover(&self) -> Cover {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
 
-use super::{Cover, DirtySource, Operation, Sink, SourceError};
+use super::{Cover, DirtySource, Operation, Reports, Sink, SourceError};
 use crate::bitmap::WORD_BITS;
 use crate::granule::Granule;
 use crate::iova::IovaMap;
@@ -268,6 +268,10 @@ fn take(shared: &[AtomicU64], words: &mut [u64]) -> bool {
 impl<B: VhostUserBackEnd> DirtySource for VhostUserLog<B> {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn reports(&self) -> Reports {
+        Reports::Component
     }
 
     /// All RAM: a back end may write wherever its memory table leads.

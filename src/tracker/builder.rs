@@ -4,11 +4,11 @@
 
 use thiserror::Error;
 
-use super::{Attached, SpaceId, Tracker, TrackerError};
+use super::{Attached, Mappings, OnFailure, SpaceId, Tracker, TrackerError, VmMappings};
 use crate::iova::IovaMap;
 use crate::layout::Layout;
 use crate::ledger::Ledger;
-use crate::source::DirtySource;
+use crate::source::{DirtySource, Reports};
 
 /// Names the sources and address spaces of a [`Tracker`].
 #[must_use = "a builder does nothing until it builds"]
@@ -16,7 +16,9 @@ pub struct TrackerBuilder {
     layout: Layout,
     spaces: Vec<IovaMap>,
     sources: Vec<Attached>,
+    mappings: Option<Mappings>,
     allow_imprecise: bool,
+    on_failure: OnFailure,
 }
 
 /// Names a source whose reports say what could have been written, for the migration's degradations.
@@ -31,22 +33,41 @@ pub struct ImpreciseSource {
 
 impl TrackerBuilder {
     pub(super) fn new(layout: Layout) -> Self {
-        Self { layout, spaces: vec![IovaMap::Identity], sources: Vec::new(), allow_imprecise: false }
+        Self {
+            layout,
+            spaces: vec![IovaMap::Identity],
+            sources: Vec::new(),
+            mappings: None,
+            allow_imprecise: false,
+            on_failure: OnFailure::default(),
+        }
+    }
+
+    /// Says what really maps the VM's memory, whenever it is asked: at the start of every session, and when RAM is plugged in.
+    ///
+    /// Sources of vCPUs' and of devices' writes need it: what they cover is compared with what can be written, and a difference
+    /// is refused by name. The tracker is locked meanwhile.
+    pub fn mappings(self, mappings: impl Fn() -> VmMappings + Send + 'static) -> Self {
+        Self { mappings: Some(Box::new(mappings)), ..self }
     }
 
     /// Adds a source whose addresses are guest-physical, or IOVAs equal to them.
     pub fn source(self, source: Box<dyn DirtySource>) -> Self {
-        self.source_in(SpaceId::IDENTITY, source)
+        self.source_of(SpaceId::IDENTITY, [] as [&str; 0], source)
     }
 
-    /// Adds a source that reports IOVAs of `space`.
+    /// Adds a source that reports IOVAs of `space`, and what these devices write.
     ///
     /// # Panics
     /// `space` was not made by this builder.
-    pub fn source_in(mut self, space: SpaceId, source: Box<dyn DirtySource>) -> Self {
+    pub fn source_of(
+        mut self,
+        space: SpaceId,
+        devices: impl IntoIterator<Item = impl Into<String>>,
+        source: Box<dyn DirtySource>,
+    ) -> Self {
         assert!(space.0 < self.spaces.len(), "a space of another builder");
-        let precise = source.cover().precise;
-        self.sources.push(Attached { source, space, precise });
+        self.sources.push(Attached::new(space, devices.into_iter().map(Into::into).collect(), source));
         self
     }
 
@@ -63,25 +84,65 @@ impl TrackerBuilder {
         self
     }
 
+    /// Says what the failure of a source does to a migration; [`OnFailure::Widen`] unless told.
+    pub fn on_failure(self, on_failure: OnFailure) -> Self {
+        Self { on_failure, ..self }
+    }
+
     /// Builds it, with no log running.
     ///
     /// # Errors
-    /// Two sources share an id, or one is imprecise and that was not allowed.
+    /// Two sources share an id; one is imprecise and that was not allowed, or it stands beside a precise one for the same device,
+    /// or beside one of whose devices nothing is said; a source reports vCPUs' or devices' writes, and nobody says what maps the
+    /// memory.
     pub fn build(self) -> Result<Tracker, TrackerError> {
-        let ids: Vec<_> = self.sources.iter().map(|attached| attached.source.id()).collect();
-        if let Some((_, id)) = ids.iter().enumerate().find(|(at, id)| ids[..*at].contains(id)) {
-            return Err(TrackerError::TwoSources { id: (*id).to_owned() });
-        }
-        if let Some(attached) =
-            self.sources.iter().find(|attached| !attached.precise && !self.allow_imprecise)
-        {
-            return Err(TrackerError::Imprecise { id: attached.source.id().to_owned() });
-        }
+        check_sources(&self.sources, self.allow_imprecise, self.mappings.is_some())?;
         Ok(Tracker {
             ledger: Ledger::new(self.layout, self.sources.len()),
             spaces: self.spaces,
             sources: self.sources,
+            mappings: self.mappings,
+            allow_imprecise: self.allow_imprecise,
+            on_failure: self.on_failure,
             tracking: false,
         })
     }
+}
+
+/// Checks that sources go together.
+pub(super) fn check_sources(
+    sources: &[Attached],
+    allow_imprecise: bool,
+    has_mappings: bool,
+) -> Result<(), TrackerError> {
+    for (at, attached) in sources.iter().enumerate() {
+        let id = || attached.source.id().to_owned();
+        if sources[..at].iter().any(|other| other.source.id() == attached.source.id()) {
+            return Err(TrackerError::TwoSources { id: id() });
+        }
+        if matches!(attached.source.reports(), Reports::Vcpus | Reports::Devices) && !has_mappings {
+            return Err(TrackerError::NoMappings { id: id() });
+        }
+        if !attached.precise && !allow_imprecise {
+            return Err(TrackerError::Imprecise { id: id() });
+        }
+    }
+    let imprecise = sources.iter().filter(|attached| !attached.precise);
+    imprecise.into_iter().try_for_each(|attached| check_imprecise(attached, sources))
+}
+
+/// Checks that an imprecise source drowns no other (C64).
+fn check_imprecise(imprecise: &Attached, sources: &[Attached]) -> Result<(), TrackerError> {
+    let id = |attached: &Attached| attached.source.id().to_owned();
+    let others = sources.iter().filter(|other| other.precise && other.source.reports() == Reports::Devices);
+    for other in others {
+        if imprecise.devices.is_empty() || other.devices.is_empty() {
+            return Err(TrackerError::DevicesNotNamed { id: id(imprecise) });
+        }
+        if let Some(device) = imprecise.devices.iter().find(|device| other.devices.contains(device)) {
+            let (imprecise, precise) = (id(imprecise), id(other));
+            return Err(TrackerError::ImpreciseBesidePrecise { imprecise, precise, device: device.clone() });
+        }
+    }
+    Ok(())
 }

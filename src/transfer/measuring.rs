@@ -2,6 +2,7 @@
 
 //! What a migration measures of itself, and what it shows of that.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -50,13 +51,13 @@ pub(super) struct Measured {
     dirty_rate: u64,
     collected: Instant,
     pub(super) source_rates: SourceRates,
-    attribution_before: Vec<Attribution>,
+    attribution_before: BTreeMap<String, Attribution>,
     /// As of the last look at everything.
     seen: Observation,
 }
 
 impl Measured {
-    pub(super) fn new(attribution_before: Vec<Attribution>, bandwidth_cap: Option<u64>) -> Self {
+    pub(super) fn new(attribution_before: BTreeMap<String, Attribution>, bandwidth_cap: Option<u64>) -> Self {
         let now = Instant::now();
         Self {
             rounds: 0,
@@ -185,7 +186,7 @@ impl<V: Vm> Session<'_, V> {
     /// Goes on without what sources failed to report, all they cover being dirty; ends the migration where one is gone.
     pub(super) fn bear(&mut self, failures: Vec<SourceError>) -> Result<(), SendError> {
         for failure in failures {
-            if failure.gone {
+            if self.look().is_fatal(&failure) {
                 return Err(TrackerError::from(failure).into());
             }
             self.migration.degrade(failure);
@@ -249,18 +250,10 @@ impl<V: Vm> Session<'_, V> {
 
     /// What each source reported since this attempt began.
     pub(super) fn attribution(&self) -> Vec<SourceProgress> {
-        let before = &self.measured.attribution_before;
         let tracker = self.look();
-        let sources = tracker.attribution().zip(before);
-        sources
-            .map(|((id, now), before)| SourceProgress {
-                id: id.to_owned(),
-                attribution: Attribution {
-                    pages: now.pages - before.pages,
-                    exclusive_pages: now.exclusive_pages - before.exclusive_pages,
-                },
-            })
-            .collect()
+        let before = |id: &str| self.measured.attribution_before.get(id).copied().unwrap_or_default();
+        let sources = tracker.attribution().map(|(id, now)| (id, now.since(before(id))));
+        sources.map(|(id, attribution)| SourceProgress { id: id.to_owned(), attribution }).collect()
     }
 }
 

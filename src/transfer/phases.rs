@@ -59,8 +59,8 @@ impl<'a, V: Vm> Session<'a, V> {
         devices: &'a Mutex<DeviceSet>,
         migration: &'a Migration,
     ) -> Self {
-        let attribution = lock(tracker).attribution().map(|(_, attribution)| attribution).collect();
-        let measured = Measured::new(attribution, options.bandwidth);
+        let before = lock(tracker).attribution().map(|(id, pages)| (id.to_owned(), pages)).collect();
+        let measured = Measured::new(before, options.bandwidth);
         Self {
             options,
             policy: options.policy(vm.can_throttle()),
@@ -146,6 +146,7 @@ impl<'a, V: Vm> Session<'a, V> {
     /// Switches every source on, before the first page is copied (C1), and lets devices begin to hand out their state.
     fn arm(&mut self) -> Result<(), SendError> {
         let mut tracker = self.tracker()?;
+        tracker.check_memory(&*self.vm.memory())?;
         self.undo.cursor = Some(tracker.begin(Start::Empty)?);
         tracker.imprecise_sources().for_each(|source| self.migration.degrade(source));
         drop(tracker);

@@ -98,15 +98,16 @@ impl SourceRates {
         page_bytes: u64,
         time: Duration,
     ) {
-        for (at, Reported { id, attribution, standing_bytes }) in now.enumerate() {
-            let Some(meter) = self.meters.get_mut(at) else {
-                self.meters.push(SourceMeter::new(id, attribution));
-                continue;
-            };
+        let mut before = std::mem::take(&mut self.meters);
+        for Reported { id, attribution, standing_bytes } in now {
+            let known = before.iter().position(|meter| meter.id == id).map(|at| before.swap_remove(at));
+            let mut meter = known.unwrap_or_else(|| SourceMeter::new(id, attribution));
             let moving = |pages: u64| rate((pages * page_bytes).saturating_sub(standing_bytes), time);
-            meter.dirty_rate = moving(attribution.pages - meter.last.pages);
-            meter.exclusive_dirty_rate = moving(attribution.exclusive_pages - meter.last.exclusive_pages);
+            let since = attribution.since(meter.last);
+            meter.dirty_rate = moving(since.pages);
+            meter.exclusive_dirty_rate = moving(since.exclusive_pages);
             (meter.last, meter.standing_bytes) = (attribution, standing_bytes);
+            self.meters.push(meter);
         }
     }
 

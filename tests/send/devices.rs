@@ -11,7 +11,7 @@ use vfio_migration::iova::IovaMap;
 use vfio_migration::layout::Layout;
 use vfio_migration::precopy::{CancelReason, Obstacle};
 use vfio_migration::range::GpaRange;
-use vfio_migration::source::{Cover, DirtySource, Sink, SourceError};
+use vfio_migration::source::{Cover, DirtySource, Reports, Sink, SourceError};
 use vfio_migration::transfer::{
     Migration, PinningReceiver, Populated, SendError, SendOptions, Sender, Sent, SourceVm,
 };
@@ -126,6 +126,10 @@ struct Pins(u64);
 impl DirtySource for Pins {
     fn id(&self) -> &str {
         "pins"
+    }
+
+    fn reports(&self) -> Reports {
+        Reports::Component
     }
 
     fn cover(&self) -> Cover {

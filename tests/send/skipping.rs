@@ -10,7 +10,7 @@ use vfio_migration::iova::IovaMap;
 use vfio_migration::layout::Layout;
 use vfio_migration::precopy::TimeoutStrategy;
 use vfio_migration::range::GpaRange;
-use vfio_migration::source::{Cover, DirtySource, Sink, SourceError};
+use vfio_migration::source::{Cover, DirtySource, Reports, Sink, SourceError};
 use vfio_migration::transfer::{Migration, Sender, Sent};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -54,6 +54,10 @@ impl Meddler {
 impl DirtySource for Meddler {
     fn id(&self) -> &str {
         "meddler"
+    }
+
+    fn reports(&self) -> Reports {
+        Reports::Component
     }
 
     fn cover(&self) -> Cover {

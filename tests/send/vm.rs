@@ -15,7 +15,7 @@ use vfio_migration::device::{
 use vfio_migration::iova::IovaMap;
 use vfio_migration::layout::Layout;
 use vfio_migration::range::GpaRange;
-use vfio_migration::source::{Cover, DirtySource, GuestMemoryLog, Operation, Sink, SourceError};
+use vfio_migration::source::{Cover, DirtySource, GuestMemoryLog, Operation, Reports, Sink, SourceError};
 use vfio_migration::tracker::{Tracker, TrackerBuilder};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
@@ -305,6 +305,10 @@ impl ScriptedSource {
 impl DirtySource for ScriptedSource {
     fn id(&self) -> &str {
         "scripted"
+    }
+
+    fn reports(&self) -> Reports {
+        Reports::Component
     }
 
     fn cover(&self) -> Cover {

@@ -12,11 +12,12 @@ use serde::{Deserialize, Serialize};
 use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
 use vfio_migration::device::{Device, KernelDevice};
 use vfio_migration::migratable::MigratableDevice;
+use vfio_migration::range::GpaRange;
 use vfio_migration::source::{
     ContainerLog, DeviceLog, DirtySource, GuestMemoryLog, Harvester, HwptLog, KvmLog, KvmLogMode, KvmRing,
     Meaning, RingSize,
 };
-use vfio_migration::tracker::{Tracker, TrackerBuilder};
+use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, TrackerBuilder};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -30,7 +31,7 @@ use super::territory::Territory;
 use crate::demo::Health;
 use crate::demo::child::Hosted;
 use crate::demo::side::{make_passes, migratable, slots};
-use crate::demo::vm::{SourceVm, layout_of};
+use crate::demo::vm::{SourceVm, layout_of, mappings_of};
 use crate::device::stream_word;
 use crate::vmm::{
     CpuKind, ExitHook, Machine, MachineConfig, Memory, PAGE_BYTES, PAGE_LEN, RamLayout, Rate, Split,
@@ -72,6 +73,11 @@ struct FullRing {
     /// How often KVM did not let the vCPU go on.
     exits: AtomicU64,
 }
+
+/// The names of the devices.
+const MDEV: &str = "mdev0";
+const EDU: &str = "edu0";
+const MOCK: &str = "mock0";
 
 /// A machine and its devices.
 pub struct BedSide {
@@ -122,12 +128,22 @@ impl BedSide {
     /// # Errors
     /// A source or a device lacks something.
     pub fn migratable(&self) -> anyhow::Result<MigratableDevice> {
+        let mappings = mappings_of(&self.machine, self.reached()?)?;
         let builder = Tracker::builder(layout_of(&self.machine)?)
+            .mappings(move || mappings.clone())
             .source(self.kvm_source()?)
             .source(Box::new(GuestMemoryLog::new(Arc::new(self.machine.memory().clone()))))
-            .source(self.engine.source("container:mdev0")?);
-        let mut devices = vec![self.engine.device("mdev0")?];
+            .source_of(SpaceId::IDENTITY, [MDEV], self.engine.source("container:mdev0")?);
+        let mut devices = vec![self.engine.device(MDEV)?];
         migratable(self.second.join(builder, &mut devices)?, devices)
+    }
+
+    /// Each device has all RAM mapped.
+    fn reached(&self) -> anyhow::Result<Vec<DeviceMappings>> {
+        let ram = self.machine.regions().iter().map(|region| GpaRange::new(region.gpa, region.len));
+        let gpa: Vec<_> = ram.collect::<Result<_, _>>()?;
+        let devices = [MDEV, self.second.name()];
+        Ok(devices.map(|device| DeviceMappings { device: device.to_owned(), gpa: gpa.clone() }).into())
     }
 
     /// KVM's dirty log, or its dirty ring where the machine has one.
@@ -337,14 +353,21 @@ impl Second {
     fn join(&self, mut tracker: TrackerBuilder, devices: &mut Vec<Device>) -> anyhow::Result<TrackerBuilder> {
         match self {
             Self::Edu(edu) => {
-                devices.push(edu.device("edu0")?);
-                Ok(tracker.source(edu.source("device-log:edu0")?))
+                devices.push(edu.device(EDU)?);
+                Ok(tracker.source_of(SpaceId::IDENTITY, [EDU], edu.source("device-log:edu0")?))
             }
             Self::Mock(mock) => {
                 let space = tracker.space(mock.iova_map()?);
                 let log = HwptLog::new("hwpt:mock0", Arc::clone(mock.iommufd()), mock.hwpt_id());
-                Ok(tracker.source_in(space, Box::new(log)))
+                Ok(tracker.source_of(space, [MOCK], Box::new(log)))
             }
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Edu(_) => EDU,
+            Self::Mock(_) => MOCK,
         }
     }
 

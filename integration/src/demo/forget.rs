@@ -5,7 +5,7 @@
 use vfio_migration::iova::{IovaMap, Mapping};
 use vfio_migration::layout::Layout;
 use vfio_migration::range::GpaRange;
-use vfio_migration::source::{Cover, DirtySource, Sink, SourceError};
+use vfio_migration::source::{Cover, DirtySource, Reports, Sink, SourceError};
 
 /// Passes everything on but the reports.
 pub(super) struct Forgetful {
@@ -21,6 +21,10 @@ impl Forgetful {
 impl DirtySource for Forgetful {
     fn id(&self) -> &str {
         self.source.id()
+    }
+
+    fn reports(&self) -> Reports {
+        self.source.reports()
     }
 
     fn cover(&self) -> Cover {

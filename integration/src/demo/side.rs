@@ -12,8 +12,10 @@ use anyhow::Context;
 use vfio_migration::device::{Device, DeviceSet, VfioUserDevice};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::{GpaRange, IovaRange};
-use vfio_migration::source::{DirtySource, GuestMemoryLog, KvmLog, KvmLogMode, KvmSlot, VfioUserSource};
-use vfio_migration::tracker::{Tracker, TrackerBuilder};
+use vfio_migration::source::{
+    DirtySource, GuestMemoryLog, KvmLog, KvmLogMode, KvmSlot, Reports, VfioUserSource,
+};
+use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, TrackerBuilder};
 use vfio_migration::vfio_user::{Client, DmaRegion, Options, SharedClient};
 use vfio_migration::vm::Vm;
 use vm_memory::{Bytes, GuestAddress};
@@ -21,7 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::child::Hosted;
 use super::control::{Health, MachineSetup};
 use super::forget::Forgetful;
-use super::vm::{PASS_THROUGH, SourceVm, layout_of};
+use super::vm::{PASS_THROUGH, SourceVm, layout_of, mappings_of};
 use crate::device::control as device;
 use crate::device::{DeviceConfig, DmaDevice, PAGE_BYTES as STREAM_PAGE_BYTES, Stream, Window};
 use crate::vmm::{AreaKind, CpuKind, Machine, MachineConfig, Memory, RamLayout, Rate, Split};
@@ -122,10 +124,17 @@ impl Side {
         mode: KvmLogMode,
         more: Vec<Box<dyn DirtySource>>,
     ) -> anyhow::Result<MigratableDevice> {
-        let mut builder = Tracker::builder(layout_of(&self.machine)?);
+        let client = self.client();
+        let reached = client.writeable_ranges().iter().map(|iova| GpaRange::new(iova.start(), iova.len()));
+        let gpa = reached.collect::<Result<_, _>>()?;
+        drop(client);
+        let mappings = mappings_of(&self.machine, vec![DeviceMappings { device: DEVICE.to_owned(), gpa }])?;
+        let mut builder = Tracker::builder(layout_of(&self.machine)?).mappings(move || mappings.clone());
         for source in self.sources(mode)?.into_iter().chain(more) {
+            let devices = (source.reports() == Reports::Devices).then_some(DEVICE);
             let forgotten = self.setup.forget.as_deref() == Some(source.id());
-            builder = builder.source(if forgotten { Box::new(Forgetful::new(source)) } else { source });
+            let source = if forgotten { Box::new(Forgetful::new(source)) } else { source };
+            builder = builder.source_of(SpaceId::IDENTITY, devices, source);
         }
         let device = Device::new(DEVICE, Box::new(VfioUserDevice::new(Arc::clone(&self.client))?));
         migratable(builder, vec![device])

@@ -9,10 +9,12 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use vfio_migration::layout::{Layout, LayoutError};
 use vfio_migration::migratable::MigratableDevice;
+use vfio_migration::range::{GpaRange, RangeError};
+use vfio_migration::tracker::{DeviceMappings, VmMappings};
 use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, asks_for_prefault};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
-use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vm_migration::{Snapshot, snapshot_from_id, state_from_id};
 
 use crate::vmm::{Machine, MachineState, RegionBacking};
@@ -175,6 +177,21 @@ impl Destination for DestinationVm<'_> {
     }
 
     fn abandoned(&mut self) {}
+}
+
+/// What maps a machine's RAM: its own slots, and for each device what it was given.
+pub(crate) fn mappings_of(machine: &Machine, devices: Vec<DeviceMappings>) -> Result<VmMappings, RangeError> {
+    let ram = machine.memory().iter();
+    let ram: Vec<_> = ram
+        .map(|region| GpaRange::new(region.start_addr().raw_value(), region.len()))
+        .collect::<Result<_, _>>()?;
+    let vcpu_slots = machine.regions().iter().map(|region| GpaRange::new(region.gpa, region.len));
+    Ok(VmMappings {
+        ram,
+        vcpu_slots: vcpu_slots.collect::<Result<_, _>>()?,
+        devices,
+        ..VmMappings::default()
+    })
 }
 
 /// The layout of a machine's RAM.

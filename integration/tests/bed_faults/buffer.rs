@@ -8,7 +8,7 @@ use std::sync::Arc;
 use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
 use vfio_migration::layout::Layout;
 use vfio_migration::source::{ContainerLog, DeviceLog, DirtySource, Meaning};
-use vfio_migration::tracker::Tracker;
+use vfio_migration::tracker::{Tracker, VmMappings};
 use vfio_migration_integration::bed::{BedSetup, Here, Mirror};
 
 use crate::trap::{self, Trap, Trapped};
@@ -38,7 +38,10 @@ impl Bench {
         let trap = Arc::new(Trap::default());
         let source = source(Trapped { inner: descriptor(&here), readable, trap: Arc::clone(&trap) });
         let layout = Layout::from_guest_memory(here.side.machine().memory()).unwrap();
-        let mut tracker = Tracker::builder(layout).source(source).build().unwrap();
+        let ram: Vec<_> = layout.regions().iter().map(|region| region.range()).collect();
+        let mappings = VmMappings { ram: ram.clone(), vcpu_slots: ram, ..VmMappings::default() };
+        let builder = Tracker::builder(layout).mappings(move || mappings.clone());
+        let mut tracker = builder.source(source).build().unwrap();
         let mirror = Mirror::start(&here.memory, &mut tracker).unwrap();
         // The first collect allocates the buffer: a bit for each page of the first region, the largest.
         let pages = here.memory.regions()[0].len / PAGE_BYTES;

@@ -8,7 +8,7 @@ use crate::bed::*;
 use crate::kernel::*;
 use vfio_migration::ledger::{ChunkLimits, CursorId, Start};
 use vfio_migration::source::{ContainerLog, DeviceLog, Meaning};
-use vfio_migration::tracker::Tracker;
+use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, VmMappings};
 
 /// Random schedules to run, of which each is known by its seed.
 const SCHEDULES: u64 = 20;
@@ -23,6 +23,13 @@ impl Random {
         self.0 ^= self.0 << 17;
         self.0 % limit
     }
+}
+
+/// What these devices reach: all RAM.
+fn mappings<const N: usize>(devices: [&str; N]) -> VmMappings {
+    let ram: Vec<_> = layout().regions().iter().map(|region| region.range()).collect();
+    let reached = devices.map(|device| DeviceMappings { device: device.to_owned(), gpa: ram.clone() });
+    VmMappings { ram, devices: reached.into(), ..VmMappings::default() }
 }
 
 /// Sends a round: copies the pages that `cursor` lacks; returns which.
@@ -76,8 +83,12 @@ fn an_edu_and_an_mdev_in_spaces_of_their_own_are_sent_exactly() {
     let (mdev, edu) = (open_mdev(&mdev), open_edu(&edu));
     let container = ContainerLog::new("container", clone(&mdev.container), 3, Meaning::Written).unwrap();
     let own = DeviceLog::new("device-log", clone(&edu.file)).unwrap();
-    let mut vm =
-        Tracker::builder(layout()).source(Box::new(container)).source(Box::new(own)).build().unwrap();
+    let mut vm = Tracker::builder(layout())
+        .mappings(|| mappings(["mdev0", "edu0"]))
+        .source_of(SpaceId::IDENTITY, ["mdev0"], Box::new(container))
+        .source_of(SpaceId::IDENTITY, ["edu0"], Box::new(own))
+        .build()
+        .unwrap();
     let cursor = vm.begin(Start::Copied).unwrap();
     let (mut random, mut unused) = (Random(5), vec![0; PAGES * PAGE / 8]);
     for _ in 0..5 {
@@ -96,8 +107,8 @@ fn an_imprecise_container_is_left_to_the_final_round() {
     let Some([edu, _]) = two("imprecise container, final round", "edu_vfio") else { return };
     let edu = open_edu(&edu);
     let container = ContainerLog::new("container", clone(&edu.container), 3, Meaning::Mapped).unwrap();
-    let builder = Tracker::builder(layout()).allow_imprecise();
-    let mut vm = builder.source(Box::new(container)).build().unwrap();
+    let builder = Tracker::builder(layout()).mappings(|| mappings(["edu0"])).allow_imprecise();
+    let mut vm = builder.source_of(SpaceId::IDENTITY, ["edu0"], Box::new(container)).build().unwrap();
     let cursor = vm.begin(Start::Empty).unwrap();
     let mut copy = vec![0; PAGES * PAGE / 8];
     assert_eq!(send(&mut vm, cursor, &edu, &mut copy), set(0..256));

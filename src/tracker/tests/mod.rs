@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
+mod changes;
+mod guards;
+
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -7,8 +10,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::granule::Granule;
+use crate::iova::Mapping;
 use crate::range::GpaRange;
-use crate::source::{Cover, Operation, Sink};
+use crate::range::IovaRange;
+use crate::source::{Cover, Harvest, Operation, PluggedRam, Reports, Sink};
 
 pub(crate) const PAGES: u64 = 256;
 
@@ -21,12 +26,14 @@ fn layout() -> Layout {
 }
 
 /// What a scripted kernel interface holds, and what it will do next.
-#[derive(Default)]
 struct Script {
     running: bool,
     precise: bool,
     dirty: BTreeSet<u64>,
     fail: Option<Operation>,
+    reports: Reports,
+    harvest: Harvest,
+    cover: Vec<GpaRange>,
     /// On failure, what was already read is gone, as from a kernel that cleared before it copied.
     log: Vec<Operation>,
 }
@@ -39,7 +46,16 @@ pub(crate) struct Scripted {
 
 impl Scripted {
     pub(crate) fn new(id: &'static str) -> Self {
-        let script = Script { precise: true, ..Script::default() };
+        let script = Script {
+            running: false,
+            precise: true,
+            dirty: BTreeSet::new(),
+            fail: None,
+            reports: Reports::Component,
+            harvest: Harvest::BeforeUnmap,
+            cover: vec![pages(0, PAGES)],
+            log: Vec::new(),
+        };
         Self { id, script: Arc::new(Mutex::new(script)) }
     }
 
@@ -77,8 +93,13 @@ impl DirtySource for Scripted {
         self.id
     }
 
+    fn reports(&self) -> Reports {
+        self.script().reports
+    }
+
     fn cover(&self) -> Cover {
-        Cover { ranges: vec![pages(0, PAGES)], precise: self.script().precise }
+        let script = self.script();
+        Cover { ranges: script.cover.clone(), precise: script.precise }
     }
 
     fn start(&mut self, _layout: &Layout, _iova: &IovaMap) -> Result<(), SourceError> {
@@ -106,6 +127,9 @@ impl DirtySource for Scripted {
 
     fn unmapped(&mut self, mapping: &Mapping, sink: &mut Sink<'_>) -> Result<(), SourceError> {
         let iova = mapping.iova();
+        if self.script().fail == Some(Operation::Unmap) {
+            return self.step(Operation::Unmap);
+        }
         let going: Vec<u64> =
             self.script().dirty.iter().copied().filter(|page| iova.contains(page << 12)).collect();
         going.iter().for_each(|page| assert!(self.script().dirty.remove(page)));
@@ -114,6 +138,20 @@ impl DirtySource for Scripted {
             .into_iter()
             .for_each(|page| sink.iova_range(crate::range::IovaRange::new(page << 12, 1).unwrap()));
         Ok(())
+    }
+
+    fn harvest(&self) -> Harvest {
+        self.script().harvest
+    }
+
+    fn plugged(&mut self, ram: &PluggedRam) -> Result<(), SourceError> {
+        self.step(Operation::Plugged)?;
+        self.script().cover.push(ram.gpa);
+        Ok(())
+    }
+
+    fn unplugged(&mut self, gpa: GpaRange) {
+        self.script().cover.retain(|range| *range != gpa);
     }
 
     fn stop(&mut self) -> Result<(), SourceError> {
@@ -140,6 +178,11 @@ fn drain(vm: &mut Tracker, cursor: CursorId) -> BTreeSet<u64> {
         vm.commit(chunk);
     }
     taken
+}
+
+/// An unmapping that works.
+fn unmapped() -> Result<(), TrackerError> {
+    Ok(())
 }
 
 fn everything() -> BTreeSet<u64> {
@@ -212,12 +255,12 @@ fn c12_a_mapping_is_harvested_before_it_is_forgotten() {
     let device = Scripted::new("device");
     let mut builder = Tracker::builder(layout());
     let space = builder.space(IovaMap::journal());
-    let mut vm = builder.source_in(space, Box::new(device.clone())).build().unwrap();
+    let mut vm = builder.source_of(space, ["net0"], Box::new(device.clone())).build().unwrap();
     let cursor = vm.begin(Start::Copied).unwrap();
     let iova = IovaRange::new(100 << 12, 4 << 12).unwrap();
     vm.map(space, Mapping::new(iova, pages(40, 4)).unwrap()).unwrap();
     device.write(102);
-    assert!(vm.unmap(space, iova).unwrap().is_empty());
+    assert!(vm.unmap(space, iova, unmapped).unwrap().is_empty());
     assert!(vm.collect().is_empty());
     assert_eq!(drain(&mut vm, cursor), BTreeSet::from([42]));
 }
@@ -227,12 +270,12 @@ fn c13_a_mapping_that_cannot_be_harvested_counts_as_written_all_over() {
     let device = Scripted::new("device");
     let mut builder = Tracker::builder(layout());
     let space = builder.space(IovaMap::journal());
-    let mut vm = builder.source_in(space, Box::new(device.clone())).build().unwrap();
+    let mut vm = builder.source_of(space, ["net0"], Box::new(device.clone())).build().unwrap();
     let cursor = vm.begin(Start::Copied).unwrap();
     let iova = IovaRange::new(100 << 12, 4 << 12).unwrap();
     vm.map(space, Mapping::new(iova, pages(40, 4)).unwrap()).unwrap();
     device.fail_next(Operation::Unmapped);
-    assert_eq!(vm.unmap(space, iova).unwrap().len(), 1);
+    assert_eq!(vm.unmap(space, iova, unmapped).unwrap().len(), 1);
     assert_eq!(drain(&mut vm, cursor), (40..44).collect());
     device.write(101);
     assert!(vm.collect().is_empty());
@@ -244,7 +287,7 @@ fn c15_a_switch_of_the_whole_address_space_harvests_every_mapping() {
     let device = Scripted::new("device");
     let mut builder = Tracker::builder(layout());
     let space = builder.space(IovaMap::journal());
-    let mut vm = builder.source_in(space, Box::new(device.clone())).build().unwrap();
+    let mut vm = builder.source_of(space, ["net0"], Box::new(device.clone())).build().unwrap();
     let cursor = vm.begin(Start::Copied).unwrap();
     for (iova, gpa) in [(100, 40), (300, 60)] {
         let iova = IovaRange::new(iova << 12, 4 << 12).unwrap();
@@ -252,7 +295,7 @@ fn c15_a_switch_of_the_whole_address_space_harvests_every_mapping() {
     }
     device.write(101);
     device.write(303);
-    assert!(vm.unmap(space, IovaRange::from_bounds(0, u64::MAX).unwrap()).unwrap().is_empty());
+    assert!(vm.unmap(space, IovaRange::from_bounds(0, u64::MAX).unwrap(), unmapped).unwrap().is_empty());
     assert_eq!(drain(&mut vm, cursor), BTreeSet::from([41, 63]));
 }
 

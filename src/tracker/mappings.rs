@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What really maps a VM's memory, and whether that is what is tracked.
+
+use thiserror::Error;
+
+use super::Attached;
+use crate::layout::{Layout, Region};
+use crate::range::{GpaRange, first_outside};
+use crate::source::Reports;
+
+/// What maps a VM's memory at one moment, as its VMM knows it: not what it should be, but what was registered.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VmMappings {
+    /// The VM's RAM, as its guest memory has it.
+    pub ram: Vec<GpaRange>,
+    /// Parts of `ram` that the guest does not have now: unplugged blocks of virtio-mem. They are no part of the layout.
+    pub absent: Vec<GpaRange>,
+    /// The vCPUs' memory slots; none where the VMM tracks their writes itself.
+    pub vcpu_slots: Vec<GpaRange>,
+    /// The guest memory that each pass-through device reaches through its IOMMU. What of it is not RAM is ignored.
+    pub devices: Vec<DeviceMappings>,
+}
+
+/// The guest memory that one device reaches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceMappings {
+    /// The device's name.
+    pub device: String,
+    /// What is mapped for it.
+    pub gpa: Vec<GpaRange>,
+}
+
+/// What is tracked is not what could be written.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum Disagreement {
+    /// The VM has memory that the layout lacks.
+    #[error("VM has RAM at {gpa} that is not tracked")]
+    Untracked {
+        /// The first such range.
+        gpa: GpaRange,
+    },
+    /// The layout has RAM that the VM lacks.
+    #[error("RAM at {gpa} is tracked, and VM has none there")]
+    NoMemory {
+        /// The first such range.
+        gpa: GpaRange,
+    },
+    /// The layout has RAM that no memory slot holds.
+    #[error("No memory slot of the vCPUs holds the RAM at {gpa}")]
+    NoSlot {
+        /// The first such range.
+        gpa: GpaRange,
+    },
+    /// The sources of one kind do not see all that its writer reaches.
+    #[error("{writer} can write RAM at {gpa}, which no dirty source covers for them")]
+    Uncovered {
+        /// Whose writes go unseen.
+        writer: String,
+        /// The first such range.
+        gpa: GpaRange,
+    },
+}
+
+const VCPUS: &str = "vCPUs";
+const VMM: &str = "The VMM's own threads";
+
+/// Checks that the VM's RAM is the layout's.
+pub(super) fn check_memory(
+    layout: &Layout,
+    memory: &[GpaRange],
+    absent: &[GpaRange],
+) -> Result<(), Disagreement> {
+    let tracked = ranges_of(layout);
+    if let Some(gpa) = first_outside(memory, tracked.iter().chain(absent).copied()) {
+        return Err(Disagreement::Untracked { gpa });
+    }
+    match first_outside(&tracked, memory.iter().copied()) {
+        Some(gpa) => Err(Disagreement::NoMemory { gpa }),
+        None => Ok(()),
+    }
+}
+
+/// Checks that the sources, which run, cover all that can be written.
+pub(super) fn check_covers(
+    layout: &Layout,
+    sources: &[Attached],
+    mappings: &VmMappings,
+) -> Result<(), Disagreement> {
+    let ram = ranges_of(layout);
+    if sources.iter().any(|attached| attached.source.reports() == Reports::Vcpus) {
+        if let Some(gpa) = first_outside(&ram, mappings.vcpu_slots.iter().copied()) {
+            return Err(Disagreement::NoSlot { gpa });
+        }
+        check_cover(&ram, sources, VCPUS, |attached| attached.source.reports() == Reports::Vcpus)?;
+    }
+    if sources.iter().any(|attached| attached.source.reports() == Reports::Vmm) {
+        check_cover(&ram, sources, VMM, |attached| attached.source.reports() == Reports::Vmm)?;
+    }
+    mappings.devices.iter().try_for_each(|DeviceMappings { device, gpa }| {
+        let reached = gpa.iter().flat_map(|&gpa| layout.parts(gpa)).map(|(_, part)| part);
+        let reached: Vec<_> = reached.collect();
+        check_cover(&reached, sources, &format!("Device {device}"), |attached| {
+            attached.devices.iter().any(|name| name == device)
+        })
+    })
+}
+
+fn check_cover(
+    reached: &[GpaRange],
+    sources: &[Attached],
+    writer: &str,
+    which: impl Fn(&&Attached) -> bool,
+) -> Result<(), Disagreement> {
+    let covers = sources.iter().filter(which).flat_map(|attached| attached.source.cover().ranges);
+    match first_outside(reached, covers) {
+        Some(gpa) => Err(Disagreement::Uncovered { writer: writer.to_owned(), gpa }),
+        None => Ok(()),
+    }
+}
+
+fn ranges_of(layout: &Layout) -> Vec<GpaRange> {
+    layout.regions().iter().map(Region::range).collect()
+}

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+use super::*;
+use crate::tracker::{DeviceMappings, Disagreement, OnFailure, SpaceId, VmMappings};
+
+/// A VM of 256 pages with one device that reaches all of it.
+fn agreed() -> VmMappings {
+    let all = vec![pages(0, PAGES)];
+    let device = DeviceMappings { device: "net0".to_owned(), gpa: all.clone() };
+    VmMappings { ram: all.clone(), absent: Vec::new(), vcpu_slots: all, devices: vec![device] }
+}
+
+/// Begins a session of a VM that is mapped like this, with a source for each kind of writer.
+fn begin_with(mappings: VmMappings, covers: [(Reports, GpaRange); 3]) -> Result<(), String> {
+    let mut builder = Tracker::builder(layout()).mappings(move || mappings.clone());
+    let ids = ["kvm", "vmm", "device"];
+    let sources = ids.map(Scripted::new);
+    for (source, (reports, cover)) in sources.iter().zip(covers) {
+        source.script().reports = reports;
+        source.script().cover = vec![cover];
+        let devices = (reports == Reports::Devices).then_some("net0");
+        builder = builder.source_of(SpaceId::IDENTITY, devices, Box::new(source.clone()));
+    }
+    let mut tracker = builder.build().unwrap();
+    let begun = tracker.begin(Start::Empty).map(drop);
+    let running = sources.iter().filter(|source| source.script().running).count();
+    assert_eq!(running, if begun.is_ok() { 3 } else { 0 }, "a session that does not begin leaves nothing on");
+    begun.map_err(|error| crate::error::Chain(&error).to_string())
+}
+
+const KINDS: [Reports; 3] = [Reports::Vcpus, Reports::Vmm, Reports::Devices];
+
+#[test]
+fn c63_a_session_begins_only_when_memory_slots_and_covers_agree_with_the_layout() {
+    let full = KINDS.map(|kind| (kind, pages(0, PAGES)));
+    begin_with(agreed(), full).unwrap();
+    let refused = |change: &dyn Fn(&mut VmMappings), said: &str| {
+        let mut mappings = agreed();
+        change(&mut mappings);
+        let error = begin_with(mappings, full).unwrap_err();
+        assert!(error.ends_with(said), "{error}");
+    };
+    refused(&|vm| vm.ram.push(pages(PAGES, 1)), "VM has RAM at 0x100000..0x101000 that is not tracked");
+    refused(&|vm| vm.ram = vec![pages(0, 255)], "RAM at 0xff000..0x100000 is tracked, and VM has none there");
+    refused(
+        &|vm| vm.vcpu_slots = vec![pages(0, 9)],
+        "No memory slot of the vCPUs holds the RAM at 0x9000..0x100000",
+    );
+}
+
+#[test]
+fn c63_whoever_can_write_where_no_source_looks_is_named() {
+    let who = ["vCPUs", "The VMM's own threads", "Device net0"];
+    for (at, who) in who.into_iter().enumerate() {
+        let mut covers = KINDS.map(|kind| (kind, pages(0, PAGES)));
+        covers[at].1 = pages(0, 200);
+        let error = begin_with(agreed(), covers).unwrap_err();
+        let said = format!("{who} can write RAM at 0xc8000..0x100000, which no dirty source covers for them");
+        assert!(error.ends_with(&said), "{error}");
+    }
+    let mut mappings = agreed();
+    mappings.devices[0].gpa = vec![pages(0, 200), pages(1 << 20, 4)];
+    let mut covers = KINDS.map(|kind| (kind, pages(0, PAGES)));
+    covers[2].1 = pages(0, 200);
+    begin_with(mappings, covers).unwrap();
+}
+
+#[test]
+fn c63_a_device_that_no_source_speaks_for_is_named() {
+    let mut mappings = agreed();
+    mappings.devices.push(DeviceMappings { device: "gpu0".to_owned(), gpa: vec![pages(3, 2)] });
+    let error = begin_with(mappings, KINDS.map(|kind| (kind, pages(0, PAGES)))).unwrap_err();
+    assert!(error.contains("Device gpu0 can write RAM at 0x3000..0x5000"), "{error}");
+}
+
+#[test]
+fn parts_that_the_guest_does_not_have_are_no_part_of_the_layout() {
+    let mut mappings = agreed();
+    mappings.ram.push(pages(PAGES, 64));
+    mappings.absent.push(pages(PAGES, 64));
+    begin_with(mappings, KINDS.map(|kind| (kind, pages(0, PAGES)))).unwrap();
+}
+
+#[test]
+fn sources_of_vcpus_and_devices_take_what_really_maps_the_memory() {
+    for kind in [Reports::Vcpus, Reports::Devices] {
+        let source = Scripted::new("source");
+        source.script().reports = kind;
+        let Err(error) = Tracker::builder(layout()).source(Box::new(source)).build() else {
+            panic!("accepted")
+        };
+        assert!(matches!(error, TrackerError::NoMappings { .. }), "{error}");
+    }
+}
+
+/// Builds a tracker with an imprecise container for `imprecise` and an exact log for `precise`.
+fn mixed(imprecise: &[&str], precise: &[&str]) -> Result<Tracker, TrackerError> {
+    let (container, log) = (Scripted::imprecise("container"), Scripted::new("device-log"));
+    for source in [&container, &log] {
+        source.script().reports = Reports::Devices;
+    }
+    let builder = Tracker::builder(layout()).mappings(VmMappings::default).allow_imprecise();
+    let builder = builder.source_of(SpaceId::IDENTITY, imprecise.iter().copied(), Box::new(container));
+    builder.source_of(SpaceId::IDENTITY, precise.iter().copied(), Box::new(log)).build()
+}
+
+#[test]
+fn c64_an_imprecise_source_never_stands_beside_a_precise_one_for_the_same_device() {
+    assert!(mixed(&["net0"], &["net1"]).is_ok());
+    let refused = mixed(&["net0", "net1"], &["net1"]);
+    assert!(
+        matches!(&refused, Err(TrackerError::ImpreciseBesidePrecise { device, .. }) if device == "net1"),
+        "{:?}",
+        refused.err()
+    );
+    for unnamed in [mixed(&[], &["net1"]), mixed(&["net0"], &[])] {
+        assert!(matches!(unnamed, Err(TrackerError::DevicesNotNamed { .. })), "{:?}", unnamed.err());
+    }
+}
+
+#[test]
+fn c64_an_imprecise_source_that_comes_later_is_refused_too() {
+    let log = Scripted::new("device-log");
+    log.script().reports = Reports::Devices;
+    let builder = Tracker::builder(layout()).mappings(VmMappings::default).allow_imprecise();
+    let mut tracker = builder.source_of(SpaceId::IDENTITY, ["net0"], Box::new(log)).build().unwrap();
+    let container = Box::new(Scripted::imprecise("container"));
+    let refused = tracker.add_source(SpaceId::IDENTITY, ["net0"], container);
+    assert!(matches!(refused, Err(TrackerError::ImpreciseBesidePrecise { .. })), "{refused:?}");
+}
+
+#[test]
+fn a_failure_ends_a_migration_where_that_was_asked_for_and_loses_nothing_either_way() {
+    for on_failure in [OnFailure::Widen, OnFailure::Fail] {
+        let source = Scripted::new("back-end");
+        let builder = Tracker::builder(layout()).on_failure(on_failure).source(Box::new(source.clone()));
+        let mut tracker = builder.build().unwrap();
+        let cursor = tracker.begin(Start::Copied).unwrap();
+        source.fail_next(Operation::Collect);
+        let failures = tracker.collect();
+        assert_eq!(tracker.is_fatal(&failures[0]), on_failure == OnFailure::Fail);
+        assert_eq!(drain(&mut tracker, cursor), everything());
+    }
+}
+
+#[test]
+fn a_disagreement_says_what_differs_in_one_sentence() {
+    let error = Disagreement::Untracked { gpa: pages(1, 1) };
+    assert_eq!(error.to_string(), "VM has RAM at 0x1000..0x2000 that is not tracked");
+}
