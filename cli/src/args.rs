@@ -11,13 +11,19 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use log::LevelFilter;
 use vfio_migration::precopy::TimeoutStrategy;
-use vfio_migration::snapshot;
 use vfio_migration::transfer::limits::{ConnectionCount, ConnectionCountError, Limits};
 use vfio_migration::transfer::url::Url;
 use vfio_migration_integration::demo::{Inject, Transport};
 
+mod snapshot;
+
+pub(crate) use snapshot::{
+    ApplyArguments, CreateArguments, DiffArguments, SizeLimits, SnapshotArguments, SnapshotCommand,
+};
+
 /// What the help and the manual page of each command that moves or stores anything end with.
-const EXIT_STATUS: &str = "Exit status: 0 done, 1 compared snapshots differ, 2 usage, 3 the other side failed, \
+const EXIT_STATUS: &str = "Exit status: 0 done, 1 compared snapshots differ, or nothing was altered but \
+    a config.json was edited, 2 usage or over a limit, 3 the other side failed, \
     4 something on this host failed, 5 verification failed, 6 outcome unknown: the VM may be on either side, \
     130 given up on request.";
 
@@ -125,7 +131,7 @@ pub(crate) struct ReceiveArguments {
     #[arg(long, default_value = "128", value_name = "N", value_parser = connections)]
     pub(crate) connections: ConnectionCount,
     #[command(flatten)]
-    pub(crate) state: StateLimit,
+    pub(crate) sizes: SizeLimits,
     #[command(flatten)]
     pub(crate) patience: Patience,
     /// Print events as JSON lines.
@@ -138,25 +144,9 @@ impl ReceiveArguments {
     pub(crate) fn limits(&self) -> Limits {
         Limits {
             connections: self.connections,
-            state_bytes: self.state.state_limit,
+            state_bytes: self.sizes.state_limit,
             ..self.patience.limits()
         }
-    }
-}
-
-/// How long a State may be, wherever it comes from: what a snapshot on disk claims is no more to be trusted than a source.
-#[derive(Debug, Args)]
-pub(crate) struct StateLimit {
-    /// Longest State, the message or state.json, which holds the devices' state in base64; a number of bytes with K, M or G
-    /// behind it. Each is held in memory, once. A longer one is refused; that of a migration when all memory has moved.
-    #[arg(long, global = true, default_value = "4G", value_name = "SIZE", value_parser = size)]
-    state_limit: u64,
-}
-
-impl StateLimit {
-    /// What a snapshot on disk is held to.
-    pub(crate) fn of_snapshot(&self) -> snapshot::Limits {
-        snapshot::Limits { state_bytes: self.state_limit, ..snapshot::Limits::default() }
     }
 }
 
@@ -192,6 +182,10 @@ pub(crate) struct SendArguments {
     /// a snapshot with no manifest is sent as it is.
     #[arg(long, value_name = "DIR")]
     pub(crate) from: PathBuf,
+    /// Send FILE as the VM's configuration, in place of DIR's config.json: for a host where disks, taps and files have other
+    /// names. An edited config.json of DIR has to be named here, too, or taken by `snapshot seal --edited-config`.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
     /// Connections that carry memory, 1 to 128; several take TCP.
     #[arg(long, default_value = "1", value_name = "N", value_parser = connections)]
     pub(crate) connections: ConnectionCount,
@@ -222,7 +216,7 @@ pub(crate) struct SendArguments {
     #[arg(long, default_value = "precopy", value_name = "MODE", value_parser = precopy)]
     memory_mode: MemoryMode,
     #[command(flatten)]
-    pub(crate) state: StateLimit,
+    pub(crate) sizes: SizeLimits,
     #[command(flatten)]
     pub(crate) patience: Patience,
     /// Print events as JSON lines.
@@ -233,7 +227,7 @@ pub(crate) struct SendArguments {
 impl SendArguments {
     /// What the receiver is held to; not to hurry with the State, for a stored VM stands still anyway.
     pub(crate) fn limits(&self) -> Limits {
-        let state_bytes = self.state.state_limit;
+        let state_bytes = self.sizes.state_limit;
         Limits { switchover_timeout: Duration::MAX, state_bytes, ..self.patience.limits() }
     }
 }
@@ -261,103 +255,6 @@ impl From<Strategy> for TimeoutStrategy {
             Strategy::Ignore => Self::Ignore,
         }
     }
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct SnapshotArguments {
-    #[command(flatten)]
-    pub(crate) state: StateLimit,
-    #[command(subcommand)]
-    pub(crate) command: SnapshotCommand,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum SnapshotCommand {
-    /// Says what a snapshot holds; its memory is not read.
-    Info {
-        /// A snapshot of either kind.
-        dir: PathBuf,
-        /// Print one JSON object.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Checks every byte of a snapshot against its manifest; names files and guest-physical addresses that were altered.
-    Verify {
-        /// A snapshot of either kind.
-        dir: PathBuf,
-        /// Print one JSON object.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Lists where two snapshots differ; exit status 0 when they do not, 1 when they do.
-    Diff(DiffArguments),
-    /// Makes a differential of a snapshot: what differs from its base.
-    Create(CreateArguments),
-    /// Makes a full snapshot of a full one and the differentials on top of it; every byte is checked on the way.
-    Apply(ApplyArguments),
-    /// Gives a full snapshot that Cloud Hypervisor wrote a manifest, so that it can be verified and be a base.
-    Seal {
-        /// A full snapshot.
-        dir: PathBuf,
-        /// Print one JSON object.
-        #[arg(long)]
-        json: bool,
-    },
-}
-
-impl SnapshotCommand {
-    /// Whether to talk to a program.
-    pub(crate) fn json(&self) -> bool {
-        match self {
-            Self::Info { json, .. } | Self::Verify { json, .. } | Self::Seal { json, .. } => *json,
-            Self::Diff(arguments) => arguments.json,
-            Self::Create(arguments) => arguments.json,
-            Self::Apply(arguments) => arguments.json,
-        }
-    }
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct DiffArguments {
-    /// One snapshot.
-    pub(crate) first: PathBuf,
-    /// The other one.
-    pub(crate) second: PathBuf,
-    /// What lies below those of the two that are differentials; repeated, the full one first.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) base: Vec<PathBuf>,
-    /// Print one JSON object.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct CreateArguments {
-    /// The snapshot to take it from.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) from: PathBuf,
-    /// The snapshot to differ from; repeated, the full one first, where it is a differential itself.
-    #[arg(long, required = true, value_name = "DIR")]
-    pub(crate) base: Vec<PathBuf>,
-    /// The differential to be: absent, or an empty directory.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) into: PathBuf,
-    /// Print one JSON object.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ApplyArguments {
-    /// The full snapshot, then the differentials, each on top of the one before.
-    #[arg(required = true, value_name = "DIR")]
-    pub(crate) chain: Vec<PathBuf>,
-    /// The full snapshot to be: absent, or an empty directory.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) into: PathBuf,
-    /// Print one JSON object.
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -467,13 +364,18 @@ mod tests {
     }
 
     #[test]
-    fn every_command_in_the_readme_is_one() {
-        let readme = include_str!("../../README.md");
-        let commands = readme.lines().filter(|line| line.starts_with("vfio-migrate "));
+    fn every_command_in_the_pages_is_one() {
+        let pages = [
+            include_str!("../../README.md"),
+            include_str!("../../docs/vfio.md"),
+            include_str!("../../docs/other-host.md"),
+        ];
+        let lines = pages.iter().flat_map(|page| page.lines());
+        let commands = lines.filter(|line| line.starts_with("vfio-migrate "));
         let parsed = commands.map(|line| {
             Arguments::try_parse_from(words(line)).unwrap_or_else(|error| panic!("{line}: {error}"));
         });
-        assert!(parsed.count() >= 5);
+        assert!(parsed.count() >= 12);
     }
 
     #[test]

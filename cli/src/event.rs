@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use serde::Serialize;
-use vfio_migration::snapshot::Digest;
+use vfio_migration::snapshot::{Digest, PassThrough};
 
 use crate::exit::Exit;
 
@@ -55,6 +55,8 @@ pub(crate) enum Event<'a> {
         confirmed: bool,
         /// All bytes that came, framing and TLS included.
         received_bytes: u64,
+        /// The VM's pass-through devices.
+        devices: &'a [PassThrough],
     },
     /// A snapshot is on its way.
     Sending {

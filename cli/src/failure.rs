@@ -8,8 +8,9 @@ use std::io;
 use rustix::io::Errno;
 use vfio_migration::precopy::CancelReason;
 use vfio_migration::snapshot::{
-    Altered, ApplyError, ChainError, CompareError, DestinationError, FileError, ManifestError, OpenError,
-    STATE_FILE, SealError, SourceError, StagingError, SubtractError, VerifyError, WriteError,
+    Altered, ApplyError, ChainError, CompareError, DestinationError, DocumentError, FileError, ManifestError,
+    OpenError, PlacementError, STATE_FILE, SealError, SourceError, StagingError, SubtractError, VerifyError,
+    WriteError,
 };
 use vfio_migration::tracker::TrackerError;
 use vfio_migration::transfer::connection::ConnectionError;
@@ -28,8 +29,21 @@ const STATE_LIMIT: &str = "--state-limit";
 /// What limits the files a process may open.
 const DESCRIPTORS: &str = "`ulimit -n` sets the limit";
 
+/// Sets how much memory a VM may have.
+const MEMORY_LIMIT: &str = "--memory-limit";
+
 /// What makes a manifest.
 const SEAL: &str = "`snapshot seal` gives it one, of what it is now";
+
+/// What takes an edited configuration.
+pub(crate) const TAKE_EDITED: &str =
+    "`snapshot seal --edited-config` takes it as it stands, `send --config FILE` sends any";
+
+/// What can be done with a snapshot that lacks memory.
+const RESTORE_WITH_FILES: &str = "Cloud Hypervisor restores it from disk where the files are as they were";
+
+/// What makes memory part of snapshots.
+const OWN_MEMORY: &str = "with shared=off, or without file, such a zone is part of them";
 
 /// Why a command did not do what it was told.
 #[derive(Debug)]
@@ -54,13 +68,25 @@ trait Class: Error {
     }
 }
 
-impl<E: Class> From<E> for Failure {
+impl<E: Class + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
-        let option = error.option().map(|option| format!(" ({option} sets the limit)"));
+        let limit = placement_limit(&error);
+        let option = error.option().or(limit.and_then(|limit| limit));
+        let option = option.map(|option| format!(" ({option} sets the limit)"));
         let remedy = error.remedy().map(|remedy| format!(" ({remedy})"));
         let message = chain(&error) + &option.or(remedy).unwrap_or_default();
-        Self { exit: error.exit(), message }
+        // More than is allowed is no damage.
+        let exit = if limit.is_some() { Exit::Usage } else { error.exit() };
+        Self { exit, message }
     }
+}
+
+/// Whether `error` is about a VM with more memory, or in more pieces, than allowed; and the option that allows more, if there is one.
+fn placement_limit(error: &(dyn Error + 'static)) -> Option<Option<&'static str>> {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    let limit =
+        causes.filter_map(|cause| cause.downcast_ref::<PlacementError>()).find(|cause| cause.is_limit())?;
+    Some(matches!(limit, PlacementError::TooLarge { .. }).then_some(MEMORY_LIMIT))
 }
 
 impl Class for HostError {
@@ -85,7 +111,17 @@ impl Class for SourceError {
     fn exit(&self) -> Exit {
         match self {
             Self::Check { source, .. } => exit_of_copy(source),
+            Self::Open(error) => error.exit(),
+            Self::Elsewhere { .. } | Self::Pages { .. } => Exit::Usage,
             _ => Exit::Io,
+        }
+    }
+
+    fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::Open(error) => error.remedy(),
+            Self::Elsewhere { .. } => Some(RESTORE_WITH_FILES),
+            _ => None,
         }
     }
 }
@@ -126,7 +162,8 @@ impl Class for WriteError {
     fn exit(&self) -> Exit {
         match self {
             Self::Staging(error) => error.exit(),
-            Self::UnnamedBase { .. } => Exit::Usage,
+            Self::UnnamedBase { .. } | Self::Unreadable { .. } => Exit::Usage,
+            Self::Document(error) => exit_of_document(error),
             _ => Exit::Verification,
         }
     }
@@ -141,8 +178,19 @@ impl Class for OpenError {
         match self {
             Self::File(FileError::Open { .. } | FileError::Read { .. }) => Exit::Io,
             Self::Manifest { source: ManifestError::Memory(_), .. } => Exit::Io,
+            Self::File(FileError::TooLarge { .. }) => Exit::Usage,
+            Self::Document { source, .. } => exit_of_document(source),
             Self::Differential { .. } | Self::Full { .. } => Exit::Usage,
+            Self::EditedConfig { .. } | Self::NoMemory { .. } => Exit::Usage,
             _ => Exit::Verification,
+        }
+    }
+
+    fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::EditedConfig { .. } => Some(TAKE_EDITED),
+            Self::NoMemory { .. } => Some(RESTORE_WITH_FILES),
+            _ => None,
         }
     }
 
@@ -152,6 +200,11 @@ impl Class for OpenError {
             _ => None,
         }
     }
+}
+
+/// A text that is only longer than allowed is no damaged one.
+fn exit_of_document(error: &DocumentError) -> Exit {
+    if matches!(error, DocumentError::TooLarge { .. }) { Exit::Usage } else { Exit::Verification }
 }
 
 impl Class for ChainError {
@@ -165,14 +218,26 @@ impl Class for ChainError {
     fn option(&self) -> Option<&'static str> {
         if let Self::Open(error) = self { error.option() } else { None }
     }
+
+    fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::Open(error) => error.remedy(),
+            Self::Unnamed { .. } => Some(SEAL),
+            _ => None,
+        }
+    }
 }
 
 impl Class for VerifyError {
     fn exit(&self) -> Exit {
         match self {
-            Self::NoManifest { .. } => Exit::Usage,
+            Self::NoManifest { .. } | Self::OverLimit(_) => Exit::Usage,
             _ => Exit::Io,
         }
+    }
+
+    fn option(&self) -> Option<&'static str> {
+        if let Self::OverLimit(error) = self { error.option() } else { None }
     }
 
     fn remedy(&self) -> Option<&'static str> {
@@ -185,6 +250,7 @@ impl Class for ApplyError {
         match self {
             Self::NoManifest { .. } => Some(SEAL),
             Self::Write(error) => error.remedy(),
+            Self::Open(error) => error.remedy(),
             _ => None,
         }
     }
@@ -192,6 +258,7 @@ impl Class for ApplyError {
     fn exit(&self) -> Exit {
         match self {
             Self::NoManifest { .. } => Exit::Usage,
+            Self::Open(error) => error.exit(),
             Self::Copy { source, .. } => exit_of_copy(source),
             Self::Write(error) => error.exit(),
             _ => Exit::Io,
@@ -214,6 +281,8 @@ fn exit_of_line(error: &io::Error) -> Exit {
 impl Class for SubtractError {
     fn exit(&self) -> Exit {
         match self {
+            Self::Open(error) => error.exit(),
+            Self::Pages { .. } => Exit::Usage,
             Self::Copy { source, .. } => exit_of_copy(source),
             Self::Write(error) => error.exit(),
             _ => Exit::Io,
@@ -221,7 +290,11 @@ impl Class for SubtractError {
     }
 
     fn remedy(&self) -> Option<&'static str> {
-        if let Self::Write(error) = self { error.remedy() } else { None }
+        match self {
+            Self::Open(error) => error.remedy(),
+            Self::Write(error) => error.remedy(),
+            _ => None,
+        }
     }
 }
 
@@ -229,12 +302,21 @@ impl Class for SealError {
     fn exit(&self) -> Exit {
         match self {
             Self::Open(error) => error.exit(),
+            Self::Pages { .. } | Self::NoManifest { .. } => Exit::Usage,
             _ => Exit::Io,
         }
     }
 
     fn option(&self) -> Option<&'static str> {
         if let Self::Open(error) = self { error.option() } else { None }
+    }
+
+    fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::Open(error) => error.remedy(),
+            Self::NoManifest { .. } => Some("`snapshot seal` makes one, of what the snapshot is now"),
+            _ => None,
+        }
     }
 }
 
@@ -257,8 +339,13 @@ impl Class for DestinationError {
     }
 
     fn remedy(&self) -> Option<&'static str> {
-        let disks = matches!(self, Self::WritableDisks { .. });
-        disks.then_some("--on-paused CMD snapshots them, --memory-only leaves them as they are")
+        match self {
+            Self::WritableDisks { .. } => {
+                Some("--on-paused CMD snapshots them, --memory-only leaves them as they are")
+            }
+            Self::SharedZones { .. } => Some(OWN_MEMORY),
+            _ => None,
+        }
     }
 }
 

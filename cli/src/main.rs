@@ -4,6 +4,7 @@
 
 mod args;
 mod demo;
+mod devices;
 mod event;
 mod exit;
 mod failure;

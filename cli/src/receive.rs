@@ -10,13 +10,16 @@ use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
-use vfio_migration::snapshot::{Base, DestinationOptions, Digest, SnapshotDestination};
+use vfio_migration::snapshot::{
+    Base, DestinationOptions, Digest, PassThrough, SnapshotDestination, describe,
+};
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver, ReceiverHandle};
 use vfio_migration::transfer::tls::ServerTls;
 use vfio_migration::transfer::url::{Endpoint, Url};
 
 use crate::args::ReceiveArguments;
+use crate::devices::device_lines;
 use crate::event::Event;
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -50,7 +53,10 @@ pub(crate) fn receive(arguments: &ReceiveArguments) -> ExitCode {
         Ok(kept) => kept,
         Err(failure) => return output.fail(&failure),
     };
-    tell_kept(arguments, &kept, &mut output);
+    // What is kept is kept, whether or not it can be described.
+    let limits = arguments.sizes.of_snapshot();
+    let devices = describe(&arguments.into, &limits).map_or_else(|_| Vec::new(), |found| found.devices);
+    tell_kept(arguments, &kept, &devices, &mut output);
     if kept.confirmed || arguments.checkpoint { ExitCode::SUCCESS } else { Exit::OutcomeUnknown.into() }
 }
 
@@ -82,7 +88,7 @@ fn options(
     receiver: ReceiverHandle,
     notes: Sender<Note>,
 ) -> Result<DestinationOptions, Failure> {
-    let limits = arguments.state.of_snapshot();
+    let limits = arguments.sizes.of_snapshot();
     let base = match arguments.base.is_empty() {
         true => None,
         false => Some(Base::open(&arguments.base, &limits)?),
@@ -189,10 +195,10 @@ fn tell_progress(handle: &ReceiverHandle, rate: &mut Rate, output: &mut Output) 
     });
 }
 
-fn tell_kept(arguments: &ReceiveArguments, kept: &Kept, output: &mut Output) {
+fn tell_kept(arguments: &ReceiveArguments, kept: &Kept, devices: &[PassThrough], output: &mut Output) {
     let &Kept { digest, confirmed, received_bytes } = kept;
     let (into, checkpoint) = (arguments.into.as_path(), arguments.checkpoint);
-    output.result(&Event::Kept { into, digest, checkpoint, confirmed, received_bytes }, || {
+    output.result(&Event::Kept { into, digest, checkpoint, confirmed, received_bytes, devices }, || {
         let path = into.display();
         let fate = match (checkpoint, confirmed) {
             (true, _) => "The source was told that the migration failed; its VM runs on",
@@ -201,7 +207,8 @@ fn tell_kept(arguments: &ReceiveArguments, kept: &Kept, output: &mut Output) {
                 "Outcome unknown: the source may not know that the VM has moved; where it still holds the VM, end it there"
             }
         };
-        format!("Kept {path} ({digest}), {} received\n{fate}", HumanBytes(received_bytes))
+        let kept = format!("Kept {path} ({digest}), {} received", HumanBytes(received_bytes));
+        [vec![kept], device_lines(devices), vec![fate.to_owned()]].concat().join("\n")
     });
 }
 

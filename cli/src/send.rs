@@ -2,6 +2,8 @@
 
 //! `vfio-migrate send`: a snapshot directory becomes a VM in a waiting VMM.
 
+use std::fs::File;
+use std::io::{self, Read};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,13 +11,14 @@ use std::thread::{self, Builder};
 use std::time::Duration;
 
 use indicatif::HumanBytes;
-use vfio_migration::snapshot::{SnapshotDir, SnapshotSource};
+use vfio_migration::snapshot::{PassThrough, SnapshotDir, SnapshotSource, VmConfig};
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::tls::ClientTls;
-use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{Migration, PeerError, SendError, SendOptions, SendStep, Sender, Sent};
 use vfio_migration_integration::demo::chain;
 
 use crate::args::SendArguments;
+use crate::devices::refusal_hint;
 use crate::event::Event;
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -40,7 +43,8 @@ pub(crate) fn send(arguments: &SendArguments) -> ExitCode {
 
 fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Failure> {
     let stop = stop_flag()?;
-    let dir = SnapshotDir::open(&arguments.from, &arguments.state.of_snapshot())?;
+    let dir = open(arguments)?;
+    let devices = dir.config().devices().to_vec();
     let mut source = SnapshotSource::new(dir)?;
     let sender = Sender::new(options(arguments, &source)?);
     let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build()?);
@@ -48,13 +52,40 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Fail
     sent.map_err(|error| match (&error, source.check_length()) {
         // To the kernel, memory that is gone is a write that failed; the receiver is not to blame.
         (SendError::Peer { .. }, Err(cut_off)) => cut_off.into(),
-        _ => failure(error),
+        _ => failure(error, &devices),
     })
 }
 
+/// Opens the snapshot, with the configuration of `--config` where there is one.
+fn open(arguments: &SendArguments) -> Result<SnapshotDir, Failure> {
+    let limits = arguments.sizes.of_snapshot();
+    let Some(config) = &arguments.config else { return Ok(SnapshotDir::open(&arguments.from, &limits)?) };
+    let message = |why| format!("Cannot take {} for a config.json: {why}", config.display());
+    let unread = |error: io::Error| Failure { exit: Exit::Usage, message: message(error.to_string()) };
+    let mut text = Vec::new();
+    // One byte more than may be read is enough to be refused.
+    let file = File::open(config).map_err(unread)?;
+    file.take(limits.config_bytes.saturating_add(1)).read_to_end(&mut text).map_err(unread)?;
+    if let Err(error) = VmConfig::parse(&text, &limits) {
+        return Err(Failure { exit: Exit::Usage, message: message(chain(&error)) });
+    }
+    Ok(SnapshotDir::open_with_config(&arguments.from, &text, &limits)?)
+}
+
 /// A stored VM stays what it is: nothing is to be resumed or ended here.
-fn failure(error: SendError) -> Failure {
-    let SendError::OutcomeUnknown { source } = error else { return error.into() };
+fn failure(error: SendError, devices: &[PassThrough]) -> Failure {
+    let refused = matches!(
+        error,
+        SendError::Peer {
+            step: SendStep::Config | SendStep::State,
+            source: PeerError::Refused | PeerError::Closed
+        }
+    );
+    let SendError::OutcomeUnknown { source } = error else {
+        let Failure { exit, message } = error.into();
+        let hint = refusal_hint(devices).filter(|_| refused).map(|hint| format!(" ({hint})"));
+        return Failure { exit, message: message + &hint.unwrap_or_default() };
+    };
     let message = format!(
         "Outcome unknown: receiver did not answer whether it runs the VM; look there before it is sent again: {}",
         chain(&source)

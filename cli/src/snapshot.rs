@@ -9,19 +9,23 @@ use std::sync::Arc;
 use indicatif::HumanBytes;
 use serde::Serialize;
 use vfio_migration::snapshot::{
-    Chain, ChainError, Description, Differences, Digest, Kind, Limits, MANIFEST_FILE, OpenError, Report,
-    apply, compare, describe, seal, subtract, verify,
+    Chain, ChainError, Description, Differences, Digest, Elsewhere, Kind, Limits, MANIFEST_FILE, OpenError,
+    Report, SnapshotDir, apply, compare, describe, reseal, seal, subtract, verify,
 };
 
 use crate::args::{ApplyArguments, CreateArguments, DiffArguments, SnapshotArguments, SnapshotCommand};
+use crate::devices::device_lines;
 use crate::exit::Exit;
-use crate::failure::Failure;
+use crate::failure::{Failure, TAKE_EDITED};
 use crate::output::{Output, counted};
+
+/// What somebody did who prepares a restore on another host.
+const EDITED: &str = "config.json was edited since its manifest was made";
 
 /// Does what `arguments` say and prints what came of it.
 pub(crate) fn snapshot(arguments: &SnapshotArguments) -> ExitCode {
-    let SnapshotArguments { state, command } = arguments;
-    let limits = state.of_snapshot();
+    let SnapshotArguments { limits, command } = arguments;
+    let limits = limits.of_snapshot();
     let mut output = Output::new(command.json());
     let done = match command {
         SnapshotCommand::Info { dir, .. } => info(dir, &limits, &mut output),
@@ -29,7 +33,8 @@ pub(crate) fn snapshot(arguments: &SnapshotArguments) -> ExitCode {
         SnapshotCommand::Diff(arguments) => diff(arguments, &limits, &mut output),
         SnapshotCommand::Create(arguments) => create(arguments, &limits, &mut output),
         SnapshotCommand::Apply(arguments) => flatten(arguments, &limits, &mut output),
-        SnapshotCommand::Seal { dir, .. } => name(dir, &limits, &mut output),
+        SnapshotCommand::Seal { dir, edited_config: false, .. } => name(dir, &limits, &mut output),
+        SnapshotCommand::Seal { dir, edited_config: true, .. } => rename(dir, &limits, &mut output),
     };
     done.unwrap_or_else(|failure| output.fail(&failure))
 }
@@ -82,22 +87,41 @@ fn description_text(description: &Description) -> String {
         HumanBytes(description.config_bytes),
         HumanBytes(description.state_bytes)
     ));
+    lines.extend(elsewhere_line(&description.elsewhere));
+    lines.extend(description.config_edited.then(|| format!("{EDITED}; {TAKE_EDITED}")));
+    lines.extend(device_lines(&description.devices));
     lines.join("\n")
+}
+
+/// What is to be kept beside a snapshot that lacks memory.
+fn elsewhere_line(elsewhere: &Elsewhere) -> Option<String> {
+    let line = || format!("not in the snapshot: {elsewhere}, to be kept as it was with the snapshot");
+    (!elsewhere.is_empty()).then(line)
 }
 
 fn check(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
     let report = verify(dir, limits)?;
     output.result(&report, || report_text(dir, &report));
-    Ok(if report.is_clean() { ExitCode::SUCCESS } else { Exit::Verification.into() })
+    Ok(match () {
+        () if report.is_damaged() => Exit::Verification.into(),
+        () if report.config_edited => Exit::Different.into(),
+        () => ExitCode::SUCCESS,
+    })
 }
 
 fn report_text(dir: &Path, report: &Report) -> String {
-    let findings = report.findings.iter().map(|finding| format!("{finding}\n")).collect::<String>();
-    let path = dir.display();
-    match report.findings.len() {
-        0 => format!("{path}: every byte is as it was written, {} checked", HumanBytes(report.bytes)),
-        count => format!("{findings}{path}: {}", counted(count as u64, "finding")),
-    }
+    let (path, checked) = (dir.display(), HumanBytes(report.bytes));
+    let mut lines: Vec<_> = report.findings.iter().map(ToString::to_string).collect();
+    lines.extend(report.config_edited.then(|| format!("{EDITED}; {TAKE_EDITED}")));
+    lines.extend(elsewhere_line(&report.elsewhere));
+    lines.push(match report.findings.len() as u64 {
+        0 if report.config_edited => {
+            format!("{path}: every other byte is as it was written, {checked} checked")
+        }
+        0 => format!("{path}: every byte is as it was written, {checked} checked"),
+        number => format!("{path}: {}", counted(number, "finding")),
+    });
+    lines.join("\n")
 }
 
 fn diff(arguments: &DiffArguments, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
@@ -141,7 +165,11 @@ fn create(arguments: &CreateArguments, limits: &Limits, output: &mut Output) -> 
 
 fn flatten(arguments: &ApplyArguments, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
     output.check_name(&arguments.into)?;
-    let digest = apply(&Chain::open(&arguments.chain, limits)?, &arguments.into, limits)?;
+    let chain = Chain::open(&arguments.chain, limits)?;
+    let digest = apply(&chain, &arguments.into, limits)?;
+    if let Some(line) = elsewhere_line(&chain.elsewhere()) {
+        output.remark(&line);
+    }
     Ok(Written { path: &arguments.into, digest }.tell(output))
 }
 
@@ -152,5 +180,13 @@ fn name(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Fa
     if sealed {
         output.remark("It has had a manifest, which stays; `snapshot verify` tells whether it is true");
     }
+    if let Some(line) = elsewhere_line(&SnapshotDir::open(dir, limits)?.elsewhere()) {
+        output.remark(&line);
+    }
+    Ok(Written { path: dir, digest }.tell(output))
+}
+
+fn rename(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    let digest = reseal(dir, limits)?;
     Ok(Written { path: dir, digest }.tell(output))
 }

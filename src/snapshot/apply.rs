@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Turns a chain of snapshots into one full snapshot, and gives a manifest to a snapshot that has none.
+//! Turns a chain of snapshots into one full snapshot.
 
 use std::fs::File;
 use std::io;
@@ -9,18 +9,15 @@ use std::time::Instant;
 
 use thiserror::Error;
 
-use super::block_reader::hash_memory;
 use super::differential::{Chain, Differential};
 use super::digest::Digest;
-use super::dir::{OpenError, SnapshotDir};
-use super::files::{CHANGES_FILE, MANIFEST_FILE, MEMORY_FILE};
+use super::dir::OpenError;
+use super::files::{CHANGES_FILE, MEMORY_FILE};
 use super::limits::Limits;
 use super::manifest::Manifest;
 use super::placement::Placement;
-use super::staging::{StagingError, add_file, clear_added};
 use super::verify::CheckedBlocks;
 use super::writer::{Announced, SnapshotWriter, WriteError};
-use crate::granule::Granule;
 use crate::layout::{Layout, LayoutError};
 use crate::range::GpaRange;
 use crate::units::Millis;
@@ -37,6 +34,9 @@ pub enum ApplyError {
         /// Why.
         source: LayoutError,
     },
+    /// There is no memory to copy.
+    #[error(transparent)]
+    Open(#[from] OpenError),
     /// The snapshot that the chain begins with has no manifest, so altered bytes would pass unseen.
     #[error("{path} has no manifest to check its memory against", path = .path.display())]
     NoManifest {
@@ -67,12 +67,13 @@ pub fn apply(chain: &Chain, target: &Path, limits: &Limits) -> Result<Digest, Ap
     let full = chain.full();
     let manifest = full.manifest().ok_or_else(|| ApplyError::NoManifest { path: full.path().to_owned() })?;
     let top = chain.differentials().last().map_or(manifest, Differential::manifest);
+    let memory = full.memory()?;
     let layout = Layout::new(chain.state().memory().ranges(), top.page)
         .map_err(|source| ApplyError::Layout { path: chain.path().to_owned(), source })?;
     let began = Instant::now();
     let writer = SnapshotWriter::create(target, Announced::all(layout), *limits)?;
     let copy = |path: &Path, source| ApplyError::Copy { path: path.to_owned(), source };
-    copy_checked(&writer, full.memory(), MEMORY_FILE, manifest, full.placement())
+    copy_checked(&writer, memory, MEMORY_FILE, manifest, full.placement())
         .map_err(|source| copy(full.path(), source))?;
     log::info!("Copied {} after {}", full.path().display(), Millis(began.elapsed()));
     for differential in chain.differentials() {
@@ -123,54 +124,6 @@ fn lay_over(writer: &SnapshotWriter, differential: &Differential) -> io::Result<
         }
     }
     copy_checked(writer, differential.pages(), CHANGES_FILE, differential.manifest(), differential.changed())
-}
-
-/// Why a snapshot was given no manifest.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum SealError {
-    /// There is no full snapshot to seal.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// Its memory could not be read.
-    #[error("Cannot read the memory of {path}", path = .path.display())]
-    Read {
-        /// The snapshot.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The manifest could not be written.
-    #[error(transparent)]
-    Write(#[from] StagingError),
-}
-
-/// Gives the full snapshot at `path`, as a VMM wrote it, a manifest, and returns what names it from now on.
-///
-/// A snapshot that has one keeps it.
-///
-/// # Errors
-/// The snapshot is as it was.
-pub fn seal(path: &Path, limits: &Limits) -> Result<Digest, SealError> {
-    seal_opened(&SnapshotDir::open(path, limits)?)
-}
-
-/// Gives a snapshot a manifest of what it was when it was opened: should a text change since, it no longer fits.
-pub(super) fn seal_opened(dir: &SnapshotDir) -> Result<Digest, SealError> {
-    let path = dir.path();
-    if let Some(digest) = dir.digest() {
-        clear_added(path, MANIFEST_FILE);
-        return Ok(digest);
-    }
-    let page = Granule::host_page();
-    let blocks = hash_memory(dir.memory(), dir.placement().bytes(), page)
-        .map_err(|source| SealError::Read { path: path.to_owned(), source })?;
-    // The file, and not the configuration in it: somebody may have edited it, and left blanks around it.
-    let config = dir.config_file();
-    let manifest = Manifest { config, ..Manifest::of_full(page, dir.config(), dir.state(), blocks) };
-    let (bytes, digest) = manifest.encode();
-    add_file(path, MANIFEST_FILE, &bytes)?;
-    Ok(digest)
 }
 
 fn index(number: u64) -> usize {

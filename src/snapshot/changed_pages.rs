@@ -2,6 +2,7 @@
 
 //! The pages of a differential while it is written, from any number of threads.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
@@ -13,8 +14,10 @@ use thiserror::Error;
 use super::blocks::{BlockHasher, BlockTable, block_bytes_for, is_zero};
 use super::differential::Chain;
 use super::feed::{Feed, FeedError};
+use super::files::extend;
 use super::flusher::Flusher;
 use super::limits::Limits;
+use super::parallel;
 use super::placement::{Extent, Placement, PlacementError};
 use crate::granule::Granule;
 use crate::range::GpaRange;
@@ -35,8 +38,17 @@ struct PartialPage {
 struct Cell {
     /// Pages whose bytes are in the work file.
     data: u64,
-    /// Pages that are zero and may not be in the base.
+    /// Pages that are zero and were not, or perhaps were not, in the base.
     zero: u64,
+    /// Pages that never came and so are zero; whether they were in the base is not known yet.
+    presumed: u64,
+}
+
+impl Cell {
+    /// Counts the pages presumed to be zero as those that are.
+    fn take_presumed(&mut self) {
+        self.zero |= std::mem::take(&mut self.presumed);
+    }
 }
 
 /// Why pages could not be put in order.
@@ -63,6 +75,7 @@ pub(super) struct ChangedPages {
     base: Option<Arc<Chain>>,
     /// Brings the work file to disk though it is removed in the end: see [`ChangedPages::settle`].
     flusher: Flusher,
+    threads: ThreadStart,
     failed: AtomicBool,
 }
 
@@ -83,11 +96,11 @@ impl ChangedPages {
         base: Option<Arc<Chain>>,
         threads: ThreadStart,
     ) -> io::Result<Self> {
-        work.set_len(placement.bytes())?;
+        extend(&work, placement.bytes())?;
         let feed = Feed::new(placement, CELL_PAGES * page.bytes());
         let cells = (0..feed.cells()).map(|_| Mutex::default()).collect();
         let flusher = Flusher::start(&work, threads)?;
-        Ok(Self { work, feed, page, cells, base, flusher, failed: AtomicBool::new(false) })
+        Ok(Self { work, feed, page, cells, base, flusher, threads, failed: AtomicBool::new(false) })
     }
 
     pub(super) fn placement(&self) -> &Placement {
@@ -131,14 +144,14 @@ impl ChangedPages {
                 let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
                 let pages = piece.range.len() >> self.page.shift();
                 let mut cell = self.lock(piece);
-                cell.zero |= (u64::MAX >> (CELL_PAGES - pages)) << first;
+                cell.presumed |= (u64::MAX >> (CELL_PAGES - pages)) << first;
             }
         }
         Ok(())
     }
 
     fn lock(&self, piece: Extent) -> MutexGuard<'_, Cell> {
-        self.cells[self.feed.cell_of(piece)].lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.cells[self.feed.cell_of(piece)])
     }
 
     /// Writes the pages that differ and are not zero; returns how many bytes that are.
@@ -158,6 +171,7 @@ impl ChangedPages {
             let zero = !same && is_zero(&bytes[page.clone()]);
             cell.data = with_bit(cell.data, bit, !same && !zero);
             cell.zero = with_bit(cell.zero, bit, zero);
+            cell.presumed = with_bit(cell.presumed, bit, false);
             if same || zero {
                 written += self.write_run(piece.offset, bytes, run).map_err(FeedError::Write)?;
                 run = page.end..page.end;
@@ -193,6 +207,7 @@ impl ChangedPages {
         }
         let limits = Limits { ranges: usize::MAX, ..Limits::default() };
         let limits = Limits { memory_bytes: self.placement().bytes(), ..limits };
+        self.settle_presumed();
         let runs = Placement::new(self.runs(kept, |cell| cell.data), &limits)?;
         let zero_runs = Placement::new(self.runs(kept, |cell| cell.zero), &limits)?;
         self.flusher.hurry();
@@ -202,17 +217,61 @@ impl ChangedPages {
         Ok(Settled { runs, zero_runs, blocks })
     }
 
+    /// Finds out which of the pages that never came were zero in the base already, and so do not differ.
+    ///
+    /// Of the base only what is no hole is read, and the blocks that nobody looked at while pages came. Where it cannot be
+    /// read, or was altered, the pages count as different.
+    fn settle_presumed(&self) {
+        let presumed = |&cell: &usize| locked(&self.cells[cell]).presumed != 0;
+        let unsettled: Vec<_> = (0..self.cells.len()).filter(presumed).collect();
+        let base = self.base.as_ref().filter(|_| !unsettled.is_empty());
+        let base = base.map(|base| base.populated().map(|populated| (base, populated))).transpose();
+        let settled = parallel::for_each(&unsettled, parallel::processors(), self.threads, |&index| {
+            let mut cell = locked(&self.cells[index]);
+            if let Ok(Some((base, populated))) = &base {
+                let nonzero = self.nonzero_in(base, populated, index, cell.presumed);
+                cell.presumed &= nonzero.unwrap_or_else(|error| {
+                    log::warn!("Pages that may be zero in the base count as different: {error}");
+                    u64::MAX
+                });
+            }
+            cell.take_presumed();
+            Ok::<_, Infallible>(())
+        });
+        settled.unwrap_or_else(|never| match never {});
+    }
+
+    /// Returns those of the pages `bits` of a cell that are not zero in `base`, of which everything but `populated` reads as zero.
+    fn nonzero_in(&self, base: &Chain, populated: &[GpaRange], cell: usize, bits: u64) -> io::Result<u64> {
+        let (mut nonzero, mut bytes) = (0, Vec::new());
+        for run in set_runs(bits) {
+            let offset = cell as u64 * self.feed.cell_bytes() + (u64::from(run.start) << self.page.shift());
+            let length = u64::from(run.end - run.start) << self.page.shift();
+            let mut bit = run.start;
+            for range in self.placement().gpas(offset, length) {
+                base.check(range)?;
+                for page in range.pieces(self.page.bytes()) {
+                    bytes.resize(index(page.len()), 0);
+                    if overlaps(populated, page) {
+                        base.read_checked(page, &mut bytes)?;
+                        nonzero = with_bit(nonzero, bit.into(), !is_zero(&bytes));
+                    }
+                    bit += 1;
+                }
+            }
+        }
+        Ok(nonzero)
+    }
+
     /// Returns runs of set pages in `kept`, ascending; two that touch are one.
     fn runs(&self, kept: &Placement, bits: impl Fn(&Cell) -> u64) -> Vec<GpaRange> {
         let mut runs: Vec<GpaRange> = Vec::new();
         for (index, cell) in self.cells.iter().enumerate() {
-            let mut bits = bits(&cell.lock().unwrap_or_else(PoisonError::into_inner));
-            while bits != 0 {
-                let first = bits.trailing_zeros();
-                let length = (bits >> first).trailing_ones();
-                bits &= !((u64::MAX >> (u64::BITS - length)) << first);
-                let offset = index as u64 * self.feed.cell_bytes() + (u64::from(first) << self.page.shift());
-                let found = self.placement().gpas(offset, u64::from(length) << self.page.shift());
+            for run in set_runs(bits(&locked(cell))) {
+                let offset =
+                    index as u64 * self.feed.cell_bytes() + (u64::from(run.start) << self.page.shift());
+                let found =
+                    self.placement().gpas(offset, u64::from(run.end - run.start) << self.page.shift());
                 for part in found.flat_map(|range| kept.locate(range)) {
                     push_joined(&mut runs, part.range);
                 }
@@ -234,6 +293,26 @@ impl ChangedPages {
         }
         Ok(hasher.finish())
     }
+}
+
+fn locked(cell: &Mutex<Cell>) -> MutexGuard<'_, Cell> {
+    cell.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Returns the runs of set bits, ascending.
+fn set_runs(mut bits: u64) -> impl Iterator<Item = std::ops::Range<u32>> {
+    std::iter::from_fn(move || {
+        let first = bits.trailing_zeros();
+        let length = bits.checked_shr(first)?.trailing_ones();
+        bits &= !((u64::MAX >> (u64::BITS - length)) << first);
+        Some(first..first + length)
+    })
+}
+
+/// Whether any of the sorted, disjoint `ranges` has a byte of `range`.
+fn overlaps(ranges: &[GpaRange], range: GpaRange) -> bool {
+    let first = ranges.partition_point(|other| other.end() <= range.start());
+    ranges.get(first).is_some_and(|other| other.start() < range.end())
 }
 
 fn push_joined(runs: &mut Vec<GpaRange>, range: GpaRange) {

@@ -61,6 +61,37 @@ impl CheckedMemory<'_> {
         Ok(())
     }
 
+    /// Checks the blocks that hold any of `range` and were not checked yet, holes of the file included.
+    ///
+    /// # Errors
+    /// As [`CheckedMemory::read`].
+    pub(super) fn check_blocks(&self, range: GpaRange) -> io::Result<()> {
+        let block_bytes = self.manifest.blocks.block_bytes;
+        let mut bytes = Vec::new();
+        for extent in self.placement.locate(range) {
+            let end = extent.offset + extent.range.len();
+            let blocks = extent.offset / block_bytes..end.div_ceil(block_bytes);
+            for block in blocks.filter(|&block| !self.checked.has(index(block))) {
+                self.load(block, &mut bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads and checks a whole block.
+    fn load(&self, block: u64, bytes: &mut Vec<u8>) -> io::Result<()> {
+        let whole = self.whole(block);
+        bytes.resize(index(whole.end - whole.start), 0);
+        self.file.read_exact_at(bytes, whole.start)?;
+        self.compare(block, &whole, bytes)
+    }
+
+    /// Where a block is in the file.
+    fn whole(&self, block: u64) -> std::ops::Range<u64> {
+        let block_bytes = self.manifest.blocks.block_bytes;
+        block * block_bytes..((block + 1) * block_bytes).min(self.placement.bytes())
+    }
+
     /// Checks the blocks that `extent` touches; its `bytes` are those that were checked.
     fn check(&self, extent: Extent, bytes: &mut [u8], scratch: &mut Vec<u8>) -> io::Result<()> {
         let block_bytes = self.manifest.blocks.block_bytes;
@@ -69,15 +100,13 @@ impl CheckedMemory<'_> {
             if self.checked.has(index(block)) {
                 continue;
             }
-            let whole = block * block_bytes..((block + 1) * block_bytes).min(self.placement.bytes());
+            let whole = self.whole(block);
             let part = whole.start.max(extent.offset)..whole.end.min(end);
             let in_bytes = index(part.start - extent.offset)..index(part.end - extent.offset);
             if part == whole {
                 self.compare(block, &whole, &bytes[in_bytes])?;
             } else {
-                scratch.resize(index(whole.end - whole.start), 0);
-                self.file.read_exact_at(scratch, whole.start)?;
-                self.compare(block, &whole, scratch)?;
+                self.load(block, scratch)?;
                 let in_block = index(part.start - whole.start)..index(part.end - whole.start);
                 bytes[in_bytes].copy_from_slice(&scratch[in_block]);
             }

@@ -9,10 +9,14 @@ use serde::Serialize;
 
 use super::differential::Differential;
 use super::digest::Digest;
-use super::dir::{OpenError, SnapshotDir, open_manifest};
+use super::dir::{Configuration, OpenError, SnapshotDir, open_manifest};
+use super::document::VmConfig;
+use super::elsewhere::Elsewhere;
 use super::files::{FileError, MEMORY_FILE};
 use super::limits::Limits;
 use super::manifest::Manifest;
+use super::passthrough::PassThrough;
+use super::state::VmState;
 use crate::range::GpaRange;
 
 /// What a snapshot holds of the memory.
@@ -31,7 +35,7 @@ pub enum Kind {
         base: Digest,
         /// Bytes of pages that differ.
         changed_bytes: u64,
-        /// Bytes of pages that are zero.
+        /// Bytes of pages that became zero.
         zeroed_bytes: u64,
         /// Runs of pages.
         runs: usize,
@@ -59,19 +63,33 @@ pub struct Description {
     pub config_bytes: u64,
     /// Bytes of `state.json`.
     pub state_bytes: u64,
+    /// Whether `config.json` is another than the one that the manifest was made for.
+    pub config_edited: bool,
+    /// Memory of the VM that is not in the snapshot, because it is in files of its own.
+    pub elsewhere: Elsewhere,
+    /// The pass-through devices.
+    pub devices: Vec<PassThrough>,
 }
 
 /// Opens the snapshot at `path`, of either kind, and says what it holds. The memory's bytes are not checked.
+///
+/// An edited `config.json` is described as it stands.
 ///
 /// # Errors
 /// As [`SnapshotDir::open`] and [`Differential::open`].
 pub fn describe(path: &Path, limits: &Limits) -> Result<Description, OpenError> {
     let manifest = open_manifest(path, limits)?;
     if manifest.is_some_and(|manifest| manifest.changes.is_some()) {
-        Ok(describe_differential(&Differential::open(path, limits)?))
+        describe_differential(&Differential::open_as(path, Configuration::AsItStands, limits)?)
     } else {
-        describe_full(&SnapshotDir::open(path, limits)?)
+        describe_full(&SnapshotDir::open_as(path, Configuration::AsItStands, limits)?)
     }
+}
+
+/// The devices of the snapshot at `path`, with the size of the state of each.
+fn devices(path: &Path, config: &VmConfig, state: &VmState) -> Result<Vec<PassThrough>, OpenError> {
+    let wrong = |source| OpenError::Document { path: path.to_owned(), source };
+    state.devices(config).map_err(wrong)
 }
 
 fn describe_full(dir: &SnapshotDir) -> Result<Description, OpenError> {
@@ -88,12 +106,16 @@ fn describe_full(dir: &SnapshotDir) -> Result<Description, OpenError> {
         block_bytes: manifest.map(|manifest: &Manifest| manifest.blocks.block_bytes),
         config_bytes: dir.config().text().len() as u64,
         state_bytes: dir.state().text().len() as u64,
+        config_edited: dir.is_edited(),
+        elsewhere: dir.elsewhere(),
+        devices: devices(dir.path(), dir.config(), dir.state())?,
     })
 }
 
-fn describe_differential(differential: &Differential) -> Description {
-    let memory = differential.state().memory();
-    Description {
+fn describe_differential(differential: &Differential) -> Result<Description, OpenError> {
+    let (config, state) = (differential.config(), differential.state());
+    let memory = state.memory();
+    Ok(Description {
         kind: Kind::Differential {
             base: differential.base(),
             changed_bytes: differential.changed().bytes(),
@@ -101,11 +123,14 @@ fn describe_differential(differential: &Differential) -> Description {
             runs: differential.changed().ascending().len() + differential.zeroed().count(),
         },
         digest: Some(differential.digest()),
-        aliases: Vec::new(),
+        aliases: differential.manifest().aliases.clone(),
         memory_bytes: memory.bytes(),
         memory_ranges: memory.ascending().len(),
         block_bytes: Some(differential.manifest().blocks.block_bytes),
-        config_bytes: differential.config().text().len() as u64,
-        state_bytes: differential.state().text().len() as u64,
-    }
+        config_bytes: config.text().len() as u64,
+        state_bytes: state.text().len() as u64,
+        config_edited: differential.is_edited(),
+        elsewhere: Elsewhere::of(config, state),
+        devices: devices(differential.path(), config, state)?,
+    })
 }

@@ -13,6 +13,7 @@ use thiserror::Error;
 use super::differential_writer::{Base, DifferentialWriter};
 use super::digest::Digest;
 use super::document::{ConfigMessage, DocumentError, VmConfig};
+use super::elsewhere::ZoneFile;
 use super::limits::Limits;
 use super::placement::PlacementError;
 use super::staging::{StagedDir, StagingError};
@@ -46,10 +47,10 @@ pub enum DestinationError {
         devices: Vec<String>,
     },
     /// Cloud Hypervisor leaves such memory out of snapshots.
-    #[error("Memory zones {} are files that the VM shares with others, which snapshots leave out", listed(.zones))]
+    #[error("VM shares memory with files, which snapshots leave out: {}", zone_files(.zones))]
     SharedZones {
-        /// Their ids.
-        zones: Vec<String>,
+        /// The memory zones and their files.
+        zones: Vec<ZoneFile>,
     },
     /// A message is not what it should be.
     #[error(transparent)]
@@ -83,6 +84,21 @@ pub enum DestinationError {
 fn listed(names: &[String]) -> String {
     let names: Vec<_> = names.iter().map(|name| name.escape_debug().to_string()).collect();
     names.join(", ")
+}
+
+fn zone_files(zones: &[ZoneFile]) -> String {
+    zones.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// Says before anything is stored what will be possible with a VM of pass-through devices.
+fn warn_of_devices(config: &VmConfig) {
+    let stuck: Vec<_> = config.devices().iter().filter(|device| !device.is_sendable()).collect();
+    if !stuck.is_empty() {
+        let stuck = stuck.into_iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        log::warn!(
+            "VM has pass-through devices that no receiver can be handed: {stuck}; Cloud Hypervisor will only restore it from disk"
+        );
+    }
 }
 
 /// What is done between the State and its answer, while the VM is paused: the place to snapshot its disks.
@@ -162,6 +178,7 @@ impl SnapshotDestination {
         let limits = self.options.limits;
         let message = ConfigMessage::parse(json, &limits)?;
         self.check(message.vm_config())?;
+        warn_of_devices(message.vm_config());
         let layout = message.layout().clone();
         let announced = Announced::with_hotpluggable(layout.clone(), message.hotpluggable(), &limits)?;
         let writer = match self.options.base.clone() {
@@ -184,8 +201,8 @@ impl SnapshotDestination {
         if !config.vdpa().is_empty() {
             return Err(DestinationError::Vdpa { devices: config.vdpa().to_vec() });
         }
-        if !config.shared_file_zones().is_empty() {
-            return Err(DestinationError::SharedZones { zones: config.shared_file_zones().to_vec() });
+        if !config.shared_files().is_empty() {
+            return Err(DestinationError::SharedZones { zones: config.shared_files().to_vec() });
         }
         let disks_are_seen_to = self.options.memory_only || self.options.on_paused.is_some();
         if !disks_are_seen_to && !config.writable_disks().is_empty() {

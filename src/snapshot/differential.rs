@@ -10,11 +10,12 @@ use thiserror::Error;
 
 use super::checked::{CheckedBits, CheckedMemory};
 use super::digest::Digest;
-use super::dir::{Documents, OpenError, SnapshotDir, open_manifest};
+use super::dir::{Configuration, Documents, OpenError, SnapshotDir, open_manifest};
 use super::document::VmConfig;
+use super::elsewhere::Elsewhere;
 use super::files::{CHANGES_FILE, FileError, MANIFEST_FILE, open_sized};
 use super::limits::Limits;
-use super::manifest::{Changes, Manifest};
+use super::manifest::{Changes, Covered, Manifest};
 use super::memory_file::read_placed;
 use super::placement::Placement;
 use super::state::VmState;
@@ -65,13 +66,21 @@ impl Differential {
     /// # Errors
     /// A file is missing, damaged, exceeds `limits` or is of another version, or one does not fit the others.
     pub fn open(path: &Path, limits: &Limits) -> Result<Self, OpenError> {
+        Self::open_as(path, Configuration::AsSealed, limits)
+    }
+
+    pub(super) fn open_as(
+        path: &Path,
+        configuration: Configuration<'_>,
+        limits: &Limits,
+    ) -> Result<Self, OpenError> {
         let full = || OpenError::Full { path: path.to_owned() };
         let manifest = open_manifest(path, limits)?.ok_or_else(|| {
             let source = io::ErrorKind::NotFound.into();
             OpenError::File(FileError::Open { path: path.join(MANIFEST_FILE), source })
         })?;
         let changes = manifest.changes.clone().ok_or_else(full)?;
-        let documents = Documents::open(path, Some(&manifest), limits)?;
+        let documents = Documents::open(path, Some(&manifest), configuration, limits)?;
         let pages = open_sized(&path.join(CHANGES_FILE), changes.runs.bytes())?;
         let checked = CheckedBits::none(&manifest.blocks);
         Ok(Self { path: path.to_owned(), documents, manifest, changes, pages, checked })
@@ -110,6 +119,16 @@ impl Differential {
     /// Pages that are zero and were not, or perhaps were not, in the base; ascending.
     pub fn zeroed(&self) -> impl Iterator<Item = GpaRange> + Clone {
         self.changes.zero_runs.ranges()
+    }
+
+    /// Whether `config.json` is another than the one that the manifest was made for.
+    pub(super) fn is_edited(&self) -> bool {
+        self.documents.is_edited(&self.manifest)
+    }
+
+    /// `config.json` as it was when it was read.
+    pub(super) fn config_file(&self) -> Covered {
+        self.documents.config_file
     }
 
     pub(super) fn manifest(&self) -> &Manifest {
@@ -183,7 +202,7 @@ impl Chain {
     /// It was made on top of something else.
     pub fn with(mut self, differential: Differential) -> Result<Self, ChainError> {
         let fits = match self.differentials.last() {
-            Some(top) => top.digest() == differential.base(),
+            Some(top) => top.manifest().answers_to(differential.base()),
             None => {
                 let unnamed = || ChainError::Unnamed { path: self.full.path().to_owned() };
                 self.full.manifest().ok_or_else(unnamed)?.answers_to(differential.base())
@@ -230,6 +249,11 @@ impl Chain {
         self.differentials.last().map_or(self.full.state(), Differential::state)
     }
 
+    /// Memory of the VM that is in none of the snapshots, because it is in files of its own.
+    pub fn elsewhere(&self) -> Elsewhere {
+        Elsewhere::of(self.config(), self.state())
+    }
+
     /// Reads the memory of `range` as the snapshot on top has it; what the VM does not have reads as zero.
     ///
     /// The bytes are those on disk: [`verify`](super::verify()) tells whether they are as they were written.
@@ -262,6 +286,14 @@ impl Chain {
             differential.overlay_zeros(range, buffer);
             differential.checked().read(range, buffer)
         })
+    }
+
+    /// Checks the blocks of the full snapshot that hold any of `range` and that nobody has read yet.
+    ///
+    /// # Errors
+    /// As [`Chain::read_checked`].
+    pub(super) fn check(&self, range: GpaRange) -> io::Result<()> {
+        self.full.checked().map_or(Ok(()), |memory| memory.check_blocks(range))
     }
 
     /// Returns memory outside which everything reads as zero: sorted and disjoint.

@@ -94,7 +94,7 @@ impl DifferentialWriter {
             },
         };
         let placement = Placement::of_layout(announced.layout(), &limits)?;
-        let work = staged.make_file(WORK_FILE, 0)?;
+        let work = staged.make_file(WORK_FILE)?;
         let pages =
             ChangedPages::new(work, placement, announced.layout().host_page(), chain, limits.thread_start)
                 .map_err(|source| staged.write_error(WORK_FILE, source))?;
@@ -163,7 +163,7 @@ impl DifferentialWriter {
         let memory = announced.settle(&state, pages.placement(), &limits)?;
         let state = state.relist(&memory)?;
         let began = Instant::now();
-        let into = staged.make_file(CHANGES_FILE, 0)?;
+        let into = staged.make_file(CHANGES_FILE)?;
         let settled = pages.settle(&memory, &into).map_err(|error| match error {
             SettleError::Work(source) => staged.write_error(WORK_FILE, source).into(),
             SettleError::Copy(source) => staged.write_error(CHANGES_FILE, source).into(),
@@ -180,6 +180,6 @@ impl DifferentialWriter {
         let page = announced.layout().host_page();
         let changes = Some(changes);
         let manifest = Manifest { changes, ..Manifest::of_full(page, config, &state, settled.blocks) };
-        Ok(publish(staged, config, &state, &manifest, limits.thread_start)?)
+        publish(staged, config, &state, &manifest, &limits)
     }
 }

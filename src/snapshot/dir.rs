@@ -2,6 +2,7 @@
 
 //! Reads a full snapshot.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use thiserror::Error;
 use super::checked::{CheckedBits, CheckedMemory};
 use super::digest::Digest;
 use super::document::{DocumentError, VmConfig};
+use super::elsewhere::Elsewhere;
 use super::files::{
     CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, data_parts, open_sized, read_bounded,
 };
@@ -53,6 +55,21 @@ pub enum OpenError {
         /// The file.
         name: &'static str,
     },
+    /// `config.json` is not the one that the manifest was made for. It still is the configuration of a VM: disks, taps and files
+    /// have other names on other hosts.
+    #[error("{CONFIG_FILE} of {path} was edited since its manifest was made", path = .path.display())]
+    EditedConfig {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// There is no `memory-ranges`, and the state lists no memory: none of it is in the snapshot.
+    #[error("{path} holds no memory: {elsewhere}", path = .path.display())]
+    NoMemory {
+        /// The directory.
+        path: PathBuf,
+        /// Where the memory is.
+        elsewhere: Elsewhere,
+    },
     /// A differential was given where a full snapshot is needed.
     #[error("{path} is a differential, not a full snapshot", path = .path.display())]
     Differential {
@@ -67,37 +84,66 @@ pub enum OpenError {
     },
 }
 
+/// Which configuration a snapshot is read with.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Configuration<'a> {
+    /// That of `config.json`, if it is the one that the manifest was made for.
+    AsSealed,
+    /// That of `config.json`, edited or not.
+    AsItStands,
+    /// This text; `config.json` is not looked at.
+    Given(&'a [u8]),
+}
+
 /// Configuration and state of a snapshot of either kind.
 #[derive(Debug, Clone)]
 pub(super) struct Documents {
     pub(super) config: VmConfig,
-    /// The file that `config` was read from, with whatever blanks somebody left around it.
+    /// The text that `config` was read from, with whatever blanks somebody left around it.
     pub(super) config_file: Covered,
     pub(super) state: VmState,
 }
 
 impl Documents {
     /// Reads both, and checks them against the manifest where there is one.
-    pub(super) fn open(path: &Path, manifest: Option<&Manifest>, limits: &Limits) -> Result<Self, OpenError> {
-        let config = read_bounded(&path.join(CONFIG_FILE), limits.config_bytes)?;
+    pub(super) fn open(
+        path: &Path,
+        manifest: Option<&Manifest>,
+        configuration: Configuration<'_>,
+        limits: &Limits,
+    ) -> Result<Self, OpenError> {
+        let text = match configuration {
+            Configuration::Given(text) => Cow::Borrowed(text),
+            _ => Cow::Owned(read_bounded(&path.join(CONFIG_FILE), limits.config_bytes)?),
+        };
         let state = read_bounded(&path.join(STATE_FILE), limits.state_bytes)?;
         let altered = |name| OpenError::Altered { path: path.to_owned(), name };
-        let config_file = Covered::of(&config);
-        if let Some(manifest) = manifest {
-            if config_file != manifest.config {
+        let wrong = |source| OpenError::Document { path: path.to_owned(), source };
+        if manifest.is_some_and(|manifest| Covered::of(&state) != manifest.state) {
+            return Err(altered(STATE_FILE));
+        }
+        let config_file = Covered::of(&text);
+        let is_sealed = manifest.is_none_or(|manifest| config_file == manifest.config);
+        let config = match VmConfig::parse(&text, limits) {
+            Ok(_) if !is_sealed && matches!(configuration, Configuration::AsSealed) => {
+                return Err(OpenError::EditedConfig { path: path.to_owned() });
+            }
+            // It was sealed as something that can be read.
+            Err(_) if !is_sealed && !matches!(configuration, Configuration::Given(_)) => {
                 return Err(altered(CONFIG_FILE));
             }
-            if Covered::of(&state) != manifest.state {
-                return Err(altered(STATE_FILE));
-            }
-        }
-        let wrong = |source| OpenError::Document { path: path.to_owned(), source };
-        let config = VmConfig::parse(&config, limits).map_err(wrong)?;
+            parsed => parsed.map_err(wrong)?,
+        };
         let state = VmState::parse(state, limits).map_err(wrong)?;
         if manifest.is_some_and(|manifest| !manifest.memory.ranges().eq(state.memory().ranges())) {
             return Err(altered(STATE_FILE));
         }
         Ok(Self { config, config_file, state })
+    }
+
+    /// Whether the configuration is another than the one that `manifest` was made for.
+    pub(super) fn is_edited(&self, manifest: &Manifest) -> bool {
+        self.config_file != manifest.config
     }
 }
 
@@ -116,7 +162,8 @@ pub(super) fn open_manifest(path: &Path, limits: &Limits) -> Result<Option<Manif
 pub struct SnapshotDir {
     path: PathBuf,
     documents: Documents,
-    memory: File,
+    /// `memory-ranges`; `None` where no memory is in it.
+    memory: Option<File>,
     manifest: Option<Manifest>,
     checked: Option<CheckedBits>,
     thread_start: ThreadStart,
@@ -128,12 +175,35 @@ impl SnapshotDir {
     /// # Errors
     /// A file is missing, damaged, exceeds `limits` or is of another version, or one does not fit the others.
     pub fn open(path: &Path, limits: &Limits) -> Result<Self, OpenError> {
+        Self::open_as(path, Configuration::AsSealed, limits)
+    }
+
+    /// Opens the snapshot at `path` with the configuration `config`, a text as that of `config.json`, in place of its own,
+    /// which is not looked at: for a host where disks, taps and files have other names.
+    ///
+    /// The state and the memory have to be as the manifest says, if there is one.
+    ///
+    /// # Errors
+    /// As [`SnapshotDir::open`], or `config` is not the configuration of a VM.
+    pub fn open_with_config(path: &Path, config: &[u8], limits: &Limits) -> Result<Self, OpenError> {
+        Self::open_as(path, Configuration::Given(config), limits)
+    }
+
+    pub(super) fn open_as(
+        path: &Path,
+        configuration: Configuration<'_>,
+        limits: &Limits,
+    ) -> Result<Self, OpenError> {
         let manifest = open_manifest(path, limits)?;
         if manifest.as_ref().is_some_and(|manifest| manifest.changes.is_some()) {
             return Err(OpenError::Differential { path: path.to_owned() });
         }
-        let documents = Documents::open(path, manifest.as_ref(), limits)?;
-        let memory = open_sized(&path.join(MEMORY_FILE), documents.state.memory().bytes())?;
+        let documents = Documents::open(path, manifest.as_ref(), configuration, limits)?;
+        // Cloud Hypervisor makes no file where all zones share files of their own.
+        let memory = match documents.state.memory().bytes() {
+            0 => None,
+            bytes => Some(open_sized(&path.join(MEMORY_FILE), bytes)?),
+        };
         let checked = manifest.as_ref().map(|manifest| CheckedBits::none(&manifest.blocks));
         let thread_start = limits.thread_start;
         Ok(Self { path: path.to_owned(), documents, memory, manifest, checked, thread_start })
@@ -157,6 +227,25 @@ impl SnapshotDir {
     /// `config.json` as it was when it was read.
     pub(super) fn config_file(&self) -> Covered {
         self.documents.config_file
+    }
+
+    /// Whether `config.json` is another than the one that the manifest was made for.
+    pub(super) fn is_edited(&self) -> bool {
+        self.manifest.as_ref().is_some_and(|manifest| self.documents.is_edited(manifest))
+    }
+
+    /// Memory of the VM that is not in the snapshot, because it is in files of its own.
+    pub fn elsewhere(&self) -> Elsewhere {
+        Elsewhere::of(self.config(), self.state())
+    }
+
+    /// `memory-ranges`.
+    ///
+    /// # Errors
+    /// [`OpenError::NoMemory`]: no memory is in it.
+    pub(super) fn memory(&self) -> Result<&File, OpenError> {
+        let none = || OpenError::NoMemory { path: self.path.clone(), elsewhere: self.elsewhere() };
+        self.memory.as_ref().ok_or_else(none)
     }
 
     /// `state.json`.
@@ -190,13 +279,14 @@ impl SnapshotDir {
     /// # Panics
     /// `buffer` is shorter than `range`.
     pub fn read(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
-        read_placed(&self.memory, self.placement(), range, buffer)
+        self.memory.as_ref().map_or(Ok(()), |memory| read_placed(memory, self.placement(), range, buffer))
     }
 
     /// Returns the memory that is no hole of the file, in the order of the file. Everything else reads as zero.
     pub fn populated(&self) -> impl Iterator<Item = io::Result<GpaRange>> {
         let placement = self.placement();
-        data_parts(&self.memory, placement.bytes()).flat_map(|part| {
+        let parts = self.memory.iter().flat_map(|memory| data_parts(memory, placement.bytes()));
+        parts.flat_map(|part| {
             let (ranges, failed) = match part {
                 Ok(part) => (Some(placement.gpas(part.start, part.end - part.start)), None),
                 Err(error) => (None, Some(Err(error))),
@@ -205,20 +295,16 @@ impl SnapshotDir {
         })
     }
 
-    /// The memory to be read with checks; `None` without a manifest.
+    /// The memory to be read with checks; `None` without a manifest, or without memory.
     pub(super) fn checked(&self) -> Option<CheckedMemory<'_>> {
         Some(CheckedMemory {
             dir: &self.path,
             name: MEMORY_FILE,
-            file: &self.memory,
+            file: self.memory.as_ref()?,
             placement: self.placement(),
             manifest: self.manifest.as_ref()?,
             checked: self.checked.as_ref()?,
         })
-    }
-
-    pub(super) fn memory(&self) -> &File {
-        &self.memory
     }
 
     pub(super) fn manifest(&self) -> Option<&Manifest> {

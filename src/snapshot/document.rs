@@ -8,14 +8,16 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use thiserror::Error;
 
+use super::elsewhere::ZoneFile;
 use super::limits::Limits;
 use super::list::AtMost;
+use super::passthrough::{DeviceFields, PassThrough};
 use super::placement::{Placement, PlacementError};
 use crate::layout::{Layout, LayoutError};
 use crate::range::{GpaRange, RangeError};
 
 /// Most devices of a kind, memory zones and RAM mappings that are read.
-const ENTRIES: usize = 1 << 16;
+pub(super) const ENTRIES: usize = 1 << 16;
 
 /// Why a JSON document is not one that Cloud Hypervisor wrote.
 #[derive(Debug, Error)]
@@ -69,6 +71,14 @@ pub enum DocumentError {
         /// What is wrong with them.
         source: PlacementError,
     },
+    /// There is more memory, or it is in more pieces, than is read.
+    #[error("{document} lists more memory than is read")]
+    OverLimit {
+        /// The document.
+        document: &'static str,
+        /// The limit.
+        source: PlacementError,
+    },
     /// A RAM mapping that is no range.
     #[error("RAM mapping {index} of the Config message is no range")]
     Mapping {
@@ -84,6 +94,13 @@ pub enum DocumentError {
 
 pub(super) fn json(document: &'static str) -> impl FnOnce(serde_json::Error) -> DocumentError {
     move |source| DocumentError::Json { document, source }
+}
+
+pub(super) fn ranges(document: &'static str) -> impl FnOnce(PlacementError) -> DocumentError {
+    move |source| match source.is_limit() {
+        true => DocumentError::OverLimit { document, source },
+        false => DocumentError::Ranges { document, source },
+    }
 }
 
 /// Checks that `document`, of `bytes` bytes, is not too large to look into.
@@ -149,7 +166,8 @@ pub struct VmConfig {
     writable_disks: Vec<String>,
     vdpa: Vec<String>,
     file_zones: Vec<String>,
-    shared_file_zones: Vec<String>,
+    shared_files: Vec<ZoneFile>,
+    devices: Vec<PassThrough>,
 }
 
 impl VmConfig {
@@ -164,19 +182,24 @@ impl VmConfig {
 
     fn from_raw(text: Box<RawValue>) -> Result<Self, DocumentError> {
         let fields: VmConfigFields = serde_json::from_str(text.get()).map_err(json("config.json"))?;
+        let devices: DeviceFields = serde_json::from_str(text.get()).map_err(json("config.json"))?;
         let disks = fields.disks.unwrap_or_default().into_iter().filter(|disk| !disk.readonly);
         let disks = disks.map(|disk| disk.path.or(disk.vhost_socket).unwrap_or_default());
         let pmem = fields.pmem.unwrap_or_default().into_iter().filter(|pmem| !pmem.discard_writes);
-        let zones = fields.memory.zones.unwrap_or_default().into_iter();
-        let file_zones: Vec<_> = zones.filter(|zone| zone.file.is_some()).collect();
-        let shared = file_zones.iter().filter(|zone| zone.shared);
+        let (mut file_zones, mut shared_files) = (Vec::new(), Vec::new());
+        for ZoneConfig { id, file, shared } in fields.memory.zones.unwrap_or_default() {
+            let Some(file) = file else { continue };
+            file_zones.push(id.clone());
+            shared_files.extend(shared.then_some(ZoneFile { zone: id, file }));
+        }
         Ok(Self {
             text,
             memory_bytes: fields.memory.size,
             writable_disks: disks.chain(pmem.map(|pmem| pmem.file)).collect(),
             vdpa: fields.vdpa.unwrap_or_default().into_iter().map(|vdpa| vdpa.path).collect(),
-            shared_file_zones: shared.map(|zone| zone.id.clone()).collect(),
-            file_zones: file_zones.into_iter().map(|zone| zone.id).collect(),
+            file_zones,
+            shared_files,
+            devices: devices.into_devices(),
         })
     }
 
@@ -209,9 +232,14 @@ impl VmConfig {
         &self.file_zones
     }
 
-    /// Ids of the memory zones that are shared mappings of a named file, which snapshots leave out.
-    pub fn shared_file_zones(&self) -> &[String] {
-        &self.shared_file_zones
+    /// The memory zones that are shared mappings of a named file, which Cloud Hypervisor's snapshots leave out.
+    pub fn shared_files(&self) -> &[ZoneFile] {
+        &self.shared_files
+    }
+
+    /// The pass-through devices; of their saved states a configuration knows nothing.
+    pub fn devices(&self) -> &[PassThrough] {
+        &self.devices
     }
 }
 
@@ -257,8 +285,7 @@ impl ConfigMessage {
             ram.push(range);
             hotpluggable.extend(mapping.virtio_mem.then_some(range));
         }
-        Placement::new(ram.iter().copied(), limits)
-            .map_err(|source| DocumentError::Ranges { document: "Config message", source })?;
+        Placement::new(ram.iter().copied(), limits).map_err(ranges("Config message"))?;
         let layout = Layout::new(ram, crate::granule::Granule::host_page())?;
         Ok(Self { vm_config: VmConfig::from_raw(fields.vm_config)?, layout, hotpluggable })
     }

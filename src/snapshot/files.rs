@@ -3,11 +3,12 @@
 //! Opening and reading the files of a snapshot without trusting them.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 use thiserror::Error;
 
 /// The VM's configuration.
@@ -20,6 +21,9 @@ pub const MEMORY_FILE: &str = "memory-ranges";
 pub const CHANGES_FILE: &str = "memory-changes";
 /// What the other files hold, block by block.
 pub const MANIFEST_FILE: &str = "snapshot-manifest";
+
+/// Bytes of zeros written at once where a file system makes no holes.
+const ZEROS_AT_ONCE: usize = 1 << 20;
 
 /// A file of a snapshot that cannot be read.
 #[derive(Debug, Error)]
@@ -141,14 +145,53 @@ pub(super) fn next_data(file: &File, from: u64, length: u64) -> io::Result<Optio
     if from >= length {
         return Ok(None);
     }
-    let start = match rustix::fs::seek(file, SeekFrom::Data(from)) {
-        Ok(start) if start < length => start,
-        Ok(_) | Err(rustix::io::Errno::NXIO) => return expect_length(file, length).map(|()| None),
-        Err(error) => return Err(error.into()),
+    part_from(from, length, |whence| rustix::fs::seek(file, whence), || expect_length(file, length))
+}
+
+/// Finds the part that [`next_data`] returns by `seek`; `expect` checks that the file is as long as ever.
+///
+/// Where the file system cannot tell, everything from `from` on counts as data.
+fn part_from(
+    from: u64,
+    length: u64,
+    seek: impl Fn(SeekFrom) -> rustix::io::Result<u64>,
+    expect: impl Fn() -> io::Result<()>,
+) -> io::Result<Option<std::ops::Range<u64>>> {
+    let found = match seek(SeekFrom::Data(from)) {
+        Ok(start) if start < length => seek(SeekFrom::Hole(start)).map(|end| start..end.min(length)),
+        Ok(_) | Err(Errno::NXIO) => return expect().map(|()| None),
+        Err(error) => Err(error),
     };
-    let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
-    expect_length(file, length)?;
-    Ok(Some(start..end.min(length)))
+    let found = match found.map_err(io::Error::from) {
+        Err(error) if is_unsupported(&error) => from..length,
+        // A file system that answers nonsense must not make anyone read the same part for ever.
+        Ok(part) if part.start < from || part.end <= part.start => from..length,
+        found => found?,
+    };
+    expect()?;
+    Ok(Some(found))
+}
+
+/// Whether a file system says that it does not know what it is asked for: each has its own word for it.
+pub(super) fn is_unsupported(error: &io::Error) -> bool {
+    let words = [Errno::INVAL, Errno::OPNOTSUPP, Errno::NOSYS, Errno::NOTTY, Errno::PERM, Errno::NODEV];
+    error.raw_os_error().is_some_and(|code| words.contains(&Errno::from_raw_os_error(code)))
+}
+
+/// Makes an empty file `bytes` bytes long, all zeros: a hole, or, where the file system has none, zeros that are written.
+pub(super) fn extend(file: &File, bytes: u64) -> io::Result<()> {
+    extend_by(file, bytes, || file.set_len(bytes))
+}
+
+fn extend_by(file: &File, bytes: u64, set_len: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    match set_len() {
+        Err(error) if is_unsupported(&error) => {
+            let mut writer = BufWriter::with_capacity(ZEROS_AT_ONCE, file);
+            io::copy(&mut io::repeat(0).take(bytes), &mut writer)?;
+            writer.flush()
+        }
+        extended => extended,
+    }
 }
 
 /// A file that was cut off since it was opened.
@@ -183,6 +226,40 @@ mod tests {
         assert_eq!(parts.len(), 1);
         assert!(parts[0].contains(&(2 << 20)) && parts[0].end < 8 << 20, "{parts:?}");
         assert_eq!(data_parts(&file, 1 << 20).count(), 0);
+    }
+
+    #[test]
+    fn c56_a_file_system_that_knows_no_holes_has_one_part_that_is_the_whole_file() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 << 20).unwrap();
+        let whole = || expect_length(&file, 8 << 20);
+        for refusal in [Errno::INVAL, Errno::OPNOTSUPP, Errno::NOSYS, Errno::NOTTY, Errno::PERM] {
+            let part = part_from(4096, 8 << 20, |_| Err(refusal), whole).unwrap();
+            assert_eq!(part, Some(4096..8 << 20), "{refusal}");
+            let only_data = |whence| match whence {
+                SeekFrom::Data(from) => Ok(from),
+                _ => Err(refusal),
+            };
+            assert_eq!(part_from(4096, 8 << 20, only_data, whole).unwrap(), Some(4096..8 << 20));
+        }
+        for nonsense in [0, 4096] {
+            assert_eq!(part_from(4096, 8 << 20, |_| Ok(nonsense), whole).unwrap(), Some(4096..8 << 20));
+        }
+        assert!(part_from(0, 8 << 20, |_| Err(Errno::IO), whole).is_err());
+        assert_eq!(part_from(0, 8 << 20, |_| Err(Errno::NXIO), whole).unwrap(), None);
+        assert!(part_from(0, 9 << 20, |_| Err(Errno::INVAL), || expect_length(&file, 9 << 20)).is_err());
+    }
+
+    #[test]
+    fn c56_a_file_that_cannot_be_extended_is_filled_with_zeros() {
+        let filled = |refusal: Errno| {
+            let file = tempfile::tempfile().unwrap();
+            let outcome = extend_by(&file, (3 << 20) + 5, || Err(refusal.into()));
+            outcome.map(|()| file.metadata().unwrap().len())
+        };
+        assert_eq!(filled(Errno::PERM).unwrap(), (3 << 20) + 5);
+        assert_eq!(filled(Errno::INVAL).unwrap(), (3 << 20) + 5);
+        assert_eq!(filled(Errno::FBIG).unwrap_err().raw_os_error(), Some(Errno::FBIG.raw_os_error()));
     }
 
     #[test]

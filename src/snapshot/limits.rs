@@ -27,7 +27,7 @@ impl Default for Limits {
             config_bytes: 64 << 20,
             state_bytes: 4 << 30,
             manifest_bytes: 2 << 30,
-            memory_bytes: 4 << 40,
+            memory_bytes: 16 << 40,
             ranges: 1 << 20,
             thread_start: ThreadStart::NOTHING,
         }

@@ -74,6 +74,14 @@ pub enum ManifestError {
     /// This host has no memory for the digests: nothing is wrong with the file.
     #[error("Manifest has more digests than there is memory for")]
     Memory(#[from] TryReserveError),
+    /// There are more memory ranges, or more bytes in them, than are read.
+    #[error("Manifest lists more {what} than are read")]
+    OverLimit {
+        /// As for [`ManifestError::Ranges`].
+        what: &'static str,
+        /// The limit.
+        source: PlacementError,
+    },
     /// A run that is not whole pages of the memory, or out of order.
     #[error("Manifest lists run {run}, which is out of order or not of whole pages of the memory")]
     Run {
@@ -266,10 +274,7 @@ impl<'a> Parser<'a> {
             return Err(ManifestError::Field { field: "page_bytes", value: page.bytes() });
         }
         let memory = self.ranges(header.ranges.get().into(), "memory ranges", limits)?;
-        let aligned = |range: GpaRange| page.is_aligned(range.start()) && page.is_aligned(range.end());
-        if let Some(run) = memory.ranges().find(|&range| !aligned(range)) {
-            return Err(ManifestError::Run { run });
-        }
+        memory.check_pages(page).map_err(|source| ManifestError::Ranges { what: "memory ranges", source })?;
         let changes = self.changes(header, page, &memory, limits)?;
         let content_bytes = changes.as_ref().map_or(memory.bytes(), |changes| changes.runs.bytes());
         expect_field("content_bytes", header.content_bytes.get(), content_bytes)?;
@@ -324,7 +329,10 @@ impl<'a> Parser<'a> {
             let word = |at: usize| U64::read_from_bytes(&pair[at..at + 8]).map_or(0, U64::get);
             (word(0), word(8))
         });
-        Placement::from_pairs(pairs, limits).map_err(|source| ManifestError::Ranges { what, source })
+        Placement::from_pairs(pairs, limits).map_err(|source| match source.is_limit() {
+            true => ManifestError::OverLimit { what, source },
+            false => ManifestError::Ranges { what, source },
+        })
     }
 
     fn changes(

@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
 
 use super::blocks::{BlockTable, block_bytes_for, is_zero};
 use super::digest::Digest;
 use super::feed::{Feed, FeedError};
+use super::files::{data_parts, extend, is_unsupported};
 use super::flusher::Flusher;
 use super::parallel;
 use super::placement::{Extent, Placement};
@@ -64,7 +64,7 @@ impl MemoryFile {
         threads: ThreadStart,
     ) -> io::Result<Self> {
         let bytes = placement.bytes();
-        file.set_len(bytes)?;
+        extend(&file, bytes)?;
         let block_bytes = block_bytes_for(bytes, LEAST_BLOCK_BYTES.max(page.bytes()));
         let feed = Feed::new(placement, LEAST_CELL_BYTES.max(block_bytes));
         let blocks_of = |cell: u64| {
@@ -254,7 +254,7 @@ impl MemoryFile {
 
     /// Writes the memory of `kept`, whose every range this file holds, to `into`, which holds no other.
     pub(super) fn copy_to(&self, into: &Self) -> Result<(), FeedError> {
-        for part in super::files::data_parts(&self.file, self.placement().bytes()) {
+        for part in data_parts(&self.file, self.placement().bytes()) {
             let part = part.map_err(FeedError::Read)?;
             for range in self.placement().gpas(part.start, part.end - part.start) {
                 for kept in into.placement().locate(range) {
@@ -287,9 +287,9 @@ pub(super) fn read_placed(
 /// Makes a hole, where the file system knows how; bytes there are zero already.
 fn punch(file: &File, offset: u64, length: u64) -> io::Result<()> {
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match rustix::fs::fallocate(file, flags, offset, length) {
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-        punched => Ok(punched?),
+    match rustix::fs::fallocate(file, flags, offset, length).map_err(io::Error::from) {
+        Err(error) if is_unsupported(&error) => Ok(()),
+        punched => punched,
     }
 }
 
@@ -300,6 +300,7 @@ fn index(number: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use rustix::io::Errno;
 
     use super::*;
     use crate::snapshot::Limits;

@@ -13,8 +13,8 @@
 //! A full snapshot is a directory that Cloud Hypervisor restores; it ignores the manifest. [`SnapshotWriter`] and
 //! [`DifferentialWriter`] take pages from any number of threads and bring a directory under its name whole or not at
 //! all; [`SnapshotDir`] and [`Chain`] read them; [`verify`] finds altered bytes, [`apply`] turns a chain into a full
-//! snapshot, [`subtract`] a snapshot into a differential, [`compare`] lists what differs, [`describe`] says what a
-//! directory holds. `docs/snapshot-format.md` has the bytes.
+//! snapshot, [`subtract`] a snapshot into a differential, [`compare`] lists what differs, [`seal`] names what a VMM wrote,
+//! [`reseal`] takes an edited configuration, [`describe`] says what a directory holds. `docs/snapshot-format.md` has the bytes.
 //!
 //! # One snapshot after another
 //!
@@ -99,16 +99,20 @@ mod digest;
 mod dir;
 mod directory;
 mod document;
+mod elsewhere;
 mod feed;
 mod files;
 mod flusher;
 mod limits;
 mod list;
 mod manifest;
+mod mapped;
 mod memory_file;
 mod parallel;
 mod partial;
+mod passthrough;
 mod placement;
+mod seal;
 mod source;
 mod staging;
 mod state;
@@ -120,7 +124,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-pub use apply::{ApplyError, SealError, apply, seal};
+pub use apply::{ApplyError, apply};
 pub use compare::{CompareError, Differences, compare};
 pub use describe::{Description, Kind, describe};
 pub use destination::{DestinationError, DestinationOptions, OnPaused, SnapshotDestination};
@@ -129,10 +133,14 @@ pub use differential_writer::{Base, DifferentialWriter};
 pub use digest::{Digest, DigestError};
 pub use dir::{OpenError, SnapshotDir};
 pub use document::{ConfigMessage, DocumentError, VmConfig};
+pub use elsewhere::{Elsewhere, ZoneFile};
 pub use files::{CHANGES_FILE, CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 pub use limits::Limits;
 pub use manifest::{Manifest, ManifestError};
+pub use mapped::{PlacedMemory, PlacedRegion};
+pub use passthrough::{Interface, PassThrough};
 pub use placement::{Extent, Placement, PlacementError};
+pub use seal::{SealError, reseal, seal};
 pub use source::{SnapshotSource, SourceError};
 pub use staging::StagingError;
 pub use state::VmState;

@@ -5,6 +5,7 @@
 use thiserror::Error;
 
 use super::limits::Limits;
+use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::{GpaRange, RangeError};
 
@@ -28,18 +29,33 @@ pub enum PlacementError {
         /// The higher one.
         second: GpaRange,
     },
+    /// A range that begins or ends inside a page.
+    #[error("Memory range {range} is not of whole pages of {page}")]
+    Unaligned {
+        /// The range.
+        range: GpaRange,
+        /// The page size.
+        page: Granule,
+    },
     /// More ranges than are read.
-    #[error("Memory has more than {limit} ranges")]
+    #[error("Memory has more than {limit} ranges, the limit")]
     TooManyRanges {
         /// The limit.
         limit: usize,
     },
     /// More bytes than are read.
-    #[error("Memory has more than {limit:#x} bytes")]
+    #[error("Memory has more than {limit} bytes, the limit")]
     TooLarge {
         /// The limit.
         limit: u64,
     },
+}
+
+impl PlacementError {
+    /// Whether the list may be sound, and is only larger than the caller allows.
+    pub fn is_limit(&self) -> bool {
+        matches!(self, Self::TooManyRanges { .. } | Self::TooLarge { .. })
+    }
 }
 
 /// A range of guest memory and the offset of its first byte in a file; its other bytes follow.
@@ -147,6 +163,27 @@ impl Placement {
         Ok(())
     }
 
+    /// Returns the largest page, no larger than `most` and no smaller than 4 KiB, that every range is made of.
+    ///
+    /// A host with pages of 64 KiB reads what one with pages of 4 KiB wrote.
+    ///
+    /// # Errors
+    /// [`PlacementError::Unaligned`]: a range is not of whole pages of 4 KiB.
+    pub fn page(&self, most: Granule) -> Result<Granule, PlacementError> {
+        let ends =
+            self.by_offset.iter().fold(0, |bits, extent| bits | extent.range.start() | extent.range.end());
+        let shift = ends.trailing_zeros().min(most.shift()).max(Granule::KIB_4.shift());
+        let page = Granule::new(1 << shift).unwrap_or(Granule::KIB_4);
+        self.check_pages(page).map(|()| page)
+    }
+
+    /// Checks that every range is of whole `page`s.
+    pub(super) fn check_pages(&self, page: Granule) -> Result<(), PlacementError> {
+        let aligned = |range: GpaRange| page.is_aligned(range.start()) && page.is_aligned(range.end());
+        let odd = self.ranges().find(|&range| !aligned(range));
+        odd.map_or(Ok(()), |range| Err(PlacementError::Unaligned { range, page }))
+    }
+
     /// Bytes of the file.
     pub fn bytes(&self) -> u64 {
         self.bytes
@@ -230,6 +267,23 @@ mod tests {
         assert_eq!(many, Err(PlacementError::TooManyRanges { limit: 1 }));
         let large = Placement::new([range(0, 0x2001)], &limits);
         assert_eq!(large, Err(PlacementError::TooLarge { limit: 0x2000 }));
+    }
+
+    #[test]
+    fn c52_a_page_is_found_that_all_ranges_are_made_of_or_the_odd_one_named() {
+        let kib_64 = Granule::new(64 << 10).unwrap();
+        let page = |pairs: &[(u64, u64)]| {
+            Placement::from_pairs(pairs.iter().copied(), &Limits::default()).unwrap().page(kib_64)
+        };
+        assert_eq!(page(&[(0, 1 << 20), (4 << 30, 64 << 10)]), Ok(kib_64));
+        assert_eq!(page(&[(0, 1 << 20), (4 << 30, 0x3000)]), Ok(Granule::KIB_4));
+        assert_eq!(page(&[(0x8000, 1 << 20)]).unwrap().bytes(), 0x8000);
+        assert_eq!(page(&[]), Ok(kib_64));
+        let odd = range(0x2000, 0x1800);
+        assert_eq!(
+            page(&[(0, 0x1000), (0x2000, 0x1800)]),
+            Err(PlacementError::Unaligned { range: odd, page: Granule::KIB_4 })
+        );
     }
 
     proptest! {

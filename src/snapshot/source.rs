@@ -8,34 +8,64 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap};
+use vm_memory::GuestRegionCollectionError;
+use vm_memory::mmap::MmapRegionError;
 use vm_migration::Snapshot;
 
 use super::checking::Checking;
-use super::dir::SnapshotDir;
+use super::dir::{OpenError, SnapshotDir};
+use super::elsewhere::Elsewhere;
 use super::files::{MEMORY_FILE, expect_length};
-use super::placement::Extent;
+use super::mapped::{PlacedMemory, map};
+use super::placement::PlacementError;
 use crate::granule::Granule;
 use crate::layout::{Layout, LayoutError};
-use crate::range::GpaRange;
 use crate::vm::{Backing, Captured, Vm, VmError};
 
 /// Why a snapshot cannot be sent.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SourceError {
+    /// Part of the memory is not in the snapshot: a receiver would run the VM without it.
+    #[error("{path} lacks memory that the VM has: {elsewhere}", path = .path.display())]
+    Elsewhere {
+        /// The snapshot.
+        path: PathBuf,
+        /// Where the memory is.
+        elsewhere: Elsewhere,
+    },
+    /// There is no memory.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The memory is not of whole pages.
+    #[error("Cannot divide the memory of {path} into pages", path = .path.display())]
+    Pages {
+        /// The snapshot.
+        path: PathBuf,
+        /// Which part.
+        source: PlacementError,
+    },
     /// The memory cannot be laid out on this host.
-    #[error("Cannot lay out the snapshot's memory")]
-    Layout(#[from] LayoutError),
+    #[error("Cannot lay out the memory of {path}", path = .path.display())]
+    Layout {
+        /// The snapshot.
+        path: PathBuf,
+        /// Why.
+        source: LayoutError,
+    },
     /// The file cannot be opened a second time.
-    #[error("Cannot share memory-ranges")]
-    Share(#[source] io::Error),
-    /// A part of the file cannot be mapped.
-    #[error("Cannot map memory {range}")]
+    #[error("Cannot share {path}", path = .path.display())]
+    Share {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file cannot be mapped.
+    #[error("Cannot map {path}", path = .path.display())]
     Map {
-        /// The memory.
-        range: GpaRange,
+        /// The file.
+        path: PathBuf,
         /// Why.
         source: MmapRegionError,
     },
@@ -66,22 +96,34 @@ pub struct SnapshotSource {
     /// From the first word to the receiver until the VM is paused.
     checking: Option<Checking>,
     layout: Layout,
-    memory: Arc<GuestMemoryMmap<()>>,
+    file: Arc<File>,
+    memory: Arc<PlacedMemory>,
 }
 
 impl SnapshotSource {
     /// Maps the memory of `dir`.
     ///
     /// # Errors
-    /// The memory is not of whole pages of this host, was cut off, or cannot be mapped.
+    /// Memory is missing, is not of whole pages of 4 KiB, was cut off, or cannot be mapped.
     pub fn new(dir: SnapshotDir) -> Result<Self, SourceError> {
-        let layout = Layout::new(dir.placement().ranges(), Granule::host_page())?;
+        let path = || dir.path().to_owned();
+        let file_path = || dir.path().join(MEMORY_FILE);
+        let elsewhere = dir.elsewhere();
+        if !elsewhere.is_empty() {
+            return Err(SourceError::Elsewhere { path: path(), elsewhere });
+        }
+        let file = dir.memory()?;
         check_length(&dir)?;
-        let file = Arc::new(dir.memory().try_clone().map_err(SourceError::Share)?);
-        let extents = dir.placement().ascending();
-        let regions: Result<Vec<_>, _> = extents.iter().map(|&extent| map(&file, extent)).collect();
-        let memory = GuestMemoryMmap::from_arc_regions(regions?).map_err(SourceError::Gather)?;
-        Ok(Self { dir: Arc::new(dir), checking: None, layout, memory: Arc::new(memory) })
+        let page = dir.placement().page(Granule::host_page());
+        let page = page.map_err(|source| SourceError::Pages { path: path(), source })?;
+        let layout = Layout::new(dir.placement().ranges(), page)
+            .map_err(|source| SourceError::Layout { path: path(), source })?;
+        let file = file.try_clone().map_err(|source| SourceError::Share { path: file_path(), source })?;
+        let file = Arc::new(file);
+        let regions =
+            map(&file, dir.placement()).map_err(|source| SourceError::Map { path: file_path(), source })?;
+        let memory = PlacedMemory::from_regions(regions).map_err(SourceError::Gather)?;
+        Ok(Self { dir: Arc::new(dir), checking: None, layout, file, memory: Arc::new(memory) })
     }
 
     /// The VM's RAM.
@@ -133,36 +175,25 @@ impl Drop for SnapshotSource {
 }
 
 fn check_length(dir: &SnapshotDir) -> Result<(), SourceError> {
-    expect_length(dir.memory(), dir.placement().bytes()).map_err(unsound(dir))
+    expect_length(dir.memory()?, dir.placement().bytes()).map_err(unsound(dir))
 }
 
 fn unsound(dir: &SnapshotDir) -> impl FnOnce(io::Error) -> SourceError {
     |source| SourceError::Check { path: dir.path().join(MEMORY_FILE), source }
 }
 
-fn map(file: &Arc<File>, extent: Extent) -> Result<Arc<GuestRegionMmap<()>>, SourceError> {
-    let failed = |source| SourceError::Map { range: extent.range, source };
-    let size =
-        usize::try_from(extent.range.len()).map_err(|_| failed(MmapRegionError::InvalidOffsetLength))?;
-    let mapping = MmapRegionBuilder::new(size)
-        .with_file_offset(FileOffset::from_arc(Arc::clone(file), extent.offset))
-        .with_mmap_prot(libc::PROT_READ)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-        .build()
-        .map_err(failed)?;
-    let region = GuestRegionMmap::new(mapping, GuestAddress(extent.range.start()));
-    region.map(Arc::new).ok_or_else(|| failed(MmapRegionError::InvalidOffsetLength))
-}
-
 impl Vm for SnapshotSource {
-    type Memory = GuestMemoryMmap<()>;
+    type Memory = PlacedMemory;
 
     fn memory(&self) -> Arc<Self::Memory> {
         Arc::clone(&self.memory)
     }
 
     fn backing(&self) -> Backing {
-        Backing::of_mmap(&self.memory)
+        let extents = self.dir.placement().ascending().iter();
+        extents.fold(Backing::default(), |backing, extent| {
+            backing.shared_file(extent.range, Arc::clone(&self.file), extent.offset)
+        })
     }
 
     /// Tells the configuration, and begins to check the memory.

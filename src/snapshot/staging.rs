@@ -15,7 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 
 use super::directory::{Directory, is_mount_point};
-use super::files::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
+use super::files::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, is_unsupported};
 use super::partial::{self, Partial, clear_leftovers};
 
 /// Where pages of a differential wait for their order to be known.
@@ -203,10 +203,9 @@ impl StagedDir {
         Ok(Self { staged, temporary, parent, name, files, target, published: false })
     }
 
-    /// Makes an empty file, readable by its owner alone, of `bytes` bytes that are a hole.
-    pub(super) fn make_file(&self, name: &'static str, bytes: u64) -> Result<File, StagingError> {
+    /// Makes an empty file, readable by its owner alone.
+    pub(super) fn make_file(&self, name: &'static str) -> Result<File, StagingError> {
         let made = self.staged.0.make_file(name.as_ref()).and_then(|file| {
-            file.set_len(bytes)?;
             self.files().insert(name, file.try_clone()?);
             Ok(file)
         });
@@ -215,7 +214,7 @@ impl StagedDir {
 
     /// Makes a file with `content`, safe on disk.
     pub(super) fn write_file(&self, name: &'static str, content: &[u8]) -> Result<(), StagingError> {
-        let file = self.make_file(name, 0)?;
+        let file = self.make_file(name)?;
         write_synced(&file, content).map_err(|source| self.write_error(name, source))
     }
 
@@ -232,6 +231,11 @@ impl StagedDir {
         }
         let moved = self.staged.0.rename(from.as_ref(), to.as_ref());
         moved.map_err(|source| self.write_error(to, source))
+    }
+
+    /// The final path.
+    pub(super) fn target(&self) -> &Path {
+        &self.target
     }
 
     fn files(&self) -> MutexGuard<'_, BTreeMap<&'static str, File>> {
@@ -255,7 +259,7 @@ impl StagedDir {
             _ => StagingError::Publish { path: path(), source },
         })?;
         let renamed = expect_at(&self.parent, &self.name, self.staged.file());
-        let published = match renamed.and_then(|()| self.parent.file().sync_all()) {
+        let published = match renamed.and_then(|()| sync_directory(self.parent.file())) {
             Ok(()) => Ok(()),
             Err(source) => Err(match self.parent.rename(&self.name, &self.temporary) {
                 Ok(()) => return Err(StagingError::Publish { path: path(), source }),
@@ -268,7 +272,7 @@ impl StagedDir {
     }
 
     fn rename(&self) -> io::Result<()> {
-        self.staged.file().sync_all()?;
+        sync_directory(self.staged.file())?;
         for (name, file) in &*self.files() {
             expect_at(&self.staged.0, name.as_ref(), file)?;
         }
@@ -298,7 +302,7 @@ pub(super) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result
         let (temporary, file) = partial::make::<File>(&directory, name.as_ref())?;
         let moved = write_synced(&file, content).and_then(|()| directory.rename(&temporary, name.as_ref()));
         moved.inspect_err(|_| discard(&directory, &temporary))?;
-        directory.file().sync_all().inspect_err(|_| discard(&directory, name.as_ref()))
+        sync_directory(directory.file()).inspect_err(|_| discard(&directory, name.as_ref()))
     });
     added.map_err(|source| StagingError::Write { name, path: dir.to_owned(), source })
 }
@@ -307,6 +311,14 @@ pub(super) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result
 pub(super) fn clear_added(dir: &Path, name: &'static str) {
     if let Ok(directory) = Directory::open(dir) {
         clear_leftovers::<File>(&directory, name.as_ref());
+    }
+}
+
+/// Brings names to disk, where the file system has more to it than to do so anyway.
+fn sync_directory(directory: &File) -> io::Result<()> {
+    match directory.sync_all() {
+        Err(error) if is_unsupported(&error) => Ok(()),
+        synced => synced,
     }
 }
 

@@ -8,8 +8,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::document::{DocumentError, VmConfig, json, within};
+use super::document::{DocumentError, ENTRIES, VmConfig, json, ranges, within};
 use super::limits::Limits;
+use super::list::AtMost;
+use super::passthrough::{self, PassThrough};
 use super::placement::Placement;
 use super::tree::{MEMORY_MANAGER, Quoted, Tree, place};
 use crate::range::GpaRange;
@@ -26,6 +28,8 @@ pub struct VmState {
     memory_manager: Range<usize>,
     own: Option<Range<usize>>,
     memory: Placement,
+    /// RAM by the memory zone that it belongs to.
+    zones: Vec<(String, GpaRange)>,
 }
 
 impl VmState {
@@ -42,10 +46,10 @@ impl VmState {
         // As in a Config message, which is made of these two.
         within("Memory manager's state in state.json", memory_manager.len(), limits.config_bytes)?;
         within("VM's own state in state.json", tree.own().map_or(0, Quoted::len), limits.config_bytes)?;
-        let memory = listed_memory(memory_manager, limits)?;
+        let (memory, zones) = listed_memory(memory_manager, limits)?;
         let memory_manager = memory_manager.place_in(&text);
         let own = tree.own().map(|own| own.place_in(&text));
-        Ok(Self { text: Arc::new(text), memory_manager, own, memory })
+        Ok(Self { text: Arc::new(text), memory_manager, own, memory, zones })
     }
 
     /// The JSON text.
@@ -61,6 +65,21 @@ impl VmState {
     /// Where the memory ranges lie in `memory-ranges`.
     pub fn memory(&self) -> &Placement {
         &self.memory
+    }
+
+    /// The pass-through devices of a VM with this state and `config`, and how large the saved state of each is.
+    ///
+    /// # Errors
+    /// The state of a device is of another shape.
+    pub fn devices(&self, config: &VmConfig) -> Result<Vec<PassThrough>, DocumentError> {
+        let mut devices = config.devices().to_vec();
+        passthrough::measure(&mut devices, &self.text)?;
+        Ok(devices)
+    }
+
+    /// The RAM of a memory zone, whether or not a snapshot holds it; but for what a virtio-mem device plugs and unplugs.
+    pub(super) fn zone_ranges(&self, zone: &str) -> impl Iterator<Item = GpaRange> {
+        self.zones.iter().filter(move |(id, _)| id == zone).map(|&(_, range)| range)
     }
 
     /// Lists the memory ranges in the order and pieces of `memory`, whatever they were before; nothing else changes.
@@ -131,13 +150,25 @@ impl std::fmt::Debug for VmState {
     }
 }
 
-/// Reads the memory ranges out of the memory manager's state.
-fn listed_memory(memory_manager: Quoted<'_>, limits: &Limits) -> Result<Placement, DocumentError> {
-    let state = memory_manager.unquote().map_err(wrong(MEMORY_MANAGER))?;
-    let state: MemoryManagerState = serde_json::from_str(&state).map_err(wrong(MEMORY_MANAGER))?;
+/// Reads the memory ranges out of the memory manager's state, and which RAM belongs to which zone.
+fn listed_memory(
+    memory_manager: Quoted<'_>,
+    limits: &Limits,
+) -> Result<(Placement, Vec<(String, GpaRange)>), DocumentError> {
+    let text = memory_manager.unquote().map_err(wrong(MEMORY_MANAGER))?;
+    let state: MemoryManagerState = serde_json::from_str(&text).map_err(wrong(MEMORY_MANAGER))?;
     let pairs = state.memory_ranges.data.iter().map(|range| (range.gpa, range.length));
-    Placement::from_pairs(pairs, limits)
-        .map_err(|source| DocumentError::Ranges { document: "state.json", source })
+    let memory = Placement::from_pairs(pairs, limits).map_err(ranges("state.json"))?;
+    Ok((memory, zones(&text)))
+}
+
+/// Reads which RAM belongs to which zone out of the memory manager's state. One of another shape says nothing of it.
+fn zones(memory_manager: &str) -> Vec<(String, GpaRange)> {
+    let mappings: Mappings = serde_json::from_str(memory_manager).unwrap_or_default();
+    let fixed = mappings.guest_ram_mappings.into_iter().filter(|mapping| !mapping.virtio_mem);
+    fixed
+        .filter_map(|mapping| Some((mapping.zone_id?, GpaRange::new(mapping.gpa, mapping.size).ok()?)))
+        .collect()
 }
 
 fn wrong(component: &'static str) -> impl FnOnce(serde_json::Error) -> DocumentError {
@@ -151,6 +182,21 @@ fn no_state(component: &'static str) -> impl FnOnce() -> DocumentError {
 #[derive(Deserialize)]
 struct MemoryManagerState {
     memory_ranges: Table,
+}
+
+#[derive(Default, Deserialize)]
+struct Mappings {
+    guest_ram_mappings: AtMost<ENTRIES, ZoneMapping>,
+}
+
+#[derive(Deserialize)]
+struct ZoneMapping {
+    gpa: u64,
+    size: u64,
+    #[serde(default)]
+    zone_id: Option<String>,
+    #[serde(default)]
+    virtio_mem: bool,
 }
 
 #[derive(Serialize, Deserialize)]

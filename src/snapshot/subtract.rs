@@ -11,7 +11,9 @@ use thiserror::Error;
 use super::differential::{Chain, united};
 use super::differential_writer::{Base, DifferentialWriter};
 use super::digest::Digest;
+use super::dir::OpenError;
 use super::limits::Limits;
+use super::placement::PlacementError;
 use super::writer::{Announced, WriteError};
 use crate::granule::Granule;
 use crate::layout::{Layout, LayoutError};
@@ -24,7 +26,15 @@ const COPY_BYTES: u64 = 1 << 20;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SubtractError {
-    /// The memory is not laid out as this host needs it.
+    /// The memory is not of whole pages.
+    #[error("Cannot divide the memory of {path} into pages", path = .path.display())]
+    Pages {
+        /// The snapshot.
+        path: PathBuf,
+        /// Which part.
+        source: PlacementError,
+    },
+    /// There is no memory, or it cannot be laid out.
     #[error("Cannot lay out the memory of {path}", path = .path.display())]
     Layout {
         /// The snapshot.
@@ -32,6 +42,9 @@ pub enum SubtractError {
         /// Why.
         source: LayoutError,
     },
+    /// There is no memory that could differ.
+    #[error(transparent)]
+    Open(#[from] OpenError),
     /// It cannot be told where a snapshot has memory that is no hole.
     #[error("Cannot find the memory of {path}", path = .path.display())]
     Find {
@@ -67,7 +80,11 @@ pub fn subtract(
     target: &Path,
     limits: &Limits,
 ) -> Result<Digest, SubtractError> {
-    let page = Granule::host_page();
+    for full in [chain.full(), base.full()] {
+        full.memory()?;
+    }
+    let page = chain.state().memory().page(Granule::host_page());
+    let page = page.map_err(|source| SubtractError::Pages { path: chain.path().to_owned(), source })?;
     let layout = Layout::new(chain.state().memory().ranges(), page)
         .map_err(|source| SubtractError::Layout { path: chain.path().to_owned(), source })?;
     // Where both have nothing but holes, nothing differs.

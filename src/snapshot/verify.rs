@@ -14,6 +14,8 @@ use serde::{Serialize, Serializer};
 use super::block_reader::{Block, BlockReader};
 use super::blocks::BlockTable;
 use super::dir::OpenError;
+use super::document::VmConfig;
+use super::elsewhere::Elsewhere;
 use super::files::{
     CHANGES_FILE, CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, open_sized, read_bounded,
 };
@@ -36,6 +38,9 @@ pub enum VerifyError {
         /// Why.
         source: io::Error,
     },
+    /// A file, or the memory, is larger than the caller allows; nobody has looked whether it is sound.
+    #[error(transparent)]
+    OverLimit(OpenError),
     /// The snapshot has no manifest; only its structure could be checked.
     #[error("{path} has no {MANIFEST_FILE} to check against", path = .path.display())]
     NoManifest {
@@ -101,21 +106,31 @@ impl Serialize for Finding {
 pub struct Report {
     /// What is wrong; empty for a snapshot as it was written.
     pub findings: Vec<Finding>,
+    /// Whether `config.json` is the configuration of a VM, and not the one that the manifest was made for: no damage, somebody
+    /// edited it.
+    pub config_edited: bool,
+    /// Memory of the VM that nobody checked, because it is in files of its own.
+    pub elsewhere: Elsewhere,
     /// Bytes that were read and compared.
     pub bytes: u64,
 }
 
 impl Report {
-    /// Whether nothing is wrong.
+    /// Whether everything in the snapshot is as it was written.
     pub fn is_clean(&self) -> bool {
-        self.findings.is_empty()
+        !self.is_damaged() && !self.config_edited
+    }
+
+    /// Whether something is wrong. An edited configuration is not.
+    pub fn is_damaged(&self) -> bool {
+        !self.findings.is_empty()
     }
 }
 
 /// Checks every byte of the snapshot at `path`, full or differential, against its manifest.
 ///
 /// # Errors
-/// A file cannot be read to its end, or there is no manifest.
+/// A file cannot be read to its end or exceeds `limits`, or there is no manifest.
 pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
     let began = Instant::now();
     let mut report = Report::default();
@@ -135,18 +150,24 @@ pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
             return Err(VerifyError::Read { path, source: io::Error::from(error) });
         }
         Err(source) => {
-            report.findings.push(Finding::Manifest(OpenError::Manifest { path: path.to_owned(), source }));
+            let is_limit = matches!(source, ManifestError::OverLimit { .. });
+            let error = OpenError::Manifest { path: path.to_owned(), source };
+            if is_limit {
+                return Err(VerifyError::OverLimit(error));
+            }
+            report.findings.push(Finding::Manifest(error));
             return Ok(report);
         }
     };
-    report.text(path, CONFIG_FILE, manifest.config)?;
+    let config = report.config(path, &manifest, limits)?;
     report.text(path, STATE_FILE, manifest.state)?;
     match &manifest.changes {
+        None if manifest.memory.bytes() == 0 => {}
         None => report.memory(path, MEMORY_FILE, &manifest, &manifest.memory)?,
         Some(changes) => report.memory(path, CHANGES_FILE, &manifest, &changes.runs)?,
     }
-    if report.is_clean() {
-        report.listing(path, &manifest, limits)?;
+    if !report.is_damaged() {
+        report.listing(path, &manifest, config.as_ref(), limits)?;
     }
     log::info!(
         "Checked {} of {} in {}, findings: {}",
@@ -159,10 +180,12 @@ pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
 }
 
 impl Report {
-    /// Notes what is wrong with a file, unless it is this host that cannot read it.
+    /// Notes what is wrong with a file, unless it is this host that cannot read it, or it is only too large.
     fn file(&mut self, error: FileError) -> Result<(), VerifyError> {
         match error.unread() {
             Ok((path, source)) => Err(VerifyError::Read { path, source }),
+            // It may be sound: nobody has looked.
+            Err(error @ FileError::TooLarge { .. }) => Err(VerifyError::OverLimit(error.into())),
             Err(error) => {
                 self.findings.push(Finding::File(error));
                 Ok(())
@@ -173,6 +196,27 @@ impl Report {
     /// Opens a file of the size the manifest says; a file of another size is a finding.
     fn open(&mut self, path: &Path, expected: u64) -> Result<Option<File>, VerifyError> {
         open_sized(path, expected).map_or_else(|error| self.file(error).map(|()| None), |file| Ok(Some(file)))
+    }
+
+    /// Checks `config.json`, and returns the configuration in it: one that was edited since it was sealed still is one.
+    fn config(
+        &mut self,
+        dir: &Path,
+        manifest: &Manifest,
+        limits: &Limits,
+    ) -> Result<Option<VmConfig>, VerifyError> {
+        let text = match read_bounded(&dir.join(CONFIG_FILE), limits.config_bytes) {
+            Err(error) => return self.file(error).map(|()| None),
+            Ok(text) => text,
+        };
+        self.bytes += text.len() as u64;
+        let config = VmConfig::parse(&text, limits).ok();
+        match &config {
+            _ if Covered::of(&text) == manifest.config => {}
+            Some(_) => self.config_edited = true,
+            None => self.findings.push(Finding::Text { name: CONFIG_FILE }),
+        }
+        Ok(config)
     }
 
     fn text(&mut self, dir: &Path, name: &'static str, covered: Covered) -> Result<(), VerifyError> {
@@ -222,15 +266,23 @@ impl Report {
     }
 
     /// Checks that the state lists the memory that the manifest does: both may be sound and yet not belong together.
-    fn listing(&mut self, dir: &Path, manifest: &Manifest, limits: &Limits) -> Result<(), VerifyError> {
+    fn listing(
+        &mut self,
+        dir: &Path,
+        manifest: &Manifest,
+        config: Option<&VmConfig>,
+        limits: &Limits,
+    ) -> Result<(), VerifyError> {
         let text = match read_bounded(&dir.join(STATE_FILE), limits.state_bytes) {
-            // One that is too large may be sound: nobody has looked.
             Err(error) => return self.file(error),
             Ok(text) => text,
         };
         let state = VmState::parse(text, limits).ok();
-        if !state.is_some_and(|state| state.memory().ranges().eq(manifest.memory.ranges())) {
-            self.findings.push(Finding::Text { name: STATE_FILE });
+        let fitting = state.filter(|state| state.memory().ranges().eq(manifest.memory.ranges()));
+        match (fitting, config) {
+            (Some(state), Some(config)) => self.elsewhere = Elsewhere::of(config, &state),
+            (Some(_), None) => {}
+            (None, _) => self.findings.push(Finding::Text { name: STATE_FILE }),
         }
         Ok(())
     }

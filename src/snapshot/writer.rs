@@ -51,6 +51,18 @@ pub enum WriteError {
         /// The memory.
         range: GpaRange,
     },
+    /// A file would be larger than what is read with the same limits.
+    #[error("{name} of {path} would have {bytes} bytes, the limit is {limit}", path = .path.display())]
+    Unreadable {
+        /// The file.
+        name: &'static str,
+        /// The directory to be.
+        path: PathBuf,
+        /// Bytes it would have.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+    },
     /// Nothing names the snapshot to differ from.
     #[error("{path} has no manifest to name it, so nothing can be a differential to it", path = .path.display())]
     UnnamedBase {
@@ -103,6 +115,8 @@ impl Announced {
         if placement.same_memory(listed) {
             return Ok(placement.clone());
         }
+        // A manifest would list them, and nobody would read it.
+        listed.check_pages(self.layout.host_page())?;
         let mut left_out = placement.ranges().flat_map(|range| listed.missing(range));
         if let Some(range) = left_out.find(|&range| !self.hotpluggable.holds(range)) {
             return Err(WriteError::LeftOut { range });
@@ -225,7 +239,7 @@ impl SnapshotWriter {
         let blocks = memory.finish().map_err(|source| staged.write_error(MEMORY_FILE, source))?;
         log::info!("Memory of {} is hashed and safe on disk after {}", Bytes(bytes), Millis(began.elapsed()));
         let manifest = Manifest { aliases, ..Manifest::of_full(page, config, &state, blocks) };
-        Ok(publish(staged, config, &state, &manifest, threads)?)
+        publish(staged, config, &state, &manifest, &limits)
     }
 }
 
@@ -235,14 +249,22 @@ pub(super) fn publish(
     config: &VmConfig,
     state: &VmState,
     manifest: &Manifest,
-    threads: ThreadStart,
-) -> Result<Digest, StagingError> {
+    limits: &Limits,
+) -> Result<Digest, WriteError> {
     let began = Instant::now();
     let (bytes, digest) = manifest.encode();
+    let within = |name, bytes: &[u8], limit| match bytes.len() as u64 {
+        bytes if bytes <= limit => Ok(()),
+        bytes => Err(WriteError::Unreadable { name, path: staged.target().to_owned(), bytes, limit }),
+    };
+    within(STATE_FILE, state.text(), limits.state_bytes)?;
+    within(MANIFEST_FILE, &bytes, limits.manifest_bytes)?;
     let files =
         [(CONFIG_FILE, config.text().as_bytes()), (STATE_FILE, state.text()), (MANIFEST_FILE, &bytes)];
     // All at once: a journal brings them to disk in one go, and a VM may be waiting.
-    parallel::for_each(&files, files.len(), threads, |&(name, content)| staged.write_file(name, content))?;
+    parallel::for_each(&files, files.len(), limits.thread_start, |&(name, content)| {
+        staged.write_file(name, content)
+    })?;
     staged.publish()?;
     log::info!("Snapshot {digest} is safe under its name after {}", Millis(began.elapsed()));
     Ok(digest)
@@ -255,7 +277,7 @@ fn memory_file(
     page: Granule,
     threads: ThreadStart,
 ) -> Result<MemoryFile, StagingError> {
-    let file = staged.make_file(name, 0)?;
+    let file = staged.make_file(name)?;
     MemoryFile::new(file, placement, page, threads).map_err(|source| staged.write_error(name, source))
 }
 

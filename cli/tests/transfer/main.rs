@@ -8,7 +8,9 @@ mod altered;
 #[expect(dead_code, reason = "the library's own tests use more of it")]
 mod certificates;
 mod commands;
+mod devices;
 mod faults;
+mod field;
 mod hostile_receiver;
 mod hostile_source;
 mod kills;

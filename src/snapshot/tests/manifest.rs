@@ -184,9 +184,9 @@ fn forged_numbers_are_refused_before_they_size_anything() {
 fn limits_hold() {
     let (bytes, _) = full().encode();
     let limits = Limits { ranges: 1, ..Limits::default() };
-    assert!(matches!(Manifest::parse(&bytes, &limits), Err(ManifestError::Ranges { .. })));
+    assert!(matches!(Manifest::parse(&bytes, &limits), Err(ManifestError::OverLimit { .. })));
     let limits = Limits { memory_bytes: 0x17fff, ..Limits::default() };
-    assert!(matches!(Manifest::parse(&bytes, &limits), Err(ManifestError::Ranges { .. })));
+    assert!(matches!(Manifest::parse(&bytes, &limits), Err(ManifestError::OverLimit { .. })));
 }
 
 proptest! {

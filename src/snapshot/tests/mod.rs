@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod differential;
+mod field;
 mod full;
 mod guest;
 mod manifest;

@@ -6,17 +6,24 @@ use std::path::Path;
 use super::guest::*;
 use crate::snapshot::*;
 
-/// Flips one bit of a file, hands what `verify` finds to `check`, and flips it back.
-fn flip(dir: &Path, name: &str, at: usize, check: impl FnOnce(&[Finding])) {
+/// Flips one bit of a file, hands what `verify` reports to `check`, and flips it back.
+fn flip(dir: &Path, name: &str, at: usize, check: impl FnOnce(&Report)) {
     let path = dir.join(name);
     let mut bytes = fs::read(&path).unwrap();
     bytes[at] ^= 1 << (at % 8);
     fs::write(&path, &bytes).unwrap();
     let report = verify(dir, &Limits::default()).unwrap();
     assert!(!report.is_clean(), "bit in byte {at} of {name}");
-    check(&report.findings);
+    check(&report);
     bytes[at] ^= 1 << (at % 8);
     fs::write(&path, &bytes).unwrap();
+}
+
+/// Whether `report` names the file `name`, and no other.
+fn blames(report: &Report, name: &str) -> bool {
+    let is_edited = report.config_edited && report.findings.is_empty() && name == CONFIG_FILE;
+    let is_found = matches!(&report.findings[..], [finding] if finding.to_string().contains(name));
+    is_edited || is_found && !report.config_edited
 }
 
 /// Flips bits in every file but `memory`, each of which must be found in the file it is in.
@@ -24,9 +31,7 @@ fn flip_texts(dir: &Path) {
     for name in [CONFIG_FILE, STATE_FILE, MANIFEST_FILE] {
         let length = index(fs::metadata(dir.join(name)).unwrap().len());
         for at in 0..length {
-            flip(dir, name, at, |findings| {
-                assert!(findings[0].to_string().contains(name), "byte {at} of {name}: {findings:?}");
-            });
+            flip(dir, name, at, |report| assert!(blames(report, name), "byte {at} of {name}: {report:?}"));
         }
     }
 }
@@ -41,8 +46,8 @@ fn a_flipped_bit_anywhere_in_a_full_snapshot_is_found_and_named() {
     let length = index(placement.bytes());
     for at in (0..length).step_by(1999).chain([length - 1]) {
         let gpa = placement.gpas(at as u64, 1).next().unwrap();
-        flip(&target, MEMORY_FILE, at, |findings| {
-            let [Finding::Memory { range, .. }] = findings else { panic!("{findings:?}") };
+        flip(&target, MEMORY_FILE, at, |Report { findings, .. }| {
+            let [Finding::Memory { range, .. }] = &findings[..] else { panic!("{findings:?}") };
             assert!(range.covers(gpa) && range.len() <= 16 << 10, "{gpa} in {range}");
         });
     }
@@ -61,8 +66,8 @@ fn a_flipped_bit_anywhere_in_a_differential_is_found_and_its_page_named() {
     let runs = Differential::open(&target, &Limits::default()).unwrap().changed().clone();
     for at in (0..index(runs.bytes())).step_by(999) {
         let gpa = runs.gpas(at as u64, 1).next().unwrap();
-        flip(&target, CHANGES_FILE, at, |findings| {
-            let [Finding::Memory { range, .. }] = findings else { panic!("{findings:?}") };
+        flip(&target, CHANGES_FILE, at, |Report { findings, .. }| {
+            let [Finding::Memory { range, .. }] = &findings[..] else { panic!("{findings:?}") };
             assert!(range.covers(gpa) && range.len() == page(), "{gpa} in {range}");
         });
     }
@@ -80,7 +85,7 @@ fn files_cut_off_lengthened_missing_or_punched_are_found() {
         for wrong in [&bytes[..bytes.len() - 1], &[&bytes[..], b"\n"].concat(), b""] {
             fs::write(&path, wrong).unwrap();
             let report = verify(&target, &Limits::default()).unwrap();
-            assert!(report.findings[0].to_string().contains(name), "{:?}", report.findings);
+            assert!(blames(&report, name), "{report:?}");
         }
         fs::remove_file(&path).unwrap();
         match verify(&target, &Limits::default()) {
@@ -106,4 +111,45 @@ fn a_directory_that_is_not_there_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let error = verify(&dir.path().join("none"), &Limits::default()).unwrap_err();
     assert!(matches!(error, VerifyError::Read { .. }), "{error}");
+}
+
+#[test]
+fn c66_an_edited_config_is_named_and_everything_else_is_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let (guest, target) = (Guest::small(), dir.path().join("a"));
+    guest.write_full(&target);
+    fs::write(target.join(CONFIG_FILE), config_text(1)).unwrap();
+    let edited = verify(&target, &Limits::default()).unwrap();
+    assert!(edited.config_edited && !edited.is_damaged() && !edited.is_clean(), "{edited:?}");
+    assert!(describe(&target, &Limits::default()).unwrap().config_edited);
+
+    let memory = fs::OpenOptions::new().write(true).open(target.join(MEMORY_FILE)).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&memory, b"x", 3).unwrap();
+    let damaged = verify(&target, &Limits::default()).unwrap();
+    assert!(damaged.config_edited && damaged.is_damaged(), "{damaged:?}");
+
+    // What is no configuration at all was not edited by anybody who meant it.
+    fs::write(target.join(CONFIG_FILE), b"{}").unwrap();
+    let torn = verify(&target, &Limits::default()).unwrap();
+    assert!(!torn.config_edited && torn.findings[0].to_string() == "config.json was altered", "{torn:?}");
+    let refused = SnapshotDir::open(&target, &Limits::default()).unwrap_err();
+    assert!(matches!(refused, OpenError::Altered { name: CONFIG_FILE, .. }), "{refused}");
+}
+
+#[test]
+fn c51_what_is_only_too_large_is_no_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let (guest, target) = (Guest::small(), dir.path().join("a"));
+    guest.write_full(&target);
+    let tight = [
+        Limits { config_bytes: 5, ..Limits::default() },
+        Limits { state_bytes: 5, ..Limits::default() },
+        Limits { manifest_bytes: 5, ..Limits::default() },
+        Limits { memory_bytes: 5, ..Limits::default() },
+        Limits { ranges: 1, ..Limits::default() },
+    ];
+    for limits in tight {
+        let error = verify(&target, &limits).unwrap_err();
+        assert!(matches!(error, VerifyError::OverLimit(_)), "{error}");
+    }
 }

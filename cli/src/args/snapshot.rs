@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The words of `vfio-migrate snapshot`, and what limits every command that reads a snapshot.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use vfio_migration::snapshot;
+
+use super::size;
+
+/// How large a snapshot may be: what lies on disk is no more to be trusted than a source.
+#[derive(Debug, Args)]
+pub(crate) struct SizeLimits {
+    /// Longest State, the message or state.json, which holds the devices' state in base64; a number of bytes with K, M or G
+    /// behind it. Each is held in memory, once. A longer one is refused; that of a migration when all memory has moved.
+    #[arg(long, global = true, default_value = "4G", value_name = "SIZE", value_parser = size)]
+    pub(super) state_limit: u64,
+    /// Most memory of a VM, a number of bytes with G or T behind it. A VM that has more is refused.
+    #[arg(long, global = true, default_value = "16T", value_name = "SIZE", value_parser = size)]
+    memory_limit: u64,
+}
+
+impl SizeLimits {
+    /// What a snapshot on disk is held to.
+    pub(crate) fn of_snapshot(&self) -> snapshot::Limits {
+        let Self { state_limit: state_bytes, memory_limit: memory_bytes } = *self;
+        snapshot::Limits { state_bytes, memory_bytes, ..snapshot::Limits::default() }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotArguments {
+    #[command(flatten)]
+    pub(crate) limits: SizeLimits,
+    #[command(subcommand)]
+    pub(crate) command: SnapshotCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Says what a snapshot holds, which pass-through devices its VM has, and what of the VM is not in it; its memory is not
+    /// read.
+    Info {
+        /// A snapshot of either kind.
+        dir: PathBuf,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Checks every byte of a snapshot against its manifest; names files and guest-physical addresses that were altered.
+    ///
+    /// Exit status 5 where something was altered; 1 where nothing was but config.json, which still is the configuration of a VM:
+    /// somebody edited it.
+    Verify {
+        /// A snapshot of either kind.
+        dir: PathBuf,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lists where two snapshots differ; exit status 0 when they do not, 1 when they do.
+    Diff(DiffArguments),
+    /// Makes a differential of a snapshot: what differs from its base.
+    Create(CreateArguments),
+    /// Makes a full snapshot of a full one and the differentials on top of it; every byte is checked on the way.
+    Apply(ApplyArguments),
+    /// Gives a full snapshot that Cloud Hypervisor wrote a manifest, so that it can be verified and be a base.
+    Seal {
+        /// A full snapshot; with --edited-config, one of either kind.
+        dir: PathBuf,
+        /// Take config.json as it stands, edited since, into the manifest that there is. State and memory stay what they were,
+        /// and are not read; differentials to the snapshot still fit.
+        #[arg(long)]
+        edited_config: bool,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+impl SnapshotCommand {
+    /// Whether to talk to a program.
+    pub(crate) fn json(&self) -> bool {
+        match self {
+            Self::Info { json, .. } | Self::Verify { json, .. } | Self::Seal { json, .. } => *json,
+            Self::Diff(arguments) => arguments.json,
+            Self::Create(arguments) => arguments.json,
+            Self::Apply(arguments) => arguments.json,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiffArguments {
+    /// One snapshot.
+    pub(crate) first: PathBuf,
+    /// The other one.
+    pub(crate) second: PathBuf,
+    /// What lies below those of the two that are differentials; repeated, the full one first.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) base: Vec<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateArguments {
+    /// The snapshot to take it from.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) from: PathBuf,
+    /// The snapshot to differ from; repeated, the full one first, where it is a differential itself.
+    #[arg(long, required = true, value_name = "DIR")]
+    pub(crate) base: Vec<PathBuf>,
+    /// The differential to be: absent, or an empty directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) into: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ApplyArguments {
+    /// The full snapshot, then the differentials, each on top of the one before.
+    #[arg(required = true, value_name = "DIR")]
+    pub(crate) chain: Vec<PathBuf>,
+    /// The full snapshot to be: absent, or an empty directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) into: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
