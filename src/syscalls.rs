@@ -53,6 +53,25 @@ impl Syscall {
     }
 }
 
+/// Calls that newer architectures have under another name only.
+#[cfg(feature = "transfer")]
+mod renamed {
+    use super::Syscall;
+
+    #[cfg(target_arch = "x86_64")]
+    pub(super) const NAMES: [Syscall; 3] =
+        [Syscall::new(libc::SYS_poll), Syscall::new(libc::SYS_readlink), Syscall::new(libc::SYS_open)];
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(super) const NAMES: [Syscall; 3] =
+        [Syscall::new(libc::SYS_ppoll), Syscall::new(libc::SYS_readlinkat), Syscall::new(libc::SYS_openat)];
+}
+#[cfg(feature = "transfer")]
+const POLL: Syscall = renamed::NAMES[0];
+#[cfg(feature = "transfer")]
+const READLINK: Syscall = renamed::NAMES[1];
+#[cfg(feature = "snapshot")]
+const OPEN: Syscall = renamed::NAMES[2];
+
 /// [`KvmLog`](crate::source::KvmLog) in the mode `AtReport`, the only one that fits a filter made for Cloud Hypervisor's own loop.
 pub const KVM_LOG_AT_REPORT: &[Syscall] =
     &[Syscall::ioctl(kvm::KVM_SET_USER_MEMORY_REGION), Syscall::ioctl(kvm::KVM_GET_DIRTY_LOG)];
@@ -82,8 +101,8 @@ pub const KVM_RING: &[Syscall] = &[
 /// [`GuestMemoryLog`](crate::source::GuestMemoryLog): its bitmap is in this process.
 pub const GUEST_MEMORY_LOG: &[Syscall] = &[];
 
-/// [`MigratableLog`](crate::source::MigratableLog), beside what the component itself calls.
-pub const MIGRATABLE_LOG: &[Syscall] = &[Syscall::new(libc::SYS_clock_nanosleep)];
+/// [`MigratableLog`](crate::source::MigratableLog), beside what the component itself calls: it waits for a lock, no more.
+pub const MIGRATABLE_LOG: &[Syscall] = &[];
 
 /// [`VhostUserLog`](crate::source::VhostUserLog), beside what the VMM's own connection to the back end calls.
 pub const VHOST_USER_LOG: &[Syscall] = &[
@@ -133,7 +152,84 @@ pub const VFIO_USER: &[Syscall] = &[
 #[cfg(feature = "vfio-user")]
 pub const VFIO_USER_MEMORY: &[Syscall] = &[Syscall::new(libc::SYS_ppoll), Syscall::ioctl(libc::FIONREAD)];
 
-/// What the standard library and the C library ask for on their own: memory, threads, locks, random seeds, clocks; and in a build with
+/// [`Sender`](crate::transfer::Sender), with TLS or without.
+#[cfg(feature = "transfer")]
+pub const SENDER: &[Syscall] = &[
+    Syscall::new(libc::SYS_socket),
+    Syscall::new(libc::SYS_connect),
+    Syscall::new(libc::SYS_getsockopt),
+    Syscall::new(libc::SYS_setsockopt),
+    POLL,
+    Syscall::new(libc::SYS_recvfrom),
+    Syscall::new(libc::SYS_sendto),
+    Syscall::new(libc::SYS_sendmsg),
+    Syscall::new(libc::SYS_shutdown),
+    Syscall::new(libc::SYS_close),
+    Syscall::new(libc::SYS_openat),
+    Syscall::new(libc::SYS_read),
+    Syscall::new(libc::SYS_lseek),
+    Syscall::new(libc::SYS_pread64),
+    Syscall::new(libc::SYS_newfstatat),
+    Syscall::new(libc::SYS_getdents64),
+    READLINK,
+];
+
+/// [`Receiver`](crate::transfer::receive::Receiver), with TLS or without.
+#[cfg(feature = "transfer")]
+pub const RECEIVER: &[Syscall] = &[
+    Syscall::new(libc::SYS_accept4),
+    Syscall::new(libc::SYS_getsockopt),
+    Syscall::new(libc::SYS_setsockopt),
+    Syscall::new(libc::SYS_recvfrom),
+    Syscall::new(libc::SYS_recvmsg),
+    Syscall::new(libc::SYS_sendto),
+    Syscall::new(libc::SYS_sendmsg),
+    Syscall::new(libc::SYS_shutdown),
+    Syscall::new(libc::SYS_close),
+    Syscall::new(libc::SYS_prlimit64),
+];
+
+/// Writing snapshots: [`SnapshotWriter`](crate::snapshot::SnapshotWriter), [`DifferentialWriter`](crate::snapshot::DifferentialWriter),
+/// [`SnapshotDestination`](crate::snapshot::SnapshotDestination), and [`apply`](crate::snapshot::apply), [`subtract`](crate::snapshot::subtract)
+/// and [`seal`](crate::snapshot::seal), which read snapshots too.
+#[cfg(feature = "snapshot")]
+pub const SNAPSHOT_WRITE: &[Syscall] = &[
+    OPEN,
+    Syscall::new(libc::SYS_openat),
+    Syscall::new(libc::SYS_close),
+    Syscall::new(libc::SYS_read),
+    Syscall::new(libc::SYS_pread64),
+    Syscall::new(libc::SYS_write),
+    Syscall::new(libc::SYS_pwrite64),
+    Syscall::new(libc::SYS_lseek),
+    Syscall::new(libc::SYS_ftruncate),
+    Syscall::new(libc::SYS_fallocate),
+    Syscall::new(libc::SYS_fsync),
+    Syscall::new(libc::SYS_fdatasync),
+    Syscall::new(libc::SYS_flock),
+    Syscall::new(libc::SYS_statx),
+    Syscall::new(libc::SYS_fstat),
+    Syscall::new(libc::SYS_newfstatat),
+    Syscall::new(libc::SYS_getdents64),
+    Syscall::new(libc::SYS_mkdirat),
+    Syscall::new(libc::SYS_renameat),
+    Syscall::new(libc::SYS_unlinkat),
+    READLINK,
+];
+
+/// Reading snapshots: opening, [`verify`](crate::snapshot::verify), [`compare`](crate::snapshot::compare),
+/// [`describe`](crate::snapshot::describe), and [`SnapshotSource`](crate::snapshot::SnapshotSource).
+#[cfg(feature = "snapshot")]
+pub const SNAPSHOT_READ: &[Syscall] = &[
+    Syscall::new(libc::SYS_openat),
+    Syscall::new(libc::SYS_close),
+    Syscall::new(libc::SYS_read),
+    Syscall::new(libc::SYS_pread64),
+    Syscall::new(libc::SYS_lseek),
+    Syscall::new(libc::SYS_statx),
+];
+
+/// What the standard library and the C library ask for on their own: memory, threads, locks, sleep, random seeds, clocks; and in a build with
 /// debug assertions whether a descriptor is open that is to be closed (`fcntl`).
 pub const RUNTIME: &[Syscall] = &[
     Syscall::new(libc::SYS_brk),
@@ -160,5 +256,6 @@ pub const RUNTIME: &[Syscall] = &[
     Syscall::new(libc::SYS_exit_group),
     Syscall::new(libc::SYS_getrandom),
     Syscall::new(libc::SYS_clock_gettime),
+    Syscall::new(libc::SYS_clock_nanosleep),
     Syscall::new(libc::SYS_fcntl),
 ];

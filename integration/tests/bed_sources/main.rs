@@ -21,5 +21,6 @@ mod hwpt;
 #[path = "../bed_smoke/kernel.rs"]
 mod kernel;
 mod kvm;
+mod mock;
 mod probe;
 mod seed;

@@ -4,6 +4,9 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #![cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "memory slots of a real VM"))]
 
+#[expect(dead_code, reason = "the library's own tests use the rest")]
+#[path = "../../../tests/transfer/certificates.rs"]
+mod certificates;
 mod components;
 #[cfg(target_arch = "x86_64")]
 #[path = "../../../tests/guest/mod.rs"]
@@ -11,4 +14,6 @@ mod guest;
 #[cfg(target_arch = "x86_64")]
 mod kvm;
 mod memory;
+mod snapshot;
+mod transfer;
 mod vfio_user;

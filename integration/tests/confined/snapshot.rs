@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Snapshots: written, made of each other, read, sent and received.
+
+use std::io::Read;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use vfio_migration::granule::Granule;
+use vfio_migration::layout::Layout;
+use vfio_migration::range::GpaRange;
+use vfio_migration::snapshot::{
+    Announced, Base, Chain, DestinationOptions, DifferentialWriter, Limits, MANIFEST_FILE,
+    SnapshotDestination, SnapshotDir, SnapshotSource, SnapshotWriter, apply, compare, describe, seal,
+    subtract, verify,
+};
+use vfio_migration::syscalls;
+use vfio_migration::tracker::Tracker;
+use vfio_migration::transfer::connection::Listener;
+use vfio_migration::transfer::receive::Receiver;
+use vfio_migration::transfer::url::Url;
+use vfio_migration::transfer::{self, Migration, SendOptions, Sender};
+use vfio_migration_integration::confined::check;
+
+const BYTES: u64 = 16 << 20;
+const CONFIG: &[u8] = br#"{"memory":{"size":16777216},"cpus":{"boot_vcpus":2}}"#;
+
+fn state() -> String {
+    let range = format!(r#"{{\"gpa\":0,\"length\":{BYTES}}}"#);
+    let mapping = format!(r#"{{\"slot\":0,\"gpa\":0,\"size\":{BYTES},\"virtio_mem\":false}}"#);
+    let lists = format!(r#"\"memory_ranges\":{{\"data\":[{range}]}},\"guest_ram_mappings\":[{mapping}]"#);
+    let child = format!(r#"{{"snapshots":{{}},"snapshot_data":{{"state":"{{{lists}}}"}}}}"#);
+    let root = r#"{"state":"{\"common_cpuid\":[{\"function\":1}]}"}"#;
+    format!(r#"{{"snapshots":{{"memory-manager":{child}}},"snapshot_data":{root}}}"#)
+}
+
+fn ram() -> Announced {
+    Announced::all(Layout::new([GpaRange::new(0, BYTES).unwrap()], Granule::host_page()).unwrap())
+}
+
+fn pages(start: u64, count: u64) -> GpaRange {
+    let page = Granule::host_page().bytes();
+    GpaRange::new(start * page, count * page).unwrap()
+}
+
+/// Memory with pages of ones, and pages that were written and read zero.
+fn write(target: &Path) {
+    let writer = SnapshotWriter::create(target, ram(), Limits::default()).unwrap();
+    let [ones, zeros] = [pages(0, 700), pages(300, 200)];
+    writer.fill(ones, &mut std::io::repeat(1).take(ones.len())).unwrap();
+    writer.fill(zeros, &mut std::io::repeat(0).take(zeros.len())).unwrap();
+    writer.finish(CONFIG, state().as_bytes()).unwrap();
+}
+
+fn write_differential(base: &Path, target: &Path) {
+    let base = Base::open([base], &Limits::default()).unwrap();
+    let writer = DifferentialWriter::create(target, ram(), base, Limits::default()).unwrap();
+    let (twos, zeros) = (pages(100, 50), pages(600, 50));
+    writer.fill(twos, &mut std::io::repeat(2).take(twos.len())).unwrap();
+    writer.fill(zeros, &mut std::io::repeat(0).take(zeros.len())).unwrap();
+    writer.finish(CONFIG, state().as_bytes()).unwrap();
+}
+
+fn receive(listener: &Listener, target: &Path) {
+    let mut directory = SnapshotDestination::create(target, DestinationOptions::default()).unwrap();
+    Receiver::new(transfer::limits::Limits::default(), None).receive(listener, &mut directory).unwrap();
+}
+
+fn send(directory: &Path, url: &Url) {
+    let directory = SnapshotDir::open(directory, &Limits::default()).unwrap();
+    let mut source = SnapshotSource::new(directory).unwrap();
+    let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
+    let sender = Sender::new(SendOptions::new(url.clone()));
+    sender.send(&mut source, &tracker, &Mutex::default(), &Migration::new()).unwrap();
+}
+
+#[test]
+fn snapshot_write() {
+    check("snapshot::snapshot_write", syscalls::SNAPSHOT_WRITE, syscalls::RECEIVER, |confinement| {
+        let temporary = tempfile::tempdir().unwrap();
+        let at = |name: &str| temporary.path().join(name);
+        let listener = Listener::bind(&Url::unix(at("socket")).unwrap()).unwrap();
+        confinement.run(|| {
+            write(&at("full"));
+            write_differential(&at("full"), &at("differential"));
+            let chain = Chain::open([at("full"), at("differential")], &Limits::default()).unwrap();
+            apply(&chain, &at("applied"), &Limits::default()).unwrap();
+            let full = Arc::new(Chain::open([at("full")], &Limits::default()).unwrap());
+            let applied = Chain::open([at("applied")], &Limits::default()).unwrap();
+            subtract(&applied, full, &at("subtracted"), &Limits::default()).unwrap();
+        });
+        // A directory that is there is followed to where it is.
+        std::fs::create_dir(at("empty")).unwrap();
+        confinement.run(|| write(&at("empty")));
+        std::fs::remove_file(at("applied").join(MANIFEST_FILE)).unwrap();
+        confinement.run(|| seal(&at("applied"), &Limits::default()).unwrap());
+        thread::scope(|scope| {
+            scope.spawn(|| confinement.run(|| receive(&listener, &at("received"))));
+            send(&at("full"), listener.url());
+        });
+        assert!(verify(&at("received"), &Limits::default()).unwrap().is_clean());
+    });
+}
+
+#[test]
+fn snapshot_read() {
+    check("snapshot::snapshot_read", syscalls::SNAPSHOT_READ, syscalls::SENDER, |confinement| {
+        let temporary = tempfile::tempdir().unwrap();
+        let at = |name: &str| temporary.path().join(name);
+        write(&at("full"));
+        write_differential(&at("full"), &at("differential"));
+        let listener = Listener::bind(&Url::unix(at("socket")).unwrap()).unwrap();
+        confinement.run(|| {
+            describe(&at("differential"), &Limits::default()).unwrap();
+            assert!(verify(&at("full"), &Limits::default()).unwrap().is_clean());
+            assert!(verify(&at("differential"), &Limits::default()).unwrap().is_clean());
+            let full = Chain::open([at("full")], &Limits::default()).unwrap();
+            let chain = Chain::open([at("full"), at("differential")], &Limits::default()).unwrap();
+            assert!(!compare(&full, &chain).unwrap().is_empty());
+        });
+        thread::scope(|scope| {
+            scope.spawn(|| receive(&listener, &at("received")));
+            confinement.run(|| send(&at("full"), listener.url()));
+        });
+    });
+}
