@@ -43,6 +43,18 @@ pub enum DeviceSetError {
         /// That name.
         name: String,
     },
+    /// The set cannot change while its devices are stopped.
+    #[error("Device {name:?} cannot come or go while the devices are stopped")]
+    Stopped {
+        /// Its name.
+        name: String,
+    },
+    /// There is no such device.
+    #[error("No device is named {name:?}")]
+    NoSuchDevice {
+        /// The name looked for.
+        name: String,
+    },
     /// A device's name or kind is longer than its saved state can hold, or it has no name.
     #[error("Name or kind of device {name:?} is not of 1 to {NAME_LIMIT_BYTES} bytes")]
     Name {
@@ -132,19 +144,51 @@ impl DeviceSet {
     /// Two have one name, a name is empty or too long, or one of several can reach another's registers and has no
     /// P2P-quiescent state.
     pub fn new(devices: Vec<Device>) -> Result<Self, DeviceSetError> {
-        for (index, device) in devices.iter().enumerate() {
-            let (name, kind) = (&device.identity().name, &device.identity().kind);
-            if name.is_empty() || name.len().max(kind.len()) > NAME_LIMIT_BYTES {
-                return Err(DeviceSetError::Name { name: name.clone() });
-            }
-            if devices[..index].iter().any(|other| other.identity().name == *name) {
-                return Err(DeviceSetError::DuplicateName { name: name.clone() });
-            }
-            if devices.len() > 1 && !device.is_quiescible() {
-                return Err(DeviceSetError::PeerToPeer { name: name.clone() });
-            }
+        let mut set = Self::default();
+        devices.into_iter().try_for_each(|device| set.add(device))?;
+        Ok(set)
+    }
+
+    /// Takes in one device more, which was plugged in and runs. Plugged in during precopy, it hands out all of its state at the switchover.
+    ///
+    /// # Errors
+    /// As [`DeviceSet::new`], or the devices are stopped; the set is as it was.
+    pub fn add(&mut self, device: Device) -> Result<(), DeviceSetError> {
+        let (name, kind) = (device.identity().name.clone(), &device.identity().kind);
+        if name.is_empty() || name.len().max(kind.len()) > NAME_LIMIT_BYTES {
+            return Err(DeviceSetError::Name { name });
         }
-        Ok(Self { devices, phase: Phase::Running, nesting: Nesting::default() })
+        if self.names().any(|other| other == name) {
+            return Err(DeviceSetError::DuplicateName { name });
+        }
+        if self.phase != Phase::Running {
+            return Err(DeviceSetError::Stopped { name });
+        }
+        let reaching = self.devices.iter().chain([&device]).find(|device| !device.is_quiescible());
+        let reaching = reaching.filter(|_| !self.is_empty()).map(|device| device.identity().name.clone());
+        if let Some(name) = reaching {
+            return Err(DeviceSetError::PeerToPeer { name });
+        }
+        self.devices.push(device);
+        Ok(())
+    }
+
+    /// Gives back the device `name`, which is about to be unplugged; it runs, outside any session, if it can be made to.
+    ///
+    /// # Errors
+    /// There is no such device, or the devices are stopped; the set is as it was.
+    pub fn remove(&mut self, name: &str) -> Result<Device, DeviceSetError> {
+        let named = |device: &Device| device.identity().name == name;
+        let missing = || DeviceSetError::NoSuchDevice { name: name.to_owned() };
+        let index = self.devices.iter().position(named).ok_or_else(missing)?;
+        if self.phase != Phase::Running {
+            return Err(DeviceSetError::Stopped { name: name.to_owned() });
+        }
+        let mut device = self.devices.remove(index);
+        if let Err(failure) = device.recover().map_err(failed(&device, Attempt::Run)) {
+            warn!("{}; it is being unplugged anyway", Chain(&failure));
+        }
+        Ok(device)
     }
 
     /// Says how far down in each device's node its state is saved; [`Nesting::Flat`] unless said.

@@ -14,6 +14,7 @@ mod certificates;
 mod devices;
 mod logs;
 mod peer;
+mod plugging;
 mod polled;
 mod skipping;
 mod spreading;
