@@ -16,11 +16,13 @@ use crate::layout::Layout;
 use crate::range::IovaRange;
 use crate::sys::vfio::device as sys;
 
+mod interface;
 mod ranges;
 
+use interface::DmaLogging;
 use ranges::{Search, in_words, merged, rounded, word_bytes};
 
-/// The IOVAs a device is asked to log. They cannot change while it logs.
+/// The IOVAs a device is asked to log. They cannot change while it logs: a mapping outside them has the log started anew.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Coverage {
     /// What is mapped when the log is started: right without a virtual IOMMU.
@@ -112,6 +114,10 @@ struct Armed {
     chosen: Granule,
     /// The log's content is lost, or not even running: nothing it reports counts until it is started anew.
     lost: bool,
+    /// The log was off for a moment: whatever is mapped may have been written, and nobody was told yet.
+    gap: bool,
+    /// The device refused to log more than this once; it is not asked again.
+    full: bool,
 }
 
 /// What to do at a report.
@@ -123,7 +129,7 @@ struct Requests {
     unknown: Vec<IovaRange>,
 }
 
-impl<F: AsRawFd + Send> DeviceLog<F> {
+impl<F: AsRawFd> DeviceLog<F> {
     /// Makes the source `id` for `device`; its log is off until [`DirtySource::start`].
     ///
     /// # Errors
@@ -132,7 +138,9 @@ impl<F: AsRawFd + Send> DeviceLog<F> {
         sys::probe_dma_logging(&device).map_err(DeviceLogError::Absent)?;
         Ok(Self::unprobed(id.into(), device))
     }
+}
 
+impl<F> DeviceLog<F> {
     fn unprobed(id: String, device: F) -> Self {
         let hint = Granule::host_page();
         Self {
@@ -175,24 +183,33 @@ impl<F: AsRawFd + Send> DeviceLog<F> {
     pub fn covered(&self) -> &[IovaRange] {
         self.armed.as_ref().map_or(&[], |armed| &armed.ranges)
     }
+}
 
+impl<F: DmaLogging> DeviceLog<F> {
     fn try_start(&self) -> Result<Armed, DeviceLogError> {
-        let page = Granule::host_page();
-        let mapped = united(self.mapped.iter().map(|mapping| mapping.iova()));
-        let wanted = match &self.coverage {
-            Coverage::Mappings => mapped.clone(),
-            Coverage::Ranges(ranges) => united(ranges.iter().copied()),
-        };
-        let (asked, ranges) =
-            rounded(&wanted, &mapped, self.hint, page).ok_or(DeviceLogError::Unaligned { page })?;
-        if let Some(&iova) = mapped.iter().find(|mapping| !covers(&ranges, **mapping)) {
-            return Err(DeviceLogError::Uncovered { iova });
-        }
-        let armed = self.arm(&in_words(&ranges, asked), asked)?;
+        let armed = match &self.coverage {
+            Coverage::Mappings => self.arm_over(&self.mapped_iovas()),
+            Coverage::Ranges(ranges) => self.arm_over(&united(ranges.iter().copied())),
+        }?;
         self.check_report(&armed).inspect_err(|_| {
-            let _already_failing = sys::dma_logging_stop(&self.device);
+            let _already_failing = self.device.stop();
         })?;
         Ok(armed)
+    }
+
+    /// Starts the log of `wanted`, in which all that is mapped must lie.
+    fn arm_over(&self, wanted: &[IovaRange]) -> Result<Armed, DeviceLogError> {
+        let (page, mapped) = (Granule::host_page(), self.mapped_iovas());
+        let (asked, ranges) =
+            rounded(wanted, &mapped, self.hint, page).ok_or(DeviceLogError::Unaligned { page })?;
+        match mapped.iter().find(|mapping| !covers(&ranges, **mapping)) {
+            Some(&iova) => Err(DeviceLogError::Uncovered { iova }),
+            None => self.arm(&in_words(&ranges, asked), asked),
+        }
+    }
+
+    fn mapped_iovas(&self) -> Vec<IovaRange> {
+        united(self.mapped.iter().map(|mapping| mapping.iova()))
     }
 
     /// Starts the log of `ranges`, merged as far as the device demands.
@@ -204,7 +221,7 @@ impl<F: AsRawFd + Send> DeviceLog<F> {
         let mut refusal = (0, io::Error::from_raw_os_error(libc::E2BIG));
         while let Some(count) = search.count() {
             let ranges = merged(ranges, count);
-            match sys::dma_logging_start(&self.device, asked, &ranges) {
+            match self.device.start(asked, &ranges) {
                 Ok(bytes) => return self.armed_with(ranges, asked, bytes),
                 Err(source) => {
                     search.refused(source.raw_os_error());
@@ -223,9 +240,9 @@ impl<F: AsRawFd + Send> DeviceLog<F> {
         bytes: u64,
     ) -> Result<Armed, DeviceLogError> {
         match Granule::new(bytes) {
-            Ok(chosen) => Ok(Armed { ranges, asked, chosen, lost: false }),
+            Ok(chosen) => Ok(Armed { ranges, asked, chosen, lost: false, gap: false, full: false }),
             Err(source) => {
-                let _already_failing = sys::dma_logging_stop(&self.device);
+                let _already_failing = self.device.stop();
                 Err(DeviceLogError::Granule(source))
             }
         }
@@ -236,13 +253,16 @@ impl<F: AsRawFd + Send> DeviceLog<F> {
         let Some(first) = armed.ranges.first() else { return Ok(()) };
         let bit =
             IovaRange::new(first.start(), first.len().min(armed.chosen.bytes())).expect("part of a range");
-        sys::dma_logging_report(&self.device, bit, armed.chosen, &mut [0]).map_err(DeviceLogError::NoReport)
+        self.device.report(bit, armed.chosen, &mut [0]).map_err(DeviceLogError::NoReport)
     }
 
     fn try_collect(&mut self, sink: &mut Sink<'_>) -> Result<(), DeviceLogError> {
-        let Some(armed) = self.armed.as_ref() else { return Ok(()) };
+        let Some(armed) = self.armed.as_mut() else { return Ok(()) };
         if armed.lost {
             return Err(DeviceLogError::Lost);
+        }
+        if std::mem::take(&mut armed.gap) {
+            self.mapped.iter().for_each(|mapping| sink.iova_range(mapping.iova()));
         }
         let requests =
             self.requests.take().unwrap_or_else(|| requests(&self.mapped, &armed.ranges, armed.chosen));
@@ -260,22 +280,41 @@ impl<F: AsRawFd + Send> DeviceLog<F> {
         let Some(Armed { chosen: granule, .. }) = self.armed else { return Ok(()) };
         let bits = usize::try_from(granule.bits_for(iova.len())).expect("a piece's bits");
         let words = zeroed(&mut self.words, bits.div_ceil(WORD_BITS));
-        sys::dma_logging_report(&self.device, iova, granule, words)
-            .map_err(|source| DeviceLogError::Report { iova, source })?;
+        self.device.report(iova, granule, words).map_err(|source| DeviceLogError::Report { iova, source })?;
         mark(sink, iova, granule, words);
         Ok(())
     }
 
     /// Starts a corrupt log anew, as it was; the caller takes every page for dirty.
     fn rearm(&mut self) {
-        let Some(mut armed) = self.armed.take() else { return };
-        let _already_failed = sys::dma_logging_stop(&self.device);
-        match self.arm(&armed.ranges, armed.asked) {
-            Ok(anew) => armed = anew,
-            Err(_) => armed.lost = true,
-        }
+        let Some(armed) = self.armed.take() else { return };
+        let _already_failed = self.device.stop();
         self.requests = None;
-        self.armed = Some(armed);
+        self.armed = Some(self.armed_again(armed));
+    }
+
+    /// Starts the log that was stopped as it was; it is lost where the device refuses.
+    fn armed_again(&self, before: Armed) -> Armed {
+        match self.arm(&before.ranges, before.asked) {
+            Ok(anew) => Armed { full: before.full, ..anew },
+            Err(_) => Armed { lost: true, ..before },
+        }
+    }
+
+    /// Starts the log anew over what it covered and all that is mapped; if the device refuses, over what it covered.
+    ///
+    /// What the device writes between stop and start is not logged, so all that is mapped counts as written, once. That is more
+    /// than the old log could tell, which is stopped unread.
+    fn widen(&mut self) -> Result<(), DeviceLogError> {
+        let Some(before) = self.armed.take() else { return Ok(()) };
+        let wanted = united(before.ranges.iter().copied().chain(self.mapped_iovas()));
+        let _start_tells = self.device.stop();
+        let (armed, refusal) = match self.arm_over(&wanted) {
+            Ok(wider) => (wider, None),
+            Err(refusal) => (Armed { full: true, ..self.armed_again(before) }, Some(refusal)),
+        };
+        self.armed = Some(Armed { gap: true, ..armed });
+        refusal.map_or(Ok(()), Err)
     }
 }
 
@@ -329,7 +368,7 @@ fn mark(sink: &mut Sink<'_>, iova: IovaRange, granule: Granule, words: &[u64]) {
     sink.iova_words(told.unwrap_or(iova), granule, words).expect("the words were counted for this range");
 }
 
-impl<F: AsRawFd + Send> DirtySource for DeviceLog<F> {
+impl<F: DmaLogging + Send> DirtySource for DeviceLog<F> {
     fn id(&self) -> &str {
         &self.id
     }
@@ -362,19 +401,23 @@ impl<F: AsRawFd + Send> DirtySource for DeviceLog<F> {
         result.map_err(|cause| SourceError::new(&self.id, Operation::Collect, cause))
     }
 
-    /// Takes in a mapping. One that the log does not cover is an error, and counts as dirty at every collect until it goes or
-    /// the log is stopped.
+    /// Takes in a mapping. For one that the log does not cover it is started anew, and all that is mapped is reported once more.
+    /// Where the device refuses that, it is an error, and the mapping counts as dirty at every collect until it goes or the log
+    /// is stopped.
     fn mapped(&mut self, mapping: &Mapping) -> Result<(), SourceError> {
         self.mapped.add(*mapping);
         self.requests = None;
         let iova = mapping.iova();
-        match &self.armed {
-            Some(armed) if !covers(&armed.ranges, iova) => {
-                let cause = DeviceLogError::Uncovered { iova };
-                Err(SourceError::new(&self.id, Operation::Mapped, cause))
+        let Some(armed) = self.armed.as_ref().filter(|armed| !covers(&armed.ranges, iova)) else {
+            return Ok(());
+        };
+        if !armed.full {
+            match self.widen() {
+                Ok(()) => return Ok(()),
+                Err(refusal) => log::warn!("Cannot widen the DMA log of {}: {refusal}", self.id),
             }
-            _ => Ok(()),
         }
+        Err(SourceError::new(&self.id, Operation::Mapped, DeviceLogError::Uncovered { iova }))
     }
 
     fn harvest(&self) -> Harvest {
@@ -387,6 +430,9 @@ impl<F: AsRawFd + Send> DirtySource for DeviceLog<F> {
         let result = match &self.armed {
             Some(armed) if armed.lost => Err(DeviceLogError::Lost),
             Some(armed) => {
+                if armed.gap {
+                    sink.iova_range(mapping.iova());
+                }
                 let requests = requests(&one, &armed.ranges, armed.chosen);
                 self.carry_out(&requests, sink)
             }
@@ -410,7 +456,8 @@ impl<F: AsRawFd + Send> DirtySource for DeviceLog<F> {
         if self.armed.take().is_none() {
             return Ok(());
         }
-        sys::dma_logging_stop(&self.device)
+        self.device
+            .stop()
             .map_err(|source| SourceError::new(&self.id, Operation::Stop, DeviceLogError::Stop(source)))
     }
 }

@@ -148,22 +148,46 @@ fn c07_a_log_that_cannot_be_started_anew_keeps_everything_dirty_until_it_can() {
     assert_eq!(tracked.pages(), set([8]));
 }
 
-#[test]
-fn c09_c42_a_mapping_the_log_does_not_cover_is_always_dirty_and_the_log_goes_on() {
-    let Some([mdev, _]) = two("device log, coverage", "dirty_mdev") else { return };
-    let device = open_mdev(&mdev);
-    let mut source = log(&device).with_coverage(Coverage::Ranges(vec![range(0, 128)]));
+/// A log of 128 pages, of which half are mapped.
+fn half_mapped(device: &Device) -> Tracked<DeviceLog<BorrowedFd<'_>>> {
+    let mut source = log(device).with_coverage(Coverage::Ranges(vec![range(0, 128)]));
     let mut map = IovaMap::journal();
     map.map(mapping(0, 64)).unwrap();
     source.start(&layout(), &map).unwrap();
-    let mut tracked = Tracked::started(source);
-    write(&device, [3]);
+    Tracked::started(source)
+}
+
+#[test]
+fn c09_a_mapping_outside_has_the_log_widened_and_all_that_is_mapped_is_dirty_once() {
+    let Some([mdev, _]) = two("device log, widened", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    let mut tracked = half_mapped(&device);
     tracked.source.mapped(&mapping(64, 64)).unwrap();
-    tracked.source.mapped(&mapping(128, 4)).unwrap_err();
-    write(&device, [100, 129]);
-    assert_eq!(tracked.pages(), set([3, 100, 128, 129, 130, 131]));
-    assert_eq!(tracked.pages(), set([128, 129, 130, 131]), "nothing is known of it");
+    write(&device, [3, 100]);
+    assert_eq!(tracked.pages(), set([3, 100]), "a mapping inside changes nothing");
+    write(&device, [4]);
+    tracked.source.mapped(&mapping(192, 4)).unwrap();
+    assert_eq!(tracked.source.covered(), [range(0, 128), range(192, 4)]);
+    write(&device, [193]);
+    assert_eq!(tracked.pages(), set((0..128).chain(192..196)), "old and new");
+    assert_eq!(tracked.pages(), set([]), "once");
+    write(&device, [5, 127, 192, 195]);
+    assert_eq!(tracked.pages(), set([5, 127, 192, 195]));
+}
+
+#[test]
+fn c09_c42_a_device_that_cannot_log_more_goes_on_and_the_mapping_is_always_dirty() {
+    let Some([mdev, _]) = two("device log, not widened", "dirty_mdev") else { return };
+    let device = open_mdev(&mdev);
+    let mut tracked = half_mapped(&device);
+    let _length = Parameter::fixture("log_max_length", 128 * PAGE as u64);
+    write(&device, [3]);
+    tracked.source.mapped(&mapping(192, 4)).unwrap_err();
     assert_eq!(tracked.source.covered(), [range(0, 128)]);
+    assert_eq!(tracked.pages(), set((0..64).chain(192..196)), "the log was off for a moment");
+    write(&device, [7, 193]);
+    assert_eq!(tracked.pages(), set([7].into_iter().chain(192..196)));
+    assert_eq!(tracked.pages(), set(192..196), "nothing is known of it");
 }
 
 #[test]
@@ -174,6 +198,7 @@ fn c12_a_mappings_writes_are_reported_before_it_goes() {
     write(&device, [1, 2]);
     let Tracked { source, ledger, iova, .. } = &mut tracked;
     source.unmapped(&mapping(0, 256), &mut ledger.sink(0, iova)).unwrap();
+    source.forget(&mapping(0, 256));
     assert_eq!(tracked.taken(), set([1, 2]));
     assert!(tracked.source.cover().ranges.is_empty());
 }
@@ -195,6 +220,7 @@ fn c55_a_driver_that_clears_whole_words_loses_nothing_beside_a_mapping_that_goes
     write(&device, written);
     let Tracked { source, ledger, iova, .. } = &mut tracked;
     source.unmapped(&mapping(10, 30), &mut ledger.sink(0, iova)).unwrap();
+    source.forget(&mapping(10, 30));
     tracked.iova.forget(&mapping(10, 30));
     tracked.collect().unwrap();
     assert_eq!(tracked.taken(), set(written));
