@@ -60,7 +60,7 @@ fn each_device_is_told_of_as_it_is() {
         let migration = device.probe.found().unwrap().migration.unwrap();
         assert_eq!((migration.flags, migration.stop_copy_bytes), (7, Some(60)));
         assert!(codes(&report.blockers, &device.name).is_empty());
-        assert_eq!(codes(&report.degradations, &device.name), ["pinned-pages-stand"]);
+        assert!(codes(&report.degradations, &device.name).is_empty(), "it has a log of its own");
     }
     for device in devices(&report, bed.get("edu_vfio")) {
         assert_eq!(device.bus, BusKind::Pci);
