@@ -107,7 +107,7 @@ fn stream() -> Stream {
 }
 
 fn options() -> Options {
-    Options { request_timeout: Duration::from_secs(20), ..Options::default() }
+    Options { request_timeout: Duration::from_secs(120), ..Options::default() }
 }
 
 /// A device on a thread of this process.
