@@ -116,3 +116,8 @@ pub mod vm;
 mod sys;
 #[cfg(feature = "transfer")]
 mod units;
+
+/// Compiles what `docs/embedding.md` shows.
+#[cfg(all(doctest, feature = "transfer"))]
+#[doc = include_str!("../docs/embedding.md")]
+struct Embedding;
