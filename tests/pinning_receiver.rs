@@ -175,12 +175,12 @@ fn c67_a_pinning_receiver_takes_no_longer_than_when_every_page_is_sent() {
         }
     }
     for (contender, sent) in contenders.iter().zip(&runs) {
-        println!("{contender:?}: {:?}", sent.iter().map(|sent| sent.downtime).collect::<Vec<_>>());
+        eprintln!("{contender:?}: {:?}", sent.iter().map(|sent| sent.downtime).collect::<Vec<_>>());
     }
     let least = |sent: &[Sent]| sent.iter().map(|sent| sent.downtime).min().unwrap();
     let [asked, all, unheeded] = runs.each_ref().map(|sent| least(sent));
     let [asked_bytes, all_bytes, _] = runs.each_ref().map(|sent| sent[0].bytes_sent);
-    println!(
+    eprintln!(
         "{} MiB: least downtime {asked:?} populated ({asked_bytes} bytes), {all:?} all sent ({all_bytes} bytes), {unheeded:?} left out",
         ram_bytes() / MIB
     );

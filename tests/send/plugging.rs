@@ -130,9 +130,13 @@ impl DirtySource for DmaLog {
 
     fn unmapped(&mut self, mapping: &Mapping, sink: &mut Sink<'_>) -> Result<(), SourceError> {
         let mut written = self.written.lock().unwrap();
-        for iova in written.extract_if(.., |iova| mapping.iova().contains(*iova)) {
-            sink.iova_range(IovaRange::new(iova, PAGE).unwrap());
-        }
+        written.retain(|&iova| {
+            let goes = mapping.iova().contains(iova);
+            if goes {
+                sink.iova_range(IovaRange::new(iova, PAGE).unwrap());
+            }
+            !goes
+        });
         Ok(())
     }
 
@@ -247,11 +251,11 @@ impl Vmm {
                 let (iova, gpa) = (0x10_0000_0000 + first * (1 << 20), first % 512 * PAGE);
                 self.dma(&self.dma, iova + (step % 5) * PAGE, gpa + (step % 5) * PAGE, step);
             }
-            _ if step > 80 && step % 3 == 0 => {
-                self.dma(&self.plugged_dma, (1000 + page) * PAGE, (1000 + page) * PAGE, step)
+            _ if step > 80 && step.is_multiple_of(3) => {
+                self.dma(&self.plugged_dma, (1000 + page) * PAGE, (1000 + page) * PAGE, step);
             }
             _ if step > 40 => {
-                self.memory.memory().write_obj(step, GuestAddress(PLUGGED.0 + page * PAGE)).unwrap()
+                self.memory.memory().write_obj(step, GuestAddress(PLUGGED.0 + page * PAGE)).unwrap();
             }
             _ => self.memory.memory().write_obj(step, GuestAddress((1500 + page) * PAGE)).unwrap(),
         }
