@@ -2,10 +2,13 @@
 
 //! A VMM that links the library, whichever `vm-migration` is in its tree.
 
+use std::sync::{Arc, Mutex};
+
 use vfio_migration::granule::Granule;
 use vfio_migration::layout::Layout;
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::GpaRange;
+use vfio_migration::tracker::Tracker;
 use vm_migration::{Migratable, MigratableError};
 
 /// What the VMM does with any of its components: the library's are of the VMM's own trait.
@@ -18,5 +21,6 @@ pub fn dirty_bytes(component: &mut dyn Migratable) -> Result<u64, MigratableErro
 
 pub fn clean_device() -> Result<u64, Box<dyn std::error::Error>> {
     let layout = Layout::new([GpaRange::new(0, 1 << 20)?], Granule::KIB_4)?;
-    Ok(dirty_bytes(&mut MigratableDevice::builder("vm", layout).build()?)?)
+    let tracker = Arc::new(Mutex::new(Tracker::builder(layout).build()?));
+    Ok(dirty_bytes(&mut MigratableDevice::new("vm", tracker, Arc::default()))?)
 }

@@ -34,6 +34,7 @@ pub mod protocol {
     }
 }
 
+/// All of its variants: a match may name each.
 #[derive(Error, Debug)]
 pub enum MigratableError {
     #[error("Failed to pause migratable component")]
@@ -44,16 +45,26 @@ pub enum MigratableError {
     Snapshot(#[source] anyhow::Error),
     #[error("Failed to restore migratable component")]
     Restore(#[source] anyhow::Error),
-    #[error("Failed to start migration dirty log for migratable component")]
+    #[error("Failed to send migratable component")]
+    MigrateSend(#[source] anyhow::Error),
+    #[error("Failed to receive migratable component")]
+    MigrateReceive(#[source] anyhow::Error),
+    #[error("Failed to start dirty log of migratable component")]
     StartDirtyLog(#[source] anyhow::Error),
-    #[error("Failed to stop migration dirty log for migratable component")]
+    #[error("Failed to stop dirty log of migratable component")]
     StopDirtyLog(#[source] anyhow::Error),
-    #[error("Failed to retrieve dirty range for migratable component")]
+    #[error("Failed to read dirty log of migratable component")]
     DirtyLog(#[source] anyhow::Error),
-    #[error("Failed to start migration for migratable component")]
+    #[error("Failed to start migration of migratable component")]
     StartMigration(#[source] anyhow::Error),
-    #[error("Failed to complete migration for migratable component")]
+    #[error("Failed to complete migration of migratable component")]
     CompleteMigration(#[source] anyhow::Error),
+    #[error("Failed to release a disk lock")]
+    UnlockError(#[source] anyhow::Error),
+    #[error("Socket error")]
+    MigrateSocket(#[source] std::io::Error),
+    #[error("Device {0} disconnected")]
+    DeviceDisconnected(String),
 }
 
 pub trait Pausable {
