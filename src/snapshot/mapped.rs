@@ -52,6 +52,12 @@ impl GuestMemoryRegion for PlacedRegion {
 
     fn bitmap(&self) -> BS<'_, Self::B> {}
 
+    fn get_host_address(&self, address: MemoryRegionAddress) -> Result<*mut u8, GuestMemoryError> {
+        let inside = self.check_address(address).and_then(|inside| usize::try_from(inside.0).ok());
+        let inside = inside.ok_or(GuestMemoryError::InvalidBackendAddress)?;
+        Ok(self.whole.as_ptr().wrapping_add(self.offset + inside))
+    }
+
     fn get_slice(
         &self,
         offset: MemoryRegionAddress,
@@ -119,5 +125,8 @@ mod tests {
         assert!(region.get_slice(MemoryRegionAddress(0xfff), 1).is_ok());
         assert!(region.get_slice(MemoryRegionAddress(0xfff), 2).is_err());
         assert!(region.get_slice(MemoryRegionAddress(u64::MAX), 2).is_err());
+        let whole = region.whole.as_ptr() as usize;
+        assert_eq!(region.get_host_address(MemoryRegionAddress(0xfff)).unwrap() as usize, whole + 0xfff);
+        assert!(region.get_host_address(MemoryRegionAddress(0x1000)).is_err());
     }
 }
