@@ -2,6 +2,7 @@
 
 //! [`Tracker`]: everything that knows which pages are dirty, and nothing about devices' state.
 
+mod address_space;
 mod builder;
 mod changes;
 mod mappings;
@@ -19,8 +20,9 @@ use crate::iova::{IovaError, IovaMap};
 use crate::layout::{Layout, LayoutError, Region};
 use crate::ledger::{Attribution, Chunk, ChunkLimits, CursorId, Ledger, Outstanding, Start};
 use crate::range::GpaRange;
-use crate::source::{DirtySource, SourceError};
+use crate::source::{DirtySource, SourceError, choose};
 
+pub use address_space::{AddressSpace, AddressSpaceError, SpaceDevice, SpaceTable};
 pub use builder::{ImpreciseSource, TrackerBuilder};
 pub use mappings::{DeviceMappings, Disagreement, VmMappings};
 use mappings::{check_covers, check_memory};
@@ -159,6 +161,7 @@ pub struct Tracker {
     mappings: Option<Mappings>,
     allow_imprecise: bool,
     on_failure: OnFailure,
+    degradations: Vec<choose::Degradation>,
     tracking: bool,
 }
 
@@ -248,6 +251,11 @@ impl Tracker {
     /// Whether a source's failure ends a migration: it is gone for good, or that is what was asked for.
     pub fn is_fatal(&self, failure: &SourceError) -> bool {
         failure.gone || self.on_failure == OnFailure::Fail
+    }
+
+    /// What is worse than it could be in the address spaces that were probed, see [`TrackerBuilder::address_space`].
+    pub fn space_degradations(&self) -> &[choose::Degradation] {
+        &self.degradations
     }
 
     /// Bytes that only [`Tracker::collect_final`] makes pending: the RAM imprecise sources cover, rather too much.

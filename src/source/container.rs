@@ -122,11 +122,16 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
         if model != VFIO_TYPE1v2_IOMMU {
             return Err(ContainerLogError::Model { model });
         }
-        let info = sys::iommu_info(&container).map_err(ContainerLogError::Info)?;
-        let limits = Limits::new(ContainerInfo::parse(&info))?;
+        let limits = Limits::new(Self::info(&container)?)?;
         let (mapped, requests, words) = (Mapped::default(), Vec::new(), Vec::new());
         let (id, steady) = (id.into(), Steady::default());
         Ok(Self { id, container, meaning, limits, mapped, requests, words, steady, on: false })
+    }
+
+    /// Asks a container what it can do.
+    pub(crate) fn info(container: &F) -> Result<ContainerInfo, ContainerLogError> {
+        let info = sys::iommu_info(container).map_err(ContainerLogError::Info)?;
+        Ok(ContainerInfo::parse(&info))
     }
 
     /// Bytes per bit.

@@ -212,6 +212,14 @@ impl<F: DmaLogging> DeviceLog<F> {
         united(self.mapped.iter().map(|mapping| mapping.iova()))
     }
 
+    /// Starts, reads and stops the log of one page: only a report tells whether the kernel can report.
+    pub(crate) fn trial(&self) -> Result<(), DeviceLogError> {
+        let page = Granule::host_page();
+        let armed = self.arm(&[IovaRange::new(0, page.bytes()).expect("a page is a range")], page)?;
+        let read = self.check_report(&armed);
+        self.device.stop().map_err(DeviceLogError::Stop).and(read)
+    }
+
     /// Starts the log of `ranges`, merged as far as the device demands.
     fn arm(&self, ranges: &[IovaRange], asked: Granule) -> Result<Armed, DeviceLogError> {
         let (Some(&first), Some(&last)) = (ranges.first(), ranges.last()) else {

@@ -73,6 +73,11 @@ impl<F: AsRawFd + Send> HwptLog<F> {
         Self { granule: granule.max(Granule::host_page()), ..self }
     }
 
+    /// Tries whether the page table keeps dirty bits. It forgets those that it has.
+    pub(crate) fn tracks(&self) -> bool {
+        self.switch(true).and_then(|()| self.switch(false)).is_ok()
+    }
+
     fn switch(&self, on: bool) -> Result<(), HwptLogError> {
         let hwpt_id = self.hwpt_id;
         sys::set_dirty_tracking(&self.iommufd, hwpt_id, on).map_err(|source| HwptLogError::Switch {

@@ -8,17 +8,18 @@ use super::{Attached, Mappings, OnFailure, SpaceId, Tracker, TrackerError, VmMap
 use crate::iova::IovaMap;
 use crate::layout::Layout;
 use crate::ledger::Ledger;
-use crate::source::{DirtySource, Reports};
+use crate::source::{DirtySource, Reports, choose};
 
 /// Names the sources and address spaces of a [`Tracker`].
 #[must_use = "a builder does nothing until it builds"]
 pub struct TrackerBuilder {
-    layout: Layout,
+    pub(super) layout: Layout,
     spaces: Vec<IovaMap>,
-    sources: Vec<Attached>,
+    pub(super) sources: Vec<Attached>,
     mappings: Option<Mappings>,
-    allow_imprecise: bool,
+    pub(super) allow_imprecise: bool,
     on_failure: OnFailure,
+    pub(super) degradations: Vec<choose::Degradation>,
 }
 
 /// Names a source whose reports say what could have been written, for the migration's degradations.
@@ -40,6 +41,7 @@ impl TrackerBuilder {
             mappings: None,
             allow_imprecise: false,
             on_failure: OnFailure::default(),
+            degradations: Vec::new(),
         }
     }
 
@@ -104,6 +106,7 @@ impl TrackerBuilder {
             mappings: self.mappings,
             allow_imprecise: self.allow_imprecise,
             on_failure: self.on_failure,
+            degradations: self.degradations,
             tracking: false,
         })
     }

@@ -17,6 +17,7 @@ use super::skipping::Sieve;
 use crate::device::DeviceSet;
 use crate::ledger::{CursorId, Start};
 use crate::precopy::{Decision, Policy};
+use crate::source::choose;
 use crate::sync::lock;
 use crate::tracker::{Tracker, TrackerError, locked};
 use crate::units::Bytes;
@@ -148,6 +149,10 @@ impl<'a, V: Vm> Session<'a, V> {
         let mut tracker = self.tracker()?;
         tracker.check_memory(&*self.vm.memory())?;
         self.undo.cursor = Some(tracker.begin(Start::Empty)?);
+        let told = |degradation: &&choose::Degradation| {
+            !matches!(degradation, choose::Degradation::Imprecise { .. })
+        };
+        tracker.space_degradations().iter().filter(told).for_each(|one| self.migration.degrade(one.clone()));
         tracker.imprecise_sources().for_each(|source| self.migration.degrade(source));
         drop(tracker);
         self.start_measuring();

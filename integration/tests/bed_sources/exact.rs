@@ -6,9 +6,13 @@ use std::collections::BTreeSet;
 
 use crate::bed::*;
 use crate::kernel::*;
+use vfio_migration::iova::IovaMap;
 use vfio_migration::ledger::{ChunkLimits, CursorId, Start};
+use vfio_migration::source::choose::{Imprecise, Writer};
 use vfio_migration::source::{ContainerLog, DeviceLog, Meaning};
-use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, VmMappings};
+use vfio_migration::tracker::{
+    AddressSpace, DeviceMappings, SpaceDevice, SpaceId, SpaceTable, Tracker, VmMappings,
+};
 
 /// Random schedules to run, of which each is known by its seed.
 const SCHEDULES: u64 = 20;
@@ -123,4 +127,32 @@ fn an_imprecise_container_is_left_to_the_final_round() {
 
 fn clone(file: &std::fs::File) -> std::fs::File {
     file.try_clone().unwrap()
+}
+
+/// The address space of one device, over its container.
+fn space_of(name: &str, device: &Device, writer: Writer, imprecise: Imprecise) -> AddressSpace {
+    let devices = vec![SpaceDevice { name: name.to_owned(), file: clone(&device.file).into(), writer }];
+    let below = SpaceTable::Container { file: clone(&device.container).into(), model: 3 };
+    AddressSpace { map: IovaMap::Identity, devices, below, imprecise }
+}
+
+#[test]
+fn the_way_in_chooses_what_reports_exactly() {
+    let Some([mdev, _]) = two("the way in", "dirty_mdev") else { return };
+    let Some([edu, _]) = two("the way in", "edu_vfio") else { return };
+    let (mdev, edu) = (open_mdev(&mdev), open_edu(&edu));
+    let mut builder = Tracker::builder(layout()).mappings(|| mappings(["mdev0", "edu0"]));
+    builder.address_space(space_of("mdev0", &mdev, Writer::Kernel, Imprecise::Refused)).unwrap();
+    builder.address_space(space_of("edu0", &edu, Writer::Hardware, Imprecise::Refused)).unwrap();
+    let mut vm = builder.build().unwrap();
+    let chosen: Vec<_> = vm.attribution().map(|(id, _)| id.to_owned()).collect();
+    assert_eq!(chosen, ["device-log:mdev0", "device-log:edu0"]);
+    assert!(vm.space_degradations().is_empty());
+    let cursor = vm.begin(Start::Copied).unwrap();
+    write(&mdev, [3, 200]);
+    dma(&edu, 77);
+    assert!(vm.collect().is_empty());
+    let mut unused = vec![0; PAGES * PAGE / 8];
+    assert_eq!(send(&mut vm, cursor, &mdev, &mut unused), set([3, 77, 200]));
+    vm.end(cursor).unwrap();
 }
