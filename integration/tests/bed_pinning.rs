@@ -18,7 +18,7 @@ use serde_json::json;
 use vfio_migration::device::DeviceSet;
 use vfio_migration::layout::Layout;
 use vfio_migration::source::GuestMemoryLog;
-use vfio_migration::tracker::Tracker;
+use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, VmMappings};
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
 use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver, asks_for_prefault};
@@ -32,6 +32,7 @@ use vm_migration::{Snapshot, snapshot_from_id};
 
 /// Where the engine writes, within what is populated.
 const WINDOW: Range<u64> = 0x10_0000..0x14_0000;
+const MDEV: &str = "mdev0";
 const DEVICES: &str = "device-manager";
 
 /// RAM of the VM, and how much of it was ever written.
@@ -65,7 +66,7 @@ impl Machine {
     fn new(size: Size, mdev: &str) -> Self {
         let memory = Memory::create(&RamLayout::new(size.ram_bytes, Split::default()).unwrap()).unwrap();
         let engine = Engine::open(mdev, &memory).unwrap();
-        let devices = DeviceSet::new(vec![engine.device("mdev0").unwrap()]).unwrap();
+        let devices = DeviceSet::new(vec![engine.device(MDEV).unwrap()]).unwrap();
         Self { memory, engine, devices: Mutex::new(devices) }
     }
 
@@ -80,8 +81,12 @@ impl Machine {
 
     fn tracker(&self) -> Mutex<Tracker> {
         let layout = Layout::from_guest_memory(self.memory.guest()).unwrap();
+        let ram: Vec<_> = layout.regions().iter().map(|region| region.range()).collect();
+        let devices = vec![DeviceMappings { device: MDEV.to_owned(), gpa: ram.clone() }];
+        let mappings = VmMappings { ram, devices, ..VmMappings::default() };
         let builder = Tracker::builder(layout)
-            .source(self.engine.source("container:mdev0").unwrap())
+            .mappings(move || mappings.clone())
+            .source_of(SpaceId::IDENTITY, [MDEV], self.engine.source("container:mdev0").unwrap())
             .source(Box::new(GuestMemoryLog::new(Arc::new(self.memory.guest().clone()))));
         Mutex::new(builder.build().unwrap())
     }
@@ -168,12 +173,12 @@ fn moved(size: Size, names: &Names, pinning_receiver: PinningReceiver) -> Sent {
     let mut options = SendOptions::new(listener.url().clone());
     options.pinning_receiver = pinning_receiver;
     options.downtime_ms = 10_000;
+    let tracker = source.tracker();
     let sent = thread::scope(|scope| {
         let received = scope.spawn(|| {
             let mut vm = Pinning { machine: &destination, edu: &names.edu, pinned: None };
             Receiver::new(Limits::default(), None).receive(&listener, &mut vm).map(|_| vm.pinned.is_some())
         });
-        let tracker = source.tracker();
         let sent =
             Sender::new(options).send(&mut Source(&source), &tracker, &source.devices, &Migration::new());
         assert!(received.join().unwrap().unwrap(), "nothing was pinned");
