@@ -62,8 +62,12 @@ fn an_mdev_on_two_logs_is_sent_exactly_under_random_schedules() {
         let container =
             ContainerLog::new("container", clone(&device.container), 3, Meaning::Written).unwrap();
         let own = DeviceLog::new("device-log", clone(&device.file)).unwrap();
-        let mut vm =
-            Tracker::builder(layout()).source(Box::new(container)).source(Box::new(own)).build().unwrap();
+        let mut vm = Tracker::builder(layout())
+            .mappings(|| mappings(["mdev0"]))
+            .source_of(SpaceId::IDENTITY, ["mdev0"], Box::new(container))
+            .source_of(SpaceId::IDENTITY, ["mdev0"], Box::new(own))
+            .build()
+            .unwrap();
         let (mut random, mut copy) = (Random(seed), vec![0; PAGES * PAGE / 8]);
         let cursor = vm.begin(Start::Empty).unwrap();
         assert_eq!(send(&mut vm, cursor, &device, &mut copy), set(0..256));
