@@ -229,8 +229,10 @@ pub const SNAPSHOT_READ: &[Syscall] = &[
     Syscall::new(libc::SYS_statx),
 ];
 
-/// What the standard library and the C library ask for on their own: memory, threads, locks, sleep, random seeds, clocks; and in a build with
-/// debug assertions whether a descriptor is open that is to be closed (`fcntl`).
+/// What the standard library and the C library ask for on their own: memory, threads, locks, sleep, random seeds, clocks.
+///
+/// The allocator of the GNU C library looks at `/proc/sys/vm/overcommit_memory` when a thread gives memory back (`openat`, `read`,
+/// `close`); a build with debug assertions asks whether a descriptor is open that is to be closed (`fcntl`).
 pub const RUNTIME: &[Syscall] = &[
     Syscall::new(libc::SYS_brk),
     Syscall::new(libc::SYS_mmap),
@@ -258,4 +260,7 @@ pub const RUNTIME: &[Syscall] = &[
     Syscall::new(libc::SYS_clock_gettime),
     Syscall::new(libc::SYS_clock_nanosleep),
     Syscall::new(libc::SYS_fcntl),
+    Syscall::new(libc::SYS_openat),
+    Syscall::new(libc::SYS_read),
+    Syscall::new(libc::SYS_close),
 ];
