@@ -195,7 +195,7 @@ fn a_running_vm_is_recorded(way: Way) {
     let main = exchange.main();
     assert!(main.statuses().iter().all(|&status| status == OK));
     assert_eq!(main.sole(START).headers, [0; 6]);
-    assert_eq!(main.sole(CONFIG).payload, br#"{"vm_config":{}}"#);
+    assert_eq!(main.sole(CONFIG).payload, br#"{"vm_config":{"memory":{}}}"#);
     assert_eq!((&main.sole(CONFIG).payload, &main.sole(STATE).payload), (&vmm.config, &vmm.state));
     assert_memory_of(&exchange, &vm);
     assert!((0..PAGES).all(|page| read_page(&vmm.memory, page) == vm.page(page)));
