@@ -457,7 +457,10 @@ fn assert_flips_are_found(dir: &Path, memory_file: &str, placement: &Placement) 
             file.write_all_at(&byte, offset).unwrap();
             if name == CONFIG_FILE && report.config_edited {
                 // Still a configuration: what somebody may have edited is told apart from damage.
-                assert!(report.findings.is_empty() && !report.is_clean(), "byte {offset} of {name}: {report:?}");
+                assert!(
+                    report.findings.is_empty() && !report.is_clean(),
+                    "byte {offset} of {name}: {report:?}"
+                );
                 continue;
             }
             let [finding] = &report.findings[..] else {

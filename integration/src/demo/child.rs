@@ -321,7 +321,11 @@ fn downtime_of(parts: &DowntimeParts) -> DowntimeReport {
 }
 
 fn degradation(degradation: &vfio_migration::transfer::Degradation) -> String {
-    format!("{} ({} times)", chain(&*degradation.error), degradation.times)
+    let error = chain(&*degradation.error);
+    match degradation.times {
+        1 => error,
+        times => format!("{error} ({times} times)"),
+    }
 }
 
 fn micros(duration: Duration) -> u64 {

@@ -68,9 +68,13 @@ fn assert_all_reported(figures: &MigrationFigures, ids: [&str; 4]) {
     for source in &figures.sources {
         assert!(source.pages > 0, "{} reported nothing", source.id);
     }
-    // On a busy host the emulated machine may stand still for longer than it should.
-    let failed = figures.degradations.iter().filter(|degradation| !degradation.contains("stood still"));
-    assert_eq!(failed.collect::<Vec<_>>(), Vec::<&String>::new());
+    // On a busy host the emulated machine may stand still for longer than it should. The mdev's driver keeps pages pinned, which
+    // shows after some rounds.
+    let pinned = "Pages that container:mdev0 reports stay pinned: ";
+    let expected =
+        |degradation: &&String| degradation.contains("stood still") || degradation.starts_with(pinned);
+    let failed: Vec<_> = figures.degradations.iter().filter(|degradation| !expected(degradation)).collect();
+    assert!(failed.is_empty(), "{failed:?}");
     assert!(figures.rounds >= 2);
 }
 
