@@ -67,7 +67,7 @@ mod renamed {
 }
 #[cfg(feature = "transfer")]
 const POLL: Syscall = renamed::NAMES[0];
-#[cfg(feature = "transfer")]
+#[cfg(feature = "snapshot")]
 const READLINK: Syscall = renamed::NAMES[1];
 #[cfg(feature = "snapshot")]
 const OPEN: Syscall = renamed::NAMES[2];
@@ -159,6 +159,7 @@ pub const SENDER: &[Syscall] = &[
     Syscall::new(libc::SYS_connect),
     Syscall::new(libc::SYS_getsockopt),
     Syscall::new(libc::SYS_setsockopt),
+    Syscall::new(libc::SYS_fcntl),
     POLL,
     Syscall::new(libc::SYS_recvfrom),
     Syscall::new(libc::SYS_sendto),
@@ -169,15 +170,17 @@ pub const SENDER: &[Syscall] = &[
     Syscall::new(libc::SYS_read),
     Syscall::new(libc::SYS_lseek),
     Syscall::new(libc::SYS_pread64),
-    Syscall::new(libc::SYS_newfstatat),
+    Syscall::new(libc::SYS_fstat),
     Syscall::new(libc::SYS_getdents64),
-    READLINK,
+    Syscall::new(libc::SYS_readlinkat),
 ];
 
 /// [`Receiver`](crate::transfer::receive::Receiver), with TLS or without.
 #[cfg(feature = "transfer")]
 pub const RECEIVER: &[Syscall] = &[
+    Syscall::new(libc::SYS_fcntl),
     Syscall::new(libc::SYS_accept4),
+    Syscall::new(libc::SYS_ppoll),
     Syscall::new(libc::SYS_getsockopt),
     Syscall::new(libc::SYS_setsockopt),
     Syscall::new(libc::SYS_recvfrom),
@@ -194,6 +197,7 @@ pub const RECEIVER: &[Syscall] = &[
 /// and [`seal`](crate::snapshot::seal), which read snapshots too.
 #[cfg(feature = "snapshot")]
 pub const SNAPSHOT_WRITE: &[Syscall] = &[
+    Syscall::new(libc::SYS_fcntl),
     OPEN,
     Syscall::new(libc::SYS_openat),
     Syscall::new(libc::SYS_close),
@@ -221,6 +225,7 @@ pub const SNAPSHOT_WRITE: &[Syscall] = &[
 /// [`describe`](crate::snapshot::describe), and [`SnapshotSource`](crate::snapshot::SnapshotSource).
 #[cfg(feature = "snapshot")]
 pub const SNAPSHOT_READ: &[Syscall] = &[
+    Syscall::new(libc::SYS_fcntl),
     Syscall::new(libc::SYS_openat),
     Syscall::new(libc::SYS_close),
     Syscall::new(libc::SYS_read),
@@ -232,7 +237,8 @@ pub const SNAPSHOT_READ: &[Syscall] = &[
 /// What the standard library and the C library ask for on their own: memory, threads, locks, sleep, random seeds, clocks.
 ///
 /// The allocator of the GNU C library looks at `/proc/sys/vm/overcommit_memory` when a thread gives memory back (`openat`, `read`,
-/// `close`); a build with debug assertions asks whether a descriptor is open that is to be closed (`fcntl`).
+/// `close`); a build with debug assertions asks whether a descriptor is open that is to be closed (`fcntl`, of which a part's own
+/// list has what that part needs in any build).
 pub const RUNTIME: &[Syscall] = &[
     Syscall::new(libc::SYS_brk),
     Syscall::new(libc::SYS_mmap),

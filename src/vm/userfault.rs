@@ -2,12 +2,11 @@
 
 //! Memory that a userfaultfd is registered for: a page it lacks looks like a hole, and is one that its handler will fill.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
+use rustix::fs::{CWD, Dir, Mode, OFlags, fstat, major, minor, openat, readlinkat};
 use thiserror::Error;
 use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -81,10 +80,20 @@ impl HoleWatch {
 }
 
 /// Whether this process holds a userfaultfd open, or it cannot be told.
+///
+/// Asks the kernel, not the C library: the system calls that reading a folder takes there differ from version to version, and
+/// [`crate::syscalls`] lists them.
 fn is_held() -> bool {
-    let Ok(entries) = fs::read_dir("/proc/self/fd") else { return true };
-    let names_one = |link: &Path| link.as_os_str() == "anon_inode:[userfaultfd]";
-    entries.flatten().any(|entry| fs::read_link(entry.path()).is_ok_and(|link| names_one(&link)))
+    let folder = openat(CWD, c"/proc/self/fd", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+    let Ok(mut files) = folder.and_then(Dir::new) else { return true };
+    while let Some(file) = files.read() {
+        let Ok(file) = file else { return true };
+        let link = files.fd().and_then(|fd| readlinkat(fd, file.file_name(), Vec::new()));
+        if link.is_ok_and(|link| link.as_c_str() == c"anon_inode:[userfaultfd]") {
+            return true;
+        }
+    }
+    false
 }
 
 /// Returns the parts of `memory` that a userfaultfd is registered for, in any mode: sorted, disjoint, coalesced.
@@ -120,9 +129,8 @@ struct FileId {
 
 impl FileId {
     fn of(file: &File) -> io::Result<Self> {
-        let metadata = file.metadata()?;
-        let (major, minor) = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
-        Ok(Self { major, minor, inode: metadata.ino() })
+        let stat = fstat(file)?;
+        Ok(Self { major: major(stat.st_dev), minor: minor(stat.st_dev), inode: stat.st_ino })
     }
 }
 
@@ -226,6 +234,7 @@ fn is_covered(range: GpaRange, by: &[GpaRange]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::sync::Arc;
 
     use proptest::prelude::*;

@@ -16,4 +16,6 @@ mod kvm;
 mod memory;
 mod snapshot;
 mod transfer;
+#[path = "../../../tests/send/userfault/handler.rs"]
+mod userfault;
 mod vfio_user;

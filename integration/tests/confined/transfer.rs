@@ -1,28 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The sender and the receiver, over a UNIX socket, over TCP on two connections, and under TLS; the other side is not confined.
+//!
+//! One VM has a device, one migration is cancelled, strangers call, and this process holds a userfaultfd.
 
 use std::fs::File;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
 use rustix::fs::{MemfdFlags, memfd_create};
+use vfio_migration::device::{Device, DeviceSet, VfioUserDevice};
 use vfio_migration::layout::Layout;
 use vfio_migration::source::GuestMemoryLog;
 use vfio_migration::syscalls;
 use vfio_migration::tracker::Tracker;
-use vfio_migration::transfer::connection::Listener;
+use vfio_migration::transfer::connection::{Connection, Listener};
 use vfio_migration::transfer::limits::{ConnectionCount, Limits};
-use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver};
+use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver, ReceiverHandle};
 use vfio_migration::transfer::url::Url;
 use vfio_migration::transfer::{Migration, SendOptions, Sender};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vfio_migration_integration::confined::check;
+use vfio_migration_integration::device::{DeviceConfig, DmaDevice};
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vm_migration::Snapshot;
 
 use crate::certificates::Files;
+use crate::userfault::Handler;
+use crate::vfio_user;
 
 type Memory = GuestMemoryMmap<AtomicBitmap>;
 
@@ -41,17 +49,21 @@ fn memory() -> Arc<Memory> {
     Arc::new(memory)
 }
 
-struct Guest(Arc<Memory>);
+/// A VM that gives a migration up when it is paused, where it has one to give up.
+struct Guest {
+    memory: Arc<Memory>,
+    gives_up: Option<Migration>,
+}
 
 impl Vm for Guest {
     type Memory = Memory;
 
     fn memory(&self) -> Arc<Memory> {
-        Arc::clone(&self.0)
+        Arc::clone(&self.memory)
     }
 
     fn backing(&self) -> Backing {
-        Backing::of_mmap(&self.0)
+        Backing::of_mmap(&self.memory)
     }
 
     fn config(&mut self) -> Result<Vec<u8>, VmError> {
@@ -59,7 +71,8 @@ impl Vm for Guest {
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        Ok(())
+        let in_time = self.gives_up.as_ref().is_none_or(Migration::cancel);
+        if in_time { Ok(()) } else { Err("It is too late".into()) }
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
@@ -77,15 +90,19 @@ impl Vm for Guest {
     fn throttle(&mut self, _percent: u8) {}
 }
 
-struct Vmm(Arc<Memory>);
+/// A VMM that asks while it takes State whether anybody waits for it.
+struct Vmm {
+    memory: Arc<Memory>,
+    receiver: ReceiverHandle,
+}
 
 impl Destination for Vmm {
     fn config(&mut self, _json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
-        Ok(Arc::new(GuestPages::new(Arc::clone(&self.0))?))
+        Ok(Arc::new(GuestPages::new(Arc::clone(&self.memory))?))
     }
 
     fn state(&mut self, _json: Vec<u8>) -> Result<(), VmError> {
-        Ok(())
+        if self.receiver.source_has_gone() { Err("The source has gone".into()) } else { Ok(()) }
     }
 
     fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
@@ -95,39 +112,98 @@ impl Destination for Vmm {
     fn abandoned(&mut self) {}
 }
 
-/// Moves a VM each way, `sending` and `receiving` where the test wants each side done.
+/// A VM to move, and how.
+struct Case {
+    url: Url,
+    connections: u64,
+    is_secure: bool,
+    gives_up: bool,
+    has_device: bool,
+}
+
+impl Case {
+    fn plain(url: Url) -> Self {
+        Self { url, connections: 1, is_secure: false, gives_up: false, has_device: false }
+    }
+}
+
+/// A device in another process, here on another thread.
+fn device() -> (DeviceSet, File) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    thread::spawn(move || DmaDevice::serve(theirs, DeviceConfig::default()));
+    let ram = tempfile::tempfile().unwrap();
+    ram.set_len(vfio_user::BYTES).unwrap();
+    let io = VfioUserDevice::new(vfio_user::client(ours, &ram)).unwrap();
+    (DeviceSet::new(vec![Device::new("dma0", Box::new(io))]).unwrap(), ram)
+}
+
+/// Calls, and leaves: without a word, and in the middle of one.
+fn strangers(url: &Url) {
+    for word in [&[][..], &[0]] {
+        let mut stranger = Connection::connect(url, None, &Limits::default()).unwrap();
+        stranger.write_all(word).unwrap();
+    }
+}
+
+/// Moves a VM, `sending` and `receiving` where the test wants each side done.
+fn migrate(
+    case: Case,
+    sending: impl Fn(&mut (dyn FnMut() + Send)) + Sync,
+    receiving: impl Fn(&mut (dyn FnMut() + Send)) + Sync,
+) {
+    let Case { url, connections, is_secure, gives_up, has_device } = case;
+    let certificates = Files::good();
+    let listener = Listener::bind(&url).unwrap();
+    let mut options = SendOptions::new(listener.url().clone());
+    options.connections = ConnectionCount::new(connections).unwrap();
+    options.tls = is_secure.then(|| certificates.client());
+    let receiver = Receiver::new(Limits::default(), is_secure.then(|| certificates.server()));
+    let migration = Migration::new();
+    let mut vm = Guest { memory: memory(), gives_up: gives_up.then(|| migration.clone()) };
+    let layout = Layout::from_guest_memory(&*vm.memory).unwrap();
+    let source = Box::new(GuestMemoryLog::new(Arc::clone(&vm.memory)));
+    let tracker = Mutex::new(Tracker::builder(layout).source(source).build().unwrap());
+    let (devices, _ram) = has_device.then(device).unzip();
+    let devices = Mutex::new(devices.unwrap_or_default());
+    let mut vmm = Vmm { memory: memory(), receiver: receiver.handle() };
+    strangers(listener.url());
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            receiving(&mut || assert_eq!(receiver.receive(&listener, &mut vmm).is_ok(), !gives_up));
+        });
+        sending(&mut || {
+            let sent = Sender::new(options.clone()).send(&mut vm, &tracker, &devices, &migration);
+            assert_eq!(sent.is_ok(), !gives_up);
+        });
+    });
+}
+
+/// Moves VMs each way there is.
 fn each_way(
     sending: impl Fn(&mut (dyn FnMut() + Send)) + Sync,
     receiving: impl Fn(&mut (dyn FnMut() + Send)) + Sync,
 ) {
     let directory = tempfile::tempdir().unwrap();
-    let certificates = Files::good();
-    let unix = Url::unix(directory.path().join("socket")).unwrap();
+    let unix = |name| Url::unix(directory.path().join(name)).unwrap();
     let tcp = || Url::tcp("127.0.0.1", 0).unwrap();
-    for (url, connections, is_secure) in [(unix, 1, false), (tcp(), 2, false), (tcp(), 1, true)] {
-        let listener = Listener::bind(&url).unwrap();
-        let mut options = SendOptions::new(listener.url().clone());
-        options.connections = ConnectionCount::new(connections).unwrap();
-        options.tls = is_secure.then(|| certificates.client());
-        let receiver = Receiver::new(Limits::default(), is_secure.then(|| certificates.server()));
-        let mut vm = Guest(memory());
-        let layout = Layout::from_guest_memory(&*vm.0).unwrap();
-        let source = Box::new(GuestMemoryLog::new(Arc::clone(&vm.0)));
-        let tracker = Mutex::new(Tracker::builder(layout).source(source).build().unwrap());
-        let mut vmm = Vmm(memory());
-        thread::scope(|scope| {
-            scope.spawn(|| receiving(&mut || assert!(receiver.receive(&listener, &mut vmm).is_ok())));
-            sending(&mut || {
-                let migration = Migration::new();
-                Sender::new(options.clone()).send(&mut vm, &tracker, &Mutex::default(), &migration).unwrap();
-            });
-        });
+    for case in [
+        Case { has_device: true, ..Case::plain(unix("moved")) },
+        Case { gives_up: true, ..Case::plain(unix("cancelled")) },
+        Case { connections: 2, ..Case::plain(tcp()) },
+        Case { is_secure: true, ..Case::plain(tcp()) },
+    ] {
+        migrate(case, &sending, &receiving);
     }
 }
 
 #[test]
 fn sender() {
-    check("transfer::sender", syscalls::SENDER, syscalls::GUEST_MEMORY_LOG, |confinement| {
+    let given = [syscalls::GUEST_MEMORY_LOG, syscalls::VFIO_USER].concat();
+    check("transfer::sender", syscalls::SENDER, &given, |confinement| {
+        // Of memory that is not the VM's: whether it is has to be found out.
+        let registered = memory();
+        let hva = registered.get_host_address(HIGH).unwrap() as u64;
+        let Some(_handler) = Handler::serve(&[(hva, BYTES as u64)], 1) else { return };
         each_way(|work| confinement.run(work), |work| work());
     });
 }

@@ -27,10 +27,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use zerocopy::IntoBytes;
 
-const BYTES: u64 = 1 << 20;
+pub(crate) const BYTES: u64 = 1 << 20;
 
 /// A client of a device that may write to all of `ram` and steps where it is told to.
-fn client(socket: UnixStream, ram: &File) -> SharedClient {
+pub(crate) fn client(socket: UnixStream, ram: &File) -> SharedClient {
     let mut client = Client::connect(socket, "dma0", &Options::default()).unwrap();
     let iova = IovaRange::new(0, BYTES).unwrap();
     client.dma_map(&DmaRegion { iova, file_offset: 0, writeable: true }, Some(ram.as_fd())).unwrap();

@@ -9,8 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::thread::{self, JoinHandle};
 
 use rustix::event::{PollFd, PollFlags, poll};
-
-use crate::vm::PAGE;
+use vfio_migration::granule::Granule;
 
 /// `_IOWR(UFFDIO, number, argument)`.
 const fn iowr<T>(number: libc::c_ulong) -> libc::c_ulong {
@@ -66,7 +65,7 @@ const MESSAGE_BYTES: usize = 32;
 const PAGE_FAULT: u8 = 0x12;
 
 /// Fills missing pages from a thread of its own, until it is dropped.
-pub(super) struct Handler {
+pub(crate) struct Handler {
     /// Closed to end the thread.
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
@@ -75,7 +74,7 @@ pub(super) struct Handler {
 impl Handler {
     /// Registers the mappings, each an address and a length, and fills their pages with `filling` as they are touched; `None`,
     /// loudly, where no userfaultfd is to be had.
-    pub(super) fn serve(mappings: &[(u64, u64)], filling: u8) -> Option<Self> {
+    pub(crate) fn serve(mappings: &[(u64, u64)], filling: u8) -> Option<Self> {
         let uffd = match open() {
             Ok(uffd) => uffd,
             Err(error) => {
@@ -142,10 +141,11 @@ fn fill(mut uffd: &File, filling: u8) {
         read => assert_eq!((read.unwrap(), message[0]), (MESSAGE_BYTES, PAGE_FAULT)),
     }
     let address = u64::from_ne_bytes(message[16..24].try_into().unwrap());
-    let page = vec![filling; PAGE as usize];
-    let (dst, src) = (address & !(PAGE - 1), page.as_ptr() as u64);
+    let len = Granule::host_page().bytes();
+    let page = vec![filling; usize::try_from(len).unwrap()];
+    let (dst, src) = (address & !(len - 1), page.as_ptr() as u64);
     // SAFETY: the kernel reads a page of ours, and fills one that is registered and missing.
-    match unsafe { ioctl(uffd, Copy::OPCODE, &mut Copy { dst, src, len: PAGE, ..Copy::default() }) } {
+    match unsafe { ioctl(uffd, Copy::OPCODE, &mut Copy { dst, src, len, ..Copy::default() }) } {
         Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
         filled => filled.unwrap(),
     }
