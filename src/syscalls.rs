@@ -4,7 +4,8 @@
 //!
 //! A thread that uses a part may make the calls of its list, those of [`RUNTIME`], and those of the sources and devices the part is
 //! given. Threads that the library starts make no others, and inherit the filter of the thread that starts them. A list holds what
-//! the part does with objects that it was given: opening, and making the VM, is the VMM's.
+//! the part does with objects that it was given: opening, and making the VM, is the VMM's. So [`probe`](crate::probe) has no list: it
+//! opens every device itself. Call it before the VMM is confined, or in another process.
 //!
 //! ```
 //! use vfio_migration::syscalls::{self, Syscall};
