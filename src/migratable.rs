@@ -235,12 +235,7 @@ impl MigratableDevice {
     fn start_log(&mut self) -> Result<(), MigratableDeviceError> {
         self.stop_log()?;
         let mut tracker = locked(&self.tracker)?;
-        if self.stops_told_by.is_none()
-            && !self.state.is_stopped()
-            && let Some(source) = tracker.imprecise_sources().next()
-        {
-            return Err(MigratableDeviceError::StopIsNotTold { id: source.id });
-        }
+        self.check_stop_is_told(&tracker)?;
         let cursor = tracker.begin(Start::Copied)?;
         *self.state.log() = Some(Log { cursor, handed_out: None, imprecise_reported: false });
         Ok(())
@@ -252,10 +247,22 @@ impl MigratableDevice {
         Ok(log.map_or(Ok(()), |log| lock(&self.tracker).end(log.cursor))?)
     }
 
+    /// Refuses sources that count once the devices have stopped, where nobody would tell.
+    fn check_stop_is_told(&self, tracker: &Tracker) -> Result<(), MigratableDeviceError> {
+        if self.stops_told_by.is_some() || self.state.is_stopped() {
+            return Ok(());
+        }
+        let untold = tracker.imprecise_sources().next();
+        untold.map_or(Ok(()), |source| Err(MigratableDeviceError::StopIsNotTold { id: source.id }))
+    }
+
     fn next_table(&mut self) -> Result<MemoryRangeTable, MigratableDeviceError> {
         let stopped = self.state.is_stopped();
-        let log = self.state.log().as_mut().ok_or(MigratableDeviceError::NotLogging)?;
         let mut tracker = locked(&self.tracker)?;
+        let stop_is_told = self.check_stop_is_told(&tracker);
+        let log = self.state.log().as_mut().ok_or(MigratableDeviceError::NotLogging)?;
+        // Sources may have come since the log was started.
+        stop_is_told?;
         if let Some(Table(Some(received))) = log.handed_out.take() {
             tracker.commit(received);
         }
@@ -360,7 +367,8 @@ impl Migratable for MigratableDevice {
 
     /// Returns the pages written since the call before, sorted, disjoint, coalesced; that call's table counts as received.
     ///
-    /// What imprecise sources cover is in the first table after the devices have stopped, and not again until they have run.
+    /// What imprecise sources cover is in the first table after the devices have stopped, and not again until they have run. One
+    /// that was added since the log started is refused as [`Migratable::start_dirty_log`] does, and nothing is lost.
     fn dirty_log(&mut self) -> Result<MemoryRangeTable, MigratableError> {
         self.next_table().map_err(|error| MigratableError::DirtyLog(error.into()))
     }

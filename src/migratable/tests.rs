@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::source::Operation;
+use crate::tracker::SpaceId;
 use crate::tracker::tests::{PAGES, Scripted, with};
 
 /// The traits over these sources, and no device.
@@ -86,6 +87,25 @@ fn an_imprecise_source_is_refused_until_it_is_said_how_the_devices_stop_is_told(
     assert!(vm.start_dirty_log().is_err(), "they run again");
     vm = vm.with_stops_told_by(StopsToldBy::Call);
     vm.start_dirty_log().unwrap();
+}
+
+#[test]
+fn an_imprecise_source_added_while_the_log_runs_is_refused_at_the_next_table() {
+    let (kvm, container) = (Scripted::new("kvm"), Scripted::imprecise("container"));
+    let mut vm = over(&[&kvm]);
+    vm.start_dirty_log().unwrap();
+    let added = lock(vm.tracker()).add_source(SpaceId::IDENTITY, ["card"], Box::new(container.clone()));
+    added.unwrap();
+    kvm.write(4);
+    let refused = text(&vm.dirty_log().unwrap_err());
+    assert!(refused.contains("Dirty source container is imprecise"), "{refused}");
+    container.write(5);
+    vm.devices_stopped();
+    assert_eq!(dirty_pages(&mut vm), 2, "the stop is told, and nothing was lost");
+    vm.devices_run();
+    assert!(vm.dirty_log().is_err(), "they run again");
+    vm = vm.with_stops_told_by(StopsToldBy::Call);
+    assert_eq!(dirty_pages(&mut vm), 0);
 }
 
 #[test]
