@@ -189,7 +189,7 @@ impl Class for OpenError {
     fn remedy(&self) -> Option<&'static str> {
         match self {
             Self::EditedConfig { .. } => Some(TAKE_EDITED),
-            Self::NoMemory { .. } => Some(RESTORE_WITH_FILES),
+            Self::NoMemory { elsewhere, .. } if !elsewhere.is_empty() => Some(RESTORE_WITH_FILES),
             _ => None,
         }
     }

@@ -18,7 +18,7 @@ use super::files::extend;
 use super::flusher::Flusher;
 use super::limits::Limits;
 use super::parallel;
-use super::placement::{Extent, Placement, PlacementError};
+use super::placement::{Extent, Placement, PlacementError, push_joined};
 use crate::granule::Granule;
 use crate::range::GpaRange;
 use crate::threads::ThreadStart;
@@ -313,12 +313,6 @@ fn set_runs(mut bits: u64) -> impl Iterator<Item = std::ops::Range<u32>> {
 fn overlaps(ranges: &[GpaRange], range: GpaRange) -> bool {
     let first = ranges.partition_point(|other| other.end() <= range.start());
     ranges.get(first).is_some_and(|other| other.start() < range.end())
-}
-
-fn push_joined(runs: &mut Vec<GpaRange>, range: GpaRange) {
-    let joined = runs.pop_if(|last| last.end() == range.start());
-    let start = joined.map_or(range.start(), GpaRange::start);
-    runs.push(GpaRange::from_bounds(start, range.end()).expect("it only grows"));
 }
 
 fn with_bit(word: u64, bit: u64, set: bool) -> u64 {

@@ -63,7 +63,7 @@ pub enum OpenError {
         path: PathBuf,
     },
     /// There is no `memory-ranges`, and the state lists no memory: none of it is in the snapshot.
-    #[error("{path} holds no memory: {elsewhere}", path = .path.display())]
+    #[error("{path} holds no memory{elsewhere}", path = .path.display(), elsewhere = .elsewhere.as_reason())]
     NoMemory {
         /// The directory.
         path: PathBuf,

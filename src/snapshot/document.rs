@@ -165,7 +165,7 @@ pub struct VmConfig {
     memory_bytes: u64,
     writable_disks: Vec<String>,
     vdpa: Vec<String>,
-    file_zones: Vec<String>,
+    file_zones: Vec<ZoneFile>,
     shared_files: Vec<ZoneFile>,
     devices: Vec<PassThrough>,
 }
@@ -189,8 +189,9 @@ impl VmConfig {
         let (mut file_zones, mut shared_files) = (Vec::new(), Vec::new());
         for ZoneConfig { id, file, shared } in fields.memory.zones.unwrap_or_default() {
             let Some(file) = file else { continue };
-            file_zones.push(id.clone());
-            shared_files.extend(shared.then_some(ZoneFile { zone: id, file }));
+            let zone = ZoneFile { zone: id, file };
+            shared_files.extend(shared.then(|| zone.clone()));
+            file_zones.push(zone);
         }
         Ok(Self {
             text,
@@ -227,8 +228,8 @@ impl VmConfig {
         &self.vdpa
     }
 
-    /// Ids of the memory zones that are mappings of a named file, shared or not: there a new VM finds what the file holds.
-    pub fn file_zones(&self) -> &[String] {
+    /// The memory zones that are mappings of a named file, shared or not: there a new VM finds what the file holds.
+    pub fn file_zones(&self) -> &[ZoneFile] {
         &self.file_zones
     }
 

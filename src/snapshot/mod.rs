@@ -133,7 +133,7 @@ pub use differential_writer::{Base, DifferentialWriter};
 pub use digest::{Digest, DigestError};
 pub use dir::{OpenError, SnapshotDir};
 pub use document::{ConfigMessage, DocumentError, VmConfig};
-pub use elsewhere::{Elsewhere, ZoneFile};
+pub use elsewhere::{Elsewhere, LeftOut, ZoneFile};
 pub use files::{CHANGES_FILE, CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 pub use limits::Limits;
 pub use manifest::{Manifest, ManifestError};

@@ -28,8 +28,8 @@ pub struct VmState {
     memory_manager: Range<usize>,
     own: Option<Range<usize>>,
     memory: Placement,
-    /// RAM by the memory zone that it belongs to.
-    zones: Vec<(String, GpaRange)>,
+    /// RAM that stays, with the memory zone that it belongs to.
+    fixed_ram: Vec<(Option<String>, GpaRange)>,
 }
 
 impl VmState {
@@ -46,10 +46,10 @@ impl VmState {
         // As in a Config message, which is made of these two.
         within("Memory manager's state in state.json", memory_manager.len(), limits.config_bytes)?;
         within("VM's own state in state.json", tree.own().map_or(0, Quoted::len), limits.config_bytes)?;
-        let (memory, zones) = listed_memory(memory_manager, limits)?;
+        let (memory, fixed_ram) = listed_memory(memory_manager, limits)?;
         let memory_manager = memory_manager.place_in(&text);
         let own = tree.own().map(|own| own.place_in(&text));
-        Ok(Self { text: Arc::new(text), memory_manager, own, memory, zones })
+        Ok(Self { text: Arc::new(text), memory_manager, own, memory, fixed_ram })
     }
 
     /// The JSON text.
@@ -77,9 +77,10 @@ impl VmState {
         Ok(devices)
     }
 
-    /// The RAM of a memory zone, whether or not a snapshot holds it; but for what a virtio-mem device plugs and unplugs.
-    pub(super) fn zone_ranges(&self, zone: &str) -> impl Iterator<Item = GpaRange> {
-        self.zones.iter().filter(move |(id, _)| id == zone).map(|&(_, range)| range)
+    /// The RAM with the memory zone of each part, whether or not a snapshot holds it; but for what a virtio-mem device plugs and
+    /// unplugs.
+    pub(super) fn fixed_ram(&self) -> impl Iterator<Item = (Option<&str>, GpaRange)> {
+        self.fixed_ram.iter().map(|(zone, range)| (zone.as_deref(), *range))
     }
 
     /// Lists the memory ranges in the order and pieces of `memory`, whatever they were before; nothing else changes.
@@ -150,24 +151,24 @@ impl std::fmt::Debug for VmState {
     }
 }
 
-/// Reads the memory ranges out of the memory manager's state, and which RAM belongs to which zone.
+/// Reads the memory ranges out of the memory manager's state, and the RAM that stays.
 fn listed_memory(
     memory_manager: Quoted<'_>,
     limits: &Limits,
-) -> Result<(Placement, Vec<(String, GpaRange)>), DocumentError> {
+) -> Result<(Placement, Vec<(Option<String>, GpaRange)>), DocumentError> {
     let text = memory_manager.unquote().map_err(wrong(MEMORY_MANAGER))?;
     let state: MemoryManagerState = serde_json::from_str(&text).map_err(wrong(MEMORY_MANAGER))?;
     let pairs = state.memory_ranges.data.iter().map(|range| (range.gpa, range.length));
     let memory = Placement::from_pairs(pairs, limits).map_err(ranges("state.json"))?;
-    Ok((memory, zones(&text)))
+    Ok((memory, fixed_ram(&text)))
 }
 
-/// Reads which RAM belongs to which zone out of the memory manager's state. One of another shape says nothing of it.
-fn zones(memory_manager: &str) -> Vec<(String, GpaRange)> {
+/// Reads the RAM that stays, and its zones, out of the memory manager's state. One of another shape says nothing of it.
+fn fixed_ram(memory_manager: &str) -> Vec<(Option<String>, GpaRange)> {
     let mappings: Mappings = serde_json::from_str(memory_manager).unwrap_or_default();
     let fixed = mappings.guest_ram_mappings.into_iter().filter(|mapping| !mapping.virtio_mem);
     fixed
-        .filter_map(|mapping| Some((mapping.zone_id?, GpaRange::new(mapping.gpa, mapping.size).ok()?)))
+        .filter_map(|mapping| Some((mapping.zone_id, GpaRange::new(mapping.gpa, mapping.size).ok()?)))
         .collect()
 }
 

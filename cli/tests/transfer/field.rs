@@ -246,6 +246,35 @@ fn c51_a_vm_larger_than_allowed_is_refused_with_the_option_that_allows_it() {
     Tool::send("tcp:127.0.0.1:1", &dir, &limit).end().failed(2, "--memory-limit");
 }
 
+#[test]
+fn c50_c66_memory_that_is_elsewhere_is_missed_whatever_the_configuration_says_of_it() {
+    let place = Place::new();
+    let dir = place.path("dir");
+    memory_partly_elsewhere(&dir);
+    let edited = json!({"memory": {"size": 0, "zones": [{"id": "own", "size": 2 << 20}, {"id": "mem0", "size": 2 << 20}]}});
+    let (other, lacks) =
+        (place.path("other.json"), "memory zone mem0 is in a file that the configuration does not name");
+    fs::write(&other, edited.to_string()).unwrap();
+    // Nobody listens there: it is refused before.
+    let send = |options: &[&str]| Tool::send("tcp:127.0.0.1:1", &dir, options).end();
+    for sealed in [false, true] {
+        send(&["--config", other.to_str().unwrap()]).failed(2, lacks);
+        if !sealed {
+            snapshot("seal", &dir, &[]).succeeded();
+        }
+    }
+    fs::copy(&other, dir.join(CONFIG_FILE)).unwrap();
+    snapshot("seal", &dir, &["--edited-config"]).succeeded();
+    send(&[]).failed(2, lacks);
+    let verified = run(["snapshot", "verify", dir.to_str().unwrap()]).succeeded();
+    assert!(verified.stdout.contains(lacks), "{verified:?}");
+
+    let empty = place.path("empty");
+    write(&empty, &json!({"size": 0}), &[], &[]);
+    let ended = Tool::send("tcp:127.0.0.1:1", &empty, &[]).end();
+    assert!(ended.stderr.ends_with("empty holds no memory\n"), "{ended:?}");
+}
+
 /// Makes a sealed directory and names another configuration of the same VM.
 fn moved_to_another_host(place: &Place) -> (PathBuf, PathBuf) {
     let dir = place.stored("dir", 3);

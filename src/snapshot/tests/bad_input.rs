@@ -147,11 +147,9 @@ fn a_config_message_tells_what_a_snapshot_must_know() {
     assert_eq!(vm_config.text(), config, "stored as it came");
     assert_eq!(vm_config.writable_disks(), ["/b", "/s", "/c"]);
     assert_eq!(vm_config.vdpa(), ["/dev/vdpa"]);
-    assert_eq!(vm_config.file_zones(), ["file", "private"]);
-    assert_eq!(
-        vm_config.shared_files().iter().map(|found| found.zone.as_str()).collect::<Vec<_>>(),
-        ["file"]
-    );
+    let ids = |zones: &[ZoneFile]| zones.iter().map(|found| found.zone.clone()).collect::<Vec<_>>();
+    assert_eq!(ids(vm_config.file_zones()), ["file", "private"]);
+    assert_eq!(ids(vm_config.shared_files()), ["file"]);
 }
 
 #[test]
