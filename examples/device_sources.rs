@@ -95,7 +95,7 @@ impl Vmm {
         unreachable!("precopy ends in round 3")
     }
 
-    /// Moves the VM into `to`. On an error it is to run on here.
+    /// Moves the VM into `to`, which has all of it then and does not run yet. On an error it is to run on here.
     fn migrate(&mut self, to: &mut Self) -> Result<(), Failure> {
         self.pass_through.start_migration()?;
         let in_hand = self.precopy(to)?;
@@ -110,12 +110,21 @@ impl Vmm {
         let written = self.pass_through.dirty_log()?;
         self.copy(&written, to)?;
         to.machine.restore(self.machine.save());
-        to.pass_through.restore(&devices)?;
-        // The VM is there: no way back from here.
-        to.pass_through.resume()?;
-        to.machine.resume();
-        self.pass_through.stop_dirty_log()?;
-        Ok(self.pass_through.complete_migration()?)
+        Ok(to.pass_through.restore(&devices)?)
+    }
+
+    /// Lets the moved VM run.
+    fn run(&mut self) -> Result<(), Failure> {
+        self.pass_through.resume()?;
+        self.machine.resume();
+        Ok(())
+    }
+
+    /// Ends the sessions of a VM that has moved. It stays paused whatever fails: it may run at its destination.
+    fn retire(&mut self) {
+        if let Err(error) = self.pass_through.complete_migration() {
+            println!("Sessions of the VM that moved did not end well: {error}");
+        }
     }
 
     /// Sets everything going again after a migration that failed before its destination had the VM.
@@ -135,6 +144,10 @@ fn main() -> Result<(), Failure> {
         source.run_on()?;
         return Err(error);
     }
+    // The point of no return: once the destination is told to run the VM, no failure on either side sets it going here.
+    let ran = destination.run();
+    source.retire();
+    ran?;
     let tracker = source.pass_through.tracker().lock().expect("no thread panics while it tracks");
     let (source_id, reported) = tracker.attribution().next().expect("there is a source");
     println!("{source_id} reported {} pages", reported.pages);

@@ -14,6 +14,7 @@ use vm_migration::{
 };
 
 use crate::device::{DeviceSet, DeviceSetError};
+use crate::error::Chain;
 use crate::ledger::{Chunk, ChunkLimits, CursorId, Start};
 use crate::sync::lock;
 use crate::table::table_of;
@@ -233,7 +234,7 @@ impl MigratableDevice {
     }
 
     fn start_log(&mut self) -> Result<(), MigratableDeviceError> {
-        self.stop_log()?;
+        self.stop_log();
         let mut tracker = locked(&self.tracker)?;
         self.check_stop_is_told(&tracker)?;
         let cursor = tracker.begin(Start::Copied)?;
@@ -241,10 +242,13 @@ impl MigratableDevice {
         Ok(())
     }
 
-    /// Ends the session, if there is one.
-    fn stop_log(&mut self) -> Result<(), MigratableDeviceError> {
-        let log = self.state.log().take();
-        Ok(log.map_or(Ok(()), |log| lock(&self.tracker).end(log.cursor))?)
+    /// Ends the session, if there is one. A source that cannot be switched off counts as off, and is nobody's failure: the log has
+    /// told all it had to.
+    fn stop_log(&mut self) {
+        let Some(log) = self.state.log().take() else { return };
+        if let Err(error) = lock(&self.tracker).end(log.cursor) {
+            log::warn!("Dirty log has ended, and not all of it is off: {}", Chain(&error));
+        }
     }
 
     /// Refuses sources that count once the devices have stopped, where nobody would tell.
@@ -308,13 +312,17 @@ impl MigratableDevice {
             State::Migrating(_) => return Err(MigratableDeviceError::DevicesRun),
             State::StoppedToMigrate(_) => self.state.enter(State::Stopped),
         }
-        self.stop_log()?;
-        Ok(lock(&self.devices).retire()?)
+        self.stop_log();
+        // The VM may run at its destination: what fails now must not look like a reason to run it here.
+        if let Err(error) = lock(&self.devices).retire() {
+            log::warn!("Devices of a VM that has moved stay in their sessions: {}", Chain(&error));
+        }
+        Ok(())
     }
 
     /// Drops the log; takes devices that still run out of the migration.
     fn give_up(&mut self) -> Result<(), MigratableDeviceError> {
-        self.stop_log()?;
+        self.stop_log();
         if matches!(self.state, State::Migrating(_)) {
             self.state = State::Running(None);
             lock(&self.devices).abort_to_running()?;
@@ -361,6 +369,9 @@ impl Migratable for MigratableDevice {
 
     /// Drops the session: what it handed out counts for nothing with the next one. Devices that still run are taken out of
     /// the migration; stopped ones wait for [`Pausable::resume`] or [`Migratable::complete_migration`].
+    ///
+    /// A source that cannot be switched off is a warning in the log and no error: callers stop the log of a migration that
+    /// succeeded, too, and resume the VM after an error. The one error is a running device that cannot be taken out.
     fn stop_dirty_log(&mut self) -> Result<(), MigratableError> {
         self.give_up().map_err(|error| MigratableError::StopDirtyLog(error.into()))
     }
@@ -379,6 +390,9 @@ impl Migratable for MigratableDevice {
     }
 
     /// Ends the session of a migration that succeeded, and the devices' sessions with it. The devices are stopped by now.
+    ///
+    /// The destination may run the VM: a source that cannot be switched off, or a device that cannot end its session, is a
+    /// warning in the log and no error.
     fn complete_migration(&mut self) -> Result<(), MigratableError> {
         self.end_migration().map_err(|error| MigratableError::CompleteMigration(error.into()))
     }

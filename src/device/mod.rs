@@ -43,7 +43,7 @@ mod size;
 mod stream;
 #[cfg(test)]
 #[cfg(feature = "device-state")]
-mod tests;
+pub(crate) mod tests;
 #[cfg(not(feature = "device-state"))]
 mod without_state;
 

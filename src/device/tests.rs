@@ -15,13 +15,14 @@ use DeviceState::{PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, Stop
 mod estimates;
 mod fake;
 
-use fake::{Effect, Script, Turn, World, devices, interface};
+pub(crate) use fake::{Effect, World};
+use fake::{Script, Turn, devices, interface};
 
-const ALL: Capabilities = Capabilities { p2p: true, pre_copy: true };
+pub(crate) const ALL: Capabilities = Capabilities { p2p: true, pre_copy: true };
 const P2P: Capabilities = Capabilities { p2p: true, pre_copy: false };
 const PLAIN: Capabilities = Capabilities { p2p: false, pre_copy: false };
 
-fn script(capabilities: Capabilities) -> Script {
+pub(crate) fn script(capabilities: Capabilities) -> Script {
     Script {
         capabilities,
         turns: vec![Turn::Bytes(vec![1; 24]), Turn::Pause, Turn::Bytes(vec![2; 8])],
@@ -42,17 +43,17 @@ fn mtty() -> Script {
 }
 
 /// A set of scripted devices, of which those that cannot be P2P-quiescent map only RAM.
-fn set(scripts: Vec<Script>) -> (DeviceSet, Arc<Mutex<World>>) {
+pub(crate) fn set(scripts: Vec<Script>) -> (DeviceSet, Arc<Mutex<World>>) {
     let (devices, world) = devices(scripts);
     let declare = |device: Device| if device.capabilities().p2p { device } else { device.maps_only_ram() };
     (DeviceSet::new(devices.into_iter().map(declare).collect()).unwrap(), world)
 }
 
-fn states(world: &Mutex<World>) -> Vec<DeviceState> {
+pub(crate) fn states(world: &Mutex<World>) -> Vec<DeviceState> {
     world.lock().unwrap().states()
 }
 
-fn fail_at_next_call(world: &Mutex<World>, effect: Effect) {
+pub(crate) fn fail_at_next_call(world: &Mutex<World>, effect: Effect) {
     let mut world = world.lock().unwrap();
     world.fault = Some((world.calls, effect));
 }

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
+#[cfg(feature = "device-state")]
+mod devices;
+
 use super::*;
 use crate::source::Operation;
 use crate::tracker::SpaceId;

@@ -11,7 +11,7 @@ use crate::device::{
 
 /// What happens at the call at which the fault is due.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Effect {
+pub(crate) enum Effect {
     /// The call fails and changes nothing.
     Fails,
     /// A move fails after its first arc, another call as in `Fails`.
@@ -24,13 +24,13 @@ pub(super) enum Effect {
 
 /// What a device has to say in PRE_COPY.
 #[derive(Debug, Clone)]
-pub(super) enum Turn {
+pub(crate) enum Turn {
     Bytes(Vec<u8>),
     Pause,
 }
 
 #[derive(Debug, Clone)]
-pub(super) struct Script {
+pub(crate) struct Script {
     pub(super) capabilities: Capabilities,
     /// What it says in PRE_COPY, and in STOP_COPY all at once if it was not asked there.
     pub(super) turns: Vec<Turn>,
@@ -54,7 +54,7 @@ impl Script {
 }
 
 /// One fake device's inner life, as the test sees it.
-pub(super) struct Inside {
+pub(crate) struct Inside {
     pub(super) script: Script,
     pub(super) state: DeviceState,
     /// What is still to be read.
@@ -73,7 +73,7 @@ pub(super) struct Inside {
 }
 
 #[derive(Default)]
-pub(super) struct World {
+pub(crate) struct World {
     pub(super) devices: Vec<Inside>,
     /// States entered, in order, with the device that entered them.
     pub(super) log: Vec<(usize, DeviceState)>,
