@@ -50,6 +50,12 @@ pub enum MigratableDeviceError {
     /// A migration should end before the devices were stopped.
     #[error("Devices still run: pause them before the migration completes")]
     DevicesRun,
+    /// A migration should end whose last table was not asked for.
+    #[error(
+        "Pages are owed to the destination: ask for a table (dirty_log) after the devices' stop, and again after hand_back, before \
+         the migration completes"
+    )]
+    PagesOwed,
     /// A source says only what its devices could have written, which counts once they have stopped, and nobody said how that
     /// will be told.
     #[error(
@@ -82,8 +88,20 @@ pub enum StopsToldBy {
 struct Log {
     cursor: CursorId,
     handed_out: Option<Table>,
-    /// The stopped devices' imprecise sources were in a table already; nothing is new in them until devices run again.
-    imprecise_reported: bool,
+    /// A table was asked for since the devices stopped, imprecise sources in it: nothing is new in these until devices run again.
+    reported_since_stop: bool,
+}
+
+impl Log {
+    fn new(cursor: CursorId) -> Self {
+        Self { cursor, handed_out: None, reported_since_stop: false }
+    }
+
+    /// Whether there are pages of stopped devices that no table had.
+    fn owes(&self, tracker: &Tracker) -> bool {
+        let pending = tracker.outstanding(self.cursor).is_some_and(|left| left.pending_bytes > 0);
+        pending || !self.reported_since_stop
+    }
 }
 
 /// The pages of a table in flight; none, where nothing was dirty.
@@ -186,7 +204,7 @@ impl MigratableDevice {
     /// Takes in that the VMM has set the pass-through devices going itself.
     pub fn devices_run(&mut self) {
         if let Some(log) = self.state.log() {
-            log.imprecise_reported = false;
+            log.reported_since_stop = false;
         }
         self.state.enter(State::Running);
     }
@@ -238,7 +256,7 @@ impl MigratableDevice {
         let mut tracker = locked(&self.tracker)?;
         self.check_stop_is_told(&tracker)?;
         let cursor = tracker.begin(Start::Copied)?;
-        *self.state.log() = Some(Log { cursor, handed_out: None, imprecise_reported: false });
+        *self.state.log() = Some(Log::new(cursor));
         Ok(())
     }
 
@@ -270,9 +288,9 @@ impl MigratableDevice {
         if let Some(Table(Some(received))) = log.handed_out.take() {
             tracker.commit(received);
         }
-        let with_imprecise = stopped && !log.imprecise_reported;
+        let with_imprecise = stopped && !log.reported_since_stop;
         let mut failures = if with_imprecise { tracker.collect_final() } else { tracker.collect() };
-        log.imprecise_reported |= with_imprecise;
+        log.reported_since_stop |= with_imprecise;
         if let Some(fatal) = failures.iter().position(|failure| tracker.is_fatal(failure)) {
             return Err(TrackerError::Source(failures.swap_remove(fatal)).into());
         }
@@ -307,9 +325,12 @@ impl MigratableDevice {
     }
 
     fn end_migration(&mut self) -> Result<(), MigratableDeviceError> {
-        match self.state {
+        match &self.state {
             State::Running(_) | State::Stopped(_) => return Err(MigratableDeviceError::NotMigrating),
             State::Migrating(_) => return Err(MigratableDeviceError::DevicesRun),
+            State::StoppedToMigrate(Some(log)) if log.owes(&lock(&self.tracker)) => {
+                return Err(MigratableDeviceError::PagesOwed);
+            }
             State::StoppedToMigrate(_) => self.state.enter(State::Stopped),
         }
         self.stop_log();
@@ -322,6 +343,11 @@ impl MigratableDevice {
 
     /// Drops the log; takes devices that still run out of the migration.
     fn give_up(&mut self) -> Result<(), MigratableDeviceError> {
+        if let State::StoppedToMigrate(Some(log)) = &self.state
+            && log.owes(&lock(&self.tracker))
+        {
+            log::warn!("Dirty log ends with pages that no table had: right only if the migration has failed");
+        }
         self.stop_log();
         if matches!(self.state, State::Migrating(_)) {
             self.state = State::Running(None);
@@ -390,6 +416,9 @@ impl Migratable for MigratableDevice {
     }
 
     /// Ends the session of a migration that succeeded, and the devices' sessions with it. The devices are stopped by now.
+    ///
+    /// Refused while the log runs and owes pages: no table was asked for since the devices stopped, or one was handed back and none
+    /// asked for since. Nothing has changed then.
     ///
     /// The destination may run the VM: a source that cannot be switched off, or a device that cannot end its session, is a
     /// warning in the log and no error.

@@ -145,6 +145,37 @@ fn a_paused_vm_hands_its_imprecise_sources_over_in_the_first_table() {
 }
 
 #[test]
+fn a_migration_completes_only_when_a_table_since_the_stop_had_all_pages() {
+    let (kvm, container) = (Scripted::new("kvm"), Scripted::imprecise("container"));
+    let mut vm = over(&[&kvm, &container]).with_stops_told_by(StopsToldBy::Pause);
+    let owes = |vm: &mut MigratableDevice| {
+        let refused = text(&vm.complete_migration().unwrap_err());
+        assert!(refused.contains("Pages are owed to the destination"), "{refused}");
+    };
+    vm.start_migration().unwrap();
+    vm.start_dirty_log().unwrap();
+    dirty_pages(&mut vm);
+    container.write(3);
+    vm.pause().unwrap();
+    owes(&mut vm);
+    assert_eq!(dirty_pages(&mut vm), 1);
+    vm.hand_back().unwrap();
+    owes(&mut vm);
+    assert_eq!(dirty_pages(&mut vm), 1, "and nothing has changed");
+    vm.complete_migration().unwrap();
+}
+
+#[test]
+fn a_log_that_was_stopped_before_keeps_no_migration_from_completing() {
+    let mut vm = over(&[&Scripted::new("kvm")]);
+    vm.start_migration().unwrap();
+    vm.start_dirty_log().unwrap();
+    vm.pause().unwrap();
+    vm.stop_dirty_log().unwrap();
+    vm.complete_migration().unwrap();
+}
+
+#[test]
 fn calls_that_make_no_sense_are_errors_that_say_so() {
     let mut vm = over(&[]);
     assert!(text(&vm.dirty_log().unwrap_err()).ends_with("Dirty log is not running"));
