@@ -364,10 +364,12 @@ impl Pausable for MigratableDevice {
     }
 
     /// Lets all devices run, P2P-quiescent first; call it before the vCPUs run. Ends a migration that was begun.
+    ///
+    /// After an error some devices may run, so all count as running: [`Pausable::pause`] stops them again.
     fn resume(&mut self) -> Result<(), MigratableError> {
-        lock(&self.devices).run().map_err(|error| MigratableError::Resume(error.into()))?;
+        let ran = lock(&self.devices).run();
         self.devices_run();
-        Ok(())
+        ran.map_err(|error| MigratableError::Resume(error.into()))
     }
 }
 

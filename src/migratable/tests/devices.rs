@@ -57,3 +57,20 @@ fn a_log_that_cannot_be_switched_off_keeps_no_device_in_a_migration_given_up() {
     kvm.fail_next(Operation::Stop);
     vm.start_dirty_log().unwrap();
 }
+
+#[test]
+fn devices_that_run_after_a_resume_that_failed_are_stopped_by_the_next_pause() {
+    let container = Scripted::imprecise("container");
+    let (vm, world) = with_a_device(&[&container]);
+    let mut vm = vm.with_stops_told_by(StopsToldBy::Pause);
+    vm.start_dirty_log().unwrap();
+    vm.pause().unwrap();
+    dirty_pages(&mut vm);
+    fail_at_next_call(&world, Effect::Breaks);
+    vm.resume().unwrap_err();
+    assert_eq!(states(&world), [DeviceState::Running], "after a reset");
+    container.write(5);
+    vm.pause().unwrap();
+    assert_eq!(states(&world), [DeviceState::Stop]);
+    assert_eq!(dirty_pages(&mut vm), 1, "what it wrote meanwhile");
+}
