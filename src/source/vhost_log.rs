@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
 
-use super::{Cover, DirtySource, Operation, Reports, Sink, SourceError};
+use super::{Cover, DirtySource, Operation, PluggedRam, Reports, Sink, SourceError};
 use crate::bitmap::WORD_BITS;
 use crate::granule::Granule;
 use crate::iova::IovaMap;
@@ -119,6 +119,24 @@ pub enum VhostUserLogError {
 struct Logs {
     given: SharedWords,
     spare: SharedWords,
+    /// Logs that were too short for RAM plugged in, or were offered and not answered for. The back end may set bits in them until it has
+    /// taken another one.
+    replaced: Vec<SharedWords>,
+}
+
+impl Logs {
+    fn new(words: usize) -> Result<Self, VhostUserLogError> {
+        Ok(Self { given: new_log(words)?, spare: new_log(words)?, replaced: Vec::new() })
+    }
+
+    fn is_shorter_than(&self, words: usize) -> bool {
+        [&self.given, &self.spare].into_iter().any(|log| log.words().len() < words)
+    }
+
+    /// Takes the bits of all RAM out of every log that the back end is not meant to use now.
+    fn drain_others(&self, words: &mut [u64], sink: &mut Sink<'_>) {
+        self.replaced.iter().chain([&self.spare]).for_each(|log| drain(log, words, sink));
+    }
 }
 
 /// The dirty log of one vhost-user back end, at one bit per 4 KiB of guest-physical memory whatever the host's page size.
@@ -131,9 +149,10 @@ struct Logs {
 /// gone, [`LogBaseAnswer::Stopped`] makes the last collect read what it left behind. A back end that died without that is a failed
 /// read: it may have written pages whose bits it did not come to set.
 ///
-/// The log reaches from address 0 to the highest byte of RAM, and grows with the layout: at the next collect after RAM was plugged in.
-/// Give the back end new RAM after that collect, or make the log long enough from the start with [`VhostUserLog::reaching`]: some
-/// back ends end themselves when they write past the end of their log. The memory is taken page by page as bits are set.
+/// The log reaches from address 0 to the highest byte of RAM. Where RAM is plugged in above that, the back end is given a longer one before
+/// [`crate::tracker::Tracker::add_ram`] returns: give it the RAM itself afterwards, since some back ends end themselves when they write past
+/// the end of their log. One that refuses has the RAM refused; with [`VhostUserLog::reaching`] the log is long enough from the start. Its
+/// memory is taken page by page as bits are set.
 #[derive(Debug)]
 pub struct VhostUserLog<B> {
     id: String,
@@ -162,8 +181,7 @@ impl<B: VhostUserBackEnd> VhostUserLog<B> {
     }
 
     fn try_start(&mut self, layout: &Layout) -> Result<Logs, VhostUserLogError> {
-        let words = self.words_needed(layout);
-        let logs = Logs { given: new_log(words)?, spare: new_log(words)? };
+        let logs = Logs::new(self.words_needed(layout))?;
         offer(&mut self.back_end, &logs.given)?;
         if let Err(error) = self.switch_on() {
             let _already_failing = self.switch_off();
@@ -184,25 +202,54 @@ impl<B: VhostUserBackEnd> VhostUserLog<B> {
     }
 
     fn try_collect(&mut self, logs: &mut Logs, sink: &mut Sink<'_>) -> Result<(), VhostUserLogError> {
-        // Nobody sets bits in it any more; those that came late are there.
-        drain(&logs.spare, &mut self.words, sink);
+        // A log that is offered starts empty but for bits that come while it is: those that came late are taken out before.
+        logs.drain_others(&mut self.words, sink);
         let needed = self.words_needed(sink.layout());
         if logs.spare.words().len() < needed {
-            logs.spare = new_log(needed)?;
+            let short = std::mem::replace(&mut logs.spare, new_log(needed)?);
+            logs.replaced.push(short);
         }
         match offer(&mut self.back_end, &logs.spare)? {
             LogBaseAnswer::Taken => {
                 std::mem::swap(&mut logs.given, &mut logs.spare);
-                drain(&logs.spare, &mut self.words, sink);
+                logs.drain_others(&mut self.words, sink);
+                logs.replaced.clear();
             }
-            LogBaseAnswer::Stopped => drain(&logs.given, &mut self.words, sink),
+            LogBaseAnswer::Stopped => {
+                drain(&logs.given, &mut self.words, sink);
+                logs.drain_others(&mut self.words, sink);
+            }
         }
         Ok(())
     }
 
-    /// Counts the words of a log that reaches to the end of RAM, filled up to whole host pages.
+    /// Gives the back end a log that reaches RAM up to `end`. There is nowhere to report to: what it had is read by the next collect.
+    fn try_plug(&mut self, logs: &mut Logs, end: u64) -> Result<(), VhostUserLogError> {
+        let needed = self.words_reaching(end);
+        if !logs.is_shorter_than(needed) {
+            return Ok(());
+        }
+        let longer = new_log(needed)?;
+        let old = match offer(&mut self.back_end, &longer) {
+            Ok(LogBaseAnswer::Taken) => std::mem::replace(&mut logs.given, longer),
+            // Once its rings are set up again it may be given what it was offered last.
+            Ok(LogBaseAnswer::Stopped) => std::mem::replace(&mut logs.spare, longer),
+            Err(error) => {
+                logs.replaced.push(longer);
+                return Err(error);
+            }
+        };
+        logs.replaced.push(old);
+        Ok(())
+    }
+
+    /// Counts the words of a log that reaches to the end of RAM.
     fn words_needed(&self, layout: &Layout) -> usize {
-        let end = layout.regions().last().map_or(0, |region| region.range().end());
+        self.words_reaching(layout.regions().last().map_or(0, |region| region.range().end()))
+    }
+
+    /// Counts the words of a log that reaches to `end`, filled up to whole host pages.
+    fn words_reaching(&self, end: u64) -> usize {
         let bytes = end.max(self.least_end).max(1).div_ceil(WORD_SPAN) * size_of::<u64>() as u64;
         let bytes = bytes.next_multiple_of(Granule::host_page().bytes());
         usize::try_from(bytes).unwrap_or(usize::MAX) / size_of::<u64>()
@@ -293,6 +340,14 @@ impl<B: VhostUserBackEnd> DirtySource for VhostUserLog<B> {
         let collected = self.try_collect(&mut logs, sink);
         self.logs = Some(logs);
         collected.map_err(|cause| SourceError::new(&self.id, Operation::Collect, cause))
+    }
+
+    /// Gives the back end a log that reaches the new RAM.
+    fn plugged(&mut self, ram: &PluggedRam) -> Result<(), SourceError> {
+        let Some(mut logs) = self.logs.take() else { return Ok(()) };
+        let plugged = self.try_plug(&mut logs, ram.gpa.end());
+        self.logs = Some(logs);
+        plugged.map_err(|cause| SourceError::new(&self.id, Operation::Plugged, cause))
     }
 
     fn stop(&mut self) -> Result<(), SourceError> {

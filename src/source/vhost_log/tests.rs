@@ -252,7 +252,7 @@ fn every_collect_covers_all_ram_whatever_the_log_holds() {
 fn the_log_grows_with_the_ram() {
     let (back_end, mut log) = started();
     back_end.lock().writes(5);
-    let grown = layout_of(&[RAM[0], RAM[1], RAM[2], (3 << 20, 64)], Granule::KIB_4);
+    let grown = grown();
     let (answer, marked) = collected_in(&grown, &mut log);
     answer.unwrap();
     assert_eq!(marked, pages([5]));
@@ -260,6 +260,73 @@ fn the_log_grows_with_the_ram() {
         back_end.lock().writes(page);
         assert_eq!(collected_in(&grown, &mut log).1, pages([page]), "whichever log it is");
     }
+}
+
+fn grown() -> Layout {
+    layout_of(&[RAM[0], RAM[1], RAM[2], PLUGGED], Granule::KIB_4)
+}
+
+/// RAM behind the end of any log for [`RAM`].
+const PLUGGED: (u64, u64) = (3 << 20, 64);
+
+fn plug(log: &mut VhostUserLog<Shared>) -> Result<(), SourceError> {
+    log.plugged(&PluggedRam { gpa: range(PLUGGED.0, PLUGGED.1), kvm_slot: None })
+}
+
+#[test]
+fn what_is_logged_until_a_longer_log_is_taken_is_read_wherever_it_is() {
+    let (back_end, mut log) = started();
+    back_end.lock().fault = Some(Fault::Unanswered);
+    collected_in(&layout(), &mut log).0.unwrap_err();
+    // The back end logs to the spare, which is too short now.
+    back_end.lock().during_swap = Some((2, 3));
+    let (answer, marked) = collected_in(&grown(), &mut log);
+    answer.unwrap();
+    assert_eq!(marked, pages([2]));
+    assert_eq!(collected_in(&grown(), &mut log).1, pages([3]));
+}
+
+#[test]
+fn ram_that_is_plugged_in_has_a_log_before_the_back_end_is_given_it() {
+    let (back_end, mut log) = started();
+    back_end.lock().writes(5);
+    back_end.lock().during_swap = Some((6, 7));
+    plug(&mut log).unwrap();
+    let last = PLUGGED.0 + PLUGGED.1 - 1;
+    back_end.lock().writes(last);
+    assert_eq!(collected_in(&grown(), &mut log).1, pages([5, 6, 7, last]));
+    back_end.lock().calls.clear();
+    plug(&mut log).unwrap();
+    assert!(back_end.lock().calls.is_empty(), "both logs reach it by now");
+    log.stop().unwrap();
+    plug(&mut log).unwrap();
+}
+
+#[test]
+fn ram_whose_log_a_back_end_does_not_take_is_refused_and_no_bit_is_lost() {
+    for fault in [Fault::Refused, Fault::Unanswered] {
+        let (back_end, mut log) = started();
+        back_end.lock().writes(5);
+        back_end.lock().fault = Some(fault);
+        assert_eq!(plug(&mut log).unwrap_err().operation, Operation::Plugged);
+        back_end.lock().writes(6);
+        back_end.lock().during_swap = Some((7, 8));
+        assert_eq!(collected(&mut log), pages([5, 6, 7]), "{fault:?}");
+        assert_eq!(collected(&mut log), pages([8]), "{fault:?}");
+    }
+}
+
+#[test]
+fn ram_is_plugged_in_while_a_back_end_is_stopped() {
+    let (back_end, mut log) = started();
+    back_end.lock().writes(5);
+    back_end.lock().stopped = true;
+    plug(&mut log).unwrap();
+    back_end.lock().stopped = false;
+    assert_eq!(collected_in(&grown(), &mut log).1, pages([5]));
+    back_end.lock().writes(PLUGGED.0);
+    back_end.lock().stopped = true;
+    assert_eq!(collected_in(&grown(), &mut log).1, pages([PLUGGED.0]));
 }
 
 #[test]
