@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::io;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
 /// What a thread of the library does before anything else: block signals, take on a seccomp filter, choose processors.
@@ -27,36 +28,61 @@ impl ThreadStart {
     /// Nothing.
     pub const NOTHING: Self = Self(None);
 
-    /// What `hook` does. A hook that panics ends its thread, which fails what the thread was to do.
+    /// What `hook` does; whoever starts a thread waits for it. A thread whose hook panics counts as one that the system refused: what it
+    /// was for fails, or is done by the threads that there are.
     pub const fn new(hook: &'static (dyn Fn() + Send + Sync)) -> Self {
         Self(Some(hook))
     }
 
     /// Starts a thread of this name that does `work`.
+    ///
+    /// # Errors
+    /// The system has no thread left, or the hook panicked.
     pub(crate) fn spawn<T: Send + 'static>(
         self,
         name: impl Into<String>,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<JoinHandle<T>> {
-        Builder::new().name(name.into()).spawn(move || self.and_then(work))
+        let (ready, begun) = sync_channel(1);
+        let thread = Builder::new().name(name.into()).spawn(move || self.and_then(ready, work))?;
+        if self.is_over(&begun) { Ok(thread) } else { Err(panicked(thread.join())) }
     }
 
     /// Starts a thread of this name that does `work` within `scope`.
+    ///
+    /// # Errors
+    /// As [`ThreadStart::spawn`].
     pub(crate) fn spawn_scoped<'scope, T: Send + 'scope>(
         self,
         scope: &'scope Scope<'scope, '_>,
         name: impl Into<String>,
         work: impl FnOnce() -> T + Send + 'scope,
     ) -> io::Result<ScopedJoinHandle<'scope, T>> {
-        Builder::new().name(name.into()).spawn_scoped(scope, move || self.and_then(work))
+        let (ready, begun) = sync_channel(1);
+        let thread =
+            Builder::new().name(name.into()).spawn_scoped(scope, move || self.and_then(ready, work))?;
+        // Joined, or the whole scope panics for it.
+        if self.is_over(&begun) { Ok(thread) } else { Err(panicked(thread.join())) }
     }
 
-    fn and_then<T>(self, work: impl FnOnce() -> T) -> T {
+    fn and_then<T>(self, ready: SyncSender<()>, work: impl FnOnce() -> T) -> T {
         if let Some(hook) = self.0 {
             hook();
         }
+        let _nobody_waits_without_a_hook = ready.send(());
+        drop(ready);
         work()
     }
+
+    /// Waits for the hook, if there is one; `false` where it panicked.
+    fn is_over(self, begun: &Receiver<()>) -> bool {
+        self.0.is_none() || begun.recv().is_ok()
+    }
+}
+
+/// Makes an error of what is left of a thread whose hook panicked.
+fn panicked<T>(_thread: std::thread::Result<T>) -> io::Error {
+    io::Error::other("what it does first (ThreadStart) panicked")
 }
 
 impl fmt::Debug for ThreadStart {
@@ -87,5 +113,16 @@ mod tests {
         assert_eq!(within, (2, Some("within".to_owned())));
         let without = ThreadStart::NOTHING.spawn("without", work).unwrap().join().unwrap();
         assert_eq!(without.0, 2);
+    }
+
+    #[test]
+    fn a_thread_whose_hook_panics_was_not_started() {
+        static PANIC: ThreadStart = ThreadStart::new(&|| panic!("no filter for this thread"));
+        let alone = PANIC.spawn("alone", || unreachable!("the hook comes first")).unwrap_err();
+        assert!(alone.to_string().contains("panicked"));
+        thread::scope(|scope| {
+            let within = PANIC.spawn_scoped(scope, "within", || unreachable!("the hook comes first"));
+            assert!(within.unwrap_err().to_string().contains("panicked"));
+        });
     }
 }

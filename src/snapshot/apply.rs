@@ -58,7 +58,7 @@ pub enum ApplyError {
 
 /// Writes the snapshot that `chain` amounts to as a full one, the directory `target`.
 ///
-/// Every block that is read is checked against its digest. The new snapshot also answers to the name of the differential on
+/// Every block that is read is checked against its digest. The new snapshot also answers to all names of the snapshot on
 /// top, so that the next differential of the chain fits it too. Returns what names the new snapshot.
 ///
 /// # Errors
@@ -80,8 +80,7 @@ pub fn apply(chain: &Chain, target: &Path, limits: &Limits) -> Result<Digest, Ap
         lay_over(&writer, differential).map_err(|source| copy(differential.path(), source))?;
         log::info!("Laid {} over it after {}", differential.path().display(), Millis(began.elapsed()));
     }
-    let aliases = chain.differentials().last().map(Differential::digest);
-    let aliases = aliases.map_or_else(|| manifest.aliases.clone(), |alias| vec![alias]);
+    let aliases = top.aliases.iter().copied().chain([top.digest()]).collect();
     Ok(writer.complete(chain.config(), chain.state().clone(), aliases)?)
 }
 

@@ -68,6 +68,14 @@ impl Directory {
         Ok(unlinkat(&self.0, name, AtFlags::REMOVEDIR)?)
     }
 
+    /// Whether anything has the name `name`, be it a link that leads nowhere.
+    pub(super) fn has(&self, name: &OsStr) -> io::Result<bool> {
+        match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(false),
+            found => Ok(found.map(|_| true)?),
+        }
+    }
+
     /// Whether `name` leads to `file` and not to something else.
     pub(super) fn leads_to(&self, name: &OsStr, file: &File) -> io::Result<bool> {
         let named = match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {

@@ -178,13 +178,14 @@ impl Manifest {
         self.digest() == digest || self.aliases.contains(&digest)
     }
 
-    /// Writes the manifest as a file holds it, and returns the digest with it.
+    /// Writes the manifest as a file holds it, and returns the digest with it. Of the aliases, its own name is none.
     pub fn encode(&self) -> (Vec<u8>, Digest) {
         let mut bytes = self.body();
         let digest = Digest::of(&bytes);
         bytes.extend_from_slice(digest.as_bytes());
-        bytes.extend_from_slice(&(self.aliases.len() as u64).to_le_bytes());
-        bytes.extend_from_slice(self.aliases.as_bytes());
+        let aliases: Vec<_> = self.aliases.iter().copied().filter(|&alias| alias != digest).collect();
+        bytes.extend_from_slice(&(aliases.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(aliases.as_bytes());
         let checksum = Digest::of(&bytes);
         bytes.extend_from_slice(checksum.as_bytes());
         (bytes, digest)

@@ -20,7 +20,7 @@ use super::placement::PlacementError;
 use super::staging::{StagingError, add_file, clear_added};
 use crate::granule::Granule;
 
-/// Why a snapshot was given no manifest. It is as it was.
+/// Why a snapshot was given no manifest. It is as it was, but for [`StagingError::Unsynced`].
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SealError {
@@ -98,7 +98,7 @@ fn hash(dir: &SnapshotDir, page: Granule) -> io::Result<BlockTable> {
 /// fit: it answers to its old name, too.
 ///
 /// # Errors
-/// The snapshot is as it was.
+/// The snapshot is as it was; but it has the new manifest after [`StagingError::Unsynced`].
 pub fn reseal(path: &Path, limits: &Limits) -> Result<Digest, SealError> {
     let sealed = open_manifest(path, limits)?;
     let sealed = sealed.ok_or_else(|| SealError::NoManifest { path: path.to_owned() })?;

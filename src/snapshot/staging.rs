@@ -27,7 +27,8 @@ const FILES: [&str; 6] = [CONFIG_FILE, STATE_FILE, MEMORY_FILE, CHANGES_FILE, MA
 /// Files that a writer has open at a time, and a connection that brings their bytes.
 const DESCRIPTORS: usize = 16;
 
-/// Why a directory was not written. Nothing lies under its name, but for [`StagingError::Stands`].
+/// Why a directory or a file was not written. Nothing lies under its name, but for [`StagingError::Stands`] and
+/// [`StagingError::Unsynced`].
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StagingError {
@@ -100,6 +101,19 @@ pub enum StagingError {
         /// Why it was not taken back.
         taking_back: io::Error,
         /// Why it was not brought to disk.
+        source: io::Error,
+    },
+    /// A file took the place of an older one, but perhaps not for good: its name could not be brought to disk.
+    #[error(
+        "{name} of {path} is the new one, but a loss of power may bring back the old one: it could not be brought to disk",
+        path = .path.display()
+    )]
+    Unsynced {
+        /// The file.
+        name: &'static str,
+        /// Its directory.
+        path: PathBuf,
+        /// Why.
         source: io::Error,
     },
 }
@@ -277,13 +291,16 @@ impl StagedDir {
             expect_at(&self.staged.0, name.as_ref(), file)?;
         }
         expect_at(&self.parent, &self.temporary, self.staged.file())?;
-        self.parent.rename(&self.temporary, &self.name)
+        rename_opened(&self.parent, &self.temporary, &self.name, self.staged.file())
     }
 }
 
 impl Drop for StagedDir {
     fn drop(&mut self) {
+        // What has the final name, or may have it, stays whole.
+        let is_unnamed = || matches!(self.parent.leads_to(&self.name, self.staged.file()), Ok(false));
         if !self.published
+            && is_unnamed()
             && let Err(error) = self.staged.remove(&self.parent, &self.temporary)
         {
             log::warn!(
@@ -295,16 +312,40 @@ impl Drop for StagedDir {
     }
 }
 
-/// Adds a file to the finished directory `dir`: whole or not at all, safe on disk when it returns.
+/// Adds a file to the finished directory `dir`, in place of one of that name if there is one: whole or not at all, safe on disk
+/// when it returns.
+///
+/// # Errors
+/// [`StagingError::Unsynced`]: it has its name. Else what was there before is as it was.
 pub(super) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result<(), StagingError> {
     clear_added(dir, name);
-    let added = Directory::open(dir).and_then(|directory| {
-        let (temporary, file) = partial::make::<File>(&directory, name.as_ref())?;
-        let moved = write_synced(&file, content).and_then(|()| directory.rename(&temporary, name.as_ref()));
-        moved.inspect_err(|_| discard(&directory, &temporary))?;
-        sync_directory(directory.file()).inspect_err(|_| discard(&directory, name.as_ref()))
-    });
-    added.map_err(|source| StagingError::Write { name, path: dir.to_owned(), source })
+    let failed = |source| StagingError::Write { name, path: dir.to_owned(), source };
+    let directory = Directory::open(dir).map_err(failed)?;
+    let replaces = directory.has(name.as_ref()).map_err(failed)?;
+    let (temporary, file) = partial::make::<File>(&directory, name.as_ref()).map_err(failed)?;
+    let moved = write_synced(&file, content)
+        .and_then(|()| rename_opened(&directory, &temporary, name.as_ref(), &file));
+    moved.inspect_err(|_| discard(&directory, &temporary)).map_err(failed)?;
+    sync_directory(directory.file()).map_err(|source| match replaces {
+        // The one that was there before is gone: to have the new one is better than to have none.
+        true => StagingError::Unsynced { name, path: dir.to_owned(), source },
+        false => {
+            discard(&directory, name.as_ref());
+            failed(source)
+        }
+    })
+}
+
+/// Moves `opened` from the name `from` to the name `to`. What it is called in the end decides whether that failed: over a
+/// network, what was done may be answered with an error.
+fn rename_opened(directory: &Directory, from: &OsStr, to: &OsStr, opened: &File) -> io::Result<()> {
+    match directory.rename(from, to) {
+        Err(error) if matches!(directory.leads_to(to, opened), Ok(true)) => {
+            log::warn!("{} has its name, whatever its file system says: {error}", to.display());
+            Ok(())
+        }
+        renamed => renamed,
+    }
 }
 
 /// Clears up after dead writers of the file `name` in the finished directory `dir`.
@@ -488,6 +529,18 @@ mod tests {
         assert!(source.to_string().contains("moved, removed or replaced"), "{source}");
         assert!(!target.exists());
         assert_eq!(fs::read(temporary.join(CONFIG_FILE)).unwrap(), b"theirs");
+    }
+
+    #[test]
+    fn what_has_the_final_name_after_a_failure_is_left_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("snapshot");
+        let staged = StagedDir::create(&target).unwrap();
+        staged.write_file(CONFIG_FILE, b"ours").unwrap();
+        // As after a rename that took effect and failed.
+        fs::rename(dir.path().join(&staged.temporary), &target).unwrap();
+        drop(staged);
+        assert_eq!(fs::read(target.join(CONFIG_FILE)).unwrap(), b"ours");
     }
 
     #[test]

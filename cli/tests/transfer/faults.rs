@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use vfio_migration::snapshot::{CONFIG_FILE, MANIFEST_FILE};
 use vfio_migration_integration::skip;
 
 use crate::stored::{Place, assert_same, assert_sound};
@@ -157,6 +158,33 @@ fn a_directory_that_cannot_be_taken_back_is_left_whole() {
     let (ended, _) = run_with(&options[..6], &["snapshot", "apply", &text(&from), "--into", &text(&into)]);
     ended.failed(4, "Cannot move the finished directory to");
     assert!(entries(out.root()).is_empty(), "{:?}", entries(out.root()));
+}
+
+#[test]
+fn a_manifest_is_never_lost_to_an_edited_configuration() {
+    if !has_strace() {
+        return;
+    }
+    let place = Place::new();
+    let (full, later, into) = (place.stored("full", 1), place.stored("later", 2), place.path("into"));
+    run(["snapshot", "create", "--from", &text(&later), "--base", &text(&full), "--into", &text(&into)])
+        .succeeded();
+    for dir in [&full, &into] {
+        let config = dir.join(CONFIG_FILE);
+        fs::write(&config, fs::read_to_string(&config).unwrap() + "\n").unwrap();
+        let options = ["-P", &text(dir), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO"];
+        let (ended, _) = run_with(&options, &["snapshot", "seal", &text(dir), "--edited-config"]);
+        ended
+            .failed(4, "snapshot-manifest of")
+            .failed(4, "is the new one, but a loss of power may bring back");
+        assert_sound(dir);
+    }
+    // A first manifest is taken back: there is none to miss.
+    fs::remove_file(full.join(MANIFEST_FILE)).unwrap();
+    let options = ["-P", &text(&full), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO"];
+    let (ended, _) = run_with(&options, &["snapshot", "seal", &text(&full)]);
+    ended.failed(4, "Cannot write snapshot-manifest of");
+    assert!(!full.join(MANIFEST_FILE).exists());
 }
 
 #[test]

@@ -124,6 +124,15 @@ fn c66_an_edited_config_is_sent_or_sealed_anew_and_differentials_still_fit() {
     assert_clean(&next);
     apply(&Chain::open([&base, &next, &last], &limits).unwrap(), &whole, &limits).unwrap();
     assert_eq!(fs::read(whole.join(MEMORY_FILE)).unwrap(), guest.file());
+
+    // So it is in two steps: what the first makes answers to every name of what it was made of.
+    let [first, second, alone] = ["first", "second", "alone"].map(|name| dir.path().join(name));
+    apply(&Chain::open([&base, &next], &limits).unwrap(), &first, &limits).unwrap();
+    apply(&Chain::open([&first, &last], &limits).unwrap(), &second, &limits).unwrap();
+    assert_eq!(fs::read(second.join(MEMORY_FILE)).unwrap(), guest.file());
+    apply(&Chain::open([&base], &limits).unwrap(), &alone, &limits).unwrap();
+    let manifest = |dir: &Path| fs::read(dir.join(MANIFEST_FILE)).unwrap();
+    assert_eq!(manifest(&alone), manifest(&base), "no name twice");
 }
 
 #[test]
