@@ -5,11 +5,14 @@
 #![expect(clippy::unwrap_used, reason = "a test may end at any surprise")]
 
 use std::collections::BTreeSet;
+use std::error::Error;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use vfio_migration::granule::Granule;
 use vfio_migration::layout::Layout;
@@ -28,6 +31,9 @@ use vfio_migration::transfer::{self, Migration, SendOptions, Sender};
 
 const REGION: u64 = 8 << 20;
 const HIGH: u64 = 4 << 30;
+
+/// How long a receiver waits for its source where one may fail to come.
+const SOURCE_WAIT: Duration = Duration::from_secs(2);
 
 fn ram() -> [GpaRange; 2] {
     [0, HIGH].map(|start| GpaRange::new(start, REGION).unwrap())
@@ -60,23 +66,43 @@ fn write(target: &Path) {
     writer.finish(br#"{"memory":{"size":16777216},"cpus":{"boot_vcpus":2}}"#, state().as_bytes()).unwrap();
 }
 
+type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
+
+/// Sends and receives, on threads that do `sending` and `receiving` first; returns what came of each.
+fn try_send(
+    from: &Path,
+    into: &Path,
+    url: &Url,
+    connections: u64,
+    [sending, receiving]: [ThreadStart; 2],
+) -> [Outcome; 2] {
+    let listener = Listener::bind(url).unwrap();
+    let limits = |thread_start| Limits { thread_start, ..Limits::default() };
+    let destination = DestinationOptions { limits: limits(receiving), ..DestinationOptions::default() };
+    let mut options = SendOptions::new(listener.url().clone());
+    options.thread_start = sending;
+    options.connections = ConnectionCount::new(connections).unwrap();
+    let waits = transfer::limits::Limits { source_wait: SOURCE_WAIT, ..transfer::limits::Limits::default() };
+    let receiver = Receiver::new(waits, None).thread_start(receiving);
+    let send = || -> Outcome {
+        let mut source = SnapshotSource::new(SnapshotDir::open(from, &limits(sending))?)?;
+        let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build()?);
+        Sender::new(options).send(&mut source, &tracker, &Mutex::default(), &Migration::new())?;
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let received = scope.spawn(move || -> Outcome {
+            let mut destination = SnapshotDestination::create(into, destination)?;
+            receiver.receive(&listener, &mut destination)?;
+            Ok(())
+        });
+        [send(), received.join().unwrap()]
+    })
+}
+
 /// Sends and receives, on threads that do `thread_start` first.
 fn send(from: &Path, into: &Path, url: &Url, connections: u64, thread_start: ThreadStart) {
-    let listener = Listener::bind(url).unwrap();
-    let limits = Limits { thread_start, ..Limits::default() };
-    let destination = DestinationOptions { limits, ..DestinationOptions::default() };
-    let mut destination = SnapshotDestination::create(into, destination).unwrap();
-    let mut options = SendOptions::new(listener.url().clone());
-    options.thread_start = thread_start;
-    options.connections = ConnectionCount::new(connections).unwrap();
-    let mut source = SnapshotSource::new(SnapshotDir::open(from, &limits).unwrap()).unwrap();
-    let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
-    let receiver = Receiver::new(transfer::limits::Limits::default(), None).thread_start(thread_start);
-    thread::scope(|scope| {
-        let received = scope.spawn(|| receiver.receive(&listener, &mut destination).map(drop));
-        Sender::new(options).send(&mut source, &tracker, &Mutex::default(), &Migration::new()).unwrap();
-        received.join().unwrap().unwrap();
-    });
+    try_send(from, into, url, connections, [thread_start; 2]).into_iter().for_each(Result::unwrap);
 }
 
 #[test]
@@ -114,6 +140,49 @@ fn every_thread_does_what_the_embedder_wants_first() {
     let others = ["migration-door", "migration-in", "snapshot-check", "snapshot-flush", "snapshot-part"];
     let expected = sender.into_iter().chain(others).map(str::to_owned).collect();
     assert_eq!(*STARTED.lock().unwrap(), expected);
+}
+
+/// What panics on threads of this name once it has let so many of them go.
+fn panics_on(name: &'static str, spared: usize) -> ThreadStart {
+    let seen = AtomicUsize::new(0);
+    ThreadStart::new(Box::leak(Box::new(move || {
+        let is_named = thread::current().name() == Some(name);
+        assert!(!is_named || seen.fetch_add(1, Ordering::Relaxed) < spared, "no filter for {name}");
+    })))
+}
+
+#[test]
+fn a_thread_that_cannot_do_what_the_embedder_wants_is_an_error_in_good_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = dir.path().join("from");
+    write(&from);
+    let url = Url::tcp("127.0.0.1", 0).unwrap();
+    let [is_sender, is_receiver] = [[true, false], [false, true]];
+    for (name, spared, side, fails) in [
+        ("migrate-dial", 0, is_sender, true),
+        ("migrate-0", 0, is_sender, true),
+        ("migrate-1", 0, is_sender, true),
+        ("snapshot-check", 0, is_sender, true),
+        ("migration-door", 0, is_receiver, true),
+        ("migration-in", 0, is_receiver, true),
+        // Not the one that only shows that there are threads: the source's own, then that of its second connection.
+        ("migration-in", 1, is_receiver, true),
+        ("migration-in", 2, is_receiver, true),
+        ("snapshot-flush", 0, is_receiver, true),
+        // Others do the share of these, and connections are cut.
+        ("snapshot-part", 0, [true; 2], false),
+        ("migrate-close", 0, is_sender, false),
+    ] {
+        let begun = Instant::now();
+        let hook = panics_on(name, spared);
+        let threads = side.map(|has_hook| if has_hook { hook } else { ThreadStart::NOTHING });
+        let into = dir.path().join(format!("{name}-{spared}"));
+        let outcomes = try_send(&from, &into, &url, 2, threads);
+        for (outcome, has_hook) in outcomes.into_iter().zip(side) {
+            assert!(!has_hook || outcome.is_err() == fails, "{name} {spared}: {outcome:?}");
+        }
+        assert!(begun.elapsed() < SOURCE_WAIT + Duration::from_secs(10), "{name} {spared}");
+    }
 }
 
 /// Where the standard library's own ways to start a thread are used in the text of a module, its tests left out.

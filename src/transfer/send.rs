@@ -283,7 +283,7 @@ pub enum SendError {
     /// The State message could not be written down.
     #[error("VM state is no JSON")]
     State(#[from] serde_json::Error),
-    /// No thread could be had for a connection.
+    /// No thread could be had for a connection, or what it does first panicked.
     #[error("Cannot start a thread for a connection")]
     Thread(#[source] io::Error),
     /// A thread of a connection ended without a word.
