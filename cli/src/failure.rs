@@ -355,7 +355,9 @@ impl Class for ReceiveError {
             Self::Connection { source } => source.exit(),
             Self::Stopped => Exit::Cancelled,
             Self::Store { source } => exit_of_copy(source),
-            Self::Thread { .. } | Self::Descriptors { .. } | Self::Short { .. } => Exit::Io,
+            Self::Thread { .. } | Self::ThreadDied | Self::Descriptors { .. } | Self::Short { .. } => {
+                Exit::Io
+            }
             Self::Read { source, .. } | Self::Answer { source, .. } => exit_of_line(source),
             Self::Destination { source, .. } => {
                 source.downcast_ref::<DestinationError>().map_or(Exit::Io, Class::exit)

@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -87,12 +88,13 @@ impl Shared {
         self.due.notify_one();
     }
 
-    /// Syncs whenever it is due, until it is over or a sync fails.
+    /// Syncs whenever it is due, until it is over or a sync fails; one that panics has failed.
     fn run(&self, sync: &SyncBytes) {
         let mut failed = false;
         while !failed && self.await_due() {
             let begun = Instant::now();
-            let outcome = sync();
+            let panicked = |_| Err(io::Error::other("The syncing thread panicked"));
+            let outcome = catch_unwind(AssertUnwindSafe(sync)).unwrap_or_else(panicked);
             failed = outcome.is_err();
             let mut state = self.lock();
             state.note_sync(begun.elapsed());
@@ -178,9 +180,10 @@ impl Drop for Flusher {
     }
 }
 
-/// Makes the error of a system call once more.
+/// Makes an error once more.
 fn same(error: &io::Error) -> io::Error {
-    error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
+    let told = || io::Error::new(error.kind(), error.to_string());
+    error.raw_os_error().map_or_else(told, io::Error::from_raw_os_error)
 }
 
 #[cfg(test)]
@@ -243,6 +246,20 @@ mod tests {
         say.send(Ok(())).unwrap();
         flusher.finish().unwrap();
         assert_eq!(syncs.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_sync_that_panics_lets_no_writer_wait_and_is_told_at_the_end() {
+        let flusher = Flusher::with(Box::new(|| panic!("no disk")), ThreadStart::NOTHING).unwrap();
+        let (report, failed) = channel();
+        thread::spawn(move || {
+            let error = (0..4).find_map(|_| flusher.wrote(*MISSING_BYTES.start()).err());
+            report.send((error.unwrap(), flusher)).unwrap();
+        });
+        let (error, flusher) =
+            failed.recv_timeout(Duration::from_secs(10)).expect("nobody waits for the dead");
+        assert!(error.to_string().contains("panicked"), "{error}");
+        assert!(flusher.finish().unwrap_err().to_string().contains("panicked"));
     }
 
     #[test]

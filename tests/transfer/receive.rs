@@ -425,6 +425,36 @@ fn a_store_that_fails_is_not_mistaken_for_the_connection() {
     );
 }
 
+/// A store that panics, at whoever fills it.
+struct Broken(Layout);
+
+impl PageStore for Broken {
+    fn layout(&self) -> &Layout {
+        &self.0
+    }
+
+    fn fill(&self, _table: &MemoryTable, _pages: &mut Pages<'_>) -> io::Result<()> {
+        panic!("this store is broken")
+    }
+}
+
+#[test]
+fn a_store_that_panics_on_another_connections_thread_is_an_error_in_good_time() {
+    let store: Arc<dyn PageStore> = Arc::new(Broken(Difficult::new(None).layout.clone()));
+    let mut vmm = Vmm { store: Some(store), ..Vmm::new() };
+    let (received, answers) = receive_on_tcp(quick(), &mut vmm, |listener| {
+        let mut main = Peer::to(listener);
+        main.begin();
+        let mut additional = Peer::to(listener);
+        announce(&mut additional);
+        additional.send(&memory(&[(0, &[1; 4096])]));
+        [additional.answer(), main.answer()]
+    });
+    assert_eq!(answers, [None, None]);
+    assert!(matches!(received.unwrap_err(), ReceiveError::Store { .. }));
+    assert_eq!(vmm.calls.last().unwrap(), "abandoned");
+}
+
 #[test]
 fn a_slow_store_is_not_mistaken_for_a_slow_source() {
     let limits = Limits { pace: Pace { window: Duration::from_millis(100), bytes: 1 << 20 }, ..quick() };

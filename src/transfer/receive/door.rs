@@ -92,15 +92,14 @@ impl<'env> Door<'env> {
         connection: Connection,
         first: &Sender<Source>,
     ) {
-        let Context { gate, roster, threads, .. } = self.context;
+        let Context { gate, roster, .. } = self.context;
         let entry = roster.enter_caller(&connection, self.callers);
         // After that: whoever ends the migration closes those that are on the roster.
         let Some(caller) = gate.caller() else { return };
         let (peer, first) = (connection.peer().to_owned(), first.clone());
         let hear = move || self.hear(caller, connection, entry, &first);
-        let heard = threads.spawn_scoped(scope, "migration-in", hear);
-        if let Err(source) = heard {
-            self.turned_away.count_unserved(&peer, ReceiveError::Thread { source });
+        if let Err(error) = self.context.spawn(scope, "migration-in", hear) {
+            self.turned_away.count_unserved(&peer, error);
         }
     }
 

@@ -232,12 +232,15 @@ pub enum ReceiveError {
         /// How many.
         bytes: u64,
     },
-    /// The system gives no more threads.
+    /// The system gives no more threads, or what they do first panicked.
     #[error("Cannot start a thread for a connection")]
     Thread {
         /// Why not.
         source: io::Error,
     },
+    /// A thread of a connection, or the one that lets connections in, panicked.
+    #[error("A thread of the receiver died")]
+    ThreadDied,
     /// This process may open too few files to hear a single source.
     #[error("Cannot open as many files as a connection takes")]
     Descriptors {

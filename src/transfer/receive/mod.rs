@@ -191,13 +191,9 @@ impl Receiver {
                 let ending = Ending(context);
                 let (first, callers) = channel();
                 let door = Door::new(listener, self.tls.as_ref(), &turned_away, context);
-                self.thread_start
-                    .spawn_scoped(scope, "migration-door", move || door.keep(scope, &first))
-                    .map_err(|source| ReceiveError::Thread { source })?;
+                context.spawn(scope, "migration-door", move || door.keep(scope, &first))?;
                 // And one to hear a caller on: else no source could ever be heard.
-                self.thread_start
-                    .spawn_scoped(scope, "migration-in", || {})
-                    .map_err(|source| ReceiveError::Thread { source })?;
+                context.spawn(scope, "migration-in", || {})?;
                 let source = self.await_source(&callers, &turned_away, context)?;
                 drop(callers);
                 let received = session::receive(source, destination, context);

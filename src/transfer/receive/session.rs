@@ -2,7 +2,9 @@
 
 //! The main connection of a migration, from Start to Complete.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use super::error::{Part, ReceiveError, Step, in_full};
@@ -31,6 +33,29 @@ pub(super) struct Context<'a> {
     pub(super) roster: &'a ReceiverHandle,
     pub(super) limits: &'a Limits,
     pub(super) threads: ThreadStart,
+}
+
+impl<'a> Context<'a> {
+    /// Starts a thread that works for this migration. One that panics ends it.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    pub(super) fn spawn<'scope>(
+        self,
+        scope: &'scope Scope<'scope, 'a>,
+        name: &str,
+        work: impl FnOnce() + Send + 'scope,
+    ) -> Result<(), ReceiveError> {
+        let gate = self.gate;
+        let watched = move || {
+            // What the work shares is whole after any statement, and the migration goes no further.
+            if catch_unwind(AssertUnwindSafe(work)).is_err() {
+                gate.fail(ReceiveError::ThreadDied);
+            }
+        };
+        let spawned = self.threads.spawn_scoped(scope, name, watched);
+        spawned.map(drop).map_err(|source| ReceiveError::Thread { source })
+    }
 }
 
 /// A source on its main connection, with the first request it made.
