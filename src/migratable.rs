@@ -264,7 +264,8 @@ impl MigratableDevice {
     /// told all it had to.
     fn stop_log(&mut self) {
         let Some(log) = self.state.log().take() else { return };
-        if let Err(error) = lock(&self.tracker).end(log.cursor) {
+        let ended = lock(&self.tracker).end(log.cursor);
+        if let Err(error) = ended {
             log::warn!("Dirty log has ended, and not all of it is off: {}", Chain(&error));
         }
     }
@@ -335,7 +336,8 @@ impl MigratableDevice {
         }
         self.stop_log();
         // The VM may run at its destination: what fails now must not look like a reason to run it here.
-        if let Err(error) = lock(&self.devices).retire() {
+        let retired = lock(&self.devices).retire();
+        if let Err(error) = retired {
             log::warn!("Devices of a VM that has moved stay in their sessions: {}", Chain(&error));
         }
         Ok(())

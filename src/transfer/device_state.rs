@@ -33,7 +33,8 @@ impl<V: Vm> Session<'_, V> {
     pub(super) fn step_device_precopy(&mut self) -> Result<(), SendError> {
         for _ in 0..DEVICE_BUDGET_BYTES / DEVICE_PIECE_BYTES {
             self.migration.check()?;
-            match self.devices().precopy_step(DEVICE_PIECE_BYTES) {
+            let stepped = self.devices().precopy_step(DEVICE_PIECE_BYTES);
+            match stepped {
                 Ok(step) if step.drained || step.bytes == 0 => return Ok(()),
                 Ok(_) => {}
                 Err(error) if error.tells_of_lost_device() => return Err(error.into()),

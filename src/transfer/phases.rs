@@ -121,7 +121,8 @@ impl<'a, V: Vm> Session<'a, V> {
     fn converse(&mut self, control: &mut Control<'_>) -> Result<Sent, SendError> {
         control.start()?;
         let config = self.describe()?;
-        control.config(&config, self.populating_time(self.look().layout().bytes()))?;
+        let ram_bytes = self.look().layout().bytes();
+        control.config(&config, self.populating_time(ram_bytes))?;
         self.arm()?;
         self.log_armed();
         self.copy_memory(control)?;

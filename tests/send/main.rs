@@ -109,6 +109,21 @@ fn c04_a_quiet_vm_is_sent_byte_for_byte_with_what_its_capture_wrote() {
     assert!(state["snapshots"]["devices"].is_object(), "{state}");
 }
 
+#[test]
+fn the_tracker_is_free_while_the_receiver_thinks_about_the_config() {
+    let mut vm = FakeVm::new(0);
+    let machine = vm.machine();
+    let peer = Peer::unix(Fault::Ignore(CONFIG));
+    thread::scope(|scope| {
+        let sending = scope.spawn(|| send(&peer, &mut vm, &machine));
+        peer.await_command(CONFIG);
+        assert!(machine.tracker.try_lock().is_ok(), "a VMM could not plug or unmap until the answer");
+        assert!(machine.devices.try_lock().is_ok());
+        sending.join().unwrap().unwrap_err();
+    });
+    drop(peer.end());
+}
+
 fn a_busy_vm_moves(peer: Peer, connections: u64) {
     let mut vm = FakeVm::new(40);
     let machine = vm.machine();
