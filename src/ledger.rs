@@ -120,6 +120,8 @@ struct Cursor {
     /// Pages on their way of RAM that was unplugged since: RAM plugged in at their address waits for them, or an old page could
     /// arrive after a new one.
     departed: Vec<GpaRange>,
+    /// RAM plugged in since the cursor was opened, there or not by now.
+    plugged: Vec<GpaRange>,
     spare: Vec<Vec<GpaRange>>,
 }
 
@@ -179,6 +181,7 @@ impl Ledger {
             dirtied_pages: 0,
             position: 0,
             departed: Vec::new(),
+            plugged: Vec::new(),
             spare: Vec::new(),
         };
         if start == Start::Empty {
@@ -298,6 +301,12 @@ impl Ledger {
     pub fn dirtied_bytes(&self, cursor: CursorId) -> Option<u64> {
         let cursor = self.cursors.iter().find(|open| open.id == cursor)?;
         Some(cursor.dirtied_pages << self.layout.host_page().shift())
+    }
+
+    /// RAM plugged in since the cursor was opened, whether it is there by now or not. What was known before of what lies behind these
+    /// addresses, their holes for one, may be of RAM that is gone.
+    pub fn plugged(&self, cursor: CursorId) -> &[GpaRange] {
+        self.cursors.iter().find(|open| open.id == cursor).map_or(&[], |open| &open.plugged)
     }
 
     /// Begins a round: the next [`Ledger::take`] starts again at the lowest page.
@@ -455,12 +464,18 @@ impl Cursor {
             in_flight,
             dirtied,
             departed,
+            plugged: std::mem::take(&mut self.plugged),
             spare: std::mem::take(&mut self.spare),
             id: self.id,
         };
         let mut plugged: Vec<_> = new.regions().iter().map(Region::range).collect();
         old.regions().iter().for_each(|region| subtract(&mut plugged, region.range()));
-        plugged.into_iter().for_each(|range| self.mark(new, range));
+        for range in plugged {
+            self.mark(new, range);
+            if !self.plugged.iter().any(|known| known.covers(range)) {
+                self.plugged.push(range);
+            }
+        }
     }
 
     fn recycle(&mut self, chunk: Chunk) {

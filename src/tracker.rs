@@ -277,6 +277,12 @@ impl Tracker {
         self.ledger.dirtied_bytes(cursor)
     }
 
+    /// RAM plugged in since the cursor was opened, whether it is there by now or not.
+    #[cfg(feature = "transfer")]
+    pub(crate) fn plugged(&self, cursor: CursorId) -> &[GpaRange] {
+        self.ledger.plugged(cursor)
+    }
+
     /// Begins a round: the next [`Tracker::take`] starts again at the lowest page.
     pub fn begin_round(&mut self, cursor: CursorId) {
         self.ledger.begin_round(cursor);

@@ -57,6 +57,11 @@ pub trait Vm {
     type Memory: GuestMemoryBackend + Send + Sync + 'static;
 
     /// The guest memory as it stands; all of it is copied.
+    ///
+    /// The tracker is locked meanwhile, as a rule, so that no RAM goes between the choice of its pages and this: do not wait in it for
+    /// anybody who may wait for the tracker, as who plugs and unplugs does. RAM unplugged through
+    /// [`Tracker::remove_ram`](crate::tracker::Tracker::remove_ram) may be pending or on its way then; what was returned before stays
+    /// mapped until its bytes are sent.
     fn memory(&self) -> Arc<Self::Memory>;
 
     /// Tells what lies behind the memory, so that pages nobody ever wrote can be left out of the first pass over it.

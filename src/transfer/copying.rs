@@ -2,6 +2,7 @@
 
 //! Passes over memory: chunks out, acknowledgements in, and the decision after each pass.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::control::Switchover;
@@ -10,7 +11,7 @@ use super::lanes::{Content, Event, Lanes};
 use super::phases::Session;
 use super::progress::Phase;
 use super::send::{SendError, SendStep};
-use crate::ledger::{Chunk, ChunkLimits};
+use crate::ledger::{Chunk, ChunkLimits, CursorId};
 use crate::precopy::{Decision, TimeoutStrategy};
 use crate::vm::Vm;
 
@@ -73,14 +74,26 @@ impl<V: Vm> Session<'_, V> {
         let limits = self.chunk_limits(lanes.count());
         while !self.is_cut_short() {
             self.await_room(lanes)?;
-            let Some(chunk) = self.tracker()?.take(cursor, limits)? else { break };
+            let Some((chunk, memory)) = self.take(cursor, limits)? else { break };
             let content = self.content_of(&chunk, lanes)?;
-            self.dispatch(lanes, chunk, content);
+            self.spend(&chunk);
+            lanes.send(chunk, content, memory);
         }
         self.drain(lanes)?;
         self.check_holes()?;
         self.measured.end_round();
         Ok(())
+    }
+
+    /// Takes the round's next pages, and the memory that their bytes are in: RAM that goes now is in both or in neither.
+    pub(super) fn take(
+        &self,
+        cursor: CursorId,
+        limits: ChunkLimits,
+    ) -> Result<Option<(Chunk, Arc<V::Memory>)>, SendError> {
+        let mut tracker = self.tracker()?;
+        let chunk = tracker.take(cursor, limits)?;
+        Ok(chunk.map(|chunk| (chunk, self.vm.memory())))
     }
 
     fn drain(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
@@ -99,11 +112,11 @@ impl<V: Vm> Session<'_, V> {
     }
 
     /// Says whether pages of a chunk may be left out: where no page of it was sent before (C36). That is all of the first pass,
-    /// and what lies behind its end if it was cut short.
+    /// and what lies behind its end if it was cut short; but RAM that was plugged in meanwhile is sent whole.
     ///
     /// The last chunk of a pass that sent nothing goes over whole, so that there is a bandwidth to plan the switchover with.
     fn content_of(&mut self, chunk: &Chunk, lanes: &mut Lanes<V::Memory>) -> Result<Content, SendError> {
-        if !self.measured.is_first_copy(chunk) {
+        if !self.measured.is_first_copy(chunk) || self.is_plugged_in(chunk) {
             return Ok(Content::Whole);
         }
         if self.measured.round_bytes == 0 && self.reaches_end_of_ram(chunk) {
@@ -120,11 +133,17 @@ impl<V: Vm> Session<'_, V> {
         chunk.ranges().last().map(|range| range.end()) == end_of_ram
     }
 
-    fn dispatch(&mut self, lanes: &mut Lanes<V::Memory>, chunk: Chunk, content: Content) {
+    /// Whether a chunk holds RAM that was plugged in since the look at what lies behind the memory.
+    fn is_plugged_in(&self, chunk: &Chunk) -> bool {
+        let tracker = self.look();
+        let plugged = self.undo.cursor.map_or(&[][..], |cursor| tracker.plugged(cursor));
+        plugged.iter().any(|new| chunk.ranges().iter().any(|range| range.intersection(*new).is_some()))
+    }
+
+    fn spend(&mut self, chunk: &Chunk) {
         if let Some(pace) = &mut self.measured.pace {
             pace.spend(chunk.bytes(), Instant::now());
         }
-        lanes.send(chunk, content, self.vm.memory());
     }
 
     /// Waits until another chunk may be taken: for the window, and while the VM runs for the bandwidth cap.

@@ -16,7 +16,7 @@ use crate::device::Estimate;
 use crate::ledger::{Attribution, Chunk, Outstanding};
 use crate::precopy::{Forecast, Observation};
 use crate::source::SourceError;
-use crate::tracker::TrackerError;
+use crate::tracker::{Tracker, TrackerError};
 use crate::vm::Vm;
 
 /// Bytes of device state per second, as the devices count it, that are read, put into base64 and JSON, checked, sent, and
@@ -152,14 +152,12 @@ impl<V: Vm> Session<'_, V> {
 
     /// Collects between two rounds, reads what devices hand out, and measures.
     pub(super) fn take_stock(&mut self) -> Result<Observation, SendError> {
-        let left_over = self.left().pending_bytes;
-        self.collect()?;
+        let collected_bytes = self.collect()?;
         let since = self.measured.collected.elapsed();
         self.measured.collected = Instant::now();
         self.look_at_sources(since);
         let standing_bytes = self.measured.source_rates.standing_bytes();
-        let changed_bytes = (self.left().pending_bytes - left_over).saturating_sub(standing_bytes);
-        self.measured.dirty_rate = rate(changed_bytes, since);
+        self.measured.dirty_rate = rate(collected_bytes.saturating_sub(standing_bytes), since);
         self.step_device_precopy()?;
         let estimate = self.estimate_devices()?;
         Ok(self.observe_and_publish(estimate))
@@ -178,9 +176,19 @@ impl<V: Vm> Session<'_, V> {
         seen
     }
 
-    pub(super) fn collect(&mut self) -> Result<(), SendError> {
-        let failures = self.tracker()?.collect();
-        self.bear(failures)
+    /// Collects, and returns the bytes that became pending by it: counted under one lock, since RAM may go before and after.
+    pub(super) fn collect(&mut self) -> Result<u64, SendError> {
+        let mut tracker = self.tracker()?;
+        let pending = |tracker: &Tracker| {
+            let left = self.undo.cursor.and_then(|cursor| tracker.outstanding(cursor));
+            left.unwrap_or_default().pending_bytes
+        };
+        let before = pending(&tracker);
+        let failures = tracker.collect();
+        let collected_bytes = pending(&tracker) - before;
+        drop(tracker);
+        self.bear(failures)?;
+        Ok(collected_bytes)
     }
 
     /// Goes on without what sources failed to report, all they cover being dirty; ends the migration where one is gone.

@@ -195,7 +195,8 @@ impl<'a, V: Vm> Session<'a, V> {
     /// Makes sure that what was left out of a round as holes were some.
     pub(super) fn check_holes(&mut self) -> Result<(), SendError> {
         let hole_bytes = self.migration.progress().skipped_hole_bytes;
-        Ok(self.hole_watch.check(&*self.vm.memory(), hole_bytes)?)
+        let has_new_ram = self.undo.cursor.is_some_and(|cursor| !self.look().plugged(cursor).is_empty());
+        Ok(self.hole_watch.check(&*self.vm.memory(), hole_bytes, has_new_ram)?)
     }
 
     fn copy_until_stopped(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
@@ -283,8 +284,8 @@ impl<'a, V: Vm> Session<'a, V> {
         self.tracker()?.begin_round(cursor);
         let limits = self.chunk_limits(1);
         loop {
-            let Some(chunk) = self.tracker()?.take(cursor, limits)? else { return Ok(()) };
-            let copied = control.memory(&*self.vm.memory(), &chunk);
+            let Some((chunk, memory)) = self.take(cursor, limits)? else { return Ok(()) };
+            let copied = control.memory(&*memory, &chunk);
             match copied {
                 Ok(()) => self.look().commit(chunk),
                 Err(failure) => {

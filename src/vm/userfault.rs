@@ -58,18 +58,20 @@ impl HoleWatch {
         Ok((Self { ranges: backing.ranges().collect(), hole_bytes: 0 }, backing))
     }
 
-    /// Looks again when more holes were found, `hole_bytes` in all.
+    /// Looks again when more holes were found, `hole_bytes` in all, or where the VM has RAM that was not there at the first look.
     ///
     /// Looks only where this process holds a userfaultfd: one that was registered since and given away is not seen.
     ///
     /// # Errors
-    /// Memory among whose holes they may be is registered now, or it cannot be told.
+    /// Memory among whose holes they may be is registered now, or new memory cannot be read as it is, or it cannot be told.
     pub(crate) fn check<M: GuestMemoryBackend>(
         &mut self,
         memory: &M,
         hole_bytes: u64,
+        has_new_ram: bool,
     ) -> Result<(), UserfaultError> {
-        if std::mem::replace(&mut self.hole_bytes, hole_bytes) == hole_bytes || !is_held() {
+        let no_more = std::mem::replace(&mut self.hole_bytes, hole_bytes) == hole_bytes;
+        if (no_more && !has_new_ram) || !is_held() {
             return Ok(());
         }
         let late = registered(memory)?

@@ -16,6 +16,7 @@ mod logs;
 mod peer;
 mod plugging;
 mod polled;
+mod replugging;
 mod skipping;
 mod spreading;
 mod userfault;

@@ -19,21 +19,22 @@ use vfio_migration::source::{
 use vfio_migration::tracker::{SpaceId, Tracker, TrackerError, VmMappings};
 use vfio_migration::transfer::{Migration, Sender};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend,
     GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 use vm_migration::Snapshot;
 
-use crate::peer::{Fault, Peer, STATE};
+use crate::peer::{Fault, Peer, STATE, Transcript};
 use crate::vm::{FakeDevice, Log, Memory, PAGE};
 
-const BASE: (u64, u64) = (0, 8 << 20);
+pub(crate) const BASE: (u64, u64) = (0, 8 << 20);
 const PLUGGED: (u64, u64) = (1 << 30, 2 << 20);
-const UNPLUGGED: (u64, u64) = (2 << 30, 2 << 20);
+pub(crate) const UNPLUGGED: (u64, u64) = (2 << 30, 2 << 20);
 
 /// RAM in a memfd: a device writes the file, which no bitmap of the VMM sees.
-fn region((start, bytes): (u64, u64)) -> (Arc<GuestRegionMmap<vm_memory::bitmap::AtomicBitmap>>, File) {
+pub(crate) fn region((start, bytes): (u64, u64)) -> (Arc<GuestRegionMmap<AtomicBitmap>>, File) {
     let file = File::from(rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
     file.set_len(bytes).unwrap();
     let offset = FileOffset::new(file.try_clone().unwrap(), 0);
@@ -42,20 +43,23 @@ fn region((start, bytes): (u64, u64)) -> (Arc<GuestRegionMmap<vm_memory::bitmap:
 }
 
 /// The VM as the sender sees it; whoever writes its memory holds `running` meanwhile.
-struct ChangingVm {
+pub(crate) struct ChangingVm {
     memory: GuestMemoryAtomic<Memory>,
     running: Arc<Mutex<bool>>,
+    /// Called before the memory is handed out.
+    pub(crate) on_memory: Box<dyn Fn() + Send>,
 }
 
 impl Vm for ChangingVm {
     type Memory = Memory;
 
     fn memory(&self) -> Arc<Memory> {
+        (self.on_memory)();
         self.memory.memory().into_inner()
     }
 
     fn backing(&self) -> Backing {
-        Backing::of_mmap(&self.memory())
+        Backing::of_mmap(&*self.memory.memory())
     }
 
     fn config(&mut self) -> Result<Vec<u8>, VmError> {
@@ -146,12 +150,12 @@ impl DirtySource for DmaLog {
 }
 
 /// The VMM's side of the VM: what changes it while the sender runs.
-struct Vmm {
-    memory: GuestMemoryAtomic<Memory>,
+pub(crate) struct Vmm {
+    pub(crate) memory: GuestMemoryAtomic<Memory>,
     running: Arc<Mutex<bool>>,
     base: File,
-    tracker: Arc<Mutex<Tracker>>,
-    devices: Mutex<DeviceSet>,
+    pub(crate) tracker: Arc<Mutex<Tracker>>,
+    pub(crate) devices: Mutex<DeviceSet>,
     space: SpaceId,
     dma: DmaLog,
     plugged_dma: DmaLog,
@@ -163,7 +167,7 @@ fn ranges(memory: &GuestMemoryAtomic<Memory>) -> Vec<GpaRange> {
 }
 
 impl Vmm {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let ((base, file), (unplugged, _)) = (region(BASE), region(UNPLUGGED));
         let memory = Memory::from_arc_regions(vec![base, unplugged]).unwrap();
         let memory = GuestMemoryAtomic::new(memory);
@@ -182,6 +186,20 @@ impl Vmm {
         Self { memory, running, base: file, tracker, devices, space, dma, plugged_dma }
     }
 
+    /// The VM as the sender sees it.
+    pub(crate) fn vm(&self) -> ChangingVm {
+        let (memory, running) = (self.memory.clone(), Arc::clone(&self.running));
+        ChangingVm { memory, running, on_memory: Box::new(|| {}) }
+    }
+
+    /// Does something unless the VM is paused, and stays so meanwhile.
+    pub(crate) fn while_running(&self, act: impl FnOnce()) {
+        let running = self.running.lock().unwrap();
+        if *running {
+            act();
+        }
+    }
+
     /// A device writes a page of the base RAM, at the IOVA by which it knows it.
     fn dma(&self, log: &DmaLog, iova: u64, gpa: u64, value: u64) {
         self.base.write_all_at(&value.to_le_bytes(), gpa).unwrap();
@@ -189,14 +207,23 @@ impl Vmm {
     }
 
     fn plug_ram(&self) {
-        let (new, _) = region(PLUGGED);
-        let grown = self.memory.memory().insert_region(new).unwrap();
-        self.memory.lock().unwrap().replace(grown);
-        let gpa = GpaRange::new(PLUGGED.0, PLUGGED.1).unwrap();
-        self.tracker.lock().unwrap().add_ram(&PluggedRam { gpa, kvm_slot: None }).unwrap();
+        self.plug(region(PLUGGED).0);
     }
 
-    fn unplug_ram(&self) {
+    pub(crate) fn plug(&self, new: Arc<GuestRegionMmap<AtomicBitmap>>) {
+        let gpa = GpaRange::new(new.start_addr().0, new.len()).unwrap();
+        let mut tracker = self.tracker.lock().unwrap();
+        let grown = self.memory.memory().insert_region(new).unwrap();
+        self.memory.lock().unwrap().replace(grown);
+        tracker.add_ram(&PluggedRam { gpa, kvm_slot: None }).unwrap();
+    }
+
+    pub(crate) fn unplug_ram(&self) {
+        let mut tracker = self.tracker.lock().unwrap();
+        self.unplug_from(&mut tracker);
+    }
+
+    pub(crate) fn unplug_from(&self, tracker: &mut Tracker) {
         let gpa = GpaRange::new(UNPLUGGED.0, UNPLUGGED.1).unwrap();
         let remove = || {
             let (rest, _) =
@@ -204,7 +231,7 @@ impl Vmm {
             self.memory.lock().unwrap().replace(rest);
             Ok::<_, TrackerError>(())
         };
-        self.tracker.lock().unwrap().remove_ram(gpa, remove).unwrap();
+        tracker.remove_ram(gpa, remove).unwrap();
     }
 
     fn map(&self, iova: u64, gpa: u64) {
@@ -231,6 +258,18 @@ impl Vmm {
 
     fn unplug_device(&self) {
         self.devices.lock().unwrap().remove("gone0").unwrap();
+    }
+
+    /// The receiver has what memory holds; a page that did not come is zeros there.
+    pub(crate) fn assert_arrived(&self, transcript: &Transcript) {
+        let memory = self.memory.memory();
+        for range in ranges(&self.memory).into_iter().flat_map(|range| range.pieces(PAGE)) {
+            let mut page = vec![0; PAGE as usize];
+            memory.read_slice(&mut page, GuestAddress(range.start())).unwrap();
+            let zero = || vec![0; PAGE as usize];
+            let arrived = transcript.pages.get(&range.start()).cloned().unwrap_or_else(zero);
+            assert!(arrived == page, "page {range} differs");
+        }
     }
 
     /// What happens at one moment of a running VM.
@@ -267,7 +306,7 @@ fn nothing_is_lost_of_a_vm_that_changes_while_it_is_sent() {
     let (vmm, log) = (Vmm::new(), Log::default());
     let gone = Device::new("gone0", Box::new(FakeDevice::new(&log, b"goes before it ends")));
     vmm.devices.lock().unwrap().add(gone).unwrap();
-    let mut vm = ChangingVm { memory: vmm.memory.clone(), running: Arc::clone(&vmm.running) };
+    let mut vm = vmm.vm();
     let peer = Peer::unix(Fault::None);
     let mut options = crate::options(&peer);
     options.bandwidth = Some(16 << 20);
@@ -295,14 +334,7 @@ fn nothing_is_lost_of_a_vm_that_changes_while_it_is_sent() {
     assert!(steps > 120, "all of it happened while the VM was sent: {steps} steps");
     let (transcript, outcome) = peer.end();
     outcome.unwrap();
-    let memory = vmm.memory.memory();
-    for range in ranges(&vmm.memory).into_iter().flat_map(|range| range.pieces(PAGE)) {
-        let mut page = vec![0; PAGE as usize];
-        memory.read_slice(&mut page, GuestAddress(range.start())).unwrap();
-        let zero = || vec![0; PAGE as usize];
-        let arrived = transcript.pages.get(&range.start()).cloned().unwrap_or_else(zero);
-        assert!(arrived == page, "page {range} differs");
-    }
+    vmm.assert_arrived(&transcript);
     let state = String::from_utf8(transcript.of(STATE)[0].payload.clone()).unwrap();
     assert!(state.contains("net1") && !state.contains("gone0"), "{state}");
 }

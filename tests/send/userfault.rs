@@ -2,7 +2,7 @@
 
 //! Memory whose pages a userfaultfd has yet to fill: each arrives, or the memory is refused by name.
 
-mod handler;
+pub(crate) mod handler;
 
 use std::fs::File;
 use std::sync::{Arc, Mutex};
@@ -20,7 +20,7 @@ use crate::vm::{FakeVm, HIGH, LOW, Machine, Memory, PAGE, PAGES, empty_memory, p
 use crate::{options, send};
 
 /// What the handler fills every page with.
-const FILLING: u8 = 0xfd;
+pub(crate) const FILLING: u8 = 0xfd;
 
 /// Memory that is a private mapping of files that are one hole.
 fn private_memory() -> Memory {
