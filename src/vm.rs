@@ -9,10 +9,13 @@ use vm_memory::GuestMemoryBackend;
 use vm_migration::Snapshot;
 
 mod backing;
+mod reading;
 mod userfault;
 
 pub use backing::Backing;
 pub(crate) use backing::Behind;
+pub use reading::UnreadableMemory;
+pub(crate) use reading::{has_address, read_memory};
 pub(crate) use userfault::HoleWatch;
 pub use userfault::UserfaultError;
 
@@ -62,6 +65,9 @@ pub trait Vm {
     /// anybody who may wait for the tracker, as who plugs and unplugs does. RAM unplugged through
     /// [`Tracker::remove_ram`](crate::tracker::Tracker::remove_ram) may be pending or on its way then; what was returned before stays
     /// mapped until its bytes are sent.
+    ///
+    /// Regions that give no slices ([`HostAddressNotAvailable`](vm_memory::GuestMemoryError::HostAddressNotAvailable)) are
+    /// read through their [`Bytes`](vm_memory::Bytes): memory that is in a file, and nowhere in this process.
     fn memory(&self) -> Arc<Self::Memory>;
 
     /// Tells what lies behind the memory, so that pages nobody ever wrote can be left out of the first pass over it.

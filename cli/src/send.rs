@@ -49,11 +49,7 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Fail
     let sender = Sender::new(options(arguments, &source)?);
     let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build()?);
     let sent = watch(&sender, &mut source, &tracker, &stop, output)?;
-    sent.map_err(|error| match (&error, source.check_length()) {
-        // To the kernel, memory that is gone is a write that failed; the receiver is not to blame.
-        (SendError::Peer { .. }, Err(cut_off)) => cut_off.into(),
-        _ => failure(error, &devices),
-    })
+    sent.map_err(|error| failure(error, &devices))
 }
 
 /// Opens the snapshot, with the configuration of `--config` where there is one.

@@ -6,11 +6,12 @@ use std::io::{self, ErrorKind, Read};
 use std::sync::{Mutex, PoisonError};
 
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::GuestMemoryBackend;
 
 use super::placement::{Extent, Placement};
 use super::staging::StagingError;
 use crate::range::GpaRange;
+use crate::vm::read_memory;
 
 /// Bytes for guest memory that the snapshot does not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -114,5 +115,7 @@ pub(super) fn from_stream(from: &mut dyn Read) -> impl FnMut(GpaRange, &mut [u8]
 pub(super) fn from_memory<M: GuestMemoryBackend>(
     memory: &M,
 ) -> impl FnMut(GpaRange, &mut [u8]) -> io::Result<()> {
-    move |range, buffer| memory.read_slice(buffer, GuestAddress(range.start())).map_err(io::Error::other)
+    move |range, buffer| {
+        read_memory(memory, range, buffer).map_err(|error| io::Error::new(error.source.kind(), error))
+    }
 }

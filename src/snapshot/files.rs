@@ -4,7 +4,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, ErrorKind, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::SeekFrom;
@@ -194,6 +194,25 @@ fn extend_by(file: &File, bytes: u64, set_len: impl FnOnce() -> io::Result<()>) 
     }
 }
 
+/// Reads the bytes at `offset` of `file`, which has the name `path`.
+///
+/// # Errors
+/// The error holds a [`FileError`], which names the file.
+pub(super) fn read_named(file: &File, path: &Path, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    let read = file.read_exact_at(bytes, offset).or_else(|error| match error.kind() {
+        ErrorKind::UnexpectedEof => {
+            expect_length(file, offset.saturating_add(bytes.len() as u64)).and(Err(error))
+        }
+        _ => Err(error),
+    });
+    read.map_err(named(path))
+}
+
+/// Has an error hold a [`FileError`] that names the file `path`.
+pub(super) fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
+    |source| io::Error::new(source.kind(), FileError::Read { path: path.to_owned(), source })
+}
+
 /// A file that was cut off since it was opened.
 #[derive(Debug, Error)]
 #[error("File was cut off at {bytes} bytes of {expected}")]
@@ -213,8 +232,6 @@ pub(super) fn expect_length(file: &File, expected: u64) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use super::*;
 
     #[test]

@@ -9,14 +9,13 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use vm_memory::GuestRegionCollectionError;
-use vm_memory::mmap::MmapRegionError;
 use vm_migration::Snapshot;
 
 use super::checking::Checking;
 use super::dir::{OpenError, SnapshotDir};
 use super::elsewhere::Elsewhere;
 use super::files::{MEMORY_FILE, expect_length};
-use super::mapped::{PlacedMemory, map};
+use super::placed::{PlacedMemory, regions};
 use super::placement::PlacementError;
 use crate::granule::Granule;
 use crate::layout::{Layout, LayoutError};
@@ -61,14 +60,6 @@ pub enum SourceError {
         /// Why.
         source: io::Error,
     },
-    /// The file cannot be mapped.
-    #[error("Cannot map {path}", path = .path.display())]
-    Map {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: MmapRegionError,
-    },
     /// The file was cut off, or a block of a snapshot with a manifest was altered: then the source is an
     /// [`Altered`](super::Altered).
     #[error("Cannot send {path}", path = .path.display())]
@@ -78,18 +69,18 @@ pub enum SourceError {
         /// Why.
         source: io::Error,
     },
-    /// The mappings do not make up a guest's memory.
+    /// The ranges do not make up a guest's memory.
     #[error("Cannot gather the snapshot's memory")]
     Gather(#[source] GuestRegionCollectionError),
 }
 
 /// A snapshot on disk that plays the source of a migration: a VM that stands still.
 ///
-/// Its memory is the file itself, mapped to be read: nothing may write to it, and holes of the file are holes of the memory.
+/// Its memory is read from the file, and has no address in this process; holes of the file are holes of the memory.
 /// With a manifest, every block is checked against it while the memory is sent, by threads of the source; [`Vm::pause`]
 /// waits for them and fails where one was altered, before the receiver has the VM.
 ///
-/// The file must not be cut off while it is sent: to read a mapping behind the end of its file may kill the process with SIGBUS.
+/// A file that is cut off while it is sent, or that the disk cannot read, ends the migration with an error that names it.
 #[derive(Debug)]
 pub struct SnapshotSource {
     dir: Arc<SnapshotDir>,
@@ -101,10 +92,10 @@ pub struct SnapshotSource {
 }
 
 impl SnapshotSource {
-    /// Maps the memory of `dir`.
+    /// Makes a VM of `dir`.
     ///
     /// # Errors
-    /// Memory is missing, is not of whole pages of 4 KiB, was cut off, or cannot be mapped.
+    /// Memory is missing, is not of whole pages of 4 KiB, or was cut off.
     pub fn new(dir: SnapshotDir) -> Result<Self, SourceError> {
         let path = || dir.path().to_owned();
         let file_path = || dir.path().join(MEMORY_FILE);
@@ -120,8 +111,7 @@ impl SnapshotSource {
             .map_err(|source| SourceError::Layout { path: path(), source })?;
         let file = file.try_clone().map_err(|source| SourceError::Share { path: file_path(), source })?;
         let file = Arc::new(file);
-        let regions =
-            map(&file, dir.placement()).map_err(|source| SourceError::Map { path: file_path(), source })?;
+        let regions = regions(&file, file_path(), dir.placement());
         let memory = PlacedMemory::from_regions(regions).map_err(SourceError::Gather)?;
         Ok(Self { dir: Arc::new(dir), checking: None, layout, file, memory: Arc::new(memory) })
     }
@@ -143,14 +133,6 @@ impl SnapshotSource {
         &self.dir
     }
 
-    /// Checks that the file was not cut off, which shows as a failed connection while it is sent.
-    ///
-    /// # Errors
-    /// [`SourceError::Check`]: it was.
-    pub fn check_length(&self) -> Result<(), SourceError> {
-        check_length(&self.dir)
-    }
-
     fn begin_check(&mut self) -> Result<(), SourceError> {
         self.give_up_check();
         self.checking = Some(Checking::start(&self.dir).map_err(unsound(&self.dir))?);
@@ -160,7 +142,7 @@ impl SnapshotSource {
     fn end_check(&mut self) -> Result<(), SourceError> {
         let checked = self.checking.take().map_or(Ok(()), Checking::finish);
         checked.map_err(unsound(&self.dir))?;
-        self.check_length()
+        check_length(&self.dir)
     }
 
     fn give_up_check(&self) {

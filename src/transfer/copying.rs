@@ -10,7 +10,7 @@ use super::exchange::PeerError;
 use super::lanes::{Content, Event, Lanes};
 use super::phases::Session;
 use super::progress::Phase;
-use super::send::{SendError, SendStep};
+use super::send::SendError;
 use crate::ledger::{Chunk, ChunkLimits, CursorId};
 use crate::precopy::{Decision, TimeoutStrategy};
 use crate::vm::Vm;
@@ -181,7 +181,7 @@ impl<V: Vm> Session<'_, V> {
     fn peer_failed(&self, source: PeerError) -> SendError {
         match self.migration.check() {
             Err(cancelled) => cancelled.into(),
-            Ok(()) => SendError::Peer { step: SendStep::Memory, source },
+            Ok(()) => SendError::of_memory(source),
         }
     }
 

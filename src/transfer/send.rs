@@ -24,7 +24,7 @@ use crate::granule::Granule;
 use crate::precopy::{CancelReason, Forecast, Policy, TimeoutStrategy};
 use crate::threads::ThreadStart;
 use crate::tracker::{Tracker, TrackerError};
-use crate::vm::{UserfaultError, Vm, VmError};
+use crate::vm::{UnreadableMemory, UserfaultError, Vm, VmError};
 
 /// How to send a VM, and where to.
 #[derive(Debug, Clone)]
@@ -264,6 +264,9 @@ pub enum SendError {
     /// Pages may be missing from memory that only a userfaultfd's handler can fill in.
     #[error("Memory cannot be read as it is")]
     Userfault(#[from] UserfaultError),
+    /// Memory that has no address in this process, as that of a stored VM, cannot be read. The receiver is not to blame.
+    #[error(transparent)]
+    Memory(#[from] UnreadableMemory),
     /// A device failed.
     #[error("Devices cannot be moved")]
     Devices(#[source] Box<DeviceSetError>),
@@ -339,6 +342,15 @@ pub enum SourceVm {
 }
 
 impl SendError {
+    /// What kept a chunk of memory from being sent.
+    pub(super) fn of_memory(source: PeerError) -> Self {
+        let unreadable = match source {
+            PeerError::Io(error) => error.downcast::<UnreadableMemory>().map_err(PeerError::Io),
+            other => Err(other),
+        };
+        unreadable.map_or_else(|source| Self::Peer { step: SendStep::Memory, source }, Self::Memory)
+    }
+
     /// Where the failure leaves the VM.
     pub fn source_vm(&self) -> SourceVm {
         match self {

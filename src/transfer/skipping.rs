@@ -14,12 +14,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use crate::granule::Granule;
 use crate::range::GpaRange;
 use crate::sys::guest::is_zero;
-use crate::vm::{Backing, Behind};
+use crate::vm::{Backing, Behind, has_address, read_memory};
 
 /// Bytes that were left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -170,6 +170,9 @@ const ENTRY_BYTES: usize = size_of::<u64>();
 /// Entries read at once.
 const ENTRIES: usize = 512;
 
+/// Bytes read at once of memory that has no address.
+const READ_BYTES: u64 = 64 << 10;
+
 /// This process's page table, where it maps memory from `hva` on.
 #[derive(Debug)]
 struct PageTable {
@@ -207,6 +210,9 @@ fn keep_nonzero<M: GuestMemoryBackend>(
     host_page: Granule,
     kept: &mut Vec<GpaRange>,
 ) {
+    if !has_address(memory, part.start()) {
+        return keep_nonzero_read(memory, part, host_page, kept);
+    }
     let page_bytes = usize::try_from(host_page.bytes()).unwrap_or(usize::MAX);
     let mut gpa = part.start();
     let bytes = usize::try_from(part.len()).unwrap_or(usize::MAX);
@@ -220,6 +226,28 @@ fn keep_nonzero<M: GuestMemoryBackend>(
         }
     }
     append(kept, gpa, part.end());
+}
+
+/// As [`keep_nonzero`], of memory that has no address in this process. What cannot be read is kept.
+fn keep_nonzero_read<M: GuestMemoryBackend>(
+    memory: &M,
+    part: GpaRange,
+    host_page: Granule,
+    kept: &mut Vec<GpaRange>,
+) {
+    let mut buffer = Vec::new();
+    for piece in part.pieces(READ_BYTES.max(host_page.bytes())) {
+        buffer.resize(usize::try_from(piece.len()).unwrap_or(usize::MAX), 0);
+        let unread = read_memory(memory, piece, &mut buffer).is_err();
+        let mut rest = &mut buffer[..];
+        for page in piece.pieces(host_page.bytes()) {
+            let (bytes, after) = rest.split_at_mut(usize::try_from(page.len()).unwrap_or(usize::MAX));
+            rest = after;
+            if unread || !is_zero(&VolatileSlice::from(bytes)) {
+                append(kept, page.start(), page.end());
+            }
+        }
+    }
 }
 
 /// Appends `start..end`, unless it is empty, to sorted ranges, to the last one where they touch.

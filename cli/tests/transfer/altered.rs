@@ -8,6 +8,7 @@ use std::path::Path;
 
 use vfio_migration::snapshot::MEMORY_FILE;
 
+use crate::certificates::Files;
 use crate::stored::Place;
 use crate::tool::{Tool, run};
 
@@ -61,16 +62,20 @@ fn an_altered_snapshot_is_not_sent_to_its_end() {
 
 #[test]
 fn a_snapshot_cut_off_while_it_is_sent_is_named_and_the_receiver_not_blamed() {
-    let place = Place::new();
-    let (from, into) = (place.stored("from", 1), place.path("into"));
-    let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &into, &[]);
-    // Zeros are not looked for: that would read memory that is gone in this process.
-    let mut sending = Tool::send(&url, &from, &["--all-pages", "--bandwidth", "8M"]);
-    sending.await_event("sending");
-    let memory = OpenOptions::new().write(true).open(from.join(MEMORY_FILE)).unwrap();
-    memory.set_len(4096).unwrap();
-    sending.end().failed(4, "memory-ranges: File was cut off at 4096 bytes");
-    let received = receiver.end();
-    assert_eq!(received.code, Some(3), "{received:?}");
-    assert!(!into.exists());
+    let files = Files::good();
+    let tls = ["--tls-dir", files.path().to_str().unwrap()];
+    for options in [&[][..], &["--all-pages"], &["--connections", "3"], &tls] {
+        let place = Place::new();
+        let (from, into) = (place.stored("from", 1), place.path("into"));
+        let of_both = if options == tls { &tls[..] } else { &[] };
+        let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &into, of_both);
+        let mut sending = Tool::send(&url, &from, &[options, &["--bandwidth", "8M"]].concat());
+        sending.await_event("sending");
+        let memory = OpenOptions::new().write(true).open(from.join(MEMORY_FILE)).unwrap();
+        memory.set_len(4096).unwrap();
+        sending.end().failed(4, "memory-ranges: File was cut off at 4096 bytes");
+        let received = receiver.end();
+        assert_eq!(received.code, Some(3), "{received:?}");
+        assert!(!into.exists());
+    }
 }

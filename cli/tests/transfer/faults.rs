@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use vfio_migration::snapshot::{CONFIG_FILE, MANIFEST_FILE};
+use vfio_migration::snapshot::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE};
 use vfio_migration_integration::skip;
 
 use crate::stored::{Place, assert_same, assert_sound};
@@ -96,6 +96,28 @@ fn what_cannot_be_read_while_it_is_checked_is_not_called_altered() {
             );
         }
     });
+}
+
+#[test]
+fn a_disk_that_fails_while_a_snapshot_is_sent_is_named() {
+    if !has_strace() {
+        return;
+    }
+    let place = Place::new();
+    let (from, into) = (place.stored("stored", 1), place.path("into"));
+    let memory = from.join(MEMORY_FILE);
+    for (when, more) in [("1+", &[][..]), ("1+", &["--all-pages"]), ("30+", &[]), ("30+", &["--all-pages"])] {
+        let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &into, &[]);
+        let fault = format!("inject=pread64:error=EIO:when={when}");
+        let options = ["-P", &text(&memory), "-e", "trace=pread64", "-e", &fault];
+        let from = text(&from);
+        let send = [&["send", &url, "--from", &from], more].concat();
+        let (ended, injected) = run_with(&options, &send);
+        assert!(injected);
+        ended.failed(4, "memory-ranges: Input/output error (os error 5)");
+        assert_eq!(receiver.end().code, Some(3));
+        assert!(!into.exists());
+    }
 }
 
 #[test]

@@ -5,14 +5,13 @@ use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress};
 
 use super::super::seal::seal_opened;
 use super::bad_input::is_refusal_of;
 use super::guest::*;
 use crate::range::GpaRange;
 use crate::snapshot::*;
-use crate::vm::{Captured, Vm};
+use crate::vm::{Captured, Vm, read_memory};
 
 fn open(dir: &std::path::Path) -> SnapshotDir {
     SnapshotDir::open(dir, &Limits::default()).unwrap()
@@ -185,7 +184,7 @@ fn a_snapshot_stands_for_a_vm_that_a_sender_sends() {
     assert_eq!(source.backing().parts(), 2, "holes are found in the file");
     for &range in &guest.ranges {
         let mut bytes = vec![0; index(range.len())];
-        memory.read_slice(&mut bytes, GuestAddress(range.start())).unwrap();
+        read_memory(&*memory, range, &mut bytes).unwrap();
         assert_eq!(bytes, guest.bytes(range));
     }
     source.pause().unwrap();
@@ -220,7 +219,6 @@ fn a_snapshot_altered_or_cut_off_is_not_sent() {
     send().unwrap();
     memory.set_len(64 * page() - 1).unwrap();
     assert_eq!(send().unwrap_err().kind(), std::io::ErrorKind::UnexpectedEof);
-    assert!(matches!(source.check_length(), Err(SourceError::Check { .. })));
 
     memory.set_len(64 * page()).unwrap();
     memory.write_all_at(&[!0], 33 * page()).unwrap();

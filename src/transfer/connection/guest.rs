@@ -10,23 +10,33 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 use super::{Connection, Stream};
 use crate::range::GpaRange;
 use crate::sys::socket::SLICES;
+use crate::vm::{UnreadableMemory, has_address, read_memory};
 
-/// Bytes of guest memory that pass through TLS in one piece.
+/// Bytes of guest memory that are copied in one piece, where they cannot go straight.
 const BOUNCE_BYTES: usize = 64 << 10;
 
 impl Connection {
-    /// Sends the bytes of `ranges` straight from `memory`, in their order, and returns their number.
+    /// Sends the bytes of `ranges` from `memory`, in their order, and returns their number: straight from where they are, but
+    /// for TLS, and for memory that has no address in this process.
     ///
     /// The guest may write them meanwhile: what it writes is dirty again and will be sent again.
     ///
     /// # Errors
-    /// A range is not in `memory`, or the connection failed or stalled; part of the bytes may be gone.
+    /// A range is not in `memory`, or the connection failed or stalled; part of the bytes may be gone. Memory that cannot be
+    /// read is an [`UnreadableMemory`].
     pub fn send_guest<M: GuestMemoryBackend>(
         &mut self,
         memory: &M,
         ranges: impl IntoIterator<Item = GpaRange>,
     ) -> io::Result<u64> {
-        in_batches(memory, ranges, |batch| self.send_some(batch))
+        let mut ranges = ranges.into_iter().peekable();
+        let first = ranges.peek().map_or(0, |range| range.start());
+        match &mut self.stream {
+            Stream::Plain(line) if has_address(memory, first) => {
+                in_batches(memory, ranges, |batch| line.send_slices(batch))
+            }
+            _ => self.send_copied(memory, ranges),
+        }
     }
 
     /// Receives the bytes of `ranges` straight into `memory`, in their order, and returns their number.
@@ -47,16 +57,27 @@ impl Connection {
         })
     }
 
-    /// Sends a first part of `slices`, at least one byte.
-    fn send_some<B: BitmapSlice>(&mut self, slices: &[VolatileSlice<'_, B>]) -> io::Result<usize> {
-        if let Stream::Plain(line) = &mut self.stream {
-            return line.send_slices(slices);
+    /// Sends the bytes of `ranges` by way of a buffer.
+    fn send_copied<M: GuestMemoryBackend>(
+        &mut self,
+        memory: &M,
+        ranges: impl Iterator<Item = GpaRange>,
+    ) -> io::Result<u64> {
+        let (mut bounce, mut filled, mut sent) = (self.take_bounce(), 0, 0);
+        for piece in ranges.flat_map(|range| range.pieces(BOUNCE_BYTES as u64)) {
+            let bytes = usize::try_from(piece.len()).unwrap_or(BOUNCE_BYTES);
+            if filled + bytes > BOUNCE_BYTES {
+                self.write_all(&bounce[..filled])?;
+                filled = 0;
+            }
+            read_memory(memory, piece, &mut bounce[filled..filled + bytes])
+                .map_err(|error: UnreadableMemory| io::Error::new(error.source.kind(), error))?;
+            filled += bytes;
+            sent += piece.len();
         }
-        let mut bounce = self.take_bounce();
-        let filled = gather(slices, &mut bounce);
-        let outcome = self.write_all(&bounce[..filled]);
+        self.write_all(&bounce[..filled])?;
         self.bounce = bounce;
-        outcome.map(|()| filled)
+        Ok(sent)
     }
 
     /// Receives a first part of `slices`; 0 at the end of the stream.
@@ -121,15 +142,6 @@ fn drop_front<B: BitmapSlice>(batch: &mut Vec<VolatileSlice<'_, B>>, bytes: usiz
         *first = first.offset(left).map_err(io::Error::other)?;
     }
     Ok(())
-}
-
-/// Copies from `slices` into `bounce` until one of them is used up, and returns the number of bytes.
-fn gather<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>], bounce: &mut [u8]) -> usize {
-    let mut filled = 0;
-    for slice in slices {
-        filled += slice.copy_to(&mut bounce[filled..]);
-    }
-    filled
 }
 
 /// Copies all of `bounce` into `slices`, which are at least as long.
