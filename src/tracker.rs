@@ -25,7 +25,7 @@ use crate::source::{DirtySource, SourceError, choose};
 pub use address_space::{AddressSpace, AddressSpaceError, SpaceDevice, SpaceTable};
 pub use builder::{ImpreciseSource, TrackerBuilder};
 pub use mappings::{DeviceMappings, Disagreement, VmMappings};
-use mappings::{check_covers, check_memory};
+use mappings::{check_covers, check_devices, check_memory};
 
 /// Why a [`Tracker`] could not do its part.
 #[derive(Debug, Error)]
@@ -402,7 +402,8 @@ impl Tracker {
         let Some(mappings) = &self.mappings else { return Ok(()) };
         let mappings = mappings();
         check_memory(self.layout(), &mappings.ram, &mappings.absent)?;
-        check_covers(self.layout(), &self.sources, &mappings)
+        check_covers(self.layout(), &self.sources, &mappings)?;
+        check_devices(self.layout(), &self.sources, &mappings)
     }
 }
 

@@ -64,9 +64,8 @@ impl Tracker {
         let layout = self.layout().with(ram.gpa)?;
         let told = self.tell_plugged(ram).map_err(TrackerError::from).and_then(|()| {
             let Some(mappings) = &self.mappings else { return Ok(()) };
-            let mut mappings = mappings();
+            let mappings = mappings();
             // What devices reach of it they are given afterwards.
-            mappings.devices.clear();
             check_memory(&layout, &mappings.ram, &mappings.absent)?;
             Ok(check_covers(&layout, &self.sources, &mappings)?)
         });

@@ -18,7 +18,8 @@ pub struct VmMappings {
     pub absent: Vec<GpaRange>,
     /// The vCPUs' memory slots; none where the VMM tracks their writes itself.
     pub vcpu_slots: Vec<GpaRange>,
-    /// The guest memory that each pass-through device reaches through its IOMMU. What of it is not RAM is ignored.
+    /// The guest memory that each pass-through device reaches through its IOMMU, which may be none. What of it is not RAM is ignored.
+    /// A device that a source speaks for is among them.
     pub devices: Vec<DeviceMappings>,
 }
 
@@ -61,6 +62,20 @@ pub enum Disagreement {
         /// The first such range.
         gpa: GpaRange,
     },
+    /// A source speaks for a device, and nothing says what that reaches.
+    #[error("Dirty source {id} speaks for device {device}, and the VM's mappings do not have that device")]
+    DeviceNotMapped {
+        /// The source.
+        id: String,
+        /// The device.
+        device: String,
+    },
+    /// A source reports devices' writes, and it is not said of which devices.
+    #[error("Dirty source {id} reports devices' writes: name the devices that it speaks for (source_of)")]
+    NoDevices {
+        /// The source.
+        id: String,
+    },
 }
 
 const VCPUS: &str = "vCPUs";
@@ -82,7 +97,7 @@ pub(super) fn check_memory(
     }
 }
 
-/// Checks that the sources, which run, cover all that can be written.
+/// Checks that the sources, which run, cover all that vCPUs and the VMM can write.
 pub(super) fn check_covers(
     layout: &Layout,
     sources: &[Attached],
@@ -97,6 +112,26 @@ pub(super) fn check_covers(
     }
     if sources.iter().any(|attached| attached.source.reports() == Reports::Vmm) {
         check_cover(&ram, sources, VMM, |attached| attached.source.reports() == Reports::Vmm)?;
+    }
+    Ok(())
+}
+
+/// Checks that the sources, which run, cover all that each device can write, and that it is known what that is.
+pub(super) fn check_devices(
+    layout: &Layout,
+    sources: &[Attached],
+    mappings: &VmMappings,
+) -> Result<(), Disagreement> {
+    let of_devices = sources.iter().filter(|attached| attached.source.reports() == Reports::Devices);
+    for attached in of_devices {
+        let id = || attached.source.id().to_owned();
+        if attached.devices.is_empty() {
+            return Err(Disagreement::NoDevices { id: id() });
+        }
+        let is_mapped = |name: &&String| mappings.devices.iter().any(|mapped| mapped.device == **name);
+        if let Some(device) = attached.devices.iter().find(|name| !is_mapped(name)) {
+            return Err(Disagreement::DeviceNotMapped { id: id(), device: device.clone() });
+        }
     }
     mappings.devices.iter().try_for_each(|DeviceMappings { device, gpa }| {
         let reached = gpa.iter().flat_map(|&gpa| layout.parts(gpa)).map(|(_, part)| part);

@@ -16,7 +16,7 @@ use vfio_migration::range::{GpaRange, IovaRange};
 use vfio_migration::source::{
     Cover, DirtySource, GuestMemoryLog, Harvest, PluggedRam, Reports, Sink, SourceError,
 };
-use vfio_migration::tracker::{SpaceId, Tracker, TrackerError, VmMappings};
+use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, TrackerError, VmMappings};
 use vfio_migration::transfer::{Migration, Sender};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
@@ -176,7 +176,11 @@ impl Vmm {
         }
         let (seen, dma) = (memory.clone(), DmaLog::new("dma0", Harvest::AfterUnmap));
         let mut builder = Tracker::builder(Layout::from_guest_memory(&*memory.memory()).unwrap())
-            .mappings(move || VmMappings { ram: ranges(&seen), ..VmMappings::default() })
+            .mappings(move || {
+                // Behind a virtual IOMMU that maps nothing yet.
+                let devices = vec![DeviceMappings { device: "net0".to_owned(), gpa: Vec::new() }];
+                VmMappings { ram: ranges(&seen), devices, ..VmMappings::default() }
+            })
             .source(Box::new(GuestMemoryLog::new(memory.clone())));
         let space = builder.space(IovaMap::journal());
         let tracker = builder.source_of(space, ["net0"], Box::new(dma.clone())).build().unwrap();

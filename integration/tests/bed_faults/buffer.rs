@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
 use vfio_migration::layout::Layout;
-use vfio_migration::source::{ContainerLog, DeviceLog, DirtySource, Meaning};
-use vfio_migration::tracker::{Tracker, VmMappings};
+use vfio_migration::source::{ContainerLog, DeviceLog, DirtySource, Meaning, Reports};
+use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, VmMappings};
 use vfio_migration_integration::bed::{BedSetup, Here, Mirror};
 
 use crate::trap::{self, Trap, Trapped};
@@ -39,9 +39,12 @@ impl Bench {
         let source = source(Trapped { inner: descriptor(&here), readable, trap: Arc::clone(&trap) });
         let layout = Layout::from_guest_memory(here.side.machine().memory()).unwrap();
         let ram: Vec<_> = layout.regions().iter().map(|region| region.range()).collect();
-        let mappings = VmMappings { ram: ram.clone(), vcpu_slots: ram, ..VmMappings::default() };
+        let device = (source.reports() == Reports::Devices).then_some("mdev0");
+        let devices = device.map(|name| DeviceMappings { device: name.to_owned(), gpa: ram.clone() });
+        let devices = devices.into_iter().collect();
+        let mappings = VmMappings { ram: ram.clone(), vcpu_slots: ram, devices, ..VmMappings::default() };
         let builder = Tracker::builder(layout).mappings(move || mappings.clone());
-        let mut tracker = builder.source(source).build().unwrap();
+        let mut tracker = builder.source_of(SpaceId::IDENTITY, device, source).build().unwrap();
         let mirror = Mirror::start(&here.memory, &mut tracker).unwrap();
         // The first collect allocates the buffer: a bit for each page of the first region, the largest.
         let pages = here.memory.regions()[0].len / PAGE_BYTES;

@@ -74,6 +74,30 @@ fn c63_a_device_that_no_source_speaks_for_is_named() {
 }
 
 #[test]
+fn c63_a_device_whose_mappings_nobody_tells_is_named() {
+    let mut mappings = agreed();
+    mappings.devices.clear();
+    let covers = KINDS.map(|kind| (kind, pages(0, PAGES)));
+    let error = begin_with(mappings.clone(), covers).unwrap_err();
+    let said = "Dirty source device speaks for device net0, and the VM's mappings do not have that device";
+    assert!(error.ends_with(said), "{error}");
+    // One that is behind a virtual IOMMU and has no mapping yet.
+    mappings.devices.push(DeviceMappings { device: "net0".to_owned(), gpa: Vec::new() });
+    begin_with(mappings, covers).unwrap();
+}
+
+#[test]
+fn c63_a_source_of_devices_says_of_which() {
+    let source = Scripted::new("device-log");
+    source.script().reports = Reports::Devices;
+    let builder = Tracker::builder(layout()).mappings(agreed);
+    let mut tracker = builder.source(Box::new(source.clone())).build().unwrap();
+    let error = tracker.begin(Start::Empty).unwrap_err();
+    assert!(matches!(error, TrackerError::Disagreement(Disagreement::NoDevices { .. })), "{error}");
+    assert!(!source.script().running);
+}
+
+#[test]
 fn parts_that_the_guest_does_not_have_are_no_part_of_the_layout() {
     let mut mappings = agreed();
     mappings.ram.push(pages(PAGES, 64));
