@@ -165,15 +165,15 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
         // A region may be mapped in parts, of which this is one: it is asked for as it is, and the kernel refuses what bisects.
         let part = known().any(|mapping| mapping.covers(iova)).then_some(iova);
         let inside = known().filter(|mapping| iova.covers(*mapping) && *mapping != iova);
-        let requests = self.limits.requests(part.into_iter().chain(inside))?;
+        let requests = self.limits.grouped(part.into_iter().chain(inside));
         let (mut bytes, mut lost) = (0, None);
         for request in requests {
             match self.unmap_request(request, sink) {
                 Ok(unmapped) => bytes += unmapped,
-                Err(source) => {
+                Err(unread) => {
                     bytes += sys::unmap(&self.container, request)
                         .map_err(|source| ContainerLogError::Unmap { iova: request, source })?;
-                    lost = lost.or(Some(ContainerLogError::Read { iova: request, source }));
+                    lost = lost.or(Some(unread));
                 }
             }
             self.mapped.remove(request);
@@ -182,10 +182,12 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
         lost.map_or(Ok(bytes), Err)
     }
 
-    fn unmap_request(&mut self, request: IovaRange, sink: &mut Sink<'_>) -> io::Result<u64> {
+    fn unmap_request(&mut self, request: IovaRange, sink: &mut Sink<'_>) -> Result<u64, ContainerLogError> {
+        self.limits.check(request)?;
         let granule = self.limits.granule;
         let words = zeroed(&mut self.words, self.limits.words(request));
-        let bytes = sys::unmap_with_bitmap(&self.container, request, granule, words)?;
+        let bytes = sys::unmap_with_bitmap(&self.container, request, granule, words)
+            .map_err(|source| ContainerLogError::Read { iova: request, source })?;
         sink.iova_words(request, granule, words).expect(COUNTED);
         Ok(bytes)
     }
@@ -248,11 +250,22 @@ impl Limits {
         self,
         mappings: impl Iterator<Item = IovaRange>,
     ) -> Result<Vec<IovaRange>, ContainerLogError> {
+        let requests = self.grouped(mappings);
+        requests.iter().try_for_each(|&request| self.check(request))?;
+        Ok(requests)
+    }
+
+    /// Groups mappings as [`Limits::requests`] does; one that is over the limit by itself stands alone.
+    fn grouped(self, mappings: impl Iterator<Item = IovaRange>) -> Vec<IovaRange> {
         let gap = (Self::GAP_WORDS * WORD_BITS as u64) << self.granule.shift();
-        let requests = spans(mappings, gap, self.max_span());
-        match requests.iter().find(|request| request.len() > self.max_span()) {
-            Some(&iova) => Err(ContainerLogError::MappingTooLarge { iova, max_bytes: self.max_bytes }),
-            None => Ok(requests),
+        spans(mappings, gap, self.max_span())
+    }
+
+    /// Checks that the bitmap of `iova` is within the limit.
+    fn check(self, iova: IovaRange) -> Result<(), ContainerLogError> {
+        match iova.len() > self.max_span() {
+            true => Err(ContainerLogError::MappingTooLarge { iova, max_bytes: self.max_bytes }),
+            false => Ok(()),
         }
     }
 
@@ -314,10 +327,12 @@ impl<F: AsRawFd + Send> DirtySource for ContainerLog<F> {
         result.map_err(|cause| SourceError::new(&self.id, Operation::Collect, cause))
     }
 
+    /// Refuses one whose bitmap could never be read. It stands until it is taken down again, and counts as written all over until then.
     fn mapped(&mut self, mapping: &Mapping) -> Result<(), SourceError> {
         self.mapped.add(*mapping);
         self.requests.clear();
-        Ok(())
+        let readable = self.limits.check(mapping.iova());
+        readable.map_err(|cause| SourceError::new(&self.id, Operation::Mapped, cause))
     }
 
     fn harvest(&self) -> Harvest {
@@ -449,6 +464,23 @@ mod tests {
         let mut marks = Marks::new(&layout);
         let error = log.unmapped(&mapping, &mut Sink::new(&layout, &iova, &mut marks)).unwrap_err();
         assert_eq!(error.operation, Operation::Unmap);
+        assert_eq!(log.cover().ranges, [mapping.gpa()]);
+    }
+
+    #[test]
+    fn c16_a_mapping_whose_bitmap_exceeds_the_limit_is_refused_and_taken_down_all_the_same() {
+        let (layout, iova) = (layout(), IovaMap::Identity);
+        let mut log = broken();
+        log.limits = limits(8);
+        log.on = true;
+        let mapping = Mapping::identity(layout.regions()[0].range());
+        let error = log.mapped(&mapping).unwrap_err();
+        assert_eq!(error.operation, Operation::Mapped);
+        let mut marks = Marks::new(&layout);
+        let mut sink = Sink::new(&layout, &iova, &mut marks);
+        assert_eq!(log.collect(&mut sink).unwrap_err().operation, Operation::Collect, "all of it is dirty");
+        let error = log.unmapped(&mapping, &mut sink).unwrap_err();
+        assert_eq!(error.operation, Operation::Unmap, "it was tried, without a bitmap: {}", error.cause);
         assert_eq!(log.cover().ranges, [mapping.gpa()]);
     }
 
