@@ -151,7 +151,7 @@ impl Blocker {
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::NoSource { .. } => {
-                "use a device whose driver logs DMA, an IOMMU with dirty tracking, or a type1 container"
+                "use a device whose driver logs DMA, an IOMMU with dirty tracking, or a container of type 1 version 2"
             }
             Self::ImpreciseNotAllowed { .. } => "allow imprecise sources, and expect a long pause",
             Self::MappingTooLarge { .. } => "map the VM's memory in smaller pieces",

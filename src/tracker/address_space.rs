@@ -5,6 +5,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use thiserror::Error;
+use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
 
 use super::{Attached, SpaceId, TrackerBuilder};
 use crate::iova::IovaMap;
@@ -12,7 +13,10 @@ use crate::layout::Region;
 use crate::source::choose::{
     Blocker, Choice, DeviceFacts, Imprecise, OwnLog, Tracker as Below, Writer, choose,
 };
-use crate::source::{ContainerLog, ContainerLogError, DeviceLog, DeviceLogError, HwptLog, Meaning};
+use crate::source::{
+    ContainerInfo, ContainerLog, ContainerLogError, DeviceLog, DeviceLogError, DirtyBitmapInfo, HwptLog,
+    Meaning,
+};
 
 /// One IOVA address space, the devices in it, and what is below them.
 #[derive(Debug)]
@@ -95,21 +99,28 @@ impl TrackerBuilder {
         let choice = choose(&facts, tracked_below, imprecise)
             .map_err(|blocker| AddressSpaceError::Blocked { blocker })?;
         let is_identity = map == IovaMap::Identity;
-        let id = if is_identity { SpaceId::IDENTITY } else { self.space(map) };
-        self.allow_imprecise |= choice.container == Some(Meaning::Mapped);
-        self.degradations.extend(choice.degradations.iter().cloned());
+        let id = if is_identity { SpaceId::IDENTITY } else { SpaceId(self.spaces.len()) };
         let chosen = attach(&choice, id, devices, below)?;
+        // Nothing fails from here on.
+        if !is_identity {
+            self.spaces.push(map);
+        }
         self.sources.extend(chosen);
+        self.allow_imprecise |= choice.container == Some(Meaning::Mapped);
+        self.degradations.extend(choice.degradations);
         Ok(id)
     }
 
     /// Asks what is below the devices whether it tracks.
     fn probe_below(&self, below: &SpaceTable, map: &IovaMap) -> Below {
         match below {
-            SpaceTable::Container { file, .. } => Below::Container {
-                bitmap: ContainerLog::<OwnedFd>::info(file).ok().and_then(|info| info.dirty_bitmap),
-                largest_mapping: self.largest_mapping(map),
-            },
+            SpaceTable::Container { file, model } => {
+                let info = ContainerLog::<OwnedFd>::info(file).ok();
+                Below::Container {
+                    bitmap: info.and_then(|info| bitmap_of(*model, info)),
+                    largest_mapping: self.largest_mapping(map),
+                }
+            }
             SpaceTable::PageTable { iommufd, hwpt_id } => {
                 Below::PageTable { tracks: HwptLog::new("", iommufd.as_raw_fd(), *hwpt_id).tracks() }
             }
@@ -124,6 +135,11 @@ impl TrackerBuilder {
         };
         mapped.or_else(|| regions.max()).unwrap_or(0)
     }
+}
+
+/// The dirty bitmap of a container that says this; none but those of type 1 version 2 have one that could be read.
+fn bitmap_of(model: u32, info: ContainerInfo) -> Option<DirtyBitmapInfo> {
+    info.dirty_bitmap.filter(|_| model == VFIO_TYPE1v2_IOMMU)
 }
 
 fn facts_of(device: &SpaceDevice) -> DeviceFacts {
@@ -190,6 +206,16 @@ mod tests {
     fn space(below: SpaceTable, imprecise: Imprecise) -> AddressSpace {
         let device = SpaceDevice { name: "net0".to_owned(), file: mute(), writer: Writer::Hardware };
         AddressSpace { map: IovaMap::Identity, devices: vec![device], below, imprecise }
+    }
+
+    #[test]
+    fn a_container_of_another_model_has_no_bitmap_to_choose() {
+        let bitmap = DirtyBitmapInfo { page_sizes: 0x1000, max_bytes: 1 << 28 };
+        let info = ContainerInfo { page_sizes: 0x1000, dirty_bitmap: Some(bitmap) };
+        assert_eq!(bitmap_of(3, info), Some(bitmap));
+        for model in [1, 2, 4, 6, 7, 8] {
+            assert_eq!(bitmap_of(model, info), None);
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::source::{DirtySource, Reports, choose};
 #[must_use = "a builder does nothing until it builds"]
 pub struct TrackerBuilder {
     pub(super) layout: Layout,
-    spaces: Vec<IovaMap>,
+    pub(super) spaces: Vec<IovaMap>,
     pub(super) sources: Vec<Attached>,
     mappings: Option<Mappings>,
     pub(super) allow_imprecise: bool,
