@@ -310,19 +310,23 @@ impl Device {
     fn try_estimate(&mut self, asking: Asking) -> Result<Estimate, DeviceFailure> {
         let state = self.state()?;
         if self.in_session && self.stream.is_complete() {
-            return Ok(Estimate { state_bytes: self.state_bytes(), ..Estimate::NOTHING });
+            let state_bytes = self.state_bytes();
+            return Ok(Estimate { state_bytes, known_bytes: state_bytes, ..Estimate::NOTHING });
         }
         let precopying = self.in_session && matches!(state, DeviceState::PreCopy | DeviceState::PreCopyP2p);
         if precopying && (asking == Asking::Anew || !self.size.is_past_initial()) {
             self.ask_precopy()?;
         }
         let read = if self.in_session { self.state_bytes() } else { 0 };
-        let (state_bytes, basis) = match self.io.data_size()? {
-            Some(answer) => (self.size.whole(answer, read), Basis::Told),
-            None => (self.guess(read), Basis::Guessed),
+        let (state_bytes, known_bytes, basis) = match self.io.data_size()? {
+            Some(answer) => {
+                let told = self.size.whole(answer, read);
+                (told, told, Basis::Told)
+            }
+            None => (self.guess(read), self.size.least(read), Basis::Guessed),
         };
         let initial_bytes = if precopying { self.initial_bytes() } else { 0 };
-        Ok(Estimate { state_bytes, stop_copy_bytes: state_bytes - read, initial_bytes, basis })
+        Ok(Estimate { state_bytes, known_bytes, stop_copy_bytes: state_bytes - read, initial_bytes, basis })
     }
 
     /// Asks what PRE_COPY still has to bring; `None` where the interface has no such question.
@@ -342,22 +346,19 @@ impl Device {
 
     fn check_limit(&self, estimate: Estimate) -> Result<(), DeviceFailure> {
         let limit_bytes = self.limit_bytes() as u64;
-        let known_bytes = match estimate.basis {
-            Basis::Told => estimate.state_bytes,
-            Basis::Guessed | Basis::Unknown => {
-                self.size.least(estimate.state_bytes - estimate.stop_copy_bytes)
-            }
-        };
-        if known_bytes > limit_bytes {
-            return Err(DeviceFailure::StateTooLarge { state_bytes: known_bytes, limit_bytes });
+        let state_bytes = estimate.known_bytes;
+        match state_bytes > limit_bytes {
+            true => Err(DeviceFailure::StateTooLarge { state_bytes, limit_bytes }),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     fn unknown(&self, failure: &DeviceFailure) -> Estimate {
         warn!("Device {:?} does not tell the size of its state: {}", self.identity.name, Chain(failure));
+        let read = if self.in_session { self.state_bytes() } else { 0 };
         Estimate {
             state_bytes: UNKNOWN_STATE_BYTES,
+            known_bytes: self.size.least(read),
             stop_copy_bytes: UNKNOWN_STATE_BYTES,
             initial_bytes: 0,
             basis: Basis::Unknown,

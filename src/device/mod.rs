@@ -171,6 +171,8 @@ pub enum Basis {
 pub struct Estimate {
     /// Bytes of their whole state, what was read while they ran included; rather too many than too few.
     pub state_bytes: u64,
+    /// Of these, bytes that are no guess: what devices told, and of the others what was read or is known to be left.
+    pub known_bytes: u64,
     /// Of these, bytes to read once the devices are stopped, in the downtime.
     pub stop_copy_bytes: u64,
     /// Bytes that should be read before PRE_COPY is left. May grow again.
@@ -182,12 +184,13 @@ pub struct Estimate {
 impl Estimate {
     /// There is nothing to hand over.
     pub const NOTHING: Self =
-        Self { state_bytes: 0, stop_copy_bytes: 0, initial_bytes: 0, basis: Basis::Told };
+        Self { state_bytes: 0, known_bytes: 0, stop_copy_bytes: 0, initial_bytes: 0, basis: Basis::Told };
 
     #[cfg(feature = "device-state")]
     fn plus(self, other: Self) -> Self {
         Self {
             state_bytes: self.state_bytes.saturating_add(other.state_bytes),
+            known_bytes: self.known_bytes.saturating_add(other.known_bytes),
             stop_copy_bytes: self.stop_copy_bytes.saturating_add(other.stop_copy_bytes),
             initial_bytes: self.initial_bytes.saturating_add(other.initial_bytes),
             basis: self.basis.max(other.basis),

@@ -213,28 +213,32 @@ fn c33_stop_copy_is_left_only_on_retire_or_run() {
 #[test]
 fn c28_a_size_that_cannot_be_had_is_huge_and_one_that_cannot_be_asked_is_guessed() {
     let (mut set, world) = set(vec![script(ALL), Script { tells: false, ..script(ALL) }]);
-    let guessed = |state_bytes, stop_copy_bytes| Estimate {
+    let guessed = |state_bytes, known_bytes, stop_copy_bytes| Estimate {
         state_bytes,
+        known_bytes,
         stop_copy_bytes,
         initial_bytes: 0,
         basis: Basis::Guessed,
     };
     let unasked = 68 + UNASKABLE_STATE_BYTES;
-    assert_eq!(set.estimate().unwrap(), guessed(unasked, unasked));
+    assert_eq!(set.estimate().unwrap(), guessed(unasked, 68, unasked));
     set.start_precopy().unwrap();
     set.precopy_step(u64::MAX).unwrap();
     // Both have handed over 24 bytes; the second is taken to do so again.
-    assert_eq!(set.estimate().unwrap(), guessed(68 + 48, 44 + 24));
+    assert_eq!(set.estimate().unwrap(), guessed(68 + 48, 68 + 24, 44 + 24));
     set.precopy_step(u64::MAX).unwrap();
-    assert_eq!(set.estimate().unwrap(), guessed(68 + 40, 44 + 8));
+    assert_eq!(set.estimate().unwrap(), guessed(68 + 40, 68 + 32, 44 + 8));
     fail_at_next_call(&world, Effect::Fails);
     assert_eq!(set.estimate().unwrap().stop_copy_bytes, UNKNOWN_STATE_BYTES + 8);
-    assert_eq!(set.estimate().unwrap(), guessed(68 + 40, 44 + 8));
+    assert_eq!(set.estimate().unwrap(), guessed(68 + 40, 68 + 32, 44 + 8));
     set.stop_for_copy().unwrap();
     set.save().unwrap();
-    assert_eq!(set.estimate().unwrap(), Estimate { state_bytes: 2 * 68, ..Estimate::NOTHING });
+    assert_eq!(
+        set.estimate().unwrap(),
+        Estimate { state_bytes: 2 * 68, known_bytes: 2 * 68, ..Estimate::NOTHING }
+    );
     set.run().unwrap();
-    assert_eq!(set.estimate().unwrap(), guessed(2 * 68, 2 * 68));
+    assert_eq!(set.estimate().unwrap(), guessed(2 * 68, 68, 2 * 68));
 }
 
 #[test]
@@ -283,8 +287,13 @@ fn c38_the_switchover_asks_once_more_when_all_are_quiescent() {
     set.precopy_step(u64::MAX).unwrap();
     set.precopy_step(u64::MAX).unwrap();
     let last = set.stop_for_copy().unwrap();
-    let expected =
-        Estimate { state_bytes: 2 * 68, stop_copy_bytes: 44 + 68, initial_bytes: 0, basis: Basis::Told };
+    let expected = Estimate {
+        state_bytes: 2 * 68,
+        known_bytes: 2 * 68,
+        stop_copy_bytes: 44 + 68,
+        initial_bytes: 0,
+        basis: Basis::Told,
+    };
     assert_eq!(last, expected);
 }
 

@@ -62,12 +62,9 @@ impl<V: Vm> Session<'_, V> {
         self.check_state_fits(estimate)
     }
 
-    /// Compares what devices say with what State may hold: there, four bytes of text carry three of theirs.
+    /// Compares what is known of the devices' state with what State may hold: there, four bytes of text carry three of theirs.
     pub(super) fn check_state_fits(&self, estimate: Estimate) -> Result<Estimate, SendError> {
-        if estimate.basis == Basis::Told {
-            let state_bytes = text_bytes(estimate.state_bytes);
-            self.check_limit(state_bytes, estimate.state_bytes)?;
-        }
+        self.check_limit(text_bytes(estimate.known_bytes), estimate.known_bytes)?;
         Ok(estimate)
     }
 

@@ -107,6 +107,27 @@ fn c48_the_share_that_base64_takes_counts_and_the_receivers_limit_is_named() {
 }
 
 #[test]
+fn c48_what_a_device_tells_counts_beside_one_that_tells_nothing() {
+    for (size, fits) in [(20_000, true), (31_000, false)] {
+        let mut vm = FakeVm::new(0);
+        let mut untold = FakeDevice::new(&vm.log, b"another state");
+        untold.size = None;
+        let machine = with_device(&vm, b"a state", |io| io.size = Some(size));
+        machine.devices.lock().unwrap().add(Device::new("untold", Box::new(untold))).unwrap();
+        let peer = Peer::unix(Fault::None);
+        let mut options = options(&peer);
+        (options.limits.state_bytes, options.downtime_ms) = (40_000, 10_000);
+        match moved(&mut vm, &machine, options) {
+            Ok(_) => assert!(fits),
+            Err(error) => {
+                assert!(!fits, "{error}");
+                assert_refused_running(&vm, &error, &["40000 bytes", "Limits::state_bytes"]);
+            }
+        }
+    }
+}
+
+#[test]
 fn c48_a_captured_state_beyond_the_limit_lets_the_vm_run_on() {
     let mut vm = FakeVm::new(0);
     let machine = vm.machine();
