@@ -20,6 +20,8 @@ use crate::iova::{IovaError, IovaMap};
 use crate::layout::{Layout, LayoutError, Region};
 use crate::ledger::{Attribution, Chunk, ChunkLimits, CursorId, Ledger, Outstanding, Start};
 use crate::range::GpaRange;
+#[cfg(feature = "transfer")]
+use crate::source::Reports;
 use crate::source::{DirtySource, SourceError, choose};
 
 pub use address_space::{AddressSpace, AddressSpaceError, SpaceDevice, SpaceTable};
@@ -246,6 +248,16 @@ impl Tracker {
         let ranges: Vec<_> = ranges.flatten().collect();
         let absent = self.mappings.as_ref().map_or(Vec::new(), |mappings| mappings().absent);
         Ok(check_memory(self.layout(), &ranges, &absent)?)
+    }
+
+    /// Whether pass-through devices write this VM's memory, as far as the sources and the VMM's mappings tell.
+    #[cfg(feature = "transfer")]
+    pub(crate) fn has_devices(&self) -> bool {
+        let of_devices = |attached: &Attached| {
+            attached.source.reports() == Reports::Devices || !attached.devices.is_empty()
+        };
+        let mapped = || self.mappings.as_ref().is_some_and(|mappings| !mappings().devices.is_empty());
+        self.sources.iter().any(of_devices) || mapped()
     }
 
     /// Whether a source's failure ends a migration: it is gone for good, or that is what was asked for.

@@ -39,6 +39,8 @@ pub(super) struct Session<'a, V: Vm> {
     pub(super) undo: Undo,
     pub(super) measured: Measured,
     pub(super) populated: Populated,
+    /// Whether pass-through devices write the VM's memory, whoever moves their state.
+    pub(super) has_devices: bool,
     pub(super) began: Instant,
 }
 
@@ -74,6 +76,7 @@ impl<'a, V: Vm> Session<'a, V> {
             undo: Undo::default(),
             measured,
             populated: Populated::default(),
+            has_devices: false,
             began: Instant::now(),
         }
     }

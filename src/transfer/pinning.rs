@@ -18,7 +18,8 @@ use crate::vm::Vm;
 /// Bytes of memory per second that a receiver allocates and zeroes; rather too few.
 const POPULATED_BYTES_PER_SECOND: u64 = 128 << 20;
 
-/// What is done for the receiver of a VM that has pass-through devices.
+/// What is done for the receiver of a VM that has pass-through devices: some are in the sender's
+/// [`DeviceSet`](crate::device::DeviceSet), or the tracker has a source for them or knows what is mapped for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PinningReceiver {
     /// Config asks for `prefault`, so that the receiver allocates all memory before the first page comes. Where it cannot ask,
@@ -108,7 +109,8 @@ impl<V: Vm> Session<'_, V> {
     /// Makes of the VM's Config one for a receiver that pins memory, or decides to leave no page out.
     pub(super) fn heed_pinning(&mut self, config: Vec<u8>) -> Vec<u8> {
         let wanted = self.options.pinning_receiver;
-        if self.devices().is_empty() || !self.options.receiver_reads_zero {
+        self.has_devices = !self.devices().is_empty() || self.look().has_devices();
+        if !self.has_devices || !self.options.receiver_reads_zero {
             return config;
         }
         let asked = match wanted {
@@ -138,12 +140,11 @@ impl<V: Vm> Session<'_, V> {
         if !self.is_missed(downtime) {
             return;
         }
-        let has_devices = !self.devices().is_empty();
         let progress = self.migration.progress();
         let left_out = progress.skipped_hole_bytes + progress.skipped_zero_bytes;
         let cause = match progress.forecast {
             forecast @ Forecast::Stuck(_) => MissedBecause::Expected(forecast),
-            _ if has_devices && left_out > 0 && self.populated == Populated::Nobody => {
+            _ if self.has_devices && left_out > 0 && self.populated == Populated::Nobody => {
                 MissedBecause::LeftOut { bytes: left_out }
             }
             _ => MissedBecause::Unexpected { expected_ms: progress.expected_downtime_ms },

@@ -12,13 +12,14 @@ use vfio_migration::layout::Layout;
 use vfio_migration::precopy::{CancelReason, Obstacle};
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, Reports, Sink, SourceError};
+use vfio_migration::tracker::{DeviceMappings, VmMappings};
 use vfio_migration::transfer::{
     Migration, PinningReceiver, Populated, SendError, SendOptions, Sender, Sent, SourceVm,
 };
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::peer::{COMPLETE, CONFIG, Fault, Peer, STATE};
-use crate::vm::{FakeDevice, FakeVm, Machine, PAGE, PAGES, page_gpa, sparse_memory};
+use crate::vm::{FakeDevice, FakeVm, HIGH, LOW, Machine, PAGE, PAGES, page_gpa, sparse_memory};
 use crate::{log_of, options};
 
 const MIB: u64 = 1 << 20;
@@ -243,6 +244,66 @@ fn c67_a_vm_without_devices_is_sent_as_it_is() {
     assert_eq!(sent.populated, Populated::Nobody);
     assert_eq!(peer.end().0.of(CONFIG)[0].payload, br#"{"vm_config":{"memory":{}}}"#);
     assert!(sent.skipped_hole_bytes > (PAGES - 80) * PAGE);
+}
+
+/// The log of a device whose state the VMM moves itself: nothing is written.
+struct Quiet;
+
+impl DirtySource for Quiet {
+    fn id(&self) -> &str {
+        "quiet"
+    }
+
+    fn reports(&self) -> Reports {
+        Reports::Devices
+    }
+
+    fn cover(&self) -> Cover {
+        let ranges = [LOW, HIGH].map(|(start, len)| GpaRange::new(start, len).unwrap());
+        Cover { ranges: ranges.to_vec(), precise: true }
+    }
+
+    fn start(&mut self, _layout: &Layout, _iova: &IovaMap) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    fn collect(&mut self, _sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), SourceError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn c67_a_vm_whose_vmm_moves_its_devices_itself_has_devices_too() {
+    let ram = || Quiet.cover().ranges;
+    for (source, devices) in [(true, vec![]), (false, vec!["net0"])] {
+        let mut vm = hollow_vm();
+        let devices: Vec<_> = devices.into_iter().map(str::to_owned).collect();
+        let mappings = move || VmMappings {
+            ram: ram(),
+            devices: devices
+                .iter()
+                .map(|id| DeviceMappings { device: id.clone(), gpa: Vec::new() })
+                .collect(),
+            ..VmMappings::default()
+        };
+        let builder = vm.builder().mappings(mappings);
+        let builder = if source { builder.source(Box::new(Quiet)) } else { builder };
+        let machine = Machine::from(builder.build().unwrap());
+        let peer = Peer::unix(Fault::None);
+        let sent = moved(&mut vm, &machine, options(&peer)).unwrap();
+        assert_eq!(sent.populated, Populated::Receiver);
+        assert_eq!(peer.end().0.of(CONFIG)[0].payload, br#"{"vm_config":{"memory":{"prefault":true}}}"#);
+
+        let mut vm = hollow_vm();
+        let peer = Peer::unix(Fault::SlowState(Duration::from_millis(400)));
+        let sent = moved(&mut vm, &machine, pinning(&peer, PinningReceiver::Unheeded)).unwrap();
+        let told = sent.degradations.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert!(told.iter().any(|text| text.contains("SendOptions::pinning_receiver")), "{told:?}");
+    }
 }
 
 #[test]
