@@ -12,7 +12,7 @@ use vfio_migration::layout::Layout;
 use vfio_migration::precopy::{CancelReason, Obstacle};
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, Reports, Sink, SourceError};
-use vfio_migration::tracker::{DeviceMappings, VmMappings};
+use vfio_migration::tracker::{DeviceMappings, SpaceId, VmMappings};
 use vfio_migration::transfer::{
     Migration, PinningReceiver, Populated, SendError, SendOptions, Sender, Sent, SourceVm,
 };
@@ -278,20 +278,16 @@ impl DirtySource for Quiet {
 
 #[test]
 fn c67_a_vm_whose_vmm_moves_its_devices_itself_has_devices_too() {
-    let ram = || Quiet.cover().ranges;
-    for (source, devices) in [(true, vec![]), (false, vec!["net0"])] {
+    for has_log in [true, false] {
         let mut vm = hollow_vm();
-        let devices: Vec<_> = devices.into_iter().map(str::to_owned).collect();
-        let mappings = move || VmMappings {
-            ram: ram(),
-            devices: devices
-                .iter()
-                .map(|id| DeviceMappings { device: id.clone(), gpa: Vec::new() })
-                .collect(),
-            ..VmMappings::default()
-        };
-        let builder = vm.builder().mappings(mappings);
-        let builder = if source { builder.source(Box::new(Quiet)) } else { builder };
+        let ram = || Quiet.cover().ranges;
+        let net0 =
+            move || DeviceMappings { device: "net0".to_owned(), gpa: if has_log { ram() } else { vec![] } };
+        let mappings = move || VmMappings { ram: ram(), devices: vec![net0()], ..VmMappings::default() };
+        let mut builder = vm.builder().mappings(mappings);
+        if has_log {
+            builder = builder.source_of(SpaceId::IDENTITY, ["net0"], Box::new(Quiet));
+        }
         let machine = Machine::from(builder.build().unwrap());
         let peer = Peer::unix(Fault::None);
         let sent = moved(&mut vm, &machine, options(&peer)).unwrap();
