@@ -5,8 +5,18 @@
 use std::error::Error;
 use std::fmt;
 
-/// An error and all its sources on one line, causes last.
-pub(crate) struct Chain<'a>(pub(crate) &'a dyn Error);
+/// An error and all its sources on one line, causes last: what a log or a terminal shows of it.
+///
+/// ```
+/// # use vfio_migration::error::Chain;
+/// let cause = std::io::Error::from_raw_os_error(2);
+/// assert_eq!(Chain(&cause).to_string(), "No such file or directory (os error 2)");
+/// ```
+#[derive(Debug)]
+pub struct Chain<'a>(
+    /// The error.
+    pub &'a dyn Error,
+);
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -35,6 +35,7 @@
 //! | [`precopy`] | when to go on, slow down, switch over or give up: a pure function |
 //! | [`transfer`] | frames, connections, sender and receiver of Cloud Hypervisor's protocol |
 //! | [`snapshot`] | Cloud Hypervisor's snapshot directory: full, differential, received from a running VM, verified |
+//! | [`error`] | an error and its causes as one line |
 //! | [`threads`] | what the threads of the library do first |
 //! | [`syscalls`] | the system calls of each source and part, for seccomp filters |
 //! | [`vm`] | what a sender asks of a VMM |
@@ -87,7 +88,7 @@
 
 mod bitmap;
 pub mod device;
-mod error;
+pub mod error;
 pub mod granule;
 pub mod iova;
 pub mod layout;

@@ -6,24 +6,36 @@ use std::fmt::Write;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
+use env_logger::{Builder, Env, Target};
 use indicatif::HumanBytes;
-use log::LevelFilter;
 use serde_json::json;
-use vfio_migration_integration::demo::{DemoError, DemoOptions, Note, Progress, Report, chain, run};
+use vfio_migration::error::Chain;
+use vfio_migration_integration::demo::{
+    DemoError, DemoOptions, LOG_VARIABLE, Note, PROCESS_ARGUMENT, Progress, Report, process_main, run,
+};
 
-use crate::args::DemoArguments;
+use crate::args::demo::DemoArguments;
 use crate::exit::Exit;
 use crate::output::{Output, counted};
 use crate::signals::stop_flag;
 
+/// Where this process is one that a demo started, is that: the demo runs this program again for each.
+pub(crate) fn process(sink: Target) -> Option<ExitCode> {
+    if std::env::args_os().nth(1).is_none_or(|word| word != PROCESS_ARGUMENT) {
+        return None;
+    }
+    Builder::from_env(Env::new().filter_or(LOG_VARIABLE, "warn")).target(sink).init();
+    Some(process_main())
+}
+
 /// Runs the demo and prints how it goes.
-pub(crate) fn demo(arguments: DemoArguments, log_level: LevelFilter) -> ExitCode {
+pub(crate) fn demo(arguments: DemoArguments) -> ExitCode {
     let mut output = Output::new(arguments.json);
     let stop = match stop_flag() {
         Ok(stop) => stop,
-        Err(error) => return refuse(&chain(&error), Exit::Io, &mut output),
+        Err(error) => return refuse(&Chain(&error).to_string(), Exit::Io, &mut output),
     };
-    match try_demo(arguments, log_level, &stop, &mut output) {
+    match try_demo(arguments, &stop, &mut output) {
         Ok(report) => {
             output.result(&report, || text(&report));
             ExitCode::SUCCESS
@@ -34,14 +46,13 @@ pub(crate) fn demo(arguments: DemoArguments, log_level: LevelFilter) -> ExitCode
 
 fn try_demo(
     arguments: DemoArguments,
-    log_level: LevelFilter,
     stop: &AtomicBool,
     output: &mut Output,
 ) -> Result<Report, DemoError> {
     let json = arguments.json;
     let options = DemoOptions {
         program: std::env::current_exe().map_err(DemoError::Spawn)?,
-        log_level: log_level.to_string(),
+        log_level: log::max_level().to_string(),
         memory_bytes: arguments.memory,
         guest_dirty_rate: arguments.guest_dirty_rate,
         device_dirty_rate: arguments.device_dirty_rate,
@@ -158,8 +169,8 @@ fn fail(error: &DemoError, output: &mut Output) -> ExitCode {
     };
     if let DemoError::Different { report, .. } | DemoError::Unwell { report, .. } = error {
         output.result(report, || text(report));
-        output.remark(&format!("error: {}", chain(error)));
+        output.remark(&format!("error: {}", Chain(error)));
         return exit.into();
     }
-    refuse(&chain(error), exit, output)
+    refuse(&Chain(error).to_string(), exit, output)
 }

@@ -6,6 +6,7 @@ use std::error::Error;
 use std::io;
 
 use rustix::io::Errno;
+use vfio_migration::error::Chain;
 use vfio_migration::precopy::CancelReason;
 use vfio_migration::snapshot::{
     Altered, ApplyError, ChainError, CompareError, DestinationError, DocumentError, FileError, ManifestError,
@@ -17,7 +18,6 @@ use vfio_migration::transfer::connection::ConnectionError;
 use vfio_migration::transfer::receive::ReceiveError;
 use vfio_migration::transfer::tls::TlsError;
 use vfio_migration::transfer::{PeerError, SendError, SendStep};
-use vfio_migration_integration::demo::chain;
 
 use crate::exit::Exit;
 use crate::host::HostError;
@@ -74,7 +74,7 @@ impl<E: Class + 'static> From<E> for Failure {
         let option = error.option().or(limit.and_then(|limit| limit));
         let option = option.map(|option| format!(" ({option} sets the limit)"));
         let remedy = error.remedy().map(|remedy| format!(" ({remedy})"));
-        let message = chain(&error) + &option.or(remedy).unwrap_or_default();
+        let message = Chain(&error).to_string() + &option.or(remedy).unwrap_or_default();
         // More than is allowed is no damage.
         let exit = if limit.is_some() { Exit::Usage } else { error.exit() };
         Self { exit, message }

@@ -3,6 +3,7 @@
 //! `vfio-migrate`: live-migrates, stores and checks VMs with pass-through devices.
 
 mod args;
+#[cfg(feature = "demo")]
 mod demo;
 mod devices;
 mod event;
@@ -24,27 +25,24 @@ mod terminal;
 use std::process::ExitCode;
 
 use clap::Parser;
-use env_logger::{Builder, Env, Target};
+use env_logger::{Builder, Target};
 
 use args::{Arguments, Command};
 use exit::Exit;
 use output::{LogSink, finish};
 use printer::Reader;
-use vfio_migration_integration::demo::{LOG_VARIABLE, PROCESS_ARGUMENT, process_main};
 
 fn main() -> ExitCode {
     signals::survive_file_size_limit();
-    let sink = Target::Pipe(Box::new(LogSink));
-    if std::env::args_os().nth(1).is_some_and(|word| word == PROCESS_ARGUMENT) {
-        Builder::from_env(Env::new().filter_or(LOG_VARIABLE, "warn")).target(sink).init();
-        let code = process_main();
+    #[cfg(feature = "demo")]
+    if let Some(code) = demo::process(log_sink()) {
         finish(Reader::Any);
         return code;
     }
     match Arguments::try_parse() {
         Ok(Arguments { log_level, command }) => {
-            Builder::new().filter_level(log_level).target(sink).init();
-            run(command, log_level)
+            Builder::new().filter_level(log_level).target(log_sink()).init();
+            run(command)
         }
         Err(error) => {
             let code = output::usage(&error);
@@ -54,9 +52,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command, log_level: log::LevelFilter) -> ExitCode {
+fn log_sink() -> Target {
+    Target::Pipe(Box::new(LogSink))
+}
+
+fn run(command: Command) -> ExitCode {
     let (reader, prints) = match &command {
-        Command::Receive(_) | Command::Send(_) | Command::Demo(_) => (Reader::Any, false),
+        Command::Receive(_) | Command::Send(_) => (Reader::Any, false),
+        #[cfg(feature = "demo")]
+        Command::Demo(_) => (Reader::Any, false),
         Command::Snapshot(_) | Command::Probe { .. } => (Reader::Pager, false),
         Command::Completions { .. } | Command::Man { .. } => (Reader::Pager, true),
     };
@@ -64,7 +68,8 @@ fn run(command: Command, log_level: log::LevelFilter) -> ExitCode {
         Command::Receive(arguments) => receive::receive(&arguments),
         Command::Send(arguments) => send::send(&arguments),
         Command::Snapshot(command) => snapshot::snapshot(&command),
-        Command::Demo(arguments) => demo::demo(arguments, log_level),
+        #[cfg(feature = "demo")]
+        Command::Demo(arguments) => demo::demo(arguments),
         Command::Probe { json } => probe::probe(json),
         Command::Completions { shell } => shell::completions(shell),
         Command::Man { into } => shell::man(into.as_deref()),

@@ -72,6 +72,7 @@ impl Output {
     }
 
     /// Whether a program is talked to.
+    #[cfg(feature = "demo")]
     pub(crate) fn is_json(&self) -> bool {
         self.json
     }

@@ -11,11 +11,11 @@ use std::thread::{self, Builder};
 use std::time::Duration;
 
 use indicatif::HumanBytes;
+use vfio_migration::error::Chain;
 use vfio_migration::snapshot::{PassThrough, SnapshotDir, SnapshotSource, VmConfig};
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::tls::ClientTls;
 use vfio_migration::transfer::{Migration, PeerError, SendError, SendOptions, SendStep, Sender, Sent};
-use vfio_migration_integration::demo::chain;
 
 use crate::args::SendArguments;
 use crate::devices::refusal_hint;
@@ -63,7 +63,7 @@ fn open(arguments: &SendArguments) -> Result<SnapshotDir, Failure> {
     let file = File::open(config).map_err(unread)?;
     file.take(limits.config_bytes.saturating_add(1)).read_to_end(&mut text).map_err(unread)?;
     if let Err(error) = VmConfig::parse(&text, &limits) {
-        return Err(Failure { exit: Exit::Usage, message: message(chain(&error)) });
+        return Err(Failure { exit: Exit::Usage, message: message(Chain(&error).to_string()) });
     }
     Ok(SnapshotDir::open_with_config(&arguments.from, &text, &limits)?)
 }
@@ -84,7 +84,7 @@ fn failure(error: SendError, devices: &[PassThrough]) -> Failure {
     };
     let message = format!(
         "Outcome unknown: receiver did not answer whether it runs the VM; look there before it is sent again: {}",
-        chain(&source)
+        Chain(&source)
     );
     Failure { exit: Exit::OutcomeUnknown, message }
 }

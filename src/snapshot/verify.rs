@@ -2,7 +2,6 @@
 
 //! Finds altered bytes.
 
-use std::error::Error;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
@@ -23,6 +22,7 @@ use super::limits::Limits;
 use super::manifest::{Covered, Manifest, ManifestError};
 use super::placement::Placement;
 use super::state::VmState;
+use crate::error::Chain;
 use crate::range::GpaRange;
 use crate::units::{Bytes, Millis};
 
@@ -74,24 +74,15 @@ pub enum Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::File(error) => write_chain(f, error),
+            Self::File(error) => Chain(error).fmt(f),
             Self::Manifest(error) => {
                 write!(f, "{MANIFEST_FILE} is damaged: ")?;
-                write_chain(f, error)
+                Chain(error).fmt(f)
             }
             Self::Text { name } => write!(f, "{name} was altered"),
             Self::Memory { name, range } => write!(f, "Memory at GPA {range} in {name} was altered"),
         }
     }
-}
-
-/// Writes an error and its causes: a finding is told in one line.
-fn write_chain(f: &mut fmt::Formatter<'_>, error: &dyn Error) -> fmt::Result {
-    write!(f, "{error}")?;
-    error.source().map_or(Ok(()), |source| {
-        f.write_str(": ")?;
-        write_chain(f, source)
-    })
 }
 
 impl Serialize for Finding {

@@ -56,6 +56,17 @@ fn the_dirty_path_alone_pulls_in_neither_tls_nor_hashes_nor_sockets_nor_a_saved_
 }
 
 #[test]
+fn the_tool_without_its_demo_builds_no_vmm_and_no_guest() {
+    let tree = |features: &[&str]| {
+        let arguments = ["tree", "--locked", "-e", "normal", "--prefix", "none", "-p", "vfio-migrate"];
+        let tree = cargo(Path::new(LIBRARY), &[&arguments, features].concat());
+        ["vfio-migration-integration ", "kvm-ioctls "].map(|name| tree.lines().any(|line| line.starts_with(name)))
+    };
+    assert_eq!(tree(&["--no-default-features"]), [false; 2]);
+    assert_eq!(tree(&[]), [true; 2]);
+}
+
+#[test]
 fn a_vmm_that_patches_nothing_builds_from_a_path() {
     let vm_migration = format!("vm-migration = {{ path = \"{LIBRARY}/vm-migration\" }}\n");
     let embedder = embedder(&format!("vfio-migration = {{ path = \"{LIBRARY}\" }}\n{vm_migration}"));

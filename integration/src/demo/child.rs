@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
+use vfio_migration::error::Chain;
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::precopy::{Blame, Forecast, TimeoutStrategy};
 use vfio_migration::source::KvmLogMode;
@@ -26,7 +27,6 @@ use vm_migration::Pausable;
 
 use super::control::{Command, Control, Event, Health, MachineSetup, Role};
 use super::report::{DeviceReport, DowntimeReport, MigrationFigures, Progress, SourceReport};
-use super::run::chain;
 use super::run::millis;
 use super::side::Side;
 use super::vm::DestinationVm;
@@ -321,9 +321,9 @@ fn downtime_of(parts: &DowntimeParts) -> DowntimeReport {
 }
 
 fn degradation(degradation: &vfio_migration::transfer::Degradation) -> String {
-    let error = chain(&*degradation.error);
+    let error = Chain(&*degradation.error);
     match degradation.times {
-        1 => error,
+        1 => error.to_string(),
         times => format!("{error} ({times} times)"),
     }
 }

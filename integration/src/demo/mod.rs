@@ -29,7 +29,7 @@ pub use control::{Health, MachineSetup};
 pub use error::DemoError;
 pub use options::{DemoOptions, Inject, OptionError, Transport};
 pub use report::{DeviceReport, DowntimeReport, MigrationFigures, Progress, Report, SourceReport};
-pub use run::{Note, chain, run};
+pub use run::{Note, run};
 pub use side::Side;
 pub use vm::{DestinationVm, SourceVm};
 

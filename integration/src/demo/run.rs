@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
+use vfio_migration::error::Chain;
+
 use super::compare::compare;
 use super::control::{Command, DeviceSetup, Event, Health, MachineSetup, Role};
 use super::error::DemoError;
@@ -476,22 +478,11 @@ fn kvm_or_why_not(notify: &mut dyn FnMut(Note)) -> bool {
     match probe_kvm() {
         Ok(()) => true,
         Err(error) => {
-            let why = chain(&error);
+            let why = Chain(&error);
             notify(Note::Said(format!("WITHOUT KVM: {why}; a software vCPU stands in for the guest")));
             false
         }
     }
-}
-
-/// Joins an error and its sources to one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text = format!("{text}: {source}");
-        next = source.source();
-    }
-    text
 }
 
 impl Who {

@@ -16,6 +16,7 @@ use std::error::Error;
 use std::thread::sleep;
 use std::time::Duration;
 
+use vfio_migration::error::Chain;
 use vfio_migration::transfer::{MissedDowntime, Sent};
 use vfio_migration_integration::bed::{Bed, BedSetup, Here, Moving, migrate};
 use vfio_migration_integration::vmm::{MIN_RAM_BYTES, Phase};
@@ -62,10 +63,7 @@ fn degradations(sent: &Sent) -> Vec<String> {
 }
 
 fn chain(error: &dyn Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {}", chain(source)),
-        None => error.to_string(),
-    }
+    Chain(error).to_string()
 }
 
 /// The VM stands still on both sides, equal to the last byte.
