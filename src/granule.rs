@@ -6,9 +6,11 @@ use std::fmt;
 
 use thiserror::Error;
 
+use crate::units::Count;
+
 /// A number of bytes that cannot be what one bit of a dirty bitmap stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("Granule of {bytes} bytes is not a power of two between 512 bytes and 1 TiB")]
+#[error("Granule of {} is not a power of two between 512 bytes and 1 TiB", Count(.bytes, "byte"))]
 #[non_exhaustive]
 pub struct GranuleError {
     /// What was asked for.

@@ -115,7 +115,6 @@ pub mod vfio_user;
 pub mod vm;
 
 mod sys;
-#[cfg(feature = "transfer")]
 mod units;
 
 /// Compiles what `docs/embedding.md` shows.

@@ -33,7 +33,7 @@ pub enum RangeError {
         start: u64,
     },
     /// The end lies past the last address.
-    #[error("Range of {length:#x} bytes at {start:#x} wraps around")]
+    #[error("Range at {start:#x} of length {length:#x} wraps around")]
     Wraps {
         /// First byte.
         start: u64,

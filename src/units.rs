@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Figures as a log line tells them.
+//! Figures as a log line or an error tells them.
 
 use std::fmt;
+#[cfg(feature = "transfer")]
 use std::time::Duration;
 
 /// Bytes in the largest binary unit of which there is one: `512 B`, `2.9 MiB`.
@@ -22,10 +23,24 @@ impl fmt::Display for Bytes {
     }
 }
 
+/// A number of things: `1 range`, `2 ranges`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Count<'a, N>(pub(crate) &'a N, pub(crate) &'static str);
+
+impl<N: fmt::Display + PartialEq + From<u8>> fmt::Display for Count<'_, N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(number, thing) = self;
+        let plural = if **number == N::from(1) { "" } else { "s" };
+        write!(f, "{number} {thing}{plural}")
+    }
+}
+
 /// Milliseconds with one decimal: `17.1 ms`.
+#[cfg(feature = "transfer")]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Millis(pub(crate) Duration);
 
+#[cfg(feature = "transfer")]
 impl fmt::Display for Millis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tenths = self.0.as_micros() / 100;
@@ -43,6 +58,13 @@ mod tests {
         assert_eq!(told, ["0 B", "1023 B", "1.0 KiB", "2.9 MiB", "5.0 GiB", "15.9 EiB"]);
     }
 
+    #[test]
+    fn one_thing_is_no_plural() {
+        let told = [0_u64, 1, 2].map(|number| Count(&number, "byte").to_string());
+        assert_eq!(told, ["0 bytes", "1 byte", "2 bytes"]);
+    }
+
+    #[cfg(feature = "transfer")]
     #[test]
     fn milliseconds_have_one_decimal() {
         assert_eq!(Millis(Duration::from_micros(17_190)).to_string(), "17.1 ms");

@@ -44,11 +44,7 @@ pub(crate) fn demo(arguments: DemoArguments) -> ExitCode {
     }
 }
 
-fn try_demo(
-    arguments: DemoArguments,
-    stop: &AtomicBool,
-    output: &mut Output,
-) -> Result<Report, DemoError> {
+fn try_demo(arguments: DemoArguments, stop: &AtomicBool, output: &mut Output) -> Result<Report, DemoError> {
     let json = arguments.json;
     let options = DemoOptions {
         program: std::env::current_exe().map_err(DemoError::Spawn)?,

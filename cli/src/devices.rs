@@ -54,10 +54,10 @@ fn obstacle(devices: &[PassThrough]) -> String {
         (!ids.is_empty()).then(|| ids.join(", "))
     };
     let group = named(Interface::VfioGroup).map(|ids| {
-        format!("{ids} have to be at the same address, for its configuration lacks platform.iommufd")
+        format!("{ids} must be at the same address, for its configuration lacks platform.iommufd")
     });
-    let user = named(Interface::VfioUser).map(|ids| format!("{ids} have to be served at the same socket"));
-    let unnamed = named(Interface::Iommufd).map(|ids| format!("not all of {ids} have an id"));
+    let user = named(Interface::VfioUser).map(|ids| format!("{ids} must be served at the same socket"));
+    let unnamed = named(Interface::Iommufd).map(|ids| format!("each of {ids} needs an id"));
     let obstacles: Vec<_> = [group, user].into_iter().flatten().collect();
     if obstacles.is_empty() { unnamed.unwrap_or_default() } else { obstacles.join("; ") }
 }
@@ -115,7 +115,7 @@ mod tests {
         );
         for text in [device_lines(&devices).join("\n"), refusal_hint(&devices).unwrap()] {
             assert!(text.contains("platform.iommufd") && text.contains("restore"), "{text}");
-            assert!(text.contains("net0 have to be at the same address") && text.contains("nvme0"), "{text}");
+            assert!(text.contains("net0 must be at the same address") && text.contains("nvme0"), "{text}");
         }
         assert!(device_lines(&[]).is_empty() && refusal_hint(&[]).is_none());
     }

@@ -70,6 +70,7 @@ impl fmt::Display for Unwritten {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Failed(error) => error.fmt(f),
+            Self::Unread { bytes: 1 } => f.write_str("nobody reads the last byte"),
             Self::Unread { bytes } => write!(f, "nobody reads the last {bytes} bytes"),
         }
     }

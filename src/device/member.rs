@@ -16,6 +16,7 @@ use super::{
     STATE_LIMIT_BYTES, SavedStateError, StreamError, next_state,
 };
 use crate::error::Chain;
+use crate::units::Count;
 
 /// Bytes of state a device is taken to have when it fails to tell: so many that no downtime limit is met by ignorance.
 pub const UNKNOWN_STATE_BYTES: u64 = 100 << 30;
@@ -50,7 +51,8 @@ pub enum DeviceFailure {
     Saved(#[from] SavedStateError),
     /// It says that its state is larger than allowed. Nothing of it was read on, and the VM was not stopped for it.
     #[error(
-        "Device has {state_bytes} bytes of state, more than the {limit_bytes} bytes that Device::state_limit allows"
+        "Device has {} of state, more than the {limit_bytes} that Device::state_limit allows",
+        Count(.state_bytes, "byte")
     )]
     StateTooLarge {
         /// Bytes of its state, as it says.

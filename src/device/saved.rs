@@ -26,6 +26,8 @@ use vm_migration::{MigratableError, Snapshot, SnapshotData, state_from_id};
 use super::STATE_LIMIT_BYTES;
 use super::blob::{Blob, checksum};
 
+use crate::units::Count;
+
 /// Id of the child that holds the device's stream.
 pub const STATE_CHILD: &str = "vfio_migration";
 
@@ -89,7 +91,8 @@ pub enum SavedStateError {
     },
     /// A name in the metadata is longer than allowed, or than what is there.
     #[error(
-        "{META_CHILD:?} claims a name of {claimed_bytes} bytes; {available_bytes} are there, {NAME_LIMIT_BYTES} allowed"
+        "{META_CHILD:?} claims a name of {}; {available_bytes} are there, {NAME_LIMIT_BYTES} allowed",
+        Count(.claimed_bytes, "byte")
     )]
     Name {
         /// Its length, as claimed.
@@ -106,13 +109,13 @@ pub enum SavedStateError {
         cause: VersionizeError,
     },
     /// The metadata goes on where it should end.
-    #[error("{META_CHILD:?} has {trailing_bytes} bytes too many")]
+    #[error("{META_CHILD:?} has {} too many", Count(.trailing_bytes, "byte"))]
     Trailing {
         /// Bytes left over.
         trailing_bytes: usize,
     },
     /// The stream is not as long as when it was saved.
-    #[error("Saved state has {actual_bytes} bytes and should have {expected_bytes}")]
+    #[error("Saved state has {} and should have {expected_bytes}", Count(.actual_bytes, "byte"))]
     Length {
         /// Bytes there are.
         actual_bytes: usize,
@@ -120,7 +123,7 @@ pub enum SavedStateError {
         expected_bytes: u64,
     },
     /// More of the stream is said to come from PRE_COPY than there is.
-    #[error("Saved state has {state_bytes} bytes, of which {precopy_bytes} cannot come from PRE_COPY")]
+    #[error("Saved state has {}, of which {precopy_bytes} cannot come from PRE_COPY", Count(.state_bytes, "byte"))]
     Layout {
         /// Bytes of the stream.
         state_bytes: u64,

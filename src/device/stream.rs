@@ -12,6 +12,8 @@ use super::blob::Blob;
 use super::pace::{LEAST_BYTES_PER_SECOND, PATIENCE, Pace};
 use super::{DataRead, DeviceError, DeviceIo};
 
+use crate::units::Count;
+
 /// Most bytes asked of a device, or given to it, at once.
 pub const CHUNK_BYTES: usize = 1 << 20;
 
@@ -34,13 +36,13 @@ pub enum StreamError {
         source: DeviceError,
     },
     /// The stream ended in PRE_COPY, where only a pause may come: a reset has ended the session.
-    #[error("Device ended its state in PRE_COPY after {read_bytes} bytes")]
+    #[error("Device ended its state in PRE_COPY after {}", Count(.read_bytes, "byte"))]
     EarlyEnd {
         /// Bytes read before.
         read_bytes: usize,
     },
     /// The stream paused in STOP_COPY, where only its end may come.
-    #[error("Device paused its state in STOP_COPY after {read_bytes} bytes")]
+    #[error("Device paused its state in STOP_COPY after {}", Count(.read_bytes, "byte"))]
     Pause {
         /// Bytes read before.
         read_bytes: usize,
@@ -55,7 +57,8 @@ pub enum StreamError {
     },
     /// The stream is slower than any that is worth waiting for, as one that never ends.
     #[error(
-        "Device moves its state too slowly: after {moved_bytes} bytes it fell {} s behind {LEAST_BYTES_PER_SECOND} bytes a second",
+        "Device moves its state too slowly: after {} it fell {} s behind {LEAST_BYTES_PER_SECOND} bytes a second",
+        Count(.moved_bytes, "byte"),
         .patience.as_secs()
     )]
     Slow {
@@ -65,7 +68,7 @@ pub enum StreamError {
         patience: Duration,
     },
     /// The state is longer than allowed.
-    #[error("Device state is longer than the {limit_bytes} bytes that Device::state_limit allows")]
+    #[error("Device state is longer than {}, which is what Device::state_limit allows", Count(.limit_bytes, "byte"))]
     TooLong {
         /// Most bytes allowed.
         limit_bytes: usize,

@@ -4,8 +4,8 @@
 
 use std::fmt;
 
-use super::reason::Mib;
 use super::{Observation, Policy, bytes_in, ms_for};
+use crate::units::Bytes;
 
 /// How fast one source dirties memory, in bytes per second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,7 +138,7 @@ impl fmt::Display for Forecast {
             Self::Converges { in_ms: 0 } => f.write_str("ready to switch over"),
             Self::Converges { in_ms } => write!(f, "switches over in about {} s", in_ms.div_ceil(1000)),
             Self::AwaitsDevices { initial_bytes } => {
-                write!(f, "waits for {} of device state to be read", Mib(*initial_bytes))
+                write!(f, "waits for {} of device state to be read", Bytes(*initial_bytes))
             }
             Self::Stuck(blame) => write!(f, "does not converge: {blame}"),
         }
@@ -147,32 +147,31 @@ impl fmt::Display for Forecast {
 
 impl fmt::Display for Blame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mib = |bytes: &u64| bytes >> 20;
         match self {
             Self::DeviceState { bytes, allowed_bytes } => write!(
                 f,
-                "device state of {} MiB does not fit the downtime limit, which carries {} MiB",
-                mib(bytes),
-                mib(allowed_bytes)
+                "device state of {} does not fit the downtime limit, which carries {}",
+                Bytes(*bytes),
+                Bytes(*allowed_bytes)
             ),
             Self::DeviceSizeUnknown => f.write_str("size of the device state is unknown"),
             Self::StandingPages { id, bytes, allowed_bytes } => write!(
                 f,
                 "{id} reports {} of pinned pages in every round, and the downtime limit carries {}",
-                Mib(*bytes),
-                Mib(*allowed_bytes)
+                Bytes(*bytes),
+                Bytes(*allowed_bytes)
             ),
             Self::Source { id, exclusive_dirty_rate, bandwidth } => write!(
                 f,
-                "{id} alone dirties {} MiB/s, and {} MiB/s can be sent",
-                mib(exclusive_dirty_rate),
-                mib(bandwidth)
+                "{id} alone dirties {}/s, and {}/s can be sent",
+                Bytes(*exclusive_dirty_rate),
+                Bytes(*bandwidth)
             ),
             Self::Together { dirty_rate, bandwidth } => write!(
                 f,
-                "all sources together dirty {} MiB/s, and {} MiB/s can be sent",
-                mib(dirty_rate),
-                mib(bandwidth)
+                "all sources together dirty {}/s, and {}/s can be sent",
+                Bytes(*dirty_rate),
+                Bytes(*bandwidth)
             ),
         }
     }

@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use crate::units::{Bytes, Count};
+
 /// Why a migration is given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -80,29 +82,17 @@ pub enum Obstacle {
 impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Memory { bytes } => write!(f, "{} of memory had changed again", Mib(*bytes)),
+            Self::Memory { bytes } => write!(f, "{} of memory had changed again", Bytes(*bytes)),
             Self::InitialBytes { bytes } => {
-                write!(f, "{} of device state were to be read before the devices stop", Mib(*bytes))
+                write!(f, "{} of device state were to be read before the devices stop", Bytes(*bytes))
             }
             Self::DeviceState { bytes } => {
-                write!(f, "device state of {} exceeds the downtime limit", Mib(*bytes))
+                write!(f, "device state of {} exceeds the downtime limit", Bytes(*bytes))
             }
             Self::DeviceSizeUnknown => f.write_str("the size of the device state is unknown"),
             Self::StandingPages { bytes } => {
-                write!(f, "{} of pinned pages come back in every round", Mib(*bytes))
+                write!(f, "{} of pinned pages come back in every round", Bytes(*bytes))
             }
-        }
-    }
-}
-
-/// Bytes for people: in MiB, or as they are where they are less than one.
-pub(super) struct Mib(pub(super) u64);
-
-impl fmt::Display for Mib {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 >> 20 {
-            0 => write!(f, "{} bytes", self.0),
-            mib => write!(f, "{mib} MiB"),
         }
     }
 }
@@ -114,18 +104,18 @@ impl fmt::Display for CancelReason {
                 write!(f, "not converged within the timeout of {timeout_ms} ms: {obstacle}")
             }
             Self::OutOfRounds { max_rounds, obstacle } => {
-                write!(f, "not converged within {max_rounds} rounds: {obstacle}")
+                write!(f, "not converged within {}: {obstacle}", Count(max_rounds, "round"))
             }
             Self::StandingPagesTooLong { bytes, expected_ms, downtime_ms } => write!(
                 f,
                 "{} of pinned pages come back in every round and take about {expected_ms} ms with the device state, more \
                  than the downtime limit of {downtime_ms} ms",
-                Mib(*bytes)
+                Bytes(*bytes)
             ),
             Self::DeviceStateTooLong { bytes, expected_ms, downtime_ms } => write!(
                 f,
                 "device state of {} takes about {expected_ms} ms, more than the downtime limit of {downtime_ms} ms",
-                Mib(*bytes)
+                Bytes(*bytes)
             ),
             Self::SwitchoverTooLong { back_outs, expected_downtime_ms: Some(ms) } => {
                 write!(f, "stopped VM {back_outs} times, and {ms} ms of downtime were still to come")

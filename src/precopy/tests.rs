@@ -216,7 +216,7 @@ fn the_source_that_alone_keeps_it_from_converging_is_named() {
     assert_eq!(id, "device-log:net0");
     assert_eq!(
         forecast.to_string(),
-        "does not converge: device-log:net0 alone dirties 1280 MiB/s, and 1024 MiB/s can be sent"
+        "does not converge: device-log:net0 alone dirties 1.2 GiB/s, and 1.0 GiB/s can be sent"
     );
 }
 
@@ -255,7 +255,7 @@ fn a_device_state_that_alone_exceeds_the_limit_ends_precopy_before_the_timeout()
     };
     assert_eq!(
         reason.to_string(),
-        "device state of 64 MiB takes about 448 ms, more than the downtime limit of 300 ms"
+        "device state of 64.0 MiB takes about 448 ms, more than the downtime limit of 300 ms"
     );
     let ignore = Policy { timeout_strategy: TimeoutStrategy::Ignore, ..cancel };
     assert_eq!(ignore.decide(&heavy()), Decision::SwitchOver { expected_downtime_ms: Some(449) });
@@ -316,7 +316,7 @@ fn c54_pages_that_come_back_in_every_round_are_not_waited_for() {
     let Decision::Cancel { reason } = cancel.decide(&pinned()) else { panic!("more rounds gain nothing") };
     assert_eq!(
         reason.to_string(),
-        "400 MiB of pinned pages come back in every round and take about 400 ms with the device state, more than the \
+        "400.0 MiB of pinned pages come back in every round and take about 400 ms with the device state, more than the \
          downtime limit of 300 ms"
     );
     let ignore = Policy { timeout_strategy: TimeoutStrategy::Ignore, ..cancel };
@@ -336,13 +336,13 @@ fn c54_the_forecast_names_who_keeps_pages_pinned() {
         Forecast::new(&Policy::default(), &pinned(), &[rate("kvm", 0), rate("container", 400 << 20)]);
     assert_eq!(
         forecast.to_string(),
-        "does not converge: container reports 400 MiB of pinned pages in every round, and the downtime limit carries 300 MiB"
+        "does not converge: container reports 400.0 MiB of pinned pages in every round, and the downtime limit carries 300.0 MiB"
     );
     let late = Observation { elapsed_ms: 3_600_000, pending_bytes: 2 * GIB, ..pinned() };
     let Decision::Cancel { reason } = Policy::default().decide(&late) else { panic!() };
     assert_eq!(
         reason.to_string(),
-        "not converged within the timeout of 3600000 ms: 400 MiB of pinned pages come back in every round"
+        "not converged within the timeout of 3600000 ms: 400.0 MiB of pinned pages come back in every round"
     );
 }
 
@@ -363,7 +363,7 @@ fn c47_a_timeout_says_what_it_waited_for() {
     assert_eq!(reason(busy), Obstacle::Memory { bytes: GIB });
     assert_eq!(
         CancelReason::OutOfRounds { max_rounds: 9, obstacle: reason(initial) }.to_string(),
-        "not converged within 9 rounds: 3072 MiB of device state were to be read before the devices stop"
+        "not converged within 9 rounds: 3.0 GiB of device state were to be read before the devices stop"
     );
 }
 
@@ -371,5 +371,5 @@ fn c47_a_timeout_says_what_it_waited_for() {
 fn c47_a_forecast_does_not_call_ready_what_waits_for_its_devices() {
     let seen = Observation { bandwidth: GIB, device_initial_bytes: 5 << 20, ..Observation::default() };
     let forecast = Forecast::new(&Policy::default(), &seen, &[]);
-    assert_eq!(forecast.to_string(), "waits for 5 MiB of device state to be read");
+    assert_eq!(forecast.to_string(), "waits for 5.0 MiB of device state to be read");
 }

@@ -11,6 +11,8 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::units::Count;
+
 /// The VM's configuration.
 pub const CONFIG_FILE: &str = "config.json";
 /// The tree of the VM's state.
@@ -52,7 +54,7 @@ pub enum FileError {
         source: io::Error,
     },
     /// The file is larger than anything expected.
-    #[error("{path} has more than {limit} bytes, the limit", path = .path.display())]
+    #[error("{path} has more than {}, the limit", Count(.limit, "byte"), path = .path.display())]
     TooLarge {
         /// The file.
         path: PathBuf,
@@ -60,7 +62,7 @@ pub enum FileError {
         limit: u64,
     },
     /// The file is cut off or has something appended.
-    #[error("{path} has {bytes} bytes where {expected} are expected", path = .path.display())]
+    #[error("{path} has {} where {expected} are expected", Count(.bytes, "byte"), path = .path.display())]
     Size {
         /// The file.
         path: PathBuf,
@@ -215,7 +217,7 @@ pub(super) fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
 
 /// A file that was cut off since it was opened.
 #[derive(Debug, Error)]
-#[error("File was cut off at {bytes} bytes of {expected}")]
+#[error("File was cut off at {} of {expected}", Count(.bytes, "byte"))]
 struct CutOff {
     bytes: u64,
     expected: u64,

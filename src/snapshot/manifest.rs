@@ -18,6 +18,7 @@ use super::placement::{Placement, PlacementError};
 use super::state::VmState;
 use crate::granule::{Granule, GranuleError};
 use crate::range::GpaRange;
+use crate::units::Count;
 
 /// Begins every manifest. Its bytes 0x89, CR LF, 0x1a and LF show what a text-mode transfer does to a file.
 pub(super) const MAGIC: [u8; 8] = *b"\x89VMS\r\n\x1a\n";
@@ -35,7 +36,7 @@ const DIFFERENTIAL: u16 = 2;
 #[non_exhaustive]
 pub enum ManifestError {
     /// The file is cut off, or something follows its end.
-    #[error("Manifest has {bytes} bytes, which is not what its header says")]
+    #[error("Manifest has {}, which is not what its header says", Count(.bytes, "byte"))]
     Length {
         /// Bytes there are.
         bytes: usize,

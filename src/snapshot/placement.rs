@@ -8,6 +8,7 @@ use super::limits::Limits;
 use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::{GpaRange, RangeError};
+use crate::units::Count;
 
 /// Why a list of ranges is not a placement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -38,13 +39,13 @@ pub enum PlacementError {
         page: Granule,
     },
     /// More ranges than are read.
-    #[error("Memory has more than {limit} ranges, the limit")]
+    #[error("Memory has more than {}, the limit", Count(.limit, "range"))]
     TooManyRanges {
         /// The limit.
         limit: usize,
     },
     /// More bytes than are read.
-    #[error("Memory has more than {limit} bytes, the limit")]
+    #[error("Memory has more than {}, the limit", Count(.limit, "byte"))]
     TooLarge {
         /// The limit.
         limit: u64,

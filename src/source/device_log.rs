@@ -15,6 +15,7 @@ use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
 use crate::range::IovaRange;
 use crate::sys::vfio::device as sys;
+use crate::units::Count;
 
 mod interface;
 mod ranges;
@@ -48,7 +49,7 @@ pub enum DeviceLogError {
         page: Granule,
     },
     /// The device accepted none of the ways to put it.
-    #[error("Cannot start DMA logging of {ranges} ranges, {first} to {last}, at {granule}")]
+    #[error("Cannot start DMA logging of {}, {first} to {last}, at {granule}", Count(.ranges, "range"))]
     Start {
         /// How many ranges there were in the last attempt.
         ranges: usize,

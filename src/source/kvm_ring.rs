@@ -21,6 +21,7 @@ use crate::iova::IovaMap;
 use crate::layout::Layout;
 use crate::range::GpaRange;
 use crate::sys::kvm_ring::{self as sys, Ring, RingSupport};
+use crate::units::Count;
 
 /// What KVM refused.
 #[derive(Debug, Error)]
@@ -30,7 +31,7 @@ pub enum KvmRingError {
     #[error("KVM has no dirty ring")]
     Absent,
     /// A ring cannot have this size.
-    #[error("Dirty ring of {bytes} bytes is no power of two from a host page to {max_bytes} bytes")]
+    #[error("Dirty ring of {} is no power of two from a host page to {max_bytes} bytes", Count(.bytes, "byte"))]
     Size {
         /// Bytes asked for.
         bytes: u32,

@@ -15,6 +15,7 @@ use crate::granule::Granule;
 use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
 use crate::range::{GpaRange, IovaRange};
+use crate::units::Count;
 
 pub mod choose;
 mod container;
@@ -261,7 +262,7 @@ pub trait DirtySource: Send {
 
 /// A bitmap too short for the range it is said to speak of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("Bitmap of {words} words is too short for {bits} bits")]
+#[error("Bitmap of {} is too short for {}", Count(.words, "word"), Count(.bits, "bit"))]
 #[non_exhaustive]
 pub struct ShortBitmap {
     /// Words given.

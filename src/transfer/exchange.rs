@@ -14,6 +14,7 @@ use super::frame::{
 };
 use super::payload::StatePayload;
 use crate::range::GpaRange;
+use crate::units::Count;
 
 /// Payloads up to this size go out in one piece with their header.
 const SMALL_BYTES: usize = 64 << 10;
@@ -47,7 +48,7 @@ pub enum PeerError {
     #[error("Receiver answered what was not asked")]
     Unasked,
     /// The answer claims a payload, which no answer to a source has.
-    #[error("Receiver's answer claims a payload of {bytes} bytes")]
+    #[error("Receiver's answer claims a payload of {}", Count(.bytes, "byte"))]
     Payload {
         /// What it claims.
         bytes: u64,

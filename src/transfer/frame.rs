@@ -26,6 +26,7 @@ use std::ops::{BitAnd, BitOr};
 use thiserror::Error;
 
 use crate::range::{GpaRange, RangeError};
+use crate::units::Count;
 
 pub use table::{MemoryTable, RANGE_BYTES, encode_ranges};
 
@@ -76,7 +77,7 @@ pub enum FrameError {
         command: Command,
     },
     /// A table that does not end with a range.
-    #[error("Memory table of {bytes} bytes is not a multiple of {RANGE_BYTES} bytes")]
+    #[error("Memory table of {} is not a multiple of {RANGE_BYTES} bytes", Count(.bytes, "byte"))]
     TableLength {
         /// Bytes of the table.
         bytes: u64,

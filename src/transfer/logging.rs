@@ -9,6 +9,7 @@ use super::rounds::rate;
 use super::send::{SendError, Sent, SourceVm};
 use crate::error::Chain;
 use crate::precopy::{Observation, SourceRate};
+use crate::units::Count;
 use crate::units::{Bytes, Millis};
 use crate::vm::Vm;
 
@@ -67,8 +68,8 @@ impl<V: Vm> Session<'_, V> {
             ),
             Err(error) if error.source_vm() == SourceVm::AsBefore => {
                 log::info!(
-                    "VM did not move after {} rounds and is as before: {}",
-                    self.measured.rounds,
+                    "VM did not move after {} and is as before: {}",
+                    Count(&self.measured.rounds, "round"),
                     Chain(error)
                 );
             }

@@ -13,6 +13,7 @@ use thiserror::Error;
 use super::phases::Session;
 use super::prefault::with_prefault;
 use crate::precopy::Forecast;
+use crate::units::Bytes;
 use crate::vm::Vm;
 
 /// Bytes of memory per second that a receiver allocates and zeroes; rather too few.
@@ -83,9 +84,9 @@ impl fmt::Display for MissedBecause {
         match self {
             Self::LeftOut { bytes } => write!(
                 f,
-                "{} MiB were left out of the first pass, which a receiver that pins memory allocates meanwhile \
+                "{} were left out of the first pass, which a receiver that pins memory allocates meanwhile \
                  (SendOptions::pinning_receiver)",
-                bytes >> 20
+                Bytes(*bytes)
             ),
             Self::Expected(forecast) => forecast.fmt(f),
             Self::Unexpected { expected_ms: Some(ms) } => write!(f, "{ms} ms were expected"),

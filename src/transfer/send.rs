@@ -24,6 +24,7 @@ use crate::granule::Granule;
 use crate::precopy::{CancelReason, Forecast, Policy, TimeoutStrategy};
 use crate::threads::ThreadStart;
 use crate::tracker::{Tracker, TrackerError};
+use crate::units::Count;
 use crate::vm::{UnreadableMemory, UserfaultError, Vm, VmError};
 
 /// How to send a VM, and where to.
@@ -272,8 +273,10 @@ pub enum SendError {
     Devices(#[source] Box<DeviceSetError>),
     /// State is larger than it may be; where devices say so themselves, the VM was not stopped for it.
     #[error(
-        "State takes {state_bytes} bytes or more, of which {device_bytes} bytes in base64 are device state, and the limit \
-         is {limit_bytes} bytes (Limits::state_bytes)"
+        "State takes {} or more, of which {} in base64 are device state, and the limit is {} (Limits::state_bytes)",
+        Count(.state_bytes, "byte"),
+        Count(.device_bytes, "byte"),
+        Count(.limit_bytes, "byte")
     )]
     StateTooLarge {
         /// Bytes of its text, as far as they are known.

@@ -6,13 +6,14 @@ use std::io;
 
 use super::message::Command;
 use crate::range::IovaRange;
+use crate::units::Count;
 
 /// Describes bytes that are not the message they should be.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DecodeError {
     /// The message ends before its fixed part or its announced data does.
-    #[error("{what} needs {needed} bytes, {have} were sent")]
+    #[error("{what} needs {}, and has {have}", Count(.needed, "byte"))]
     TooShort {
         /// The structure that was being read.
         what: &'static str,

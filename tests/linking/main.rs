@@ -60,7 +60,8 @@ fn the_tool_without_its_demo_builds_no_vmm_and_no_guest() {
     let tree = |features: &[&str]| {
         let arguments = ["tree", "--locked", "-e", "normal", "--prefix", "none", "-p", "vfio-migrate"];
         let tree = cargo(Path::new(LIBRARY), &[&arguments, features].concat());
-        ["vfio-migration-integration ", "kvm-ioctls "].map(|name| tree.lines().any(|line| line.starts_with(name)))
+        ["vfio-migration-integration ", "kvm-ioctls "]
+            .map(|name| tree.lines().any(|line| line.starts_with(name)))
     };
     assert_eq!(tree(&["--no-default-features"]), [false; 2]);
     assert_eq!(tree(&[]), [true; 2]);

@@ -141,7 +141,7 @@ enum StateError {
     #[error("Cannot serialize state as JSON")]
     Serialize { source: serde_json::Error },
 
-    #[error("Cannot parse {text_bytes} bytes of JSON state")]
+    #[error("Cannot parse JSON state of length {text_bytes}")]
     Parse { text_bytes: usize, source: serde_json::Error },
 
     #[error("Snapshot holds no state")]
@@ -224,7 +224,7 @@ mod tests {
 
         let parse = Snapshot::new_from_state(&"text").unwrap().to_state::<u32>().unwrap_err();
         assert!(matches!(parse, MigratableError::Restore(_)));
-        assert!(chain(parse).contains("Cannot parse 6 bytes of JSON state: invalid type"));
+        assert!(chain(parse).contains("Cannot parse JSON state of length 6: invalid type"));
 
         let missing = Snapshot::default().to_state::<u32>().unwrap_err();
         assert!(matches!(missing, MigratableError::Restore(_)));

@@ -112,7 +112,7 @@ fn c44_a_table_length_that_cannot_be_is_refused_before_a_byte_is_read() {
         let mut fd = Metered::new(&[0xff; 64]);
         let (kind, text) = refusal(MemoryRangeTable::read_from(&mut fd, length));
         assert_eq!(kind, None, "{text}");
-        assert_eq!(text, format!("Cannot receive migration: Memory range table of {length} bytes {why}"));
+        assert_eq!(text, format!("Cannot receive migration: Length of memory range table, {length}, {why}"));
         assert_eq!((fd.stream.len(), fd.largest_buffer), (64, 0), "nothing was read");
     }
 }

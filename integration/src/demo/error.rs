@@ -121,7 +121,7 @@ pub enum DemoError {
     #[error("Cannot compare the two sides' RAM")]
     Compare(#[source] io::Error),
     /// The two sides differ.
-    #[error("NOT verified: {} of {} pages differ, the first one at GPA {gpa:#x}", .report.wrong_pages, .report.pages_compared)]
+    #[error("NOT verified: pages that differ: {} of {}, the first one at GPA {gpa:#x}", .report.wrong_pages, .report.pages_compared)]
     Different {
         /// First page that differs.
         gpa: u64,

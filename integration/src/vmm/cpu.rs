@@ -53,7 +53,7 @@ pub enum CpuError {
         found: &'static str,
     },
     /// A software vCPU's state points outside of its walk, or to a pass that cannot be.
-    #[error("The saved vCPU stands at page {next_page} of a walk of {pages} pages, on pass {pass}")]
+    #[error("The saved vCPU stands at page {next_page} of {pages} in its walk, on pass {pass}")]
     OutsideWalk {
         /// The pass that the state says.
         pass: u64,

@@ -62,7 +62,7 @@ pub enum MemoryError {
         source: io::Error,
     },
     /// The number of adopted files is not the number of regions.
-    #[error("Got {files} memory files for {regions} regions")]
+    #[error("Number of memory files, {files}, is not that of the regions, {regions}")]
     FileCount {
         /// Files passed in.
         files: usize,

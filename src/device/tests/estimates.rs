@@ -149,7 +149,7 @@ fn c47_initial_bytes_up_to_the_limit_are_read_and_more_are_refused_at_once() {
     let refused = chain(&limited(limit + 1).estimate().unwrap_err());
     assert_eq!(
         refused,
-        "Cannot estimate state of device \"dev\": Device has 8388609 bytes of state, more than the 8388608 bytes that \
+        "Cannot estimate state of device \"dev\": Device has 8388609 bytes of state, more than the 8388608 that \
          Device::state_limit allows"
     );
 }

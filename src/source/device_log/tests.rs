@@ -53,7 +53,7 @@ fn a_refused_start_leaves_the_source_off_and_names_what_was_asked() {
     let error = log.start(&layout(), &IovaMap::Identity).unwrap_err();
     assert_eq!(error.operation, Operation::Start);
     let message = error.cause.to_string();
-    assert_eq!(message, "Cannot start DMA logging of 1 ranges, 0x0..0x800000 to 0x0..0x800000, at 4 KiB");
+    assert_eq!(message, "Cannot start DMA logging of 1 range, 0x0..0x800000 to 0x0..0x800000, at 4 KiB");
     assert!(log.covered().is_empty() && log.granule().is_none());
     log.stop().unwrap();
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use crate::transfer::limits::Pace;
+use crate::units::Count;
 
 /// A peer that let its time pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -26,7 +27,7 @@ pub enum Stall {
         allowed: Duration,
     },
     /// Bytes come or go too slowly in the middle of a message.
-    #[error("Peer stalled: {bytes} bytes in {:.3} s of waiting", .waited.as_secs_f64())]
+    #[error("Peer stalled: {} in {:.3} s of waiting", Count(.bytes, "byte"), .waited.as_secs_f64())]
     Slow {
         /// Bytes that moved.
         bytes: u64,

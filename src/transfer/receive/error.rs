@@ -10,6 +10,7 @@ use thiserror::Error;
 use crate::transfer::connection::ConnectionError;
 use crate::transfer::frame::{Command, FrameError};
 use crate::transfer::limits::ConnectionCount;
+use crate::units::Count;
 use crate::vm::VmError;
 
 /// How far a migration has come.
@@ -159,7 +160,7 @@ pub enum ReceiveError {
         command: Command,
     },
     /// A message that has no payload announces one.
-    #[error("{command} announces a payload of {length} bytes and may have none")]
+    #[error("{command} announces a payload of {} and may have none", Count(.length, "byte"))]
     Payload {
         /// The message.
         command: Command,
@@ -180,7 +181,8 @@ pub enum ReceiveError {
     },
     /// A table is too long beside those of other connections.
     #[error(
-        "Memory announces a table of {length} bytes, and those under way take {taken} of the limit table_bytes = {limit}"
+        "Memory announces a table of {}, and those under way take {taken} of the limit table_bytes = {limit}",
+        Count(.length, "byte")
     )]
     Tables {
         /// Bytes announced.
@@ -191,7 +193,7 @@ pub enum ReceiveError {
         limit: u64,
     },
     /// A table has more ranges than the VM has pages, so that it names some twice.
-    #[error("Memory announces a table of {ranges} ranges for a VM of {pages} pages")]
+    #[error("Memory announces a table of {} for a VM of {}", Count(.ranges, "range"), Count(.pages, "page"))]
     TooManyRanges {
         /// Ranges announced.
         ranges: u64,
@@ -227,7 +229,7 @@ pub enum ReceiveError {
         source: io::Error,
     },
     /// The destination took a table and left pages of it unread.
-    #[error("Destination left {bytes} bytes of Memory unread")]
+    #[error("Destination left {} of Memory unread", Count(.bytes, "byte"))]
     Unread {
         /// How many.
         bytes: u64,

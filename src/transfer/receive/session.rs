@@ -17,6 +17,7 @@ use crate::threads::ThreadStart;
 use crate::transfer::connection::{Connection, Head};
 use crate::transfer::frame::{Command, Features, HEADER_BYTES, Request, Response, Status};
 use crate::transfer::limits::Limits;
+use crate::units::Count;
 use crate::units::{Bytes, Millis};
 use crate::vm::VmError;
 
@@ -259,9 +260,9 @@ impl Session<'_> {
         let gate = self.context.gate;
         let memory = gate.memory();
         log::info!(
-            "Took {} of memory in {} messages, additional connections: {}; {} since the source came",
+            "Took {} of memory in {}, additional connections: {}; {} since the source came",
             Bytes(memory.bytes),
-            memory.messages,
+            Count(&memory.messages, "message"),
             gate.connections(),
             Millis(self.began.elapsed()),
         );

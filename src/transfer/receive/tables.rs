@@ -59,7 +59,7 @@ mod tests {
         let error = tables.take(1, 1000).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "Memory announces a table of 1 bytes, and those under way take 1000 of the limit table_bytes = 1000"
+            "Memory announces a table of 1 byte, and those under way take 1000 of the limit table_bytes = 1000"
         );
         drop(first);
         drop(tables.take(600, 1000).unwrap());

@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use super::error::{Part, ReceiveError, in_full};
 use crate::transfer::connection::Stall;
+use crate::units::Count;
 
 /// Callers told of at once.
 const BURST: u32 = 10;
@@ -62,7 +63,9 @@ impl TurnedAway {
         let told = self.lock().count(Instant::now());
         match told {
             Some(0) => log::warn!("Turned {peer} away: {reason}"),
-            Some(untold) => log::warn!("Turned {peer} away, and {untold} others before: {reason}"),
+            Some(untold) => {
+                log::warn!("Turned {peer} away, and {} before: {reason}", Count(&untold, "other"));
+            }
             None => log::debug!("Turned {peer} away: {reason}"),
         }
     }

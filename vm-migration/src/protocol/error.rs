@@ -31,10 +31,10 @@ pub(super) enum WireError {
     #[error("Only a Start request carries a protocol version, not {command:?}")]
     NotStart { command: Command },
 
-    #[error("Memory range table of {length} bytes is not a multiple of {range_bytes} bytes")]
+    #[error("Length of memory range table, {length}, is not a multiple of {range_bytes} bytes")]
     RaggedTable { length: u64, range_bytes: u64 },
 
-    #[error("Memory range table of {length} bytes exceeds limit of {limit} bytes")]
+    #[error("Length of memory range table, {length}, exceeds limit of {limit} bytes")]
     OversizedTable { length: u64, limit: u64 },
 }
 

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The command line of the demo.
+
+use clap::Args;
+use vfio_migration_integration::demo::{Inject, Transport};
+
+use super::{seconds, size};
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArguments {
+    /// Guest RAM, 16M to 128G: a number of bytes with K, M or G behind it.
+    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = size)]
+    pub(crate) memory: u64,
+    /// Pages a second that the guest writes.
+    #[arg(long, default_value_t = 2000, value_name = "PAGES")]
+    pub(crate) guest_dirty_rate: u32,
+    /// Pages a second that the device writes.
+    #[arg(long, default_value_t = 2000, value_name = "PAGES")]
+    pub(crate) device_dirty_rate: u32,
+    /// State inside the device, a number of bytes with K, M or G behind it.
+    #[arg(long, default_value = "1M", value_name = "SIZE", value_parser = size)]
+    pub(crate) device_state: u64,
+    /// Longest acceptable downtime, in milliseconds.
+    #[arg(long, default_value_t = 300, value_name = "MS")]
+    pub(crate) downtime_ms: u64,
+    /// Longest the guest is copied while it runs, in seconds. The demo insists: then it is stopped and moved, however long
+    /// the downtime gets; 30 s later the demo gives up.
+    #[arg(long, default_value_t = 60, value_name = "S", value_parser = seconds())]
+    pub(crate) timeout_s: u64,
+    /// How the two processes are connected: tcp, tcp:PORT or unix.
+    #[arg(long, default_value = "tcp", value_name = "HOW")]
+    pub(crate) transport: Transport,
+    /// Do without KVM even where there is one.
+    #[arg(long)]
+    pub(crate) no_kvm: bool,
+    /// Print one JSON object instead of the report, and no progress bar.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// What memory content, device stream and injected faults depend on.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) seed: u64,
+    /// Let something go wrong: corrupt-page, forget-SOURCE (kvm-log, vmm-writes, device-log), kill-destination@round=N with N
+    /// from 2 to 100.
+    #[arg(long, value_name = "FAULT")]
+    pub(crate) inject: Option<Inject>,
+}
