@@ -29,8 +29,11 @@ pub struct VmState {
     own: Option<Range<usize>>,
     memory: Placement,
     /// RAM that stays, with the memory zone that it belongs to.
-    fixed_ram: Vec<(Option<String>, GpaRange)>,
+    fixed_ram: Vec<FixedRam>,
 }
+
+/// RAM that stays, with the memory zone that it belongs to.
+type FixedRam = (Option<String>, GpaRange);
 
 impl VmState {
     /// Reads the text of `state.json`.
@@ -155,7 +158,7 @@ impl std::fmt::Debug for VmState {
 fn listed_memory(
     memory_manager: Quoted<'_>,
     limits: &Limits,
-) -> Result<(Placement, Vec<(Option<String>, GpaRange)>), DocumentError> {
+) -> Result<(Placement, Vec<FixedRam>), DocumentError> {
     let text = memory_manager.unquote().map_err(wrong(MEMORY_MANAGER))?;
     let state: MemoryManagerState = serde_json::from_str(&text).map_err(wrong(MEMORY_MANAGER))?;
     let pairs = state.memory_ranges.data.iter().map(|range| (range.gpa, range.length));
@@ -164,7 +167,7 @@ fn listed_memory(
 }
 
 /// Reads the RAM that stays, and its zones, out of the memory manager's state. One of another shape says nothing of it.
-fn fixed_ram(memory_manager: &str) -> Vec<(Option<String>, GpaRange)> {
+fn fixed_ram(memory_manager: &str) -> Vec<FixedRam> {
     let mappings: Mappings = serde_json::from_str(memory_manager).unwrap_or_default();
     let fixed = mappings.guest_ram_mappings.into_iter().filter(|mapping| !mapping.virtio_mem);
     fixed
