@@ -61,7 +61,7 @@ fn c68_info_and_receive_tell_the_devices_and_what_takes_their_vm() {
         (
             false,
             "vfio-group",
-            "Cloud Hypervisor only restores it from disk: net0 have to be at the same address",
+            "Cloud Hypervisor only restores it from disk: net0 must be at the same address",
         ),
     ] {
         let place = Place::new();
