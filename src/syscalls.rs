@@ -220,6 +220,7 @@ pub const SNAPSHOT_WRITE: &[Syscall] = &[
     Syscall::new(libc::SYS_renameat),
     Syscall::new(libc::SYS_unlinkat),
     READLINK,
+    Syscall::new(libc::SYS_readlinkat),
 ];
 
 /// Reading snapshots: opening, [`verify`](crate::snapshot::verify), [`compare`](crate::snapshot::compare),

@@ -18,6 +18,8 @@ pub use reading::UnreadableMemory;
 pub(crate) use reading::{has_address, read_memory};
 pub(crate) use userfault::HoleWatch;
 pub use userfault::UserfaultError;
+#[cfg(feature = "snapshot")]
+pub(crate) use userfault::check_readable;
 
 /// A VMM's own error, whatever it is.
 pub type VmError = Box<dyn Error + Send + Sync>;

@@ -24,6 +24,7 @@ use super::writer::{Announced, WriteError, publish};
 use crate::layout::Layout;
 use crate::range::GpaRange;
 use crate::units::{Bytes, Millis};
+use crate::vm::check_readable;
 
 /// The snapshot that a differential differs from.
 #[derive(Debug, Clone)]
@@ -114,15 +115,18 @@ impl DifferentialWriter {
         self.pages.fill(range, from_stream(from)).map_err(|error| self.fill_error(error))
     }
 
-    /// Takes `ranges` of guest memory: those of the chunks that a ledger's cursor for this base hands out.
+    /// Takes `ranges` of guest memory: those of the chunks that a ledger's cursor for this base hands out. It is read as by
+    /// [`SnapshotWriter::copy_from`](super::SnapshotWriter::copy_from).
     ///
     /// # Errors
-    /// A range is not all RAM or not of whole pages, or the disk is full.
+    /// A range is not all RAM or not of whole pages, the disk is full, or a userfaultfd fills `memory` through another mapping of
+    /// its file only.
     pub fn copy_from<M: GuestMemoryBackend>(
         &self,
         ranges: impl IntoIterator<Item = GpaRange>,
         memory: &M,
     ) -> io::Result<()> {
+        check_readable(memory).map_err(io::Error::other)?;
         let filled = ranges.into_iter().try_for_each(|range| self.pages.fill(range, from_memory(memory)));
         filled.map_err(|error| self.fill_error(error))
     }

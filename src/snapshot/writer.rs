@@ -25,6 +25,7 @@ use crate::layout::Layout;
 use crate::range::GpaRange;
 use crate::threads::ThreadStart;
 use crate::units::{Bytes, Millis};
+use crate::vm::check_readable;
 
 /// Why no snapshot was written. Nothing lies under its name.
 #[derive(Debug, Error)]
@@ -182,15 +183,17 @@ impl SnapshotWriter {
         self.memory.fill(range, from_stream(from)).map_err(|error| self.fill_error(error))
     }
 
-    /// Writes `ranges` of guest memory.
+    /// Writes `ranges` of guest memory, read through its own mapping: a userfaultfd registered for that fills what is missing.
     ///
     /// # Errors
-    /// A range is not all RAM, or the disk is full.
+    /// A range is not all RAM, the disk is full, or a userfaultfd fills `memory` through another mapping of its file only, so that
+    /// what is missing would be read as zeros ([`UserfaultError`](crate::vm::UserfaultError)).
     pub fn copy_from<M: GuestMemoryBackend>(
         &self,
         ranges: impl IntoIterator<Item = GpaRange>,
         memory: &M,
     ) -> io::Result<()> {
+        check_readable(memory).map_err(io::Error::other)?;
         let filled = ranges.into_iter().try_for_each(|range| self.memory.fill(range, from_memory(memory)));
         filled.map_err(|error| self.fill_error(error))
     }

@@ -11,6 +11,8 @@ use thiserror::Error;
 use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::backing::Backing;
+#[cfg(feature = "snapshot")]
+use crate::error::Chain;
 use crate::range::GpaRange;
 
 /// Why guest memory cannot be told from what a userfaultfd has yet to fill.
@@ -79,6 +81,26 @@ impl HoleWatch {
             .find_map(|part| self.ranges.iter().find_map(|range| range.intersection(part)));
         late.map_or(Ok(()), |range| Err(UserfaultError::Late { range }))
     }
+}
+
+/// Makes sure that what is read of `memory` is what it holds, and not zeros in the place of pages that another mapping of its file
+/// would bring in.
+///
+/// Looks only where this process holds a userfaultfd: one that was registered and given away is not seen. Where it cannot be told
+/// what is registered, a warning in the log says so.
+///
+/// # Errors
+/// A part of `memory` is registered through another mapping of its file only.
+#[cfg(feature = "snapshot")]
+pub(crate) fn check_readable<M: GuestMemoryBackend>(memory: &M) -> Result<(), UserfaultError> {
+    let told = if is_held() { registered(memory).map(drop) } else { Ok(()) };
+    told.or_else(|error| match error {
+        UserfaultError::Smaps(_) => {
+            log::warn!("{}; memory is taken for what it reads as", Chain(&error));
+            Ok(())
+        }
+        unreadable => Err(unreadable),
+    })
 }
 
 /// Whether this process holds a userfaultfd open, or it cannot be told.

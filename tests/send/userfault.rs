@@ -5,8 +5,12 @@
 pub(crate) mod handler;
 
 use std::fs::File;
+use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 
+use vfio_migration::layout::Layout;
+use vfio_migration::range::GpaRange;
+use vfio_migration::snapshot::{Announced, Base, DifferentialWriter, Digest, Limits, SnapshotWriter};
 use vfio_migration::transfer::{Migration, SendError, Sender, Sent, SourceVm};
 use vfio_migration::vm::{UserfaultError, Vm};
 use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
@@ -153,6 +157,42 @@ fn c49_memory_that_only_another_mapping_of_its_file_fills_is_refused_by_name() {
         assert_eq!((range.start(), range.len()), HIGH);
         vm.resume().unwrap();
     }
+}
+
+#[test]
+fn c49_a_snapshot_of_memory_that_only_another_mapping_of_its_file_fills_is_refused_by_name() {
+    let memory = sparse_memory();
+    let files = memory.iter().map(|region| {
+        let len = usize::try_from(region.len()).unwrap();
+        (region.start_addr(), len, Some(region.file_offset().unwrap().clone()))
+    });
+    let other = Memory::from_ranges_with_files(files).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let ram = Announced::all(Layout::from_guest_memory(&memory).unwrap());
+    let full = |name: &str| {
+        SnapshotWriter::create(&directory.path().join(name), ram.clone(), Limits::default()).unwrap()
+    };
+    let base = Base::Named(Digest::from_str(&"0".repeat(64)).unwrap());
+    let differential = DifferentialWriter::create(
+        &directory.path().join("differential"),
+        ram.clone(),
+        base,
+        Limits::default(),
+    )
+    .unwrap();
+    let page = GpaRange::new(HIGH.0, PAGE).unwrap();
+    full("before").copy_from([page], &memory).unwrap();
+    let Some(_handler) = Handler::serve(&[mapping_of(&other, HIGH)], FILLING) else { return };
+    for refused in [full("full").copy_from([page], &memory), differential.copy_from([page], &memory)] {
+        let error = refused.unwrap_err();
+        let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<UserfaultError>());
+        assert!(
+            matches!(cause, Some(UserfaultError::OtherMapping { range }) if range.start() == HIGH.0),
+            "{error}"
+        );
+    }
+    // Through the mapping that is registered it is read, and filled.
+    full("other").copy_from([page], &other).unwrap();
 }
 
 #[test]

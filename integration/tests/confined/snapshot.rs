@@ -22,6 +22,7 @@ use vfio_migration::transfer::receive::Receiver;
 use vfio_migration::transfer::url::Url;
 use vfio_migration::transfer::{self, Migration, SendOptions, Sender};
 use vfio_migration_integration::confined::check;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 const BYTES: u64 = 16 << 20;
 const CONFIG: &[u8] = br#"{"memory":{"size":16777216},"cpus":{"boot_vcpus":2}}"#;
@@ -50,6 +51,8 @@ fn write(target: &Path) {
     let [ones, zeros] = [pages(0, 700), pages(300, 200)];
     writer.fill(ones, &mut std::io::repeat(1).take(ones.len())).unwrap();
     writer.fill(zeros, &mut std::io::repeat(0).take(zeros.len())).unwrap();
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap();
+    writer.copy_from([pages(2000, 9)], &memory).unwrap();
     writer.finish(CONFIG, state().as_bytes()).unwrap();
 }
 
