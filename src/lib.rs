@@ -114,6 +114,10 @@ pub mod vfio_user;
 #[cfg(feature = "transfer")]
 pub mod vm;
 
+#[cfg(test)]
+#[path = "../integration/src/skip.rs"]
+#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
+mod skip;
 mod sys;
 mod units;
 

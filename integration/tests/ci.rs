@@ -8,6 +8,13 @@ use std::process::{Command, Stdio};
 
 /// Returns what `.ci/skips` makes of `log`.
 fn skips(log: &str) -> String {
+    let (succeeded, told) = run_skips(log);
+    assert!(succeeded, "{told}");
+    told
+}
+
+/// Returns whether `.ci/skips` can read all of `log`, and what it makes of it.
+fn run_skips(log: &str) -> (bool, String) {
     let program = concat!(env!("CARGO_MANIFEST_DIR"), "/../.ci/skips");
     let mut child = Command::new(program)
         .stdin(Stdio::piped())
@@ -17,8 +24,7 @@ fn skips(log: &str) -> String {
         .unwrap();
     child.stdin.take().unwrap().write_all(log.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
-    assert!(output.status.success());
-    String::from_utf8(output.stdout).unwrap()
+    (output.status.success(), String::from_utf8(output.stdout).unwrap())
 }
 
 /// Tests on a machine where the bed works, with one kernel of the two.
@@ -37,7 +43,7 @@ test container::bits ... ok
 test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s
      Running tests/other.rs (target/debug/deps/other-fedcba9876543210)
 test container::bits ... ok
-test body ... ignored, is run by others
+test body ... ignored, the body of what others start
 test result: ok. 1 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s
    Doc-tests vfio_migration
 test src/lib.rs - (line 12) ... ok
@@ -60,7 +66,7 @@ tests: 1 test skipped that ran elsewhere
 Ran nowhere on this machine:
   test bed, the own kernel's build: the own kernel takes too long to build
   vfio_migration: kvm::ring: /dev/kvm does not open: No such file or directory
-  bed_sources: hwpt::tracks: not inside the test bed (integration/testbed/run)
+  bed_sources: hwpt::tracks: only the own kernel has it
 
 8 passed, 0 failed, 3 skipped
 ";
@@ -83,6 +89,26 @@ test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; 
         skips(log),
         "\nRan nowhere on this machine:\n  main: one, three: no strace\n\n2 passed, 1 failed, 2 skipped\n"
     );
+}
+
+#[test]
+fn what_is_ignored_wherever_it_is_counts_as_a_skip() {
+    let log = "\
+@ tests
+     Running tests/main.rs (target/debug/deps/main-0123456789abcdef)
+test hundred ... ignored, takes minutes
+test ten ... ok
+test result: ok. 1 passed; 0 failed; 1 ignored; 0 measured; 1 filtered out; finished in 0.10s
+";
+    let named =
+        "\nRan nowhere on this machine:\n  main: hundred: takes minutes\n\n1 passed, 0 failed, 1 skipped\n";
+    assert_eq!(skips(log), named);
+}
+
+#[test]
+fn a_skip_without_a_name_is_an_error() {
+    let (succeeded, told) = run_skips("@ tests\nSKIPPED: no strace\ntest one ... ok\n");
+    assert!(!succeeded && told.starts_with("This skip names no test: SKIPPED: no strace\n"), "{told}");
 }
 
 #[test]

@@ -17,6 +17,9 @@ mod peer;
 mod plugging;
 mod polled;
 mod replugging;
+#[path = "../../integration/src/skip.rs"]
+#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
+mod skip;
 mod skipping;
 mod spreading;
 mod userfault;

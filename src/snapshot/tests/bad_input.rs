@@ -1,9 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-#[path = "../../../integration/src/skip.rs"]
-#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
-mod skip;
-
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -215,6 +211,6 @@ fn captures() -> Option<PathBuf> {
         return Some(dir);
     }
     let how = "name their folder in VFIO_MIGRATION_CAPTURES";
-    skip::skip(format!("no captures at {}; {how}", dir.display()));
+    crate::skip::skip(format!("no captures at {}; {how}", dir.display()));
     None
 }

@@ -78,8 +78,7 @@ impl Handler {
         let uffd = match open() {
             Ok(uffd) => uffd,
             Err(error) => {
-                let _nobody_listens =
-                    writeln!(io::stderr(), "SKIPPED: cannot have a userfaultfd here: {error}");
+                crate::skip::skip(format!("cannot have a userfaultfd here: {error}"));
                 return None;
             }
         };
