@@ -33,6 +33,9 @@ const IDLE_BYTES: u64 = 1 << 20;
 /// The pause between two rounds when there is next to nothing to send and the switchover waits for something else.
 const IDLE_PAUSE: Duration = Duration::from_millis(10);
 
+/// Pages in flight, and the memory that their bytes are in.
+type TakenFrom<M> = (Chunk, Arc<M>);
+
 impl<V: Vm> Session<'_, V> {
     /// Makes passes over memory while the VM runs, until it may be stopped.
     pub(super) fn precopy(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
@@ -90,7 +93,7 @@ impl<V: Vm> Session<'_, V> {
         &self,
         cursor: CursorId,
         limits: ChunkLimits,
-    ) -> Result<Option<(Chunk, Arc<V::Memory>)>, SendError> {
+    ) -> Result<Option<TakenFrom<V::Memory>>, SendError> {
         let mut tracker = self.tracker()?;
         let chunk = tracker.take(cursor, limits)?;
         Ok(chunk.map(|chunk| (chunk, self.vm.memory())))
