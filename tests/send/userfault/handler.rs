@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "userfaultfd has no safe wrapper among our dependencies")]
 
 use std::fs::File;
-use std::io::{self, PipeWriter, Read, Write};
+use std::io::{self, PipeWriter, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::thread::{self, JoinHandle};
 
