@@ -14,11 +14,12 @@ mod guest;
 #[cfg(target_arch = "x86_64")]
 mod kvm;
 mod memory;
-#[path = "../../src/skip.rs"]
-#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
-mod skip;
 mod snapshot;
 mod transfer;
 #[path = "../../../tests/send/userfault/handler.rs"]
 mod userfault;
 mod vfio_user;
+/// What the borrowed handler of a userfaultfd skips by.
+mod skip {
+    pub(crate) use vfio_migration_integration::skip;
+}
