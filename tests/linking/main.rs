@@ -91,6 +91,23 @@ fn a_vmms_own_crate_takes_the_place_of_vm_migration_by_one_line() {
     cargo(embedder.path(), &["check", "--quiet"]);
 }
 
+/// What a recipe for Cloud Hypervisor takes from the library, the features it names have.
+#[test]
+fn the_recipes_use_nothing_that_their_features_lack() {
+    let page = include_str!("../../docs/cloud-hypervisor.md");
+    let (first, _) = page.split_once("## Recipe 2").unwrap();
+    for (recipe, features) in [(first, r#"["device-state"]"#), (page, r#"["transfer", "tls"]"#)] {
+        assert!(page.contains(&format!("features = {features}")));
+        let uses: Vec<_> = recipe.lines().filter(|line| line.starts_with("use vfio_migration::")).collect();
+        assert!(uses.len() >= 4, "{uses:?}");
+        let library = format!("{{ path = \"{LIBRARY}\", default-features = false, features = {features} }}");
+        let embedder = embedder(&format!("vfio-migration = {library}\n"));
+        let text = format!("#![allow(unused_imports)]\n{}\n", uses.join("\n"));
+        fs::write(embedder.path().join("src/lib.rs"), text).unwrap();
+        cargo(embedder.path(), &["check", "--quiet"]);
+    }
+}
+
 /// Whoever is asked for a certificate here has agreed on a protocol version.
 #[derive(Debug)]
 struct NoCertificate;
