@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use vfio_migration::device::DeviceSet;
 use vfio_migration::layout::Layout;
 use vfio_migration::source::GuestMemoryLog;
-use vfio_migration::tracker::Tracker;
+use vfio_migration::tracker::{Tracker, VmMappings};
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
 use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver};
@@ -132,6 +132,10 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     source.0.work(1000);
     let memory = Arc::clone(&source.0.memory);
     let tracker = Tracker::builder(Layout::from_guest_memory(&*memory)?)
+        .mappings({
+            let memory = Arc::clone(&memory);
+            move || VmMappings::of_memory(&*memory)
+        })
         .source(Box::new(GuestMemoryLog::new(memory)))
         .build()?;
     let tracker = Mutex::new(tracker);

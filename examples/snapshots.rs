@@ -22,7 +22,7 @@ use vfio_migration::snapshot::{
     apply, verify,
 };
 use vfio_migration::source::GuestMemoryLog;
-use vfio_migration::tracker::Tracker;
+use vfio_migration::tracker::{Tracker, VmMappings};
 use vm_memory::{Bytes, GuestAddress};
 use vm_migration::{Snapshot, state_from_id};
 
@@ -45,7 +45,9 @@ struct Subject {
 impl Subject {
     fn new() -> Result<Self, Failure> {
         let machine = Machine::new()?;
+        let memory = Arc::clone(&machine.memory);
         let mut tracker = Tracker::builder(Layout::from_guest_memory(&*machine.memory)?)
+            .mappings(move || VmMappings::of_memory(&*memory))
             .source(Box::new(GuestMemoryLog::new(Arc::clone(&machine.memory))))
             .build()?;
         let cursor = tracker.begin(Start::Empty)?;

@@ -68,11 +68,13 @@
 //! use vfio_migration::layout::Layout;
 //! use vfio_migration::ledger::{ChunkLimits, Start};
 //! use vfio_migration::source::GuestMemoryLog;
-//! use vfio_migration::tracker::Tracker;
+//! use vfio_migration::tracker::{Tracker, VmMappings};
 //! use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, bitmap::AtomicBitmap};
 //!
 //! let memory = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&[(GuestAddress(0), 1 << 20)])?);
+//! let maps = memory.clone();
 //! let mut tracker = Tracker::builder(Layout::from_guest_memory(&*memory)?)
+//!     .mappings(move || VmMappings::of_memory(&*maps))
 //!     .source(Box::new(GuestMemoryLog::new(memory.clone())))
 //!     .build()?;
 //! let receiver = tracker.begin(Start::Copied)?;

@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use thiserror::Error;
 #[cfg(feature = "transfer")]
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::GuestMemoryBackend;
 
 use crate::error::Chain;
 use crate::iova::{IovaError, IovaMap};
@@ -71,7 +71,7 @@ pub enum TrackerError {
         /// The device of both.
         device: String,
     },
-    /// Sources report what vCPUs or devices write, and nobody said what these reach.
+    /// There are sources, and nobody said what really maps the memory that they track.
     #[error(
         "Dirty source {id} takes what really maps the VM's memory (TrackerBuilder::mappings), to be compared with what it covers"
     )]
@@ -244,8 +244,7 @@ impl Tracker {
     /// Compares the memory that is about to be copied with the RAM that is tracked.
     #[cfg(feature = "transfer")]
     pub(crate) fn check_memory(&self, memory: &impl GuestMemoryBackend) -> Result<(), TrackerError> {
-        let ranges = memory.iter().map(|region| GpaRange::new(region.start_addr().raw_value(), region.len()));
-        let ranges: Vec<_> = ranges.flatten().collect();
+        let ranges = VmMappings::of_memory(memory).ram;
         let absent = self.mappings.as_ref().map_or(Vec::new(), |mappings| mappings().absent);
         Ok(check_memory(self.layout(), &ranges, &absent)?)
     }

@@ -13,7 +13,7 @@ use vfio_migration::layout::Layout;
 use vfio_migration::ledger::{ChunkLimits, Start};
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, GuestMemoryLog, Reports, Sink, SourceError, SummaryBitmap};
-use vfio_migration::tracker::Tracker;
+use vfio_migration::tracker::{Tracker, VmMappings};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 thread_local! {
@@ -109,7 +109,9 @@ fn a_warm_round_allocates_nothing() {
         range: GpaRange::new(0, 8 << 20).expect("a range"),
         granule: Granule::new(64 << 10).expect("a power of two"),
     };
+    let maps = Arc::clone(&memory);
     let mut vm = Tracker::builder(layout)
+        .mappings(move || VmMappings::of_memory(&*maps))
         .source(Box::new(GuestMemoryLog::new(Arc::clone(&memory))))
         .source(Box::new(pattern))
         .build()

@@ -15,7 +15,7 @@ use vfio_migration::device::{
 };
 use vfio_migration::layout::Layout;
 use vfio_migration::source::GuestMemoryLog;
-use vfio_migration::tracker::Tracker;
+use vfio_migration::tracker::{Tracker, VmMappings};
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
 use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver, asks_for_prefault};
@@ -149,7 +149,9 @@ fn moved(source: &Arc<Memory>, pinning_receiver: PinningReceiver) -> Sent {
     let mut vmm = Pinning { memory: untouched(ram_bytes()) };
     let layout = Layout::from_guest_memory(source.as_ref()).unwrap();
     let log = GuestMemoryLog::new(Arc::clone(source));
-    let tracker = Mutex::new(Tracker::builder(layout).source(Box::new(log)).build().unwrap());
+    let maps = Arc::clone(source);
+    let builder = Tracker::builder(layout).mappings(move || VmMappings::of_memory(&*maps));
+    let tracker = Mutex::new(builder.source(Box::new(log)).build().unwrap());
     let device = Device::new("dev", Box::new(Small(DeviceState::Running, false)));
     let devices = Mutex::new(DeviceSet::new(vec![device]).unwrap());
     thread::scope(|scope| {

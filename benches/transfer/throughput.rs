@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use vfio_migration::layout::Layout;
 use vfio_migration::source::GuestMemoryLog;
-use vfio_migration::tracker::Tracker;
+use vfio_migration::tracker::{Tracker, VmMappings};
 use vfio_migration::transfer::Sent;
 use vm_memory::{GuestAddress, GuestMemoryBackend, ReadVolatile, WriteVolatile};
 
@@ -33,7 +33,9 @@ pub(crate) fn holds() -> bool {
 pub(crate) fn migrate(way: Way, source: &Arc<Memory>) -> (Duration, Sent) {
     let layout = Layout::from_guest_memory(&**source).unwrap();
     let log = Box::new(GuestMemoryLog::new(Arc::clone(source)));
-    let tracker = Mutex::new(Tracker::builder(layout).source(log).build().unwrap());
+    let maps = Arc::clone(source);
+    let builder = Tracker::builder(layout).mappings(move || VmMappings::of_memory(&*maps));
+    let tracker = Mutex::new(builder.source(log).build().unwrap());
     let mut vmm = Vmm(memory(&ranges_of(source)));
     way.send(&mut StillVm(Arc::clone(source)), &tracker, &mut vmm)
 }

@@ -34,6 +34,7 @@
 //! # use vfio_migration::source::GuestMemoryLog;
 //! use vfio_migration::ledger::{CursorId, Start};
 //! use vfio_migration::tracker::Tracker;
+//! # use vfio_migration::tracker::VmMappings;
 //! use vfio_migration::snapshot::{Announced, Base, DifferentialWriter, Digest, Limits, SnapshotWriter};
 //!
 //! # type Memory = GuestMemoryMmap<AtomicBitmap>;
@@ -69,7 +70,9 @@
 //! # let dir = tempfile::tempdir()?;
 //! # let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), 1 << 20)])?);
 //! # let layout = Layout::from_guest_memory(&*memory)?;
-//! # let builder = Tracker::builder(layout).source(Box::new(GuestMemoryLog::new(memory.clone())));
+//! # let maps = memory.clone();
+//! # let builder = Tracker::builder(layout).mappings(move || VmMappings::of_memory(&*maps));
+//! # let builder = builder.source(Box::new(GuestMemoryLog::new(memory.clone())));
 //! # let mut vm = builder.build()?;
 //! let cursor = vm.begin(Start::Empty)?;
 //! let sunday = take(&mut vm, cursor, None, &memory, &dir.path().join("sunday"))?;

@@ -47,8 +47,9 @@ impl TrackerBuilder {
 
     /// Says what really maps the VM's memory, whenever it is asked: at the start of every session, and when RAM is plugged in.
     ///
-    /// Sources of vCPUs' and of devices' writes need it: what they cover is compared with what can be written, and a difference
-    /// is refused by name. The tracker is locked meanwhile.
+    /// Every source needs it: the VM's RAM is compared with the layout, and what the sources cover with what can be written; a
+    /// difference is refused by name. So RAM that was plugged in and not told of is not missed without a word. Where only the VMM and its
+    /// own components write, [`VmMappings::of_memory`] is all there is to say. The tracker is locked meanwhile.
     pub fn mappings(self, mappings: impl Fn() -> VmMappings + Send + 'static) -> Self {
         Self { mappings: Some(Box::new(mappings)), ..self }
     }
@@ -95,8 +96,7 @@ impl TrackerBuilder {
     ///
     /// # Errors
     /// Two sources share an id; one is imprecise and that was not allowed, or it stands beside a precise one for the same device,
-    /// or beside one of whose devices nothing is said; a source reports vCPUs' or devices' writes, and nobody says what maps the
-    /// memory.
+    /// or beside one of whose devices nothing is said; or there are sources, and nobody says what maps the memory.
     pub fn build(self) -> Result<Tracker, TrackerError> {
         check_sources(&self.sources, self.allow_imprecise, self.mappings.is_some())?;
         Ok(Tracker {
@@ -123,7 +123,7 @@ pub(super) fn check_sources(
         if sources[..at].iter().any(|other| other.source.id() == attached.source.id()) {
             return Err(TrackerError::TwoSources { id: id() });
         }
-        if matches!(attached.source.reports(), Reports::Vcpus | Reports::Devices) && !has_mappings {
+        if !has_mappings {
             return Err(TrackerError::NoMappings { id: id() });
         }
         if !attached.precise && !allow_imprecise {

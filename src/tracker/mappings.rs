@@ -3,6 +3,7 @@
 //! What really maps a VM's memory, and whether that is what is tracked.
 
 use thiserror::Error;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Attached;
 use crate::layout::{Layout, Region};
@@ -21,6 +22,15 @@ pub struct VmMappings {
     /// The guest memory that each pass-through device reaches through its IOMMU, which may be none. What of it is not RAM is ignored.
     /// A device that a source speaks for is among them.
     pub devices: Vec<DeviceMappings>,
+}
+
+impl VmMappings {
+    /// The RAM that is in `memory`, and nothing else that maps it: for a VM whose vCPUs' and devices' writes are not tracked here.
+    pub fn of_memory<M: GuestMemoryBackend>(memory: &M) -> Self {
+        let ram =
+            memory.iter().flat_map(|region| GpaRange::new(region.start_addr().raw_value(), region.len()));
+        Self { ram: ram.collect(), ..Self::default() }
+    }
 }
 
 /// The guest memory that one device reaches.

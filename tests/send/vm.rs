@@ -16,7 +16,7 @@ use vfio_migration::iova::IovaMap;
 use vfio_migration::layout::Layout;
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, GuestMemoryLog, Operation, Reports, Sink, SourceError};
-use vfio_migration::tracker::{Tracker, TrackerBuilder};
+use vfio_migration::tracker::{Tracker, TrackerBuilder, VmMappings};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -154,7 +154,9 @@ impl FakeVm {
 
     pub(crate) fn builder(&self) -> TrackerBuilder {
         let layout = Layout::from_guest_memory(&*self.memory).unwrap();
+        let memory = Arc::clone(&self.memory);
         Tracker::builder(layout)
+            .mappings(move || VmMappings::of_memory(&*memory))
             .allow_imprecise()
             .source(Box::new(GuestMemoryLog::new(Arc::clone(&self.memory))))
     }

@@ -8,7 +8,7 @@ use vfio_migration::layout::Layout;
 use vfio_migration::ledger::{ChunkLimits, Start};
 use vfio_migration::source::GuestMemoryLog;
 use vfio_migration::syscalls;
-use vfio_migration::tracker::Tracker;
+use vfio_migration::tracker::{Tracker, VmMappings};
 use vfio_migration_integration::confined::check;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -21,7 +21,9 @@ fn guest_memory_log() {
         let layout = Layout::from_guest_memory(&*memory).unwrap();
         confinement.run(|| {
             let source = Box::new(GuestMemoryLog::new(Arc::clone(&memory)));
-            let mut tracker = Tracker::builder(layout).source(source).build().unwrap();
+            let maps = Arc::clone(&memory);
+            let builder = Tracker::builder(layout).mappings(move || VmMappings::of_memory(&*maps));
+            let mut tracker = builder.source(source).build().unwrap();
             let cursor = tracker.begin(Start::Copied).unwrap();
             memory.write_obj(7u32, GuestAddress(0x5004)).unwrap();
             assert!(tracker.collect().is_empty());

@@ -5,7 +5,7 @@ use crate::tracker::SpaceId;
 
 /// A tracker with one virtual address space that these sources report on.
 fn in_a_space(sources: &[(&Scripted, Harvest)]) -> (Tracker, SpaceId) {
-    let mut builder = Tracker::builder(layout());
+    let mut builder = builder();
     let space = builder.space(IovaMap::journal());
     for (source, harvest) in sources {
         source.script().harvest = *harvest;
@@ -119,7 +119,7 @@ fn c63_ram_that_a_source_does_not_take_in_is_refused_and_nothing_changed() {
 
 #[test]
 fn a_page_in_flight_when_its_ram_went_holds_back_the_ram_that_comes_in_its_place() {
-    let mut tracker = with(&[]);
+    let mut tracker = Tracker::builder(layout()).build().unwrap();
     tracker.add_ram(&PluggedRam { gpa: pages(512, 64), kvm_slot: None }).unwrap();
     let cursor = tracker.begin(Start::Empty).unwrap();
     let old = tracker.take(cursor, ChunkLimits::NONE).unwrap().unwrap();
@@ -187,6 +187,8 @@ struct World {
     cursor: CursorId,
     space: SpaceId,
     sources: [Scripted; 3],
+    /// The RAM there is.
+    ram: Arc<Mutex<Vec<GpaRange>>>,
     /// Content of each page that is RAM.
     memory: std::collections::BTreeMap<u64, u64>,
     receiver: std::collections::BTreeMap<u64, u64>,
@@ -200,7 +202,11 @@ struct World {
 impl World {
     fn new(harvest: Harvest) -> Self {
         let sources = ["kvm", "device", "plugged"].map(Scripted::new);
-        let mut builder = Tracker::builder(layout()).source(Box::new(sources[0].clone()));
+        let ram = Arc::new(Mutex::new(vec![pages(0, PAGES)]));
+        let now = Arc::clone(&ram);
+        let mappings = move || VmMappings { ram: now.lock().unwrap().clone(), ..VmMappings::default() };
+        let builder = Tracker::builder(layout()).mappings(mappings);
+        let mut builder = builder.source(Box::new(sources[0].clone()));
         let space = builder.space(IovaMap::journal());
         sources[1].script().harvest = harvest;
         let mut tracker = builder.source_of(space, ["net0"], Box::new(sources[1].clone())).build().unwrap();
@@ -212,6 +218,7 @@ impl World {
             cursor,
             space,
             sources,
+            ram,
             memory,
             receiver,
             mapped,
@@ -251,6 +258,9 @@ impl World {
     fn plug(&mut self, slot: u64) {
         let gpa = Self::slot(slot);
         let is_new = !self.memory.contains_key(&(gpa.start() >> 12));
+        if is_new {
+            self.ram.lock().unwrap().push(gpa);
+        }
         let told = self.tracker.add_ram(&PluggedRam { gpa, kvm_slot: None });
         assert_eq!(told.is_ok(), is_new);
         for page in (gpa.start() >> 12)..(gpa.end() >> 12) {
@@ -260,8 +270,9 @@ impl World {
 
     fn unplug(&mut self, slot: u64) {
         let gpa = Self::slot(slot);
-        let sources = self.sources.clone();
+        let (sources, ram) = (self.sources.clone(), Arc::clone(&self.ram));
         let gone = self.tracker.remove_ram(gpa, || {
+            ram.lock().unwrap().retain(|range| *range != gpa);
             for page in (gpa.start() >> 12)..(gpa.end() >> 12) {
                 sources.iter().for_each(|source| {
                     source.script().dirty.remove(&page);

@@ -98,6 +98,23 @@ fn c63_a_source_of_devices_says_of_which() {
 }
 
 #[test]
+fn c63_ram_that_was_plugged_in_unsaid_is_named_whoever_reports() {
+    let ram = Arc::new(Mutex::new(vec![pages(0, PAGES)]));
+    let now = Arc::clone(&ram);
+    let mappings = move || VmMappings { ram: now.lock().unwrap().clone(), ..VmMappings::default() };
+    let component = Scripted::new("back-end");
+    let builder = Tracker::builder(layout()).mappings(mappings);
+    let mut tracker = builder.source(Box::new(component.clone())).build().unwrap();
+    let cursor = tracker.begin(Start::Empty).unwrap();
+    tracker.end(cursor).unwrap();
+    ram.lock().unwrap().push(pages(PAGES, 1));
+    let error = tracker.begin(Start::Empty).unwrap_err();
+    assert!(matches!(error, TrackerError::Disagreement(Disagreement::Untracked { .. })), "{error}");
+    tracker.add_ram(&PluggedRam { gpa: pages(PAGES, 1), kvm_slot: None }).unwrap();
+    tracker.begin(Start::Empty).unwrap();
+}
+
+#[test]
 fn parts_that_the_guest_does_not_have_are_no_part_of_the_layout() {
     let mut mappings = agreed();
     mappings.ram.push(pages(PAGES, 64));
@@ -106,8 +123,8 @@ fn parts_that_the_guest_does_not_have_are_no_part_of_the_layout() {
 }
 
 #[test]
-fn sources_of_vcpus_and_devices_take_what_really_maps_the_memory() {
-    for kind in [Reports::Vcpus, Reports::Devices] {
+fn c63_every_source_takes_what_really_maps_the_memory() {
+    for kind in [Reports::Vcpus, Reports::Vmm, Reports::Devices, Reports::Component] {
         let source = Scripted::new("source");
         source.script().reports = kind;
         let Err(error) = Tracker::builder(layout()).source(Box::new(source)).build() else {
@@ -157,7 +174,7 @@ fn c64_an_imprecise_source_that_comes_later_is_refused_too() {
 fn a_failure_ends_a_migration_where_that_was_asked_for_and_loses_nothing_either_way() {
     for on_failure in [OnFailure::Widen, OnFailure::Fail] {
         let source = Scripted::new("back-end");
-        let builder = Tracker::builder(layout()).on_failure(on_failure).source(Box::new(source.clone()));
+        let builder = builder().on_failure(on_failure).source(Box::new(source.clone()));
         let mut tracker = builder.build().unwrap();
         let cursor = tracker.begin(Start::Copied).unwrap();
         source.fail_next(Operation::Collect);

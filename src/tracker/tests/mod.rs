@@ -161,8 +161,13 @@ impl DirtySource for Scripted {
     }
 }
 
+/// The builder for a VM whose RAM is and stays that of [`layout`].
+fn builder() -> TrackerBuilder {
+    Tracker::builder(layout()).mappings(|| VmMappings { ram: vec![pages(0, PAGES)], ..VmMappings::default() })
+}
+
 pub(crate) fn with(sources: &[&Scripted]) -> Tracker {
-    let mut builder = Tracker::builder(layout()).allow_imprecise();
+    let mut builder = builder().allow_imprecise();
     for source in sources {
         builder = builder.source(Box::new((*source).clone()));
     }
@@ -253,7 +258,7 @@ fn c07_a_failed_report_marks_all_the_source_covers() {
 #[test]
 fn c12_a_mapping_is_harvested_before_it_is_forgotten() {
     let device = Scripted::new("device");
-    let mut builder = Tracker::builder(layout());
+    let mut builder = builder();
     let space = builder.space(IovaMap::journal());
     let mut vm = builder.source_of(space, ["net0"], Box::new(device.clone())).build().unwrap();
     let cursor = vm.begin(Start::Copied).unwrap();
@@ -268,7 +273,7 @@ fn c12_a_mapping_is_harvested_before_it_is_forgotten() {
 #[test]
 fn c13_a_mapping_that_cannot_be_harvested_counts_as_written_all_over() {
     let device = Scripted::new("device");
-    let mut builder = Tracker::builder(layout());
+    let mut builder = builder();
     let space = builder.space(IovaMap::journal());
     let mut vm = builder.source_of(space, ["net0"], Box::new(device.clone())).build().unwrap();
     let cursor = vm.begin(Start::Copied).unwrap();
@@ -285,7 +290,7 @@ fn c13_a_mapping_that_cannot_be_harvested_counts_as_written_all_over() {
 #[test]
 fn c15_a_switch_of_the_whole_address_space_harvests_every_mapping() {
     let device = Scripted::new("device");
-    let mut builder = Tracker::builder(layout());
+    let mut builder = builder();
     let space = builder.space(IovaMap::journal());
     let mut vm = builder.source_of(space, ["net0"], Box::new(device.clone())).build().unwrap();
     let cursor = vm.begin(Start::Copied).unwrap();
@@ -302,7 +307,7 @@ fn c15_a_switch_of_the_whole_address_space_harvests_every_mapping() {
 #[test]
 fn an_imprecise_source_is_refused_unless_allowed_and_then_named() {
     let container = Scripted::imprecise("container");
-    let refused = Tracker::builder(layout()).source(Box::new(container.clone())).build();
+    let refused = builder().source(Box::new(container.clone())).build();
     let Err(error) = refused else { panic!("accepted") };
     assert!(matches!(&error, TrackerError::Imprecise { id } if id == "container"), "{error}");
     let named: Vec<_> = with(&[&container]).imprecise_sources().collect();
@@ -399,7 +404,7 @@ fn who_holds_a_copy_begins_with_clean_pages_where_a_kernel_begins_with_every_bit
 #[test]
 fn two_sources_of_one_name_are_refused() {
     let source = Scripted::new("twin");
-    let builder = Tracker::builder(layout()).source(Box::new(source.clone()));
+    let builder = builder().source(Box::new(source.clone()));
     let Err(error) = builder.source(Box::new(source)).build() else { panic!("accepted") };
     assert_eq!(error.to_string(), "Two dirty sources are named twin");
 }
