@@ -149,16 +149,13 @@ impl Verdict {
         }
     }
 
-    /// A page table keeps one dirty bit for each of its entries, which may stand for 1 GiB.
-    fn large_pages(&mut self, name: &str, kernel: &str) {
-        let lost = release(kernel).is_none_or(|release| release < WHOLE_HUGE_BITS);
-        let reason = if lost {
-            format!("Linux {kernel} may lose dirty bits of memory mapped in large pages; 6.11 does not")
-        } else {
-            "A dirty bit of memory mapped in large pages stands for up to 1 GiB".to_owned()
+    /// What is worse than it could be in what was chosen.
+    fn chosen(&mut self, degradation: &Degradation, name: &str, kernel: &str) {
+        let reason = match degradation {
+            Degradation::LargePages { .. } => large_pages(kernel),
+            other => other.to_string(),
         };
-        let remedy = "set IOMMU_OPTION_HUGE_PAGES of the address space to 0 before anything is mapped in it";
-        self.degradations.push(finding("large-iommu-pages", name, reason, remedy));
+        self.degradations.push(finding(degradation.code(), name, reason, degradation.remedy()));
     }
 
     /// What a mediated device's driver keeps pinned is reported at every read, whatever is written.
@@ -179,18 +176,22 @@ impl Verdict {
         }
         match choose(&[device_facts(device, probe)], tracker(probe), Imprecise::Allowed) {
             Ok(choice) => {
-                let told =
-                    |one: &Degradation| finding(one.code(), &device.name, one.to_string(), one.remedy());
-                self.degradations.extend(choice.degradations.iter().map(told));
-                if choice.page_table {
-                    self.large_pages(&device.name, kernel);
-                }
+                choice.degradations.iter().for_each(|one| self.chosen(one, &device.name, kernel));
                 if choice.container == Some(Meaning::Written) {
                     self.pinned_pages(&device.name);
                 }
             }
             Err(blocker) => self.blockers.push(blocked(&blocker, &device.name)),
         }
+    }
+}
+
+/// What a page table's one dirty bit for each of its entries means on this kernel.
+fn large_pages(kernel: &str) -> String {
+    if release(kernel).is_none_or(|release| release < WHOLE_HUGE_BITS) {
+        format!("Linux {kernel} may lose dirty bits of memory mapped in large pages; 6.11 does not")
+    } else {
+        "A dirty bit of memory mapped in large pages stands for up to 1 GiB".to_owned()
     }
 }
 

@@ -71,7 +71,7 @@ pub struct Choice {
     pub degradations: Vec<Degradation>,
 }
 
-/// Something that makes a migration slower, not wrong.
+/// Something that makes a migration slower, or, where it says so, wrong on an old kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum Degradation {
@@ -79,6 +79,15 @@ pub enum Degradation {
     #[error("Writes of {} cannot be told apart: every page mapped for them is sent in the final round", .devices.join(", "))]
     Imprecise {
         /// Devices without a log of their own.
+        devices: Vec<String>,
+    },
+    /// A page table keeps one dirty bit for each of its entries, however large. Whether it has large ones cannot be told.
+    #[error(
+        "Writes of {} to memory mapped in large pages are told by the large page, up to 1 GiB of it, and kernels before \
+         Linux 6.11 may lose some", .devices.join(", ")
+    )]
+    LargePages {
+        /// Devices whose writes the page table tracks.
         devices: Vec<String>,
     },
     /// A device's log is of no use on this kernel.
@@ -122,6 +131,7 @@ impl Degradation {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Imprecise { .. } => "imprecise-dirty-tracking",
+            Self::LargePages { .. } => "large-iommu-pages",
             Self::Unreportable { .. } => "dma-log-not-reportable",
         }
     }
@@ -131,6 +141,9 @@ impl Degradation {
         match self {
             Self::Imprecise { .. } => {
                 "use a device whose driver logs DMA, or an IOMMU with dirty tracking through iommufd"
+            }
+            Self::LargePages { .. } => {
+                "set IOMMU_OPTION_HUGE_PAGES of the address space to 0 before anything is mapped in it"
             }
             Self::Unreportable { .. } => "boot a kernel built with CONFIG_IOMMUFD",
         }
@@ -203,7 +216,7 @@ pub fn choose(devices: &[DeviceFacts], tracker: Tracker, imprecise: Imprecise) -
 fn choose_page_table(
     devices: &[DeviceFacts],
     tracks: bool,
-    degradations: Vec<Degradation>,
+    mut degradations: Vec<Degradation>,
 ) -> Result<Choice, Blocker> {
     let seen = |device: &&DeviceFacts| tracks && device.writer == Writer::Hardware;
     let logged = |device: &&DeviceFacts| device.own_log == OwnLog::Works;
@@ -212,6 +225,7 @@ fn choose_page_table(
         return Err(Blocker::NoSource { devices: unseen });
     }
     let device_logs = names(devices.iter().filter(|device| !seen(device)));
+    degradations.push(Degradation::LargePages { devices: names(devices.iter().filter(seen)) });
     Ok(Choice { device_logs, page_table: true, container: None, degradations })
 }
 
@@ -316,6 +330,19 @@ mod tests {
                 let hardware = devices.iter().any(|device| device.writer == Writer::Hardware);
                 assert_eq!(choice.container, Some(if hardware { Meaning::Mapped } else { Meaning::Written }));
             }
+        });
+    }
+
+    #[test]
+    fn c65_large_pages_are_told_of_wherever_a_page_table_tracks_and_nowhere_else() {
+        for_each_case(|devices, _, _, chosen| {
+            let Ok(choice) = chosen else { return };
+            let told = choice.degradations.iter().find_map(|one| match one {
+                Degradation::LargePages { devices } => Some(devices.clone()),
+                _ => None,
+            });
+            let hardware = names(devices.iter().filter(|device| device.writer == Writer::Hardware));
+            assert_eq!(told, choice.page_table.then_some(hardware));
         });
     }
 
