@@ -54,7 +54,8 @@
 //! |---|---|---|
 //! | `device-state` | [`device::DeviceSet`]: the state of pass-through devices; without it a VMM moves that state itself | base64, versionize |
 //! | `transfer` | [`transfer`], [`vm`]; needs `device-state` | socket2 |
-//! | `tls` | TLS 1.3 under [`transfer`] | rustls, ring |
+//! | `tls` | TLS 1.3 under [`transfer`], with the cryptography that the process has installed | rustls |
+//! | `ring` | cryptography for `tls` | ring |
 //! | `snapshot` | [`snapshot`]; needs `transfer` | blake3 |
 //! | `vfio-user` | [`vfio_user`] and its source and device | |
 //! | `probe` | [`probe`] | |

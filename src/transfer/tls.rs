@@ -8,7 +8,9 @@
 //! | `server-cert.pem`, `server-key.pem` | the destination |
 //! | `client-cert.pem`, `client-key.pem` | the source |
 //!
-//! The cryptography is `ring`'s: it builds with a C compiler alone, where rustls' own choice asks for more.
+//! The cryptography is `ring`'s with the feature of that name: it builds with a C compiler alone, where rustls' own choice asks for
+//! more. Without it, the one that the process has installed is taken ([`CryptoProvider::install_default`]), and rustls, which takes a
+//! default of its own where just one is compiled in, still has only the VMM's to choose from.
 //! Sessions are not resumed: every connection shows its certificate. Only TLS 1.3 is compiled in: Cargo unites features, so that
 //! TLS 1.2 here would be TLS 1.2 in the embedding VMM's own connections.
 
@@ -81,6 +83,11 @@ pub enum TlsError {
         /// Why not.
         source: VerifierBuilderError,
     },
+    /// Neither the library nor the process has any cryptography.
+    #[error(
+        "No cryptography for TLS: build with the feature `ring`, or install a CryptoProvider as the process's default"
+    )]
+    NoProvider,
     /// The connection ended, and the peer had not said so: it was cut, or the peer died.
     #[error("Peer closed the connection without a goodbye")]
     Cut,
@@ -100,11 +107,12 @@ impl ClientTls {
     /// Reads `ca-cert.pem`, `client-cert.pem` and `client-key.pem` from `directory`.
     ///
     /// # Errors
-    /// A file is missing, is not what its name says, or lets others read the key.
+    /// A file is missing, is not what its name says, or lets others read the key; or there is no cryptography.
     pub fn from_directory(directory: &Path) -> Result<Self, TlsError> {
+        let provider = provider()?;
         let identity = Identity::read(directory, "client")?;
         let unusable = |source| TlsError::Unusable { file: identity.certificate_file.clone(), source };
-        let mut config = ClientConfig::builder_with_provider(provider())
+        let mut config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(unusable)?
             .with_root_certificates(authority(directory)?)
@@ -131,15 +139,16 @@ impl ServerTls {
     /// Reads `ca-cert.pem`, `server-cert.pem` and `server-key.pem` from `directory`.
     ///
     /// # Errors
-    /// A file is missing, is not what its name says, or lets others read the key.
+    /// A file is missing, is not what its name says, or lets others read the key; or there is no cryptography.
     pub fn from_directory(directory: &Path) -> Result<Self, TlsError> {
+        let provider = provider()?;
         let identity = Identity::read(directory, "server")?;
         let roots = Arc::new(authority(directory)?);
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider))
             .build()
             .map_err(|source| TlsError::Authority { file: authority_file(directory), source })?;
         let unusable = |source| TlsError::Unusable { file: identity.certificate_file.clone(), source };
-        let mut config = ServerConfig::builder_with_provider(provider())
+        let mut config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(unusable)?
             .with_client_cert_verifier(verifier)
@@ -186,8 +195,17 @@ impl Identity {
     }
 }
 
-fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::ring::default_provider())
+/// The cryptography that comes along.
+#[cfg(feature = "ring")]
+#[expect(clippy::unnecessary_wraps, reason = "the signature is that without the feature")]
+fn provider() -> Result<Arc<CryptoProvider>, TlsError> {
+    Ok(Arc::new(rustls::crypto::ring::default_provider()))
+}
+
+/// The cryptography that the process has installed.
+#[cfg(not(feature = "ring"))]
+fn provider() -> Result<Arc<CryptoProvider>, TlsError> {
+    CryptoProvider::get_default().cloned().ok_or(TlsError::NoProvider)
 }
 
 fn authority_file(directory: &Path) -> PathBuf {
@@ -244,4 +262,19 @@ fn contents(file: &Path, opened: &File) -> Result<Vec<u8>, TlsError> {
     let read = opened.take(FILE_BYTES).read_to_end(&mut bytes);
     read.map_err(|source| TlsError::Read { file: file.to_owned(), source })?;
     Ok(bytes)
+}
+
+#[cfg(all(test, not(feature = "ring")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_cryptography_the_error_names_the_feature_and_what_else_helps() {
+        let nowhere = Path::new("/nowhere");
+        let refused = [ClientTls::from_directory(nowhere).err(), ServerTls::from_directory(nowhere).err()];
+        for error in refused {
+            let text = error.unwrap().to_string();
+            assert!(text.contains("feature `ring`") && text.contains("CryptoProvider"), "{text}");
+        }
+    }
 }

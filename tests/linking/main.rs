@@ -41,18 +41,29 @@ fn embedder(dependencies: &str) -> tempfile::TempDir {
     directory
 }
 
+/// Crates that only some features need.
+const OPTIONAL: [&str; 7] =
+    ["rustls ", "ring ", "blake3 ", "socket2 ", "versionize ", "versionize_derive ", "base64 "];
+
+/// Which of [`OPTIONAL`] the library depends on with these `features`.
+fn pulled_in(features: &[&str]) -> Vec<&'static str> {
+    let arguments = ["tree", "--locked", "-e", "normal", "--prefix", "none", "-p", "vfio-migration"];
+    let tree = cargo(Path::new(LIBRARY), &[&arguments, features].concat());
+    OPTIONAL.into_iter().filter(|name| tree.lines().any(|line| line.starts_with(name))).collect()
+}
+
 #[test]
 fn the_dirty_path_alone_pulls_in_neither_tls_nor_hashes_nor_sockets_nor_a_saved_form() {
-    let tree = |features: &[&str]| {
-        let arguments = ["tree", "--locked", "-e", "normal", "--prefix", "none", "-p", "vfio-migration"];
-        cargo(Path::new(LIBRARY), &[&arguments, features].concat())
-    };
-    let names = ["rustls ", "ring ", "blake3 ", "socket2 ", "versionize ", "versionize_derive ", "base64 "];
-    let pulled_in = |tree: &str| -> Vec<_> {
-        names.into_iter().filter(|name| tree.lines().any(|line| line.starts_with(name))).collect()
-    };
-    assert_eq!(pulled_in(&tree(&["--no-default-features"])), [""; 0]);
-    assert_eq!(pulled_in(&tree(&[])), names);
+    assert_eq!(pulled_in(&["--no-default-features"]), [""; 0]);
+    assert_eq!(pulled_in(&[]), OPTIONAL);
+}
+
+#[test]
+fn tls_brings_cryptography_only_where_it_is_asked_for() {
+    // A second one beside the VMM's, and rustls chooses none by itself.
+    let with = |features| pulled_in(&["--no-default-features", "--features", features]);
+    assert!(with("tls").contains(&"rustls ") && !with("tls").contains(&"ring "));
+    assert!(with("ring").contains(&"ring "));
 }
 
 #[test]
