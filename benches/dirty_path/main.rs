@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a round of dirty pages costs: everything between what the kernel handed over and the pages to read.
+//!
+//! A VM of 1 TiB (`--ram-gib` changes it; there is no memory behind it, only its bitmaps) has two logs, say KVM's and a device's,
+//! and the bitmap of its VMM's own writes. Four contenders do a round over the same bits, one after the other, `--runs` times:
+//!
+//! - `floor`: both logs read once, every word OR-ed into one;
+//! - `scalar`: the runs of one merged bitmap, added up; nothing is cleared, kept or counted;
+//! - `ours`: collect from all three with attribution, take chunks of 4 MiB or 4096 ranges, commit each;
+//! - `usual`: what VMMs do: copy the log, drain vm-memory's own bitmap, OR the two, make a table of ranges, and append that of the device.
+//!
+//! Medians are compared within one run only. `cargo bench --bench dirty_path` does every pattern; names of patterns pick some;
+//! `--json` prints one JSON document. A limit that is missed is told, not failed on.
+
+#![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on ends")]
+#![expect(clippy::print_stdout, reason = "figures are what a benchmark is for")]
+#![expect(clippy::cast_precision_loss, reason = "figures for people")]
+#![expect(clippy::cast_possible_truncation, reason = "bitmaps that fit in memory")]
+
+mod contenders;
+mod ours;
+mod pattern;
+mod report;
+
+use contenders::{floor, scalar, usual};
+use ours::Ours;
+use pattern::{Bits, Pattern};
+use report::{Figures, Round, milliseconds};
+
+struct Options {
+    ram_gib: u64,
+    runs: usize,
+    json: bool,
+    patterns: Vec<Pattern>,
+}
+
+impl Options {
+    fn parse() -> Self {
+        let mut options = Self { ram_gib: 1024, runs: 5, json: false, patterns: Vec::new() };
+        let mut arguments = std::env::args().skip(1);
+        while let Some(argument) = arguments.next() {
+            let mut number = || arguments.next().unwrap().parse().unwrap();
+            match argument.as_str() {
+                "--ram-gib" => options.ram_gib = number(),
+                "--runs" => options.runs = number() as usize,
+                "--json" => options.json = true,
+                "--bench" => {}
+                name => {
+                    options.patterns.push(Pattern::named(name).unwrap_or_else(|| panic!("no pattern {name}")))
+                }
+            }
+        }
+        if options.patterns.is_empty() {
+            options.patterns = Pattern::ALL.to_vec();
+        }
+        options
+    }
+}
+
+/// Has every contender do its rounds, in turns.
+fn measure(pattern: Pattern, bits: &Bits, runs: usize) -> Figures {
+    let mut ours = Ours::new(bits);
+    let warm = ours.round(bits);
+    assert_eq!(warm.pages, bits.pages(), "a round brings just the pages of the pattern");
+    assert!(ours.has(bits), "a round brings the pages of the pattern");
+    assert!(contenders::usual_has(bits), "the usual way brings the same pages");
+    let rounds = (0..runs)
+        .map(|_| {
+            let ours = ours.round(bits);
+            Round {
+                floor: milliseconds(|| floor(bits)),
+                scalar: milliseconds(|| scalar(bits)),
+                collect: ours.collect,
+                drain: ours.drain,
+                usual: usual(bits).1,
+            }
+        })
+        .collect();
+    Figures::new(pattern, bits.pages(), rounds)
+}
+
+fn main() {
+    let options = Options::parse();
+    let mut all = Vec::new();
+    if !options.json {
+        println!("{} GiB of RAM, medians of {}, milliseconds", options.ram_gib, options.runs);
+        println!("{}", Figures::HEADER);
+    }
+    for &pattern in &options.patterns {
+        let bits = Bits::new(pattern, options.ram_gib << 30);
+        let figures = measure(pattern, &bits, options.runs);
+        if !options.json {
+            println!("{figures}");
+        }
+        all.push(figures.to_json());
+    }
+    if options.json {
+        println!(
+            "{}",
+            serde_json::json!({ "ram_gib": options.ram_gib, "runs": options.runs, "patterns": all })
+        );
+    }
+}
