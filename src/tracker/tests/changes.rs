@@ -164,6 +164,8 @@ enum Step {
     Collect,
     Take,
     Land { commit: bool },
+    Save { disk_full: bool },
+    MigrateAnew,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -178,13 +180,18 @@ fn step() -> impl Strategy<Value = Step> {
         3 => Just(Step::Collect),
         3 => Just(Step::Take),
         3 => any::<bool>().prop_map(|commit| Step::Land { commit }),
+        2 => any::<bool>().prop_map(|disk_full| Step::Save { disk_full }),
+        1 => Just(Step::MigrateAnew),
     ]
 }
 
-/// A VM a page at a time: what memory holds, and what its receiver was given.
+/// A VM a page at a time: what memory holds, what the receiver of a migration was given, and what a chain of differentials holds.
 struct World {
     tracker: Tracker,
+    /// The migration's.
     cursor: CursorId,
+    /// The chain's.
+    last_saved: CursorId,
     space: SpaceId,
     sources: [Scripted; 3],
     /// The RAM there is.
@@ -192,6 +199,7 @@ struct World {
     /// Content of each page that is RAM.
     memory: std::collections::BTreeMap<u64, u64>,
     receiver: std::collections::BTreeMap<u64, u64>,
+    chain: std::collections::BTreeMap<u64, u64>,
     mapped: std::collections::BTreeMap<u64, u64>,
     has_third: bool,
     /// Chunks on their way, with the bytes that were read for them.
@@ -210,17 +218,20 @@ impl World {
         let space = builder.space(IovaMap::journal());
         sources[1].script().harvest = harvest;
         let mut tracker = builder.source_of(space, ["net0"], Box::new(sources[1].clone())).build().unwrap();
+        let last_saved = tracker.begin(Start::Empty).unwrap();
         let cursor = tracker.begin(Start::Empty).unwrap();
         let memory = (0..PAGES).map(|page| (page, 0)).collect();
-        let (receiver, mapped) = Default::default();
+        let (receiver, chain, mapped) = Default::default();
         Self {
             tracker,
             cursor,
+            last_saved,
             space,
             sources,
             ram,
             memory,
             receiver,
+            chain,
             mapped,
             has_third: false,
             in_flight: Vec::new(),
@@ -341,6 +352,30 @@ impl World {
         }
     }
 
+    /// Takes a differential to the last one that succeeded, of RAM that is there: together they are what memory holds.
+    fn save(&mut self, disk_full: bool) {
+        assert!(self.tracker.collect_final().is_empty());
+        let saved = self.tracker.save_pending(self.last_saved, |ranges| {
+            if disk_full { Err(TrackerError::CursorClosed) } else { Ok(pages_of(ranges)) }
+        });
+        assert_eq!(saved.is_err(), disk_full);
+        if let Ok(pages) = saved {
+            self.chain.extend(pages.into_iter().map(|page| (page, self.memory[&page])));
+            self.chain.retain(|page, _| self.memory.contains_key(page));
+            assert_eq!(self.chain, self.memory);
+        }
+    }
+
+    /// Gives up on the receiver, and begins with another that holds nothing. What is on its way to the first arrives nowhere.
+    fn migrate_anew(&mut self) {
+        self.tracker.end(self.cursor).unwrap();
+        self.cursor = self.tracker.begin(Start::Empty).unwrap();
+        for (late, _) in self.in_flight.drain(..) {
+            self.tracker.commit(late);
+        }
+        self.receiver.clear();
+    }
+
     fn run(&mut self, step: Step) {
         match step {
             Step::Write { source, page } => self.write(source, page),
@@ -361,6 +396,8 @@ impl World {
             Step::Collect => assert!(self.tracker.collect().is_empty()),
             Step::Take => self.take(),
             Step::Land { commit } => self.land(commit),
+            Step::Save { disk_full } => self.save(disk_full),
+            Step::MigrateAnew => self.migrate_anew(),
         }
     }
 
@@ -369,6 +406,7 @@ impl World {
         while !self.in_flight.is_empty() {
             self.land(false);
         }
+        self.save(false);
         assert!(self.tracker.collect_final().is_empty());
         while self.tracker.outstanding(self.cursor).unwrap().pending_bytes > 0 {
             self.take();
@@ -380,9 +418,10 @@ impl World {
 }
 
 proptest! {
-    /// RAM, mappings and sources come and go, chunks arrive late, in any order or not at all: the receiver ends with what memory holds.
+    /// RAM, mappings and sources come and go, chunks arrive late, in any order or not at all, and migrations begin anew: the receiver
+    /// ends with what memory holds, and so does each differential on top of those before it.
     #[test]
-    fn nothing_is_lost_in_a_world_that_changes(
+    fn nothing_is_lost_of_what_is_plugged_between_two_differentials_or_during_a_migration(
         steps in prop::collection::vec(step(), 1..120),
         after in any::<bool>(),
     ) {
