@@ -114,6 +114,40 @@ impl Tracker {
         started
     }
 
+    /// Says that the source `id` reports what `device` writes, too: a device that joins a container or a page table which is tracked
+    /// already. Call it before the device may write.
+    ///
+    /// A container's bitmap that is exact because all devices in it are mediated ones is so no more with a pass-through device in it:
+    /// that one takes a source of its own.
+    ///
+    /// # Errors
+    /// There is no such source, or it would not go together with the others for this device: nothing changed.
+    pub fn add_device_to(&mut self, id: &str, device: impl Into<String>) -> Result<(), TrackerError> {
+        let (index, device) = (self.index_of(id)?, device.into());
+        if self.sources[index].devices.contains(&device) {
+            return Ok(());
+        }
+        self.sources[index].devices.push(device);
+        check_sources(&self.sources, self.allow_imprecise, self.mappings.is_some()).inspect_err(|_| {
+            self.sources[index].devices.pop();
+        })
+    }
+
+    /// Says that the source `id` has no more to do with `device`, which has stopped writing and left; the source goes on for the others.
+    ///
+    /// # Errors
+    /// There is no such source.
+    pub fn remove_device_from(&mut self, id: &str, device: &str) -> Result<(), TrackerError> {
+        let index = self.index_of(id)?;
+        self.sources[index].devices.retain(|name| name != device);
+        Ok(())
+    }
+
+    fn index_of(&self, id: &str) -> Result<usize, TrackerError> {
+        let index = self.sources.iter().position(|attached| attached.source.id() == id);
+        index.ok_or_else(|| TrackerError::NoSuchSource { id: id.to_owned() })
+    }
+
     /// Removes the source `id`: collects what it has to say a last time, and switches it off. Its writer has stopped writing.
     ///
     /// Returns the degradations: a source that fails has all it covers marked dirty.
@@ -121,12 +155,10 @@ impl Tracker {
     /// # Errors
     /// There is no such source.
     pub fn remove_source(&mut self, id: &str) -> Result<Vec<SourceError>, TrackerError> {
-        let named = |attached: &Attached| attached.source.id() == id;
-        let missing = || TrackerError::NoSuchSource { id: id.to_owned() };
-        let index = self.sources.iter().position(named).ok_or_else(missing)?;
+        let index = self.index_of(id)?;
         let mut degradations = Vec::new();
         if self.tracking {
-            degradations.extend(self.collect_from(|attached| named(attached)));
+            degradations.extend(self.collect_from(|attached| attached.source.id() == id));
             degradations.extend(self.sources[index].source.stop().err());
         }
         self.sources.remove(index);

@@ -171,6 +171,39 @@ fn c64_an_imprecise_source_that_comes_later_is_refused_too() {
 }
 
 #[test]
+fn c63_a_second_device_joins_a_source_and_leaves_it() {
+    let reached = |device: &str| DeviceMappings { device: device.to_owned(), gpa: vec![pages(0, PAGES)] };
+    let devices = Arc::new(Mutex::new(vec![reached("net0")]));
+    let now = Arc::clone(&devices);
+    let mappings = move || VmMappings { devices: now.lock().unwrap().clone(), ..agreed() };
+    let container = Scripted::new("container");
+    container.script().reports = Reports::Devices;
+    let builder = Tracker::builder(layout()).mappings(mappings);
+    let builder = builder.source_of(SpaceId::IDENTITY, ["net0"], Box::new(container));
+    let mut tracker = builder.build().unwrap();
+    tracker.begin(Start::Empty).unwrap();
+    devices.lock().unwrap().push(reached("net1"));
+    assert!(tracker.begin(Start::Empty).is_err(), "nobody speaks for it");
+    tracker.add_device_to("container", "net1").unwrap();
+    tracker.add_device_to("container", "net1").unwrap();
+    tracker.begin(Start::Empty).unwrap();
+    devices.lock().unwrap().remove(0);
+    assert!(tracker.begin(Start::Empty).is_err(), "it speaks for one that is gone");
+    tracker.remove_device_from("container", "net0").unwrap();
+    tracker.begin(Start::Empty).unwrap();
+    assert!(matches!(tracker.add_device_to("table", "net2"), Err(TrackerError::NoSuchSource { .. })));
+    assert!(matches!(tracker.remove_device_from("table", "net2"), Err(TrackerError::NoSuchSource { .. })));
+}
+
+#[test]
+fn c64_a_device_joins_no_imprecise_source_that_has_a_precise_one() {
+    let mut tracker = mixed(&["net0"], &["net1"]).unwrap();
+    let refused = tracker.add_device_to("container", "net1");
+    assert!(matches!(refused, Err(TrackerError::ImpreciseBesidePrecise { .. })), "{refused:?}");
+    tracker.add_device_to("container", "net2").unwrap();
+}
+
+#[test]
 fn a_failure_ends_a_migration_where_that_was_asked_for_and_loses_nothing_either_way() {
     for on_failure in [OnFailure::Widen, OnFailure::Fail] {
         let source = Scripted::new("back-end");
