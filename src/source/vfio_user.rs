@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::{Cover, DirtySource, Operation, Reports, ShortBitmap, Sink, SourceError};
+use crate::error::Chain;
 use crate::granule::Granule;
 use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
@@ -33,7 +34,7 @@ pub enum VfioUserSourceError {
         /// The device's name.
         device: String,
     },
-    /// The device logs only what was mapped when its log was switched on.
+    /// The device logs only what was mapped when its log was switched on, and does not take a log of everything.
     #[error("vfio-user device {device} does not log {iova}, mapped after its log was switched on")]
     MappedLater {
         /// The device's name.
@@ -69,6 +70,9 @@ impl VfioUserSourceError {
 /// Each REPORT names just what one DMA_MAP did, since some servers take nothing else; only a bitmap over the server's
 /// limit is asked for in pieces. After a failed report the log is stopped and started anew: what it held is lost, which the
 /// failure says, and the next report is good again.
+///
+/// The log is of what was mapped when it was switched on; for a mapping that comes later, as that of RAM which is plugged in, it is
+/// started anew over everything, and all that is mapped counts as written once.
 #[derive(Debug)]
 pub struct VfioUserSource {
     id: String,
@@ -79,6 +83,8 @@ pub struct VfioUserSource {
     host_page: Granule,
     /// What START named; none logs everything.
     logged: Option<Vec<IovaRange>>,
+    /// The log was started anew since the last report, and what was written meanwhile is not in it.
+    gap: bool,
     /// The pages any IOVA may lead to, when IOVAs are not GPAs.
     ram: Option<Vec<GpaRange>>,
 }
@@ -109,6 +115,7 @@ impl VfioUserSource {
             granule: None,
             host_page: Granule::KIB_4,
             logged: None,
+            gap: false,
             ram: None,
         })
     }
@@ -134,6 +141,24 @@ impl VfioUserSource {
     fn disarm(&mut self) -> Result<(), vfio_user::Error> {
         self.granule = None;
         vfio_user::lock(&self.client).stop_dma_logging()
+    }
+
+    /// Starts the log anew over everything, for a mapping that it does not cover; where the device refuses, as it was.
+    ///
+    /// What the device writes between stop and start is not logged, so all that is mapped counts as written, once.
+    fn widen(&mut self, iova: IovaRange) -> Result<(), VfioUserSourceError> {
+        let before = self.logged.take();
+        self.gap = true;
+        let _start_tells = self.disarm();
+        match self.arm() {
+            Ok(()) => return Ok(()),
+            Err(gone) if !gone.leaves_connection_usable() => return Err(gone.into()),
+            Err(refusal) => log::warn!("{} logs no more than before: {}", self.id, Chain(&refusal)),
+        }
+        self.logged = before;
+        let _next_report_says_so = self.arm();
+        let device = vfio_user::lock(&self.client).device().to_owned();
+        Err(VfioUserSourceError::MappedLater { device, iova })
     }
 
     /// Reports every mapped range; a failure starts the log anew, unless the device is found to be gone.
@@ -217,12 +242,16 @@ impl DirtySource for VfioUserSource {
         let fits = vfio_user::lock(&self.client).writeable_ranges().len() <= MAX_LOGGING_RANGES as usize;
         self.logged = (fixed && fits).then(Vec::new);
         self.ram = (!fixed).then(|| layout.regions().iter().map(|region| region.range()).collect());
+        self.gap = false;
         self.arm().map_err(|cause| self.failed(Operation::Start, cause))?;
         self.on = true;
         Ok(())
     }
 
     fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        if std::mem::take(&mut self.gap) {
+            vfio_user::lock(&self.client).writeable_ranges().iter().for_each(|&iova| sink.iova_range(iova));
+        }
         self.report(sink).map_err(|cause| self.failed(Operation::Collect, cause))
     }
 
@@ -232,13 +261,15 @@ impl DirtySource for VfioUserSource {
         if !self.on || logged {
             return Ok(());
         }
-        let device = vfio_user::lock(&self.client).device().to_owned();
-        Err(self.failed(Operation::Mapped, VfioUserSourceError::MappedLater { device, iova }))
+        self.widen(iova).map_err(|cause| self.failed(Operation::Mapped, cause))
     }
 
     fn unmapped(&mut self, mapping: &Mapping, sink: &mut Sink<'_>) -> Result<(), SourceError> {
         if !self.on {
             return Ok(());
+        }
+        if self.gap {
+            sink.iova_range(mapping.iova());
         }
         let reported = self.try_report(Some(mapping.iova()), sink);
         if reported.is_err() {

@@ -16,6 +16,10 @@ struct Tracked {
 impl Tracked {
     fn start(config: DeviceConfig, map: IovaMap) -> Self {
         let (client, ram) = programmed(config);
+        Self::over(client, ram, map)
+    }
+
+    fn over(client: Client, ram: Ram, map: IovaMap) -> Self {
         let client = Arc::new(Mutex::new(client));
         let ranges = REGIONS.map(|(start, bytes)| GpaRange::new(start, bytes).unwrap());
         let mut ledger = Ledger::new(Layout::new(ranges, Granule::KIB_4).unwrap(), 1);
@@ -183,14 +187,61 @@ fn c07_a_report_that_fails_before_an_unmap_loses_no_other_mappings_writes() {
     assert_eq!(tracked.collect().unwrap(), expected, "the next report is good");
 }
 
+/// The second region of a device that had the first alone when its log was switched on, as the tracker and the device are told of it.
+fn plug(tracked: &mut Tracked) -> Result<(), SourceError> {
+    let (start, bytes) = REGIONS[1];
+    tracked.source.mapped(&Mapping::identity(GpaRange::new(start, bytes).unwrap()))?;
+    let region = DmaRegion { iova: iova(start, bytes), file_offset: 0, writeable: true };
+    tracked.client.lock().unwrap().dma_map(&region, Some(tracked.ram.files[1].as_fd())).unwrap();
+    Ok(())
+}
+
+fn without_second_region(config: DeviceConfig) -> Tracked {
+    let (mut client, ram) = programmed(config);
+    client.dma_unmap(iova(REGIONS[1].0, REGIONS[1].1)).unwrap();
+    let windows = vec![Window::new(8 * PAGE, 120 * PAGE).unwrap()];
+    control::program(&mut client, &Stream { seed: 3, windows }, 0).unwrap();
+    Tracked::over(client, ram, IovaMap::Identity)
+}
+
 #[test]
-fn memory_mapped_after_the_start_is_refused_where_iova_is_gpa() {
+fn memory_that_is_mapped_later_is_logged_too_and_the_gap_counts_as_written() {
+    for behaviour in [Behaviour::Strict, Behaviour::LibvfioUser] {
+        let mut tracked = without_second_region(DeviceConfig { behaviour, ..DeviceConfig::default() });
+        tracked.step(5);
+        plug(&mut tracked).unwrap();
+        assert_eq!(tracked.collect().unwrap(), pages().collect(), "once: {behaviour:?}");
+        control::program(&mut tracked.client.lock().unwrap(), &stream(), 0).unwrap();
+        let from = tracked.step(0).position;
+        let status = tracked.step(200);
+        let expected = written(&status, from);
+        assert!(expected.iter().any(|page| *page >= REGIONS[1].0));
+        assert_eq!(tracked.collect().unwrap(), expected, "{behaviour:?}");
+    }
+}
+
+#[test]
+fn memory_mapped_later_is_refused_where_the_device_logs_not_everything() {
+    // Three probes and START, then STOP; the next START is that of everything.
+    let when = When { command: Some(16), nth: 6 };
+    let faults = vec![Fault::Refuse { when, errno: libc::ENOTSUP }];
+    let mut tracked = without_second_region(DeviceConfig { faults, ..DeviceConfig::default() });
+    tracked.step(5);
+    let error = plug(&mut tracked).unwrap_err();
+    assert!(matches!(cause(&error), VfioUserSourceError::MappedLater { .. }), "{error}");
+    let first: BTreeSet<_> = pages().filter(|page| *page < REGIONS[1].0).collect();
+    assert_eq!(tracked.collect().unwrap(), first);
+    let from = tracked.step(0).position;
+    let status = tracked.step(5);
+    assert_eq!(tracked.collect().unwrap(), written(&status, from), "as before");
+}
+
+#[test]
+fn memory_known_at_the_start_is_mapped_without_a_word_to_the_device() {
     let mut tracked = Tracked::start(DeviceConfig::default(), IovaMap::Identity);
     let known = Mapping::identity(GpaRange::new(PAGE, PAGE).unwrap());
     tracked.source.mapped(&known).unwrap();
-    let new = Mapping::identity(GpaRange::new(1 << 40, PAGE).unwrap());
-    let error = tracked.source.mapped(&new).unwrap_err();
-    assert!(matches!(cause(&error), VfioUserSourceError::MappedLater { .. }), "{error}");
+    assert!(tracked.collect().unwrap().is_empty(), "no gap");
 }
 
 #[test]
