@@ -7,6 +7,9 @@ use std::io;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
+/// The stack of a thread, as the standard library makes it, and what an error needs to be told.
+const ROOM_BYTES: usize = (2 << 20) + (1 << 20);
+
 /// What a thread of the library does before anything else: block signals, take on a seccomp filter, choose processors.
 ///
 /// A thread inherits the filters, signal mask and processors of the thread that starts it. [`std::thread::current`] has its name.
@@ -37,12 +40,13 @@ impl ThreadStart {
     /// Starts a thread of this name that does `work`.
     ///
     /// # Errors
-    /// The system has no thread left, or the hook panicked.
+    /// The system has no thread or no memory left, or the hook panicked.
     pub(crate) fn spawn<T: Send + 'static>(
         self,
         name: impl Into<String>,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<JoinHandle<T>> {
+        expect_room()?;
         let (ready, begun) = sync_channel(1);
         let thread = Builder::new().name(name.into()).spawn(move || self.and_then(ready, work))?;
         if self.is_over(&begun) { Ok(thread) } else { Err(panicked(thread.join())) }
@@ -58,6 +62,7 @@ impl ThreadStart {
         name: impl Into<String>,
         work: impl FnOnce() -> T + Send + 'scope,
     ) -> io::Result<ScopedJoinHandle<'scope, T>> {
+        expect_room()?;
         let (ready, begun) = sync_channel(1);
         let thread =
             Builder::new().name(name.into()).spawn_scoped(scope, move || self.and_then(ready, work))?;
@@ -78,6 +83,11 @@ impl ThreadStart {
     fn is_over(self, begun: &Receiver<()>) -> bool {
         self.0.is_none() || begun.recv().is_ok()
     }
+}
+
+/// Checks that the next thread does not get the last of the memory, so that nobody could even say so.
+fn expect_room() -> io::Result<()> {
+    Ok(Vec::<u8>::new().try_reserve_exact(ROOM_BYTES)?)
 }
 
 /// Makes an error of what is left of a thread whose hook panicked.

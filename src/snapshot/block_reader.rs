@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use super::blocks::{BlockTable, block_bytes_for};
 use super::files::{expect_length, next_data};
 use super::memory_file::LEAST_BLOCK_BYTES;
+use super::reserve::{list_of, resize};
 use crate::granule::Granule;
 
 /// Bytes read at once.
@@ -75,8 +76,7 @@ impl<'a> BlockReader<'a> {
         let loaded_end = self.loaded_at + self.buffer.len() as u64;
         if offset < self.loaded_at || offset + length > loaded_end {
             let ahead = READ_BYTES.min(self.data.end.saturating_sub(offset)).max(length);
-            self.buffer.try_reserve(index(ahead).saturating_sub(self.buffer.len()))?;
-            self.buffer.resize(index(ahead), 0);
+            resize(&mut self.buffer, index(ahead))?;
             self.loaded_at = offset;
             if let Err(error) = self.file.read_exact_at(&mut self.buffer, offset) {
                 self.buffer.clear();
@@ -92,7 +92,7 @@ impl<'a> BlockReader<'a> {
 pub(super) fn hash_memory(file: &File, file_bytes: u64, page: Granule) -> io::Result<BlockTable> {
     let block_bytes = block_bytes_for(file_bytes, LEAST_BLOCK_BYTES.max(page.bytes()));
     let mut blocks = BlockReader::new(file, file_bytes, block_bytes);
-    let mut digests = Vec::new();
+    let mut digests = list_of(index(file_bytes.div_ceil(block_bytes)), std::iter::empty())?;
     while let Some(block) = blocks.next_block()? {
         digests.push(block.bytes.and_then(BlockTable::entry));
     }

@@ -2,7 +2,10 @@
 
 //! One digest for each block of a file.
 
+use std::{io, iter};
+
 use super::digest::Digest;
+use super::reserve::list_of;
 
 /// The most blocks a file is cut into: beyond that, blocks grow.
 pub(super) const MAX_BLOCKS: u64 = 1 << 20;
@@ -49,8 +52,14 @@ pub(super) struct BlockHasher {
 }
 
 impl BlockHasher {
-    pub(super) fn new(block_bytes: u64) -> Self {
-        Self { table: BlockTable { block_bytes, digests: Vec::new() }, partial: Vec::new() }
+    /// Hashes a file of `bytes` bytes.
+    ///
+    /// # Errors
+    /// There is no memory for the digests.
+    pub(super) fn new(bytes: u64, block_bytes: u64) -> io::Result<Self> {
+        let digests = usize::try_from(bytes.div_ceil(block_bytes)).unwrap_or(usize::MAX);
+        let digests = list_of(digests, iter::empty())?;
+        Ok(Self { table: BlockTable { block_bytes, digests }, partial: Vec::new() })
     }
 
     pub(super) fn update(&mut self, mut bytes: &[u8]) {
@@ -116,7 +125,7 @@ mod tests {
             bytes in prop::collection::vec(0..2u8, 0..300),
             cuts in prop::collection::vec(1..40usize, 1..40),
         ) {
-            let mut hasher = BlockHasher::new(16);
+            let mut hasher = BlockHasher::new(bytes.len() as u64, 16).unwrap();
             let mut rest = &bytes[..];
             for cut in cuts.iter().cycle() {
                 if rest.is_empty() {

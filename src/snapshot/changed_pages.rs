@@ -2,12 +2,11 @@
 
 //! The pages of a differential while it is written, from any number of threads.
 
-use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use thiserror::Error;
 
@@ -17,38 +16,19 @@ use super::feed::{Feed, FeedError};
 use super::files::extend;
 use super::flusher::Flusher;
 use super::limits::Limits;
+use super::page_cells::{CELL_PAGES, Cell, Cells};
 use super::parallel;
 use super::placement::{Extent, Placement, PlacementError, push_joined};
+use super::reserve::{push, resize, zeros};
 use crate::granule::Granule;
 use crate::range::GpaRange;
 use crate::threads::ThreadStart;
-
-/// Pages per cell: one bit of a word each.
-const CELL_PAGES: u64 = u64::BITS as u64;
 
 /// A range that begins or ends inside a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("{range} is not of whole pages, which a differential is made of")]
 struct PartialPage {
     range: GpaRange,
-}
-
-/// Which pages of a cell differ from the base; locked while their bytes are compared and written.
-#[derive(Debug, Default)]
-struct Cell {
-    /// Pages whose bytes are in the work file.
-    data: u64,
-    /// Pages that are zero and were not, or perhaps were not, in the base.
-    zero: u64,
-    /// Pages that never came and so are zero; whether they were in the base is not known yet.
-    presumed: u64,
-}
-
-impl Cell {
-    /// Counts the pages presumed to be zero as those that are.
-    fn take_presumed(&mut self) {
-        self.zero |= std::mem::take(&mut self.presumed);
-    }
 }
 
 /// Why pages could not be put in order.
@@ -70,7 +50,7 @@ pub(super) struct ChangedPages {
     work: File,
     feed: Feed,
     page: Granule,
-    cells: Vec<Mutex<Cell>>,
+    cells: Cells,
     /// Compared with, if it is at hand.
     base: Option<Arc<Chain>>,
     /// Brings the work file to disk though it is removed in the end: see [`ChangedPages::settle`].
@@ -98,7 +78,7 @@ impl ChangedPages {
     ) -> io::Result<Self> {
         extend(&work, placement.bytes())?;
         let feed = Feed::new(placement, CELL_PAGES * page.bytes());
-        let cells = (0..feed.cells()).map(|_| Mutex::default()).collect();
+        let cells = Cells::new(feed.cells())?;
         let flusher = Flusher::start(&work, threads)?;
         Ok(Self { work, feed, page, cells, base, flusher, threads, failed: AtomicBool::new(false) })
     }
@@ -143,25 +123,25 @@ impl ChangedPages {
             {
                 let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
                 let pages = piece.range.len() >> self.page.shift();
-                let mut cell = self.lock(piece);
+                let mut cell = self.lock(piece)?;
                 cell.presumed |= (u64::MAX >> (CELL_PAGES - pages)) << first;
             }
         }
         Ok(())
     }
 
-    fn lock(&self, piece: Extent) -> MutexGuard<'_, Cell> {
-        locked(&self.cells[self.feed.cell_of(piece)])
+    fn lock(&self, piece: Extent) -> io::Result<MutexGuard<'_, Cell>> {
+        self.cells.lock(self.feed.cell_of(piece))
     }
 
     /// Writes the pages that differ and are not zero; returns how many bytes that are.
     fn store(&self, piece: Extent, bytes: &[u8], before: &mut Vec<u8>) -> Result<u64, FeedError> {
         if let Some(base) = &self.base {
-            before.resize(bytes.len(), 0);
+            resize(before, bytes.len()).map_err(FeedError::Read)?;
             base.read_checked(piece.range, before).map_err(FeedError::Read)?;
         }
         let page_bytes = index(self.page.bytes());
-        let mut cell = self.lock(piece);
+        let mut cell = self.lock(piece).map_err(FeedError::Write)?;
         let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
         let mut written = 0;
         let mut run = 0..0;
@@ -207,9 +187,11 @@ impl ChangedPages {
         }
         let limits = Limits { ranges: usize::MAX, ..Limits::default() };
         let limits = Limits { memory_bytes: self.placement().bytes(), ..limits };
-        self.settle_presumed();
-        let runs = Placement::new(self.runs(kept, |cell| cell.data), &limits)?;
-        let zero_runs = Placement::new(self.runs(kept, |cell| cell.zero), &limits)?;
+        self.settle_presumed().map_err(SettleError::Work)?;
+        let placed = |bits: fn(&Cell) -> u64| -> Result<Placement, SettleError> {
+            Ok(Placement::new(self.runs(kept, bits).map_err(SettleError::Work)?, &limits)?)
+        };
+        let (runs, zero_runs) = (placed(|cell| cell.data)?, placed(|cell| cell.zero)?);
         self.flusher.hurry();
         let blocks = self.copy_runs(&runs, into)?;
         self.flusher.finish().and_then(|()| self.work.sync_data()).map_err(SettleError::Work)?;
@@ -221,13 +203,18 @@ impl ChangedPages {
     ///
     /// Of the base only what is no hole is read, and the blocks that nobody looked at while pages came. Where it cannot be
     /// read, or was altered, the pages count as different.
-    fn settle_presumed(&self) {
-        let presumed = |&cell: &usize| locked(&self.cells[cell]).presumed != 0;
-        let unsettled: Vec<_> = (0..self.cells.len()).filter(presumed).collect();
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    fn settle_presumed(&self) -> io::Result<()> {
+        let mut unsettled = Vec::new();
+        for (index, _) in self.cells.used().filter(|(_, cell)| cell.presumed != 0) {
+            push(&mut unsettled, index)?;
+        }
         let base = self.base.as_ref().filter(|_| !unsettled.is_empty());
         let base = base.map(|base| base.populated().map(|populated| (base, populated))).transpose();
-        let settled = parallel::for_each(&unsettled, parallel::processors(), self.threads, |&index| {
-            let mut cell = locked(&self.cells[index]);
+        parallel::for_each(&unsettled, parallel::processors(), self.threads, |&index| {
+            let mut cell = self.cells.lock(index)?;
             if let Ok(Some((base, populated))) = &base {
                 let nonzero = self.nonzero_in(base, populated, index, cell.presumed);
                 cell.presumed &= nonzero.unwrap_or_else(|error| {
@@ -236,9 +223,8 @@ impl ChangedPages {
                 });
             }
             cell.take_presumed();
-            Ok::<_, Infallible>(())
-        });
-        settled.unwrap_or_else(|never| match never {});
+            Ok(())
+        })
     }
 
     /// Returns those of the pages `bits` of a cell that are not zero in `base`, of which everything but `populated` reads as zero.
@@ -251,7 +237,7 @@ impl ChangedPages {
             for range in self.placement().gpas(offset, length) {
                 base.check(range)?;
                 for page in range.pieces(self.page.bytes()) {
-                    bytes.resize(index(page.len()), 0);
+                    resize(&mut bytes, index(page.len()))?;
                     if overlaps(populated, page) {
                         base.read_checked(page, &mut bytes)?;
                         nonzero = with_bit(nonzero, bit.into(), !is_zero(&bytes));
@@ -264,25 +250,27 @@ impl ChangedPages {
     }
 
     /// Returns runs of set pages in `kept`, ascending; two that touch are one.
-    fn runs(&self, kept: &Placement, bits: impl Fn(&Cell) -> u64) -> Vec<GpaRange> {
+    fn runs(&self, kept: &Placement, bits: impl Fn(&Cell) -> u64) -> io::Result<Vec<GpaRange>> {
         let mut runs: Vec<GpaRange> = Vec::new();
-        for (index, cell) in self.cells.iter().enumerate() {
-            for run in set_runs(bits(&locked(cell))) {
+        for (index, cell) in self.cells.used() {
+            for run in set_runs(bits(&cell)) {
                 let offset =
                     index as u64 * self.feed.cell_bytes() + (u64::from(run.start) << self.page.shift());
                 let found =
                     self.placement().gpas(offset, u64::from(run.end - run.start) << self.page.shift());
                 for part in found.flat_map(|range| kept.locate(range)) {
+                    runs.try_reserve(1)?;
                     push_joined(&mut runs, part.range);
                 }
             }
         }
-        runs
+        Ok(runs)
     }
 
     fn copy_runs(&self, runs: &Placement, into: &File) -> Result<BlockTable, SettleError> {
-        let mut hasher = BlockHasher::new(block_bytes_for(runs.bytes(), self.page.bytes()));
-        let mut buffer = vec![0; index(self.feed.cell_bytes())];
+        let mut hasher = BlockHasher::new(runs.bytes(), block_bytes_for(runs.bytes(), self.page.bytes()))
+            .map_err(SettleError::Copy)?;
+        let mut buffer = zeros(index(self.feed.cell_bytes())).map_err(SettleError::Copy)?;
         for run in runs.ranges() {
             for from in self.placement().locate(run).flat_map(|extent| extent.cut(self.feed.cell_bytes())) {
                 let bytes = &mut buffer[..index(from.range.len())];
@@ -293,10 +281,6 @@ impl ChangedPages {
         }
         Ok(hasher.finish())
     }
-}
-
-fn locked(cell: &Mutex<Cell>) -> MutexGuard<'_, Cell> {
-    cell.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns the runs of set bits, ascending.

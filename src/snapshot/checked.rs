@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::blocks::BlockTable;
 use super::manifest::Manifest;
 use super::placement::{Extent, Placement};
+use super::reserve::resize;
 use super::verify::Altered;
 use crate::range::GpaRange;
 
@@ -81,7 +82,7 @@ impl CheckedMemory<'_> {
     /// Reads and checks a whole block.
     fn load(&self, block: u64, bytes: &mut Vec<u8>) -> io::Result<()> {
         let whole = self.whole(block);
-        bytes.resize(index(whole.end - whole.start), 0);
+        resize(bytes, index(whole.end - whole.start))?;
         self.file.read_exact_at(bytes, whole.start)?;
         self.compare(block, &whole, bytes)
     }

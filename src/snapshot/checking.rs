@@ -11,7 +11,7 @@ use super::checked::CheckedMemory;
 use super::differential::united;
 use super::dir::SnapshotDir;
 use super::parallel;
-use crate::range::GpaRange;
+use super::reserve::{push, zeros};
 
 /// Bytes checked at once.
 const CHECK_BYTES: u64 = 1 << 20;
@@ -52,14 +52,18 @@ impl Checking {
 
 fn check(dir: &SnapshotDir, memory: &CheckedMemory<'_>, given_up: &AtomicBool) -> io::Result<()> {
     // Where the file has a hole and is to have one, there is nothing to read.
-    let mut ranges = dir.populated().collect::<io::Result<Vec<_>>>()?;
-    ranges.extend(memory.populated());
-    let pieces: Vec<GpaRange> =
-        united(ranges).into_iter().flat_map(|range| range.pieces(CHECK_BYTES)).collect();
+    let mut ranges = Vec::new();
+    for range in dir.populated().chain(memory.populated().map(Ok)) {
+        push(&mut ranges, range?)?;
+    }
+    let mut pieces = Vec::new();
+    for piece in united(ranges).into_iter().flat_map(|range| range.pieces(CHECK_BYTES)) {
+        push(&mut pieces, piece)?;
+    }
     parallel::for_each(&pieces, parallel::processors(), dir.thread_start(), |&piece| {
         if given_up.load(Ordering::Relaxed) {
             return Ok(());
         }
-        memory.read(piece, &mut vec![0; usize::try_from(piece.len()).unwrap_or(usize::MAX)])
+        memory.read(piece, &mut zeros(usize::try_from(piece.len()).unwrap_or(usize::MAX))?)
     })
 }

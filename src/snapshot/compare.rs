@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use super::differential::{Chain, united};
 use super::placement::Placement;
+use super::reserve::resize;
 use crate::granule::Granule;
 use crate::range::GpaRange;
 
@@ -110,8 +111,9 @@ fn compare_piece(
     differing: &mut Vec<GpaRange>,
 ) -> Result<(), CompareError> {
     for (chain, buffer) in [(first, &mut *left), (second, &mut *right)] {
-        buffer.resize(usize::try_from(piece.len()).unwrap_or(usize::MAX), 0);
-        chain.read(piece, buffer).map_err(|source| CompareError { range: piece, source })?;
+        let read = resize(buffer, usize::try_from(piece.len()).unwrap_or(usize::MAX));
+        read.and_then(|()| chain.read(piece, buffer))
+            .map_err(|source| CompareError { range: piece, source })?;
     }
     if left == right {
         return Ok(());

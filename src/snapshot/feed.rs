@@ -9,6 +9,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
 use super::placement::{Extent, Placement};
+use super::reserve::resize;
 use super::staging::StagingError;
 use crate::range::GpaRange;
 use crate::vm::read_memory;
@@ -92,7 +93,7 @@ impl Feed {
         let fed = pieces.try_for_each(|piece| {
             let length = usize::try_from(piece.range.len()).expect("a piece fits its buffer");
             if buffer.len() < length {
-                buffer.resize(length, 0);
+                resize(&mut buffer, length).map_err(FeedError::Read)?;
             }
             read(piece.range, &mut buffer[..length]).map_err(FeedError::Read)?;
             store(piece, &buffer[..length])

@@ -11,6 +11,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use thiserror::Error;
 
+use super::reserve::reserve;
 use crate::units::Count;
 
 /// The VM's configuration.
@@ -115,7 +116,7 @@ pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError
         let mut bytes = Vec::new();
         if length <= limit {
             // One byte more than there is, which shows that there is no more.
-            bytes.try_reserve_exact(usize::try_from(length).unwrap_or(usize::MAX).saturating_add(1))?;
+            reserve(&mut bytes, usize::try_from(length).unwrap_or(usize::MAX).saturating_add(1))?;
             (&file).take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
         }
         Ok((length.max(bytes.len() as u64), bytes))

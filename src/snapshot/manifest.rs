@@ -10,11 +10,12 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::blocks::{BlockTable, block_bytes_for};
-use super::digest::Digest;
+use super::digest::{Digest, Hasher};
 use super::document::VmConfig;
 use super::limits::Limits;
 use super::memory_file::LEAST_BLOCK_BYTES;
 use super::placement::{Placement, PlacementError};
+use super::reserve::reserve;
 use super::state::VmState;
 use crate::granule::{Granule, GranuleError};
 use crate::range::GpaRange;
@@ -171,7 +172,9 @@ impl Manifest {
 
     /// The name of the snapshot: digests everything but the aliases.
     pub fn digest(&self) -> Digest {
-        Digest::of(&self.body())
+        let mut hasher = Hasher::default();
+        self.body(&mut |bytes| hasher.update(bytes));
+        hasher.finish()
     }
 
     /// Whether a differential made on top of `digest` fits this snapshot.
@@ -180,8 +183,15 @@ impl Manifest {
     }
 
     /// Writes the manifest as a file holds it, and returns the digest with it. Of the aliases, its own name is none.
-    pub fn encode(&self) -> (Vec<u8>, Digest) {
-        let mut bytes = self.body();
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn encode(&self) -> Result<(Vec<u8>, Digest), TryReserveError> {
+        let mut length = size_of::<u64>() + Digest::BYTES * (self.aliases.len() + 2);
+        self.body(&mut |bytes| length += bytes.len());
+        let mut bytes = Vec::new();
+        reserve(&mut bytes, length)?;
+        self.body(&mut |part| bytes.extend_from_slice(part));
         let digest = Digest::of(&bytes);
         bytes.extend_from_slice(digest.as_bytes());
         let aliases: Vec<_> = self.aliases.iter().copied().filter(|&alias| alias != digest).collect();
@@ -189,24 +199,24 @@ impl Manifest {
         bytes.extend_from_slice(aliases.as_bytes());
         let checksum = Digest::of(&bytes);
         bytes.extend_from_slice(checksum.as_bytes());
-        (bytes, digest)
+        Ok((bytes, digest))
     }
 
-    fn body(&self) -> Vec<u8> {
-        let mut bytes = self.header().as_bytes().to_vec();
-        push_ranges(&mut bytes, &self.memory);
+    /// Hands all that the name digests to `take`, part by part.
+    fn body(&self, take: &mut impl FnMut(&[u8])) {
+        take(self.header().as_bytes());
+        take_ranges(take, &self.memory);
         if let Some(changes) = &self.changes {
-            push_ranges(&mut bytes, &changes.runs);
-            push_ranges(&mut bytes, &changes.zero_runs);
+            take_ranges(take, &changes.runs);
+            take_ranges(take, &changes.zero_runs);
         }
         for group in self.blocks.digests.chunks(64) {
             let word = group.iter().rev().fold(0u64, |word, digest| word << 1 | u64::from(digest.is_some()));
-            bytes.extend_from_slice(&word.to_le_bytes());
+            take(&word.to_le_bytes());
         }
         for digest in self.blocks.digests.iter().flatten() {
-            bytes.extend_from_slice(digest.as_bytes());
+            take(digest.as_bytes());
         }
-        bytes
     }
 
     fn header(&self) -> Header {
@@ -252,10 +262,10 @@ impl Manifest {
     }
 }
 
-fn push_ranges(bytes: &mut Vec<u8>, ranges: &Placement) {
+fn take_ranges(take: &mut impl FnMut(&[u8]), ranges: &Placement) {
     for range in ranges.ranges() {
-        bytes.extend_from_slice(&range.start().to_le_bytes());
-        bytes.extend_from_slice(&range.len().to_le_bytes());
+        take(&range.start().to_le_bytes());
+        take(&range.len().to_le_bytes());
     }
 }
 

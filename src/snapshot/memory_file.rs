@@ -17,6 +17,7 @@ use super::files::{data_parts, extend, is_unsupported};
 use super::flusher::Flusher;
 use super::parallel;
 use super::placement::{Extent, Placement};
+use super::reserve::{list_of, zeros};
 use crate::granule::Granule;
 use crate::range::GpaRange;
 use crate::threads::ThreadStart;
@@ -48,8 +49,8 @@ pub(super) struct MemoryFile {
     feed: Feed,
     page_bytes: usize,
     block_bytes: usize,
-    /// The blocks of one cell; locked while bytes of the cell are written, so that digest and bytes agree.
-    cells: Vec<Mutex<Vec<Block>>>,
+    /// Locked while bytes of the block are written, so that digest and bytes agree.
+    blocks: Vec<Mutex<Block>>,
     flusher: Flusher,
     threads: ThreadStart,
     failed: AtomicBool,
@@ -67,15 +68,10 @@ impl MemoryFile {
         extend(&file, bytes)?;
         let block_bytes = block_bytes_for(bytes, LEAST_BLOCK_BYTES.max(page.bytes()));
         let feed = Feed::new(placement, LEAST_CELL_BYTES.max(block_bytes));
-        let blocks_of = |cell: u64| {
-            let left = bytes - cell * feed.cell_bytes();
-            index(left.min(feed.cell_bytes()).div_ceil(block_bytes))
-        };
-        let cells =
-            (0..feed.cells()).map(|cell| Mutex::new(vec![Block::default(); blocks_of(cell)])).collect();
+        let blocks = list_of(index(bytes.div_ceil(block_bytes)), std::iter::repeat_with(Mutex::default))?;
         let (flusher, failed) = (Flusher::start(&file, threads)?, AtomicBool::new(false));
         let (page_bytes, block_bytes) = (index(page.bytes()), index(block_bytes));
-        Ok(Self { file, feed, page_bytes, block_bytes, cells, flusher, threads, failed })
+        Ok(Self { file, feed, page_bytes, block_bytes, blocks, flusher, threads, failed })
     }
 
     pub(super) fn placement(&self) -> &Placement {
@@ -100,16 +96,18 @@ impl MemoryFile {
 
     /// Puts bytes in their place; returns how many were written, the others being zeros of a hole.
     fn store(&self, piece: Extent, bytes: &[u8]) -> io::Result<u64> {
-        let cell = self.feed.cell_of(piece);
-        let mut blocks = self.blocks(cell);
-        let start = index(piece.offset % self.feed.cell_bytes());
+        let first = index(piece.offset / self.block_bytes as u64);
+        let start = index(piece.offset % self.block_bytes as u64);
+        // All of them, ascending, as everybody does: nobody waits for who waits for him.
+        let touched = &self.blocks[first..first + (start + bytes.len()).div_ceil(self.block_bytes)];
+        let mut blocks: Vec<_> = touched.iter().map(locked).collect();
         let written = self.write_sparsely(&blocks, piece.offset, start, bytes)?;
         let mut rest = bytes;
         while !rest.is_empty() {
             let at = start + bytes.len() - rest.len();
             let block = at / self.block_bytes;
             let (part, after) = rest.split_at(rest.len().min((block + 1) * self.block_bytes - at));
-            blocks[block] = self.note(cell, block, blocks[block], part)?;
+            *blocks[block] = self.note(first + block, *blocks[block], part)?;
             rest = after;
         }
         Ok(written)
@@ -118,7 +116,13 @@ impl MemoryFile {
     /// Writes pages that hold something, and pages of zeros only where a block may hold something already.
     ///
     /// Returns the number of bytes written.
-    fn write_sparsely(&self, blocks: &[Block], offset: u64, start: usize, bytes: &[u8]) -> io::Result<u64> {
+    fn write_sparsely(
+        &self,
+        blocks: &[MutexGuard<'_, Block>],
+        offset: u64,
+        start: usize,
+        bytes: &[u8],
+    ) -> io::Result<u64> {
         let mut written = 0;
         let mut run = 0..0;
         let mut at = 0;
@@ -150,42 +154,42 @@ impl MemoryFile {
     ///
     /// A block written in parts is hashed each time that as many bytes were written as it has, however small the parts:
     /// hashing takes no longer than writing does.
-    fn note(&self, cell: usize, block: usize, before: Block, part: &[u8]) -> io::Result<Block> {
-        let length = self.block_length(cell, block);
+    fn note(&self, block: usize, before: Block, part: &[u8]) -> io::Result<Block> {
+        let length = self.block_length(block);
         let after = Block { unhashed: before.unhashed + part.len(), ..before };
         if part.len() == length {
-            self.settle(cell, block, before, part)
+            self.settle(block, before, part)
         } else if before.is_hole() && is_zero(part) {
             Ok(before)
         } else if after.unhashed >= length {
-            self.settle_from_file(cell, block, after)
+            self.settle_from_file(block, after)
         } else {
             Ok(after)
         }
     }
 
-    fn settle_from_file(&self, cell: usize, block: usize, before: Block) -> io::Result<Block> {
-        let mut bytes = vec![0; self.block_length(cell, block)];
-        self.file.read_exact_at(&mut bytes, self.block_offset(cell, block))?;
-        self.settle(cell, block, before, &bytes)
+    fn settle_from_file(&self, block: usize, before: Block) -> io::Result<Block> {
+        let mut bytes = zeros(self.block_length(block))?;
+        self.file.read_exact_at(&mut bytes, self.block_offset(block))?;
+        self.settle(block, before, &bytes)
     }
 
     /// Hashes a block from all its bytes, and makes a hole of it where it became zeros.
-    fn settle(&self, cell: usize, block: usize, before: Block, bytes: &[u8]) -> io::Result<Block> {
+    fn settle(&self, block: usize, before: Block, bytes: &[u8]) -> io::Result<Block> {
         let digest = BlockTable::entry(bytes);
         if digest.is_none() && !before.is_hole() {
-            punch(&self.file, self.block_offset(cell, block), bytes.len() as u64)?;
+            punch(&self.file, self.block_offset(block), bytes.len() as u64)?;
         }
         Ok(Block { digest, unhashed: 0 })
     }
 
-    fn block_offset(&self, cell: usize, block: usize) -> u64 {
-        cell as u64 * self.feed.cell_bytes() + (block * self.block_bytes) as u64
+    fn block_offset(&self, block: usize) -> u64 {
+        block as u64 * self.block_bytes as u64
     }
 
     /// Bytes of a block: less than the others' at the end of the file.
-    fn block_length(&self, cell: usize, block: usize) -> usize {
-        index((self.placement().bytes() - self.block_offset(cell, block)).min(self.block_bytes as u64))
+    fn block_length(&self, block: usize) -> usize {
+        index((self.placement().bytes() - self.block_offset(block)).min(self.block_bytes as u64))
     }
 
     /// Begins to bring to disk what was written until now; does not wait for it.
@@ -230,26 +234,15 @@ impl MemoryFile {
 
     /// Hashes what was written in part since it was hashed, on at most so many threads, and returns the digests of all blocks.
     fn digests(&self, threads: usize) -> io::Result<Vec<Option<Digest>>> {
-        let is_unsettled = |&cell: &usize| self.blocks(cell).iter().any(|block| block.unhashed > 0);
-        let unsettled: Vec<_> = (0..self.cells.len()).filter(is_unsettled).collect();
-        parallel::for_each(&unsettled, threads, self.threads, |&cell| {
-            let mut blocks = self.blocks(cell);
-            let unsettled = blocks.iter_mut().enumerate().filter(|(_, block)| block.unhashed > 0);
-            for (index, block) in unsettled {
-                *block = self.settle_from_file(cell, index, *block)?;
-            }
+        let is_unsettled = |&block: &usize| locked(&self.blocks[block]).unhashed > 0;
+        let unsettled = (0..self.blocks.len()).filter(is_unsettled);
+        let unsettled = list_of(unsettled.clone().count(), unsettled)?;
+        parallel::for_each(&unsettled, threads, self.threads, |&index| {
+            let mut block = locked(&self.blocks[index]);
+            *block = self.settle_from_file(index, *block)?;
             Ok::<_, io::Error>(())
         })?;
-        let mut digests = Vec::new();
-        for cell in 0..self.cells.len() {
-            digests.extend(self.blocks(cell).iter().map(|block| block.digest));
-        }
-        Ok(digests)
-    }
-
-    /// The blocks of a cell; nobody writes any of it meanwhile.
-    fn blocks(&self, cell: usize) -> MutexGuard<'_, Vec<Block>> {
-        self.cells[cell].lock().unwrap_or_else(PoisonError::into_inner)
+        list_of(self.blocks.len(), self.blocks.iter().map(|block| locked(block).digest))
     }
 
     /// Writes the memory of `kept`, whose every range this file holds, to `into`, which holds no other.
@@ -268,6 +261,10 @@ impl MemoryFile {
     fn read(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
         read_placed(&self.file, self.placement(), range, buffer)
     }
+}
+
+fn locked(block: &Mutex<Block>) -> MutexGuard<'_, Block> {
+    block.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Reads the bytes of `range` from a file that holds memory as `placement` says; what it lacks is left as it is.
@@ -331,7 +328,7 @@ mod tests {
             }
             let naive: Vec<_> = model.chunks(index(LEAST_BLOCK_BYTES)).map(BlockTable::entry).collect();
             prop_assert_eq!(memory.digests(threads).unwrap(), naive.clone());
-            prop_assert!(memory.cells.iter().all(|cell| cell.lock().unwrap().iter().all(|block| block.unhashed == 0)));
+            prop_assert!(memory.blocks.iter().all(|block| locked(block).unhashed == 0));
             prop_assert_eq!(memory.finish().unwrap().digests, naive);
         }
     }

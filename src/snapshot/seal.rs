@@ -2,6 +2,7 @@
 
 //! Gives a manifest to a snapshot that has none, and takes an edited configuration into one.
 
+use std::collections::TryReserveError;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -117,7 +118,12 @@ pub fn reseal(path: &Path, limits: &Limits) -> Result<Digest, SealError> {
 }
 
 fn write(path: &Path, manifest: &Manifest) -> Result<Digest, SealError> {
-    let (bytes, digest) = manifest.encode();
+    let unwritten = |source: TryReserveError| StagingError::Write {
+        name: MANIFEST_FILE,
+        path: path.to_owned(),
+        source: source.into(),
+    };
+    let (bytes, digest) = manifest.encode().map_err(unwritten)?;
     add_file(path, MANIFEST_FILE, &bytes)?;
     Ok(digest)
 }

@@ -14,6 +14,7 @@ use super::digest::Digest;
 use super::dir::OpenError;
 use super::limits::Limits;
 use super::placement::PlacementError;
+use super::reserve::resize;
 use super::writer::{Announced, WriteError};
 use crate::granule::Granule;
 use crate::layout::{Layout, LayoutError};
@@ -114,7 +115,7 @@ fn populated(chain: &Chain, page: Granule) -> Result<Vec<GpaRange>, SubtractErro
 }
 
 fn copy(chain: &Chain, writer: &DifferentialWriter, piece: GpaRange, buffer: &mut Vec<u8>) -> io::Result<()> {
-    buffer.resize(usize::try_from(piece.len()).unwrap_or(usize::MAX), 0);
+    resize(buffer, usize::try_from(piece.len()).unwrap_or(usize::MAX))?;
     chain.read_checked(piece, buffer)?;
     writer.fill(piece, &mut buffer.as_slice())
 }

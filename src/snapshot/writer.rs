@@ -255,7 +255,8 @@ pub(super) fn publish(
     limits: &Limits,
 ) -> Result<Digest, WriteError> {
     let began = Instant::now();
-    let (bytes, digest) = manifest.encode();
+    let (bytes, digest) =
+        manifest.encode().map_err(|source| staged.write_error(MANIFEST_FILE, source.into()))?;
     let within = |name, bytes: &[u8], limit| match bytes.len() as u64 {
         bytes if bytes <= limit => Ok(()),
         bytes => Err(WriteError::Unreadable { name, path: staged.target().to_owned(), bytes, limit }),

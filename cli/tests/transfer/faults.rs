@@ -5,12 +5,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use vfio_migration::snapshot::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE};
 use vfio_migration_integration::skip;
 
 use crate::stored::{Place, assert_same, assert_sound};
-use crate::tool::{Ended, Tool, run};
+use crate::tool::{Ended, Tool, is_empty, run};
 
 /// A system call, how it fails, and how often it may be made before that is not tried any more.
 struct Fault {
@@ -214,15 +216,65 @@ fn no_memory_for_a_manifest_is_not_called_damage() {
     let place = Place::new();
     let large = place.stored_holes("large", 16 << 30);
     // Enough for the tool, and too little for a million digests.
-    let limited = |arguments: &[&str]| {
-        let script = "ulimit -v 40960 && exec \"$0\" \"$@\"";
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", script, env!("CARGO_BIN_EXE_vfio-migrate")]).args(arguments);
-        Tool::spawn(&mut command).end()
-    };
+    let limited = |arguments: &[&str]| Tool::spawn(limited(40_960).args(arguments)).end();
     limited(&["snapshot", "info", "/nonexistent"]).failed(4, "No such file");
     for command in ["verify", "info", "seal"] {
         limited(&["snapshot", command, &text(&large)]).failed(4, "memory");
     }
     run(["snapshot", "verify", &text(&large)]).succeeded();
+}
+
+/// A tool that may have so much memory, in KiB.
+fn limited(kib: u32) -> Command {
+    let mut command = Command::new("/bin/sh");
+    let script = format!("ulimit -v {kib} && exec \"$0\" \"$@\"");
+    command.args(["-c", &script, env!("CARGO_BIN_EXE_vfio-migrate")]);
+    command
+}
+
+#[test]
+fn whatever_runs_short_of_memory_says_so() {
+    let (place, out) = (Place::new(), Place::new());
+    // A quarter of a million digests.
+    let large = place.stored_holes("large", 4 << 30);
+    let (from, into, socket) = (text(&large), text(&out.path("into")), out.path("socket"));
+    let url = format!("unix:{}", socket.display());
+    let check = |what: &str, kib: u32, ended: Ended| {
+        assert!(matches!(ended.code, Some(0 | 4)), "{what} with {kib} KiB: {ended:?}");
+        let short = ["memory", "Resource temporarily unavailable"];
+        let is_named = short.iter().any(|words| ended.stderr.contains(words));
+        assert!(ended.code == Some(0) || is_named, "{what} with {kib} KiB: {ended:?}");
+        ended.code == Some(0)
+    };
+    let mut done = [0; 4];
+    let limits: Vec<u32> = (24_000..=96_000).step_by(6_000).collect();
+    for &kib in &limits {
+        let apply = ["snapshot", "apply", &from, "--into", &into];
+        done[0] += u32::from(check("apply", kib, Tool::spawn(limited(kib).args(apply)).end()));
+        let _absent = fs::remove_dir_all(&into);
+        fs::remove_file(large.join(MANIFEST_FILE)).unwrap();
+        done[1] +=
+            u32::from(check("seal", kib, Tool::spawn(limited(kib).args(["snapshot", "seal", &from])).end()));
+        run(["snapshot", "seal", &from]).succeeded();
+        for (side, of_receiver, of_sender) in [(2, kib, 1 << 30), (3, 1 << 30, kib)] {
+            let receive = ["receive", &url, "--into", &into, "--log-level", "off", "--idle-timeout", "5"];
+            let mut receiver = Tool::spawn(limited(of_receiver).args(receive));
+            while !socket.exists() && !receiver.has_ended() {
+                thread::sleep(Duration::from_millis(5));
+            }
+            let sent = Tool::spawn(limited(of_sender).args(["send", &url, "--from", &from])).end();
+            // It may have turned the source away for want of a thread, and wait for a better moment.
+            let waits = sent.code != Some(0) && !receiver.ends_within(Duration::from_millis(500));
+            if waits {
+                receiver.signal("-TERM");
+            }
+            let received = receiver.end();
+            let (what, ended) = if side == 2 { ("receive", received) } else { ("send", sent) };
+            done[side] += u32::from(!(waits && side == 2) && check(what, kib, ended));
+            let _absent = (fs::remove_dir_all(&into), fs::remove_file(&socket));
+        }
+    }
+    assert!(done.iter().all(|&done| done > 0), "{done:?} of {}", limits.len());
+    assert!(done.iter().any(|&done| done < limits.len() as u32), "{done:?}");
+    assert!(is_empty(out.root()));
 }

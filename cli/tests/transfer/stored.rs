@@ -66,9 +66,16 @@ impl Place {
     pub(crate) fn stored_holes(&self, name: &str, bytes: u64) -> PathBuf {
         let dir = self.path(name);
         fs::create_dir(&dir).unwrap();
-        let memory = json!({ "memory_ranges": { "data": [{ "gpa": 0, "length": bytes }] } }).to_string();
+        let mapping = json!({ "slot": 0, "gpa": 0, "size": bytes, "virtio_mem": false });
+        let memory = json!({
+            "memory_ranges": { "data": [{ "gpa": 0, "length": bytes }] },
+            "guest_ram_mappings": [mapping],
+        })
+        .to_string();
         let manager = json!({ "snapshots": {}, "snapshot_data": { "state": memory } });
-        let state = json!({ "snapshots": { "memory-manager": manager }, "snapshot_data": null });
+        let own = json!({ "common_cpuid": [] }).to_string();
+        let own = json!({ "state": own });
+        let state = json!({ "snapshots": { "memory-manager": manager }, "snapshot_data": own });
         fs::write(dir.join(CONFIG_FILE), json!({ "memory": { "size": bytes } }).to_string()).unwrap();
         fs::write(dir.join(STATE_FILE), state.to_string()).unwrap();
         File::create(dir.join(MEMORY_FILE)).unwrap().set_len(bytes).unwrap();
