@@ -9,7 +9,7 @@ use vfio_migration::snapshot::{Digest, PassThrough};
 
 use crate::exit::Exit;
 
-/// Something that happened. The README documents the fields; programs rely on them.
+/// Something that happened. `docs/cli.md` documents the fields; programs rely on them.
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub(crate) enum Event<'a> {
@@ -55,8 +55,8 @@ pub(crate) enum Event<'a> {
         confirmed: bool,
         /// All bytes that came, framing and TLS included.
         received_bytes: u64,
-        /// The VM's pass-through devices.
-        devices: &'a [PassThrough],
+        /// The VM's pass-through devices; `null` where the snapshot could not be read again to tell them.
+        devices: Option<&'a [PassThrough]>,
     },
     /// A snapshot is on its way.
     Sending {

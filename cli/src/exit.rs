@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-/// Why the tool ends. Documented in the README; scripts rely on the numbers.
+/// Why the tool ends. Documented in `docs/cli.md`; scripts rely on the numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[repr(u8)]

@@ -10,6 +10,7 @@ use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
+use vfio_migration::error::Chain;
 use vfio_migration::snapshot::{
     Base, DestinationOptions, Digest, PassThrough, SnapshotDestination, describe,
 };
@@ -55,8 +56,9 @@ pub(crate) fn receive(arguments: &ReceiveArguments) -> ExitCode {
     };
     // What is kept is kept, whether or not it can be described.
     let limits = arguments.sizes.of_snapshot();
-    let devices = describe(&arguments.into, &limits).map_or_else(|_| Vec::new(), |found| found.devices);
-    tell_kept(arguments, &kept, &devices, &mut output);
+    let devices = describe(&arguments.into, &limits).map(|found| found.devices);
+    let devices = devices.inspect_err(|error| log::warn!("{}; its devices are not known", Chain(error)));
+    tell_kept(arguments, &kept, devices.ok().as_deref(), &mut output);
     if kept.confirmed || arguments.checkpoint { ExitCode::SUCCESS } else { Exit::OutcomeUnknown.into() }
 }
 
@@ -195,7 +197,12 @@ fn tell_progress(handle: &ReceiverHandle, rate: &mut Rate, output: &mut Output) 
     });
 }
 
-fn tell_kept(arguments: &ReceiveArguments, kept: &Kept, devices: &[PassThrough], output: &mut Output) {
+fn tell_kept(
+    arguments: &ReceiveArguments,
+    kept: &Kept,
+    devices: Option<&[PassThrough]>,
+    output: &mut Output,
+) {
     let &Kept { digest, confirmed, received_bytes } = kept;
     let (into, checkpoint) = (arguments.into.as_path(), arguments.checkpoint);
     output.result(&Event::Kept { into, digest, checkpoint, confirmed, received_bytes, devices }, || {
@@ -208,7 +215,7 @@ fn tell_kept(arguments: &ReceiveArguments, kept: &Kept, devices: &[PassThrough],
             }
         };
         let kept = format!("Kept {path} ({digest}), {} received", HumanBytes(received_bytes));
-        [vec![kept], device_lines(devices), vec![fate.to_owned()]].concat().join("\n")
+        [vec![kept], device_lines(devices.unwrap_or_default()), vec![fate.to_owned()]].concat().join("\n")
     });
 }
 

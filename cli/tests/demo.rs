@@ -86,6 +86,34 @@ fn report(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
+/// The words of each line, with `#` for what is a figure: it differs from run to run.
+fn shape(text: &str) -> Vec<Vec<String>> {
+    let is_figure =
+        |word: &str| word.contains(|c: char| c.is_ascii_digit()) || ["B", "KiB", "MiB"].contains(&word);
+    let words = |line: &str| {
+        line.split_whitespace().map(|word| if is_figure(word) { "#" } else { word }.to_owned()).collect()
+    };
+    text.lines().map(words).collect()
+}
+
+#[test]
+fn the_demo_says_what_the_readme_shows() {
+    if !has_kvm() {
+        return;
+    }
+    let readme = include_str!("../../README.md");
+    let (_, shown) = readme.split_once("$ cargo run --release -- demo\n").unwrap();
+    let (shown, _) = shown.split_once("```").unwrap();
+    let output = demo(&["--memory", "64M"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    // How it begins is told on standard error.
+    let said = shown
+        .split_once("Moved a KVM guest")
+        .map(|(_, report)| format!("Moved a KVM guest{report}"))
+        .unwrap();
+    assert_eq!(shape(&String::from_utf8(output.stdout).unwrap()), shape(&said));
+}
+
 fn kill(pid: u32, signal: &str) {
     let status = Command::new("kill").args([signal, &pid.to_string()]).status().unwrap();
     assert!(status.success());

@@ -44,9 +44,11 @@ impl<V: Vm> Session<'_, V> {
     /// Tells with what the VM and its devices came to a halt.
     pub(super) fn log_stopped(&self, seen: &Observation) {
         log::info!(
-            "VM stopped after round {}: {} of memory left; expected downtime {}",
+            "VM stopped after round {}: {} of memory left, dirty at {}/s{}; expected downtime {}",
             seen.rounds,
             Bytes(seen.pending_bytes),
+            Bytes(seen.dirty_rate),
+            WhoDirtied(&self.measured.source_rates.rates()),
             ExpectedDowntime(seen),
         );
         log::debug!("{seen:?}");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the README shows works as pasted, and it names everything that programs are told.
+//! What the README shows works as pasted, and `docs/cli.md` names everything that programs are told.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -16,6 +16,7 @@ use crate::stored::{Place, assert_same};
 use crate::tool::{Ended, Tool, run};
 
 const README: &str = include_str!("../../../README.md");
+const REFERENCE: &str = include_str!("../../../docs/cli.md");
 
 /// The commands of the section on snapshots, without remarks, with paths and ports that nobody else uses.
 fn commands(place: &Place) -> Vec<String> {
@@ -114,6 +115,6 @@ fn everything_that_programs_are_told_is_named() {
     for name in ["receiving", "kept", "sending", "sent", "failed", "io", "usage", "full", "differential"] {
         assert!(told.contains(name), "{name} is not among {told:?}");
     }
-    let unnamed: Vec<_> = told.iter().filter(|name| !README.contains(&format!("`{name}`"))).collect();
+    let unnamed: Vec<_> = told.iter().filter(|name| !REFERENCE.contains(&format!("`{name}`"))).collect();
     assert!(unnamed.is_empty(), "{unnamed:?}");
 }
