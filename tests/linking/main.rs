@@ -107,7 +107,7 @@ fn a_vmms_own_crate_takes_the_place_of_vm_migration_by_one_line() {
 fn the_recipes_use_nothing_that_their_features_lack() {
     let page = include_str!("../../docs/cloud-hypervisor.md");
     let (first, _) = page.split_once("## Recipe 2").unwrap();
-    for (recipe, features) in [(first, r#"["device-state"]"#), (page, r#"["transfer", "tls"]"#)] {
+    for (recipe, features) in [(first, r#"["device-state"]"#), (page, r#"["transfer", "ring"]"#)] {
         assert!(page.contains(&format!("features = {features}")));
         let uses: Vec<_> = recipe.lines().filter(|line| line.starts_with("use vfio_migration::")).collect();
         assert!(uses.len() >= 4, "{uses:?}");
