@@ -385,6 +385,17 @@ fn a_receiver_short_of_threads_names_that_and_not_its_source() {
 }
 
 #[test]
+fn a_demo_without_threads_ends_with_an_error_and_not_with_a_panic() {
+    for threads in 1..=24 {
+        let Some(limit) = ThreadLimit::new(threads) else { return };
+        let demo = ["demo", "--no-kvm", "--memory", "16M", "--timeout-s", "10"];
+        let ended = limit.run(&demo).end();
+        assert!(!ended.stderr.contains("panicked"), "{threads} threads: {ended:?}");
+        assert!(matches!(ended.code, Some(0 | 3 | 4)), "{threads} threads: {ended:?}");
+    }
+}
+
+#[test]
 fn descriptors_that_cannot_be_had_are_named_at_the_start() {
     let place = Place::new();
     let from = place.stored("from", 1);

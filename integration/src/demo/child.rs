@@ -3,13 +3,14 @@
 //! What the demo's processes do. Each ends when its parent is gone.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -48,7 +49,8 @@ pub fn process_main() -> ExitCode {
             }
             Role::Device(setup) => {
                 let socket = control.receive_descriptor()?;
-                exit_with_parent(control);
+                exit_with_parent(control)
+                    .context("Cannot start the thread that waits for the parent's end")?;
                 let config = DeviceConfig { state_bytes: setup.state_bytes, ..DeviceConfig::default() };
                 Ok(DmaDevice::serve(UnixStream::from(OwnedFd::from(socket)), config)?)
             }
@@ -64,11 +66,12 @@ pub fn process_main() -> ExitCode {
 }
 
 /// Ends this process when the other end of `control` is closed.
-fn exit_with_parent(mut control: Control) {
-    thread::spawn(move || {
+fn exit_with_parent(mut control: Control) -> io::Result<()> {
+    Builder::new().name("parent".into()).spawn(move || {
         while let Ok(Some(_)) = control.receive::<serde_json::Value>() {}
         std::process::exit(0);
-    });
+    })?;
+    Ok(())
 }
 
 /// Which end of a migration a process is.
@@ -112,15 +115,18 @@ impl<S: Hosted> Child<S> {
         mut control: Control,
         host: impl FnOnce(&mut Control) -> anyhow::Result<(S, MigratableDevice)>,
     ) -> anyhow::Result<()> {
-        let (side, devices) = match host(&mut control) {
+        let migration = Arc::new(Mutex::new(Migration::new()));
+        let hosted = host(&mut control).and_then(|(side, devices)| {
+            let commands = listen(control.try_clone()?, Arc::clone(&migration));
+            Ok((side, devices, commands.context("Cannot start the thread that takes commands")?))
+        });
+        let (side, devices, commands) = match hosted {
             Ok(hosted) => hosted,
             Err(error) => {
                 let event = Event::Failed { error: format!("{error:#}"), guest_runs: false };
                 return control.send(&event).context("The parent is gone");
             }
         };
-        let migration = Arc::new(Mutex::new(Migration::new()));
-        let commands = listen(control.try_clone()?, Arc::clone(&migration));
         let child = Self { side, devices, events: Arc::new(Mutex::new(control)), commands, migration };
         match party {
             Party::Source => child.be_source(),
@@ -180,8 +186,8 @@ impl<S: Hosted> Child<S> {
         *self.migration.lock().unwrap_or_else(PoisonError::into_inner) = migration.clone();
         let mut vm = self.side.source();
         let (over, events) = (AtomicBool::new(false), &self.events);
-        let sent = thread::scope(|scope| {
-            scope.spawn(|| {
+        let sent = thread::scope(|scope| -> anyhow::Result<_> {
+            let reporting = Builder::new().name("progress".into()).spawn_scoped(scope, || {
                 while !over.load(Ordering::SeqCst) {
                     let event = Event::Progress(progress_of(&migration));
                     let mut events = events.lock().unwrap_or_else(PoisonError::into_inner);
@@ -192,6 +198,7 @@ impl<S: Hosted> Child<S> {
                     thread::sleep(PROGRESS_PERIOD);
                 }
             });
+            reporting.context("Cannot start the thread that tells of progress")?;
             let sent = Sender::new(options).send(
                 &mut vm,
                 self.devices.tracker(),
@@ -199,7 +206,7 @@ impl<S: Hosted> Child<S> {
                 &migration,
             );
             over.store(true, Ordering::SeqCst);
-            sent
+            Ok(sent?)
         })?;
         Ok(Event::Migrated(figures_of(&sent, downtime_ms)))
     }
@@ -239,9 +246,9 @@ pub(crate) fn receive_ram(memory_bytes: u64, control: &mut Control) -> anyhow::R
 }
 
 /// Hands on the parent's commands; a Cancel reaches the migration under way at once. Ends the process with its parent.
-fn listen(mut control: Control, migration: Arc<Mutex<Migration>>) -> Receiver<Command> {
+fn listen(mut control: Control, migration: Arc<Mutex<Migration>>) -> io::Result<Receiver<Command>> {
     let (sender, commands) = mpsc::channel();
-    thread::spawn(move || {
+    Builder::new().name("commands".into()).spawn(move || {
         while let Ok(Some(command)) = control.receive() {
             match command {
                 Command::Cancel => {
@@ -253,8 +260,8 @@ fn listen(mut control: Control, migration: Arc<Mutex<Migration>>) -> Receiver<Co
             }
         }
         std::process::exit(0);
-    });
-    commands
+    })?;
+    Ok(commands)
 }
 
 fn progress_of(migration: &Migration) -> Progress {

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command as Program, Stdio};
 use std::sync::mpsc::Sender;
-use std::thread;
+use std::thread::Builder;
 
 use serde::Serialize;
 
@@ -50,7 +50,7 @@ impl Process {
     /// Forwards the process's events to `events`, ending with `None` when it is gone.
     pub(crate) fn listen(&self, who: Who, events: Sender<(Who, Option<Event>)>) -> io::Result<()> {
         let mut control = self.control.try_clone()?;
-        thread::spawn(move || {
+        Builder::new().name("listen".into()).spawn(move || {
             loop {
                 let event = control.receive::<Event>().unwrap_or_else(|error| {
                     log::debug!("Control channel of {who:?} broke: {error}");
@@ -61,7 +61,7 @@ impl Process {
                     return;
                 }
             }
-        });
+        })?;
         Ok(())
     }
 

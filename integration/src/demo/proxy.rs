@@ -6,7 +6,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::thread;
+use std::thread::Builder;
 
 /// Command number of a Memory message.
 const MEMORY: u16 = 4;
@@ -16,27 +16,27 @@ const MEMORY: u16 = 4;
 /// Returns the address to connect to.
 ///
 /// # Errors
-/// No port can be bound.
+/// No port can be bound, or there is no thread.
 pub(super) fn flip_a_bit(upstream: String, gpa: u64) -> io::Result<String> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     let address = listener.local_addr()?.to_string();
-    thread::spawn(move || {
+    Builder::new().name("proxy".into()).spawn(move || {
         let passed = listener.accept().and_then(|(source, _)| pass(&source, &upstream, gpa));
         if let Err(error) = passed {
             log::debug!("The man in the middle ends: {error}");
         }
-    });
+    })?;
     Ok(address)
 }
 
 fn pass(source: &TcpStream, upstream: &str, gpa: u64) -> io::Result<()> {
     let destination = TcpStream::connect(upstream)?;
     let (mut answers, mut back) = (destination.try_clone()?, source.try_clone()?);
-    let answering = thread::spawn(move || {
+    let answering = Builder::new().name("answers".into()).spawn(move || {
         let copied = io::copy(&mut answers, &mut back);
         let _peer_is_gone = back.shutdown(Shutdown::Both);
         copied
-    });
+    })?;
     let passed = pass_requests(&mut &*source, &mut &destination, gpa);
     let _peer_is_gone = destination.shutdown(Shutdown::Write);
     passed.and(answering.join().map_err(|_| io::Error::other("copying thread panicked"))?).map(drop)

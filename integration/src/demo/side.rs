@@ -6,6 +6,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -88,7 +89,9 @@ impl Side {
     pub fn in_process(setup: MachineSetup) -> anyhow::Result<(Self, Memory)> {
         let memory = Memory::create(&RamLayout::new(setup.memory_bytes, Split::default())?)?;
         let (ours, theirs) = UnixStream::pair()?;
-        std::thread::spawn(move || DmaDevice::serve(theirs, DeviceConfig::default()));
+        Builder::new()
+            .name("device".into())
+            .spawn(move || DmaDevice::serve(theirs, DeviceConfig::default()))?;
         let files =
             memory.regions().iter().map(|region| region.file.try_clone()).collect::<Result<_, _>>()?;
         Ok((Self::new(setup, ours, files)?, memory))

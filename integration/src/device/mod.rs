@@ -26,6 +26,7 @@ mod worker;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::thread::Builder;
 
 use vfio_migration::vfio_user::DecodeError;
 
@@ -55,7 +56,10 @@ impl DmaDevice {
         let state_bytes = state_bytes.ok_or(ServeError::StateTooLarge { bytes, limit })?;
         let device = Arc::new(Shared::new(Engine::new(config.clone(), state_bytes)));
         std::thread::scope(|scope| {
-            scope.spawn(|| device.drive());
+            Builder::new()
+                .name("engine".into())
+                .spawn_scoped(scope, || device.drive())
+                .map_err(ServeError::Thread)?;
             let served = Server::new(socket, config, Arc::clone(&device)).run();
             device.end();
             served
@@ -70,6 +74,9 @@ pub enum ServeError {
     /// The socket failed.
     #[error("Cannot exchange messages with the client")]
     Socket(#[from] io::Error),
+    /// There is no thread for the engine.
+    #[error("Cannot start the thread that drives the engine")]
+    Thread(#[source] io::Error),
     /// A header makes no sense.
     #[error("Cannot decode the header of a request")]
     Header(#[from] DecodeError),
