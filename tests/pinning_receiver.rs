@@ -3,10 +3,13 @@
 //! The downtime that a receiver costs which pins all memory while it takes State, as one with pass-through devices does: with
 //! what was left out of the first pass populated before, with nothing left out, and with nothing done about it.
 //!
-//! `VFIO_MIGRATE_TEST_RAM_MIB=1024` makes the VM larger; a sixteenth of its memory was ever written.
+//! `VFIO_MIGRATE_TEST_RAM_MIB=1024` makes the VM larger; a sixteenth of its memory was ever written. What a real IOMMU costs is measured
+//! in the test bed (`bed_pinning`).
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![expect(unsafe_code, reason = "locking memory has no safe wrapper among our dependencies")]
 
 use std::env;
+use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -23,7 +26,7 @@ use vfio_migration::transfer::url::Url;
 use vfio_migration::transfer::{Migration, PinningReceiver, Populated, SendOptions, Sender, Sent};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vm_migration::Snapshot;
 
 type Memory = GuestMemoryMmap<AtomicBitmap>;
@@ -124,6 +127,21 @@ struct Pinning {
     memory: Arc<Memory>,
 }
 
+/// Locks all of `memory`, which is as close to pinning as a process comes without a device.
+///
+/// To populate it a second time is no stand-in: pages that were populated once and not written since cost more then than pages that a
+/// message was received into, as the kernel takes the second touch for a sign that they are in use. So a receiver that had
+/// populated its memory looked slower than one that had not.
+fn lock(memory: &Memory) -> io::Result<()> {
+    let slice = memory.get_slice(GuestAddress(0), usize::try_from(ram_bytes()).unwrap()).unwrap();
+    let guard = slice.ptr_guard();
+    // SAFETY: the call changes no byte, and the guard keeps the memory mapped.
+    match unsafe { libc::mlock(guard.as_ptr().cast(), guard.len()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 impl Destination for Pinning {
     fn config(&mut self, json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
         let pages = GuestPages::new(Arc::clone(&self.memory))?;
@@ -131,8 +149,7 @@ impl Destination for Pinning {
     }
 
     fn state(&mut self, _json: Vec<u8>) -> Result<(), VmError> {
-        GuestPages::new(Arc::clone(&self.memory))?.populated()?;
-        Ok(())
+        Ok(lock(&self.memory)?)
     }
 
     fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
@@ -165,6 +182,10 @@ fn moved(source: &Arc<Memory>, pinning_receiver: PinningReceiver) -> Sent {
 
 #[test]
 fn c67_a_pinning_receiver_takes_no_longer_than_when_every_page_is_sent() {
+    if let Err(error) = lock(&untouched(ram_bytes())) {
+        let _nobody_listens = writeln!(io::stderr(), "SKIPPED: cannot lock memory here: {error}");
+        return;
+    }
     let source = untouched(ram_bytes());
     for gpa in (0..ram_bytes() / 16).step_by(4096) {
         source.write_obj(gpa | 1, GuestAddress(gpa)).unwrap();
@@ -179,17 +200,19 @@ fn c67_a_pinning_receiver_takes_no_longer_than_when_every_page_is_sent() {
     for (contender, sent) in contenders.iter().zip(&runs) {
         eprintln!("{contender:?}: {:?}", sent.iter().map(|sent| sent.downtime).collect::<Vec<_>>());
     }
-    let least = |sent: &[Sent]| sent.iter().map(|sent| sent.downtime).min().unwrap();
-    let [asked, all, unheeded] = runs.each_ref().map(|sent| least(sent));
+    let median = |sent: &[Sent]| {
+        let mut downtimes: Vec<_> = sent.iter().map(|sent| sent.downtime).collect();
+        downtimes.sort_unstable();
+        downtimes[RUNS / 2]
+    };
+    let [asked, all, unheeded] = runs.each_ref().map(|sent| median(sent));
     let [asked_bytes, all_bytes, _] = runs.each_ref().map(|sent| sent[0].bytes_sent);
     eprintln!(
-        "{} MiB: least downtime {asked:?} populated ({asked_bytes} bytes), {all:?} all sent ({all_bytes} bytes), {unheeded:?} left out",
+        "{} MiB: median downtime {asked:?} populated ({asked_bytes} bytes), {all:?} all sent ({all_bytes} bytes), {unheeded:?} left out",
         ram_bytes() / MIB
     );
     assert!(runs[0].iter().all(|sent| sent.populated == Populated::Receiver));
     assert!(asked_bytes * 10 <= all_bytes * 3, "{asked_bytes} of {all_bytes} bytes");
-    // What a busy host adds to a downtime of milliseconds.
-    let noise = unheeded / 10;
-    assert!(asked <= all * 12 / 10 + noise, "{asked:?} against {all:?}");
+    assert!(asked <= all * 12 / 10, "{asked:?} against {all:?}");
     assert!(unheeded > asked * 2, "the receiver pins: {unheeded:?} against {asked:?}");
 }
