@@ -173,6 +173,16 @@ impl Class for WriteError {
     }
 }
 
+/// A file that was named on its own is no part of a snapshot, and so never a damaged one.
+impl Class for FileError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Open { .. } | Self::Read { .. } => Exit::Io,
+            _ => Exit::Usage,
+        }
+    }
+}
+
 impl Class for OpenError {
     fn exit(&self) -> Exit {
         match self {

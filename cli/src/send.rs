@@ -2,8 +2,6 @@
 
 //! `vfio-migrate send`: a snapshot directory becomes a VM in a waiting VMM.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +10,7 @@ use std::time::Duration;
 
 use indicatif::HumanBytes;
 use vfio_migration::error::Chain;
-use vfio_migration::snapshot::{PassThrough, SnapshotDir, SnapshotSource, VmConfig};
+use vfio_migration::snapshot::{PassThrough, SnapshotDir, SnapshotSource, VmConfig, read_config};
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::tls::ClientTls;
 use vfio_migration::transfer::{Migration, PeerError, SendError, SendOptions, SendStep, Sender, Sent};
@@ -56,14 +54,10 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Fail
 fn open(arguments: &SendArguments) -> Result<SnapshotDir, Failure> {
     let limits = arguments.sizes.of_snapshot();
     let Some(config) = &arguments.config else { return Ok(SnapshotDir::open(&arguments.from, &limits)?) };
-    let message = |why| format!("Cannot take {} for a config.json: {why}", config.display());
-    let unread = |error: io::Error| Failure { exit: Exit::Usage, message: message(error.to_string()) };
-    let mut text = Vec::new();
-    // One byte more than may be read is enough to be refused.
-    let file = File::open(config).map_err(unread)?;
-    file.take(limits.config_bytes.saturating_add(1)).read_to_end(&mut text).map_err(unread)?;
+    let text = read_config(config, &limits)?;
     if let Err(error) = VmConfig::parse(&text, &limits) {
-        return Err(Failure { exit: Exit::Usage, message: message(Chain(&error).to_string()) });
+        let message = format!("Cannot take {} for a config.json: {}", config.display(), Chain(&error));
+        return Err(Failure { exit: Exit::Usage, message });
     }
     Ok(SnapshotDir::open_with_config(&arguments.from, &text, &limits)?)
 }

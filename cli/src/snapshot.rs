@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use indicatif::HumanBytes;
 use serde::Serialize;
+use vfio_migration::error;
 use vfio_migration::snapshot::{
     Chain, ChainError, Description, Differences, Digest, Elsewhere, Kind, Limits, MANIFEST_FILE, OpenError,
     Report, SnapshotDir, apply, compare, describe, reseal, seal, subtract, verify,
@@ -180,13 +181,18 @@ fn name(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Fa
     if sealed {
         output.remark("It has had a manifest, which stays; `snapshot verify` tells whether it is true");
     }
-    if let Some(line) = elsewhere_line(&SnapshotDir::open(dir, limits)?.elsewhere()) {
-        output.remark(&line);
+    // The work is done: what cannot be looked at any more is only not told of.
+    match SnapshotDir::open(dir, limits) {
+        Ok(opened) => elsewhere_line(&opened.elsewhere()).iter().for_each(|line| output.remark(line)),
+        Err(unopened) => {
+            log::warn!("Cannot tell whether all memory is in it: {}", error::Chain(&unopened));
+        }
     }
     Ok(Written { path: dir, digest }.tell(output))
 }
 
 fn rename(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+    output.check_name(dir)?;
     let digest = reseal(dir, limits)?;
     Ok(Written { path: dir, digest }.tell(output))
 }

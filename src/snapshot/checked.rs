@@ -4,11 +4,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::blocks::BlockTable;
+use super::files::read_named;
 use super::manifest::Manifest;
 use super::placement::{Extent, Placement};
 use super::reserve::resize;
@@ -56,7 +56,7 @@ impl CheckedMemory<'_> {
         for extent in self.placement.locate(range) {
             let at = index(extent.range.start() - range.start());
             let bytes = &mut buffer[at..at + index(extent.range.len())];
-            self.file.read_exact_at(bytes, extent.offset)?;
+            self.read_at(bytes, extent.offset)?;
             self.check(extent, bytes, &mut scratch)?;
         }
         Ok(())
@@ -83,7 +83,7 @@ impl CheckedMemory<'_> {
     fn load(&self, block: u64, bytes: &mut Vec<u8>) -> io::Result<()> {
         let whole = self.whole(block);
         resize(bytes, index(whole.end - whole.start))?;
-        self.file.read_exact_at(bytes, whole.start)?;
+        self.read_at(bytes, whole.start)?;
         self.compare(block, &whole, bytes)
     }
 
@@ -129,6 +129,10 @@ impl CheckedMemory<'_> {
         let BlockTable { block_bytes, digests } = &self.manifest.blocks;
         let blocks = (0..).step_by(index(*block_bytes)).zip(digests).filter(|(_, digest)| digest.is_some());
         blocks.flat_map(|(offset, _)| self.placement.gpas(offset, *block_bytes))
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        read_named(self.file, || self.path(), bytes, offset)
     }
 
     fn path(&self) -> PathBuf {

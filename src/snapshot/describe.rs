@@ -12,7 +12,7 @@ use super::digest::Digest;
 use super::dir::{Configuration, OpenError, SnapshotDir, open_manifest};
 use super::document::VmConfig;
 use super::elsewhere::Elsewhere;
-use super::files::{FileError, MEMORY_FILE};
+use super::files::FileError;
 use super::limits::Limits;
 use super::manifest::Manifest;
 use super::passthrough::PassThrough;
@@ -94,8 +94,10 @@ fn devices(path: &Path, config: &VmConfig, state: &VmState) -> Result<Vec<PassTh
 
 fn describe_full(dir: &SnapshotDir) -> Result<Description, OpenError> {
     let populated = dir.populated().map(|range| range.map(GpaRange::len)).sum::<io::Result<u64>>();
-    let populated_bytes = populated
-        .map_err(|source| OpenError::File(FileError::Read { path: dir.path().join(MEMORY_FILE), source }))?;
+    let populated_bytes = populated.map_err(|source| {
+        let unnamed = |source| FileError::Read { path: dir.memory_path(), source };
+        OpenError::File(source.downcast().unwrap_or_else(unnamed))
+    })?;
     let manifest = dir.manifest();
     Ok(Description {
         kind: Kind::Full { populated_bytes },

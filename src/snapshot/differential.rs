@@ -13,7 +13,7 @@ use super::digest::Digest;
 use super::dir::{Configuration, Documents, OpenError, SnapshotDir, open_manifest};
 use super::document::VmConfig;
 use super::elsewhere::Elsewhere;
-use super::files::{CHANGES_FILE, FileError, MANIFEST_FILE, open_sized};
+use super::files::{CHANGES_FILE, FileError, MANIFEST_FILE, open_sized, read_named};
 use super::limits::Limits;
 use super::manifest::{Changes, Covered, Manifest};
 use super::memory_file::read_placed;
@@ -268,7 +268,9 @@ impl Chain {
         self.full.read(range, buffer)?;
         self.differentials.iter().try_for_each(|differential| {
             differential.overlay_zeros(range, buffer);
-            read_placed(&differential.pages, differential.changed(), range, buffer)
+            let path = || differential.path.join(CHANGES_FILE);
+            let read = |bytes: &mut [u8], offset| read_named(&differential.pages, path, bytes, offset);
+            read_placed(differential.changed(), range, buffer, read)
         })
     }
 

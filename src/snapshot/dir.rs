@@ -14,7 +14,8 @@ use super::digest::Digest;
 use super::document::{DocumentError, VmConfig};
 use super::elsewhere::Elsewhere;
 use super::files::{
-    CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, data_parts, open_sized, read_bounded,
+    CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, data_parts, named, open_sized,
+    read_bounded, read_named,
 };
 use super::limits::Limits;
 use super::manifest::{Covered, Manifest, ManifestError};
@@ -147,6 +148,14 @@ impl Documents {
     }
 }
 
+/// Reads the text of a configuration out of the file at `path`, to be given to [`SnapshotDir::open_with_config`].
+///
+/// # Errors
+/// It is no regular file, cannot be read, or is longer than `limits` say.
+pub fn read_config(path: &Path, limits: &Limits) -> Result<Vec<u8>, FileError> {
+    read_bounded(path, limits.config_bytes)
+}
+
 /// Reads the manifest of the snapshot at `path`, if it has one.
 pub(super) fn open_manifest(path: &Path, limits: &Limits) -> Result<Option<Manifest>, OpenError> {
     let bytes = match read_bounded(&path.join(MANIFEST_FILE), limits.manifest_bytes) {
@@ -214,6 +223,11 @@ impl SnapshotDir {
         &self.path
     }
 
+    /// `memory-ranges`, for messages.
+    pub(super) fn memory_path(&self) -> PathBuf {
+        self.path.join(MEMORY_FILE)
+    }
+
     /// What each thread that works on the snapshot does first.
     pub(super) fn thread_start(&self) -> ThreadStart {
         self.thread_start
@@ -279,7 +293,9 @@ impl SnapshotDir {
     /// # Panics
     /// `buffer` is shorter than `range`.
     pub fn read(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
-        self.memory.as_ref().map_or(Ok(()), |memory| read_placed(memory, self.placement(), range, buffer))
+        let Some(memory) = &self.memory else { return Ok(()) };
+        let read = |bytes: &mut [u8], offset| read_named(memory, || self.memory_path(), bytes, offset);
+        read_placed(self.placement(), range, buffer, read)
     }
 
     /// Returns the memory that is no hole of the file, in the order of the file. Everything else reads as zero.
@@ -289,7 +305,7 @@ impl SnapshotDir {
         parts.flat_map(|part| {
             let (ranges, failed) = match part {
                 Ok(part) => (Some(placement.gpas(part.start, part.end - part.start)), None),
-                Err(error) => (None, Some(Err(error))),
+                Err(error) => (None, Some(Err(named(|| self.memory_path())(error)))),
             };
             ranges.into_iter().flatten().map(Ok).chain(failed)
         })

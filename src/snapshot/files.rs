@@ -197,11 +197,16 @@ fn extend_by(file: &File, bytes: u64, set_len: impl FnOnce() -> io::Result<()>) 
     }
 }
 
-/// Reads the bytes at `offset` of `file`, which has the name `path`.
+/// Reads the bytes at `offset` of `file`, which is called `path`.
 ///
 /// # Errors
 /// The error holds a [`FileError`], which names the file.
-pub(super) fn read_named(file: &File, path: &Path, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+pub(super) fn read_named(
+    file: &File,
+    path: impl FnOnce() -> PathBuf,
+    bytes: &mut [u8],
+    offset: u64,
+) -> io::Result<()> {
     let read = file.read_exact_at(bytes, offset).or_else(|error| match error.kind() {
         ErrorKind::UnexpectedEof => {
             expect_length(file, offset.saturating_add(bytes.len() as u64)).and(Err(error))
@@ -212,8 +217,8 @@ pub(super) fn read_named(file: &File, path: &Path, bytes: &mut [u8], offset: u64
 }
 
 /// Has an error hold a [`FileError`] that names the file `path`.
-pub(super) fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
-    |source| io::Error::new(source.kind(), FileError::Read { path: path.to_owned(), source })
+pub(super) fn named(path: impl FnOnce() -> PathBuf) -> impl FnOnce(io::Error) -> io::Error {
+    |source| io::Error::new(source.kind(), FileError::Read { path: path(), source })
 }
 
 /// A file that was cut off since it was opened.

@@ -259,7 +259,7 @@ impl MemoryFile {
     }
 
     fn read(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
-        read_placed(&self.file, self.placement(), range, buffer)
+        read_placed(self.placement(), range, buffer, |bytes, offset| self.file.read_exact_at(bytes, offset))
     }
 }
 
@@ -267,17 +267,17 @@ fn locked(block: &Mutex<Block>) -> MutexGuard<'_, Block> {
     block.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Reads the bytes of `range` from a file that holds memory as `placement` says; what it lacks is left as it is.
+/// Has `read` read the bytes of `range` from a file that holds memory as `placement` says; what it lacks is left as it is.
 pub(super) fn read_placed(
-    file: &File,
     placement: &Placement,
     range: GpaRange,
     buffer: &mut [u8],
+    read: impl Fn(&mut [u8], u64) -> io::Result<()>,
 ) -> io::Result<()> {
     placement.locate(range).try_for_each(|extent| {
         let from = index(extent.range.start() - range.start());
         let length = index(extent.range.len());
-        file.read_exact_at(&mut buffer[from..from + length], extent.offset)
+        read(&mut buffer[from..from + length], extent.offset)
     })
 }
 

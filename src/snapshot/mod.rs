@@ -136,7 +136,7 @@ pub use destination::{DestinationError, DestinationOptions, OnPaused, SnapshotDe
 pub use differential::{Chain, ChainError, Differential};
 pub use differential_writer::{Base, DifferentialWriter};
 pub use digest::{Digest, DigestError};
-pub use dir::{OpenError, SnapshotDir};
+pub use dir::{OpenError, SnapshotDir, read_config};
 pub use document::{ConfigMessage, DocumentError, VmConfig};
 pub use elsewhere::{Elsewhere, LeftOut, ZoneFile};
 pub use files::{CHANGES_FILE, CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};

@@ -64,7 +64,7 @@ impl Bytes<MemoryRegionAddress> for PlacedRegion {
         let left = self.len().checked_sub(at.0).ok_or(GuestMemoryError::InvalidBackendAddress)?;
         let bytes = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         let Stored { file, path } = &*self.stored;
-        read_named(file, path, &mut buffer[..bytes], self.extent.offset + at.0)
+        read_named(file, || path.clone(), &mut buffer[..bytes], self.extent.offset + at.0)
             .map_err(GuestMemoryError::IOError)?;
         Ok(bytes)
     }

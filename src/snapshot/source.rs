@@ -14,7 +14,7 @@ use vm_migration::Snapshot;
 use super::checking::Checking;
 use super::dir::{OpenError, SnapshotDir};
 use super::elsewhere::Elsewhere;
-use super::files::{MEMORY_FILE, expect_length};
+use super::files::{expect_length, named};
 use super::placed::{PlacedMemory, regions};
 use super::placement::PlacementError;
 use crate::granule::Granule;
@@ -60,11 +60,11 @@ pub enum SourceError {
         /// Why.
         source: io::Error,
     },
-    /// The file was cut off, or a block of a snapshot with a manifest was altered: then the source is an
+    /// Its file cannot be read or was cut off, or a block of a snapshot with a manifest was altered: then the source is an
     /// [`Altered`](super::Altered).
     #[error("Cannot send {path}", path = .path.display())]
     Check {
-        /// The file.
+        /// The snapshot.
         path: PathBuf,
         /// Why.
         source: io::Error,
@@ -98,7 +98,6 @@ impl SnapshotSource {
     /// Memory is missing, is not of whole pages of 4 KiB, or was cut off.
     pub fn new(dir: SnapshotDir) -> Result<Self, SourceError> {
         let path = || dir.path().to_owned();
-        let file_path = || dir.path().join(MEMORY_FILE);
         let elsewhere = dir.elsewhere();
         if !elsewhere.is_empty() {
             return Err(SourceError::Elsewhere { path: path(), elsewhere });
@@ -109,9 +108,10 @@ impl SnapshotSource {
         let page = page.map_err(|source| SourceError::Pages { path: path(), source })?;
         let layout = Layout::new(dir.placement().ranges(), page)
             .map_err(|source| SourceError::Layout { path: path(), source })?;
-        let file = file.try_clone().map_err(|source| SourceError::Share { path: file_path(), source })?;
+        let file =
+            file.try_clone().map_err(|source| SourceError::Share { path: dir.memory_path(), source })?;
         let file = Arc::new(file);
-        let regions = regions(&file, file_path(), dir.placement());
+        let regions = regions(&file, dir.memory_path(), dir.placement());
         let memory = PlacedMemory::from_regions(regions).map_err(SourceError::Gather)?;
         Ok(Self { dir: Arc::new(dir), checking: None, layout, file, memory: Arc::new(memory) })
     }
@@ -157,11 +157,12 @@ impl Drop for SnapshotSource {
 }
 
 fn check_length(dir: &SnapshotDir) -> Result<(), SourceError> {
-    expect_length(dir.memory()?, dir.placement().bytes()).map_err(unsound(dir))
+    let checked = expect_length(dir.memory()?, dir.placement().bytes());
+    checked.map_err(named(|| dir.memory_path())).map_err(unsound(dir))
 }
 
 fn unsound(dir: &SnapshotDir) -> impl FnOnce(io::Error) -> SourceError {
-    |source| SourceError::Check { path: dir.path().join(MEMORY_FILE), source }
+    |source| SourceError::Check { path: dir.path().to_owned(), source }
 }
 
 impl Vm for SnapshotSource {

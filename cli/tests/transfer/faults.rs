@@ -8,7 +8,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use vfio_migration::snapshot::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE};
+use vfio_migration::snapshot::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE};
 use vfio_migration_integration::skip;
 
 use crate::stored::{Place, assert_same, assert_sound};
@@ -120,6 +120,59 @@ fn a_disk_that_fails_while_a_snapshot_is_sent_is_named() {
         assert_eq!(receiver.end().code, Some(3));
         assert!(!into.exists());
     }
+}
+
+#[test]
+fn what_cannot_be_read_of_a_base_or_a_snapshot_is_named() {
+    if !has_strace() {
+        return;
+    }
+    let (place, out) = (Place::new(), Place::new());
+    let [one, two] = [1, 2].map(|seed| text(&place.stored(&format!("stored-{seed}"), seed)));
+    let changed = text(&place.path("changed"));
+    run(["snapshot", "create", "--from", &two, "--base", &one, "--into", &changed]).succeeded();
+    let (into, url) = (text(&out.path("into")), format!("unix:{}", out.path("socket").display()));
+    let memory = |dir: &str| format!("{dir}/{MEMORY_FILE}");
+    let broken = |file: &str, arguments: &[&str]| {
+        let options = ["-P", file, "-e", "trace=pread64", "-e", "inject=pread64:error=EIO"];
+        let (ended, injected) = run_with(&options, arguments);
+        assert!(injected, "{arguments:?}: {ended:?}");
+        ended.failed(4, &format!("{file}: Input/output error (os error 5)"));
+    };
+    let create = ["snapshot", "create", "--from", &two, "--base", &one, "--into", &into];
+    for side in [&one, &two] {
+        broken(&memory(side), &["snapshot", "diff", &one, &two]);
+        broken(&memory(side), &create);
+        assert!(is_empty(out.root()));
+    }
+    broken(&format!("{changed}/{CHANGES_FILE}"), &["snapshot", "diff", &changed, &two, "--base", &one]);
+    let sending = thread::spawn({
+        let (url, socket, two) = (url.clone(), out.path("socket"), two.clone());
+        move || {
+            while !socket.exists() {
+                thread::sleep(Duration::from_millis(5));
+            }
+            Tool::send(&url, two.as_ref(), &[]).end()
+        }
+    });
+    broken(&memory(&one), &["receive", &url, "--into", &into, "--base", &one, "--log-level", "off"]);
+    sending.join().unwrap().failed(3, "");
+}
+
+#[test]
+fn a_seal_that_is_done_is_not_called_failed() {
+    if !has_strace() {
+        return;
+    }
+    let place = Place::new();
+    let dir = place.stored("stored", 1);
+    fs::remove_file(dir.join(MANIFEST_FILE)).unwrap();
+    let state = text(&dir.join("state.json"));
+    let options = ["-P", &state, "-e", "trace=openat", "-e", "inject=openat:error=EMFILE:when=2+"];
+    let (ended, injected) = run_with(&options, &["snapshot", "seal", &text(&dir)]);
+    assert!(injected);
+    ended.succeeded();
+    assert_sound(&dir);
 }
 
 #[test]

@@ -331,8 +331,12 @@ fn c66_what_is_no_config_is_sent_to_nobody() {
     let (dir, other) = moved_to_another_host(&place);
     let send =
         |config: &Path| Tool::send("tcp:127.0.0.1:1", &dir, &["--config", config.to_str().unwrap()]).end();
-    send(&place.path("none.json")).failed(2, "none.json for a config.json: No such file");
-    send(place.root()).failed(2, "for a config.json: Is a directory");
+    send(&place.path("none.json")).failed(4, "none.json: No such file");
+    send(place.root()).failed(2, "is not a regular file");
+    let pipe = place.path("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0)
+        .unwrap();
+    send(&pipe).failed(2, "pipe is not a regular file");
     fs::write(&other, "{}").unwrap();
     send(&other).failed(2, "other.json for a config.json: Cannot read config.json");
     // An altered State or memory is found whatever configuration goes with it.

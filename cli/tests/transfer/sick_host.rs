@@ -257,6 +257,13 @@ fn a_name_that_no_json_can_hold_is_refused_before_the_work() {
     run([OsStr::new("snapshot"), "apply".as_ref(), one.as_ref(), "--into".as_ref(), odd.as_ref()])
         .succeeded();
     assert_sound(&odd);
+    let config = odd.join("config.json");
+    fs::write(&config, fs::read_to_string(&config).unwrap() + "\n").unwrap();
+    let manifest = fs::read(odd.join("snapshot-manifest")).unwrap();
+    let reseal = [OsStr::new("snapshot"), "seal".as_ref(), odd.as_ref(), "--edited-config".as_ref()];
+    run(reseal.into_iter().chain([OsStr::new("--json")])).failed(2, "in JSON: it is not UTF-8");
+    assert_eq!(fs::read(odd.join("snapshot-manifest")).unwrap(), manifest);
+    run(reseal).succeeded();
     let seal = [OsStr::new("snapshot"), "seal".as_ref(), odd.as_ref()];
     run(seal.into_iter().chain([OsStr::new("--json")])).failed(2, "in JSON: it is not UTF-8");
     run(seal).succeeded();
