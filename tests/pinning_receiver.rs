@@ -8,8 +8,12 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #![expect(unsafe_code, reason = "locking memory has no safe wrapper among our dependencies")]
 
+#[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
+#[path = "../integration/src/skip.rs"]
+mod skip;
+
 use std::env;
-use std::io::{self, Write};
+use std::io;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -183,8 +187,7 @@ fn moved(source: &Arc<Memory>, pinning_receiver: PinningReceiver) -> Sent {
 #[test]
 fn c67_a_pinning_receiver_takes_no_longer_than_when_every_page_is_sent() {
     if let Err(error) = lock(&untouched(ram_bytes())) {
-        let _nobody_listens = writeln!(io::stderr(), "SKIPPED: cannot lock memory here: {error}");
-        return;
+        return skip::skip(format_args!("cannot lock memory here: {error}"));
     }
     let source = untouched(ram_bytes());
     for gpa in (0..ram_bytes() / 16).step_by(4096) {
