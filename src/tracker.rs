@@ -3,6 +3,7 @@
 //! [`Tracker`]: everything that knows which pages are dirty, and nothing about devices' state.
 
 mod address_space;
+mod attached;
 mod builder;
 mod changes;
 mod mappings;
@@ -22,9 +23,11 @@ use crate::ledger::{Attribution, Chunk, ChunkLimits, CursorId, Ledger, Outstandi
 use crate::range::GpaRange;
 #[cfg(feature = "transfer")]
 use crate::source::Reports;
-use crate::source::{DirtySource, SourceError, choose};
+use crate::source::{SourceError, choose};
 
 pub use address_space::{AddressSpace, AddressSpaceError, SpaceDevice, SpaceTable};
+use attached::Attached;
+pub use attached::SpaceId;
 pub use builder::{ImpreciseSource, TrackerBuilder};
 pub use mappings::{DeviceMappings, Disagreement, VmMappings};
 use mappings::{check_covers, check_devices, check_memory};
@@ -103,30 +106,6 @@ pub enum TrackerError {
         /// Bytes of the chunks that were neither committed nor rolled back.
         bytes: u64,
     },
-}
-
-/// Names one IOVA address space of a [`Tracker`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct SpaceId(usize);
-
-impl SpaceId {
-    /// The space where IOVA equals GPA, which is always there.
-    pub const IDENTITY: Self = Self(0);
-}
-
-struct Attached {
-    source: Box<dyn DirtySource>,
-    space: SpaceId,
-    /// The devices whose writes it reports, where it reports devices'.
-    devices: Vec<String>,
-    precise: bool,
-}
-
-impl Attached {
-    fn new(space: SpaceId, devices: Vec<String>, source: Box<dyn DirtySource>) -> Self {
-        let precise = source.cover().precise;
-        Self { source, space, devices, precise }
-    }
 }
 
 /// What a source that fails does to a migration. All it covers counts as written either way.

@@ -5,7 +5,7 @@
 use thiserror::Error;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::Attached;
+use super::attached::Attached;
 use crate::layout::{Layout, Region};
 use crate::range::{GpaRange, first_outside};
 use crate::source::Reports;

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
+use super::decode::DecodeError;
 use super::dma::DmaServer;
-use super::error::{BrokenBy, DecodeError, Error, ServeError};
+use super::error::{BrokenBy, Error, ServeError};
 use super::message::{Command, HEADER_BYTES, Header, Kind, MAX_REQUEST_DATA_BYTES};
 use super::transport::{Deadline, Stopped, Transport, first_can_be_read};
 

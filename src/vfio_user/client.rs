@@ -10,8 +10,9 @@ use vm_memory::GuestAddressSpace;
 use zerocopy::IntoBytes;
 
 use super::channel::{Channel, echoed};
+use super::decode::DecodeError;
 use super::dma::DmaServer;
-use super::error::{DecodeError, Error};
+use super::error::Error;
 use super::message::{Command, DeviceInfo, MAX_REQUEST_DATA_BYTES, RegionAccess, RegionInfo};
 use super::version::{
     Capabilities, MAX_DATA_XFER_BYTES, MAX_VERSION_DATA_BYTES, MIN_BITMAP_BYTES, MIN_DATA_XFER_BYTES,

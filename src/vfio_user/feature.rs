@@ -8,7 +8,7 @@
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::error::DecodeError;
+use super::decode::DecodeError;
 use super::message::{MAX_BITMAP_BYTES, MAX_REQUEST_DATA_BYTES, split};
 
 /// `VFIO_DEVICE_FEATURE_GET`: the request asks for the feature's data.

@@ -10,7 +10,7 @@ use std::fmt;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::error::DecodeError;
+use super::decode::DecodeError;
 
 /// Bytes of the header that precedes every message.
 pub const HEADER_BYTES: usize = size_of::<RawHeader>();

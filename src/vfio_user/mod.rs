@@ -16,6 +16,7 @@
 
 mod channel;
 pub mod client;
+mod decode;
 mod dma;
 mod error;
 pub mod feature;
@@ -26,8 +27,9 @@ pub mod version;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use client::{Client, Options};
+pub use decode::DecodeError;
 pub use dma::DmaRegion;
-pub use error::{BrokenBy, DecodeError, Error, ServeError};
+pub use error::{BrokenBy, Error, ServeError};
 
 /// A client for all that speaks to one device: the VMM, the dirty source, the device's state.
 pub type SharedClient = Arc<Mutex<Client>>;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::U16;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::error::DecodeError;
+use super::decode::DecodeError;
 use super::message::{MAX_BITMAP_BYTES, split};
 
 /// The major version this library speaks.

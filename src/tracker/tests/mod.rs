@@ -13,7 +13,7 @@ use crate::granule::Granule;
 use crate::iova::Mapping;
 use crate::range::GpaRange;
 use crate::range::IovaRange;
-use crate::source::{Cover, Harvest, Operation, PluggedRam, Reports, Sink};
+use crate::source::{Cover, DirtySource, Harvest, Operation, PluggedRam, Reports, Sink};
 
 pub(crate) const PAGES: u64 = 256;
 

@@ -8,8 +8,9 @@ use zerocopy::IntoBytes;
 
 use super::{Client, echoed, size_u32};
 use crate::range::IovaRange;
+use crate::vfio_user::decode::DecodeError;
 use crate::vfio_user::dma::DmaRegion;
-use crate::vfio_user::error::{DecodeError, Error};
+use crate::vfio_user::error::Error;
 use crate::vfio_user::message::{Command, DMA_MAP_READABLE, DMA_MAP_WRITEABLE, DmaMap, DmaUnmap};
 
 impl Client {

@@ -7,7 +7,8 @@ use zerocopy::IntoBytes;
 use super::{Client, chunk_u32, echoed};
 use crate::granule::Granule;
 use crate::range::IovaRange;
-use crate::vfio_user::error::{DecodeError, Error};
+use crate::vfio_user::decode::DecodeError;
+use crate::vfio_user::error::Error;
 use crate::vfio_user::feature::{
     FEATURE_GET, FEATURE_PROBE, FEATURE_SET, Feature, FeatureHeader, LoggingControl, LoggingRange,
     LoggingReport, MAX_LOGGING_RANGES, MigState, Migration,
