@@ -299,15 +299,18 @@ fn whatever_runs_short_of_memory_says_so() {
         assert!(ended.code == Some(0) || is_named, "{what} with {kib} KiB: {ended:?}");
         ended.code == Some(0)
     };
-    let mut done = [0; 4];
+    let mut done = [0_usize; 4];
     let limits: Vec<u32> = (24_000..=96_000).step_by(6_000).collect();
     for &kib in &limits {
         let apply = ["snapshot", "apply", &from, "--into", &into];
-        done[0] += u32::from(check("apply", kib, Tool::spawn(limited(kib).args(apply)).end()));
+        done[0] += usize::from(check("apply", kib, Tool::spawn(limited(kib).args(apply)).end()));
         let _absent = fs::remove_dir_all(&into);
         fs::remove_file(large.join(MANIFEST_FILE)).unwrap();
-        done[1] +=
-            u32::from(check("seal", kib, Tool::spawn(limited(kib).args(["snapshot", "seal", &from])).end()));
+        done[1] += usize::from(check(
+            "seal",
+            kib,
+            Tool::spawn(limited(kib).args(["snapshot", "seal", &from])).end(),
+        ));
         run(["snapshot", "seal", &from]).succeeded();
         for (side, of_receiver, of_sender) in [(2, kib, 1 << 30), (3, 1 << 30, kib)] {
             let receive = ["receive", &url, "--into", &into, "--log-level", "off", "--idle-timeout", "5"];
@@ -323,11 +326,11 @@ fn whatever_runs_short_of_memory_says_so() {
             }
             let received = receiver.end();
             let (what, ended) = if side == 2 { ("receive", received) } else { ("send", sent) };
-            done[side] += u32::from(!(waits && side == 2) && check(what, kib, ended));
+            done[side] += usize::from(!(waits && side == 2) && check(what, kib, ended));
             let _absent = (fs::remove_dir_all(&into), fs::remove_file(&socket));
         }
     }
     assert!(done.iter().all(|&done| done > 0), "{done:?} of {}", limits.len());
-    assert!(done.iter().any(|&done| done < limits.len() as u32), "{done:?}");
+    assert!(done.iter().any(|&done| done < limits.len()), "{done:?}");
     assert!(is_empty(out.root()));
 }

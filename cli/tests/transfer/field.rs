@@ -6,10 +6,14 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 use vfio_migration::snapshot::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
+use vfio_migration_integration::skip;
 
+use crate::dense::Dense;
 use crate::stored::Place;
 use crate::tool::{Ended, Tool, run};
 
@@ -45,16 +49,13 @@ const ELSEWHERE: &str = "memory zone mem0 is in /dev/shm/mem0 (Cloud Hypervisor 
 const EDITED: &str = "config.json of";
 const ODD: &str = "Memory range 0x200000..0x200800 is not of whole pages of 4 KiB";
 
+/// A kind with which every command works.
+fn kind(name: &'static str, make: fn(&Path)) -> Kind {
+    let tells = |info: &Value| info["kind"] == "full";
+    Kind { name, make, tells, seal: Works, verify: Works, send: Works, apply: Works }
+}
+
 fn kinds() -> Vec<Kind> {
-    let kind = |name, make| Kind {
-        name,
-        make,
-        tells: |info| info["kind"] == "full",
-        seal: Works,
-        verify: Works,
-        send: Works,
-        apply: Works,
-    };
     vec![
         Kind {
             tells: |info| info["elsewhere"][0]["file"] == "/dev/shm/mem0" && info["memory_bytes"] == 0,
@@ -102,6 +103,19 @@ fn mapped(gpa: u64, size: u64, zone: &str, virtio_mem: bool) -> Value {
 
 /// Writes a directory as a VMM does.
 fn write(dir: &Path, memory: &Value, ranges: &[(u64, u64)], mappings: &[Value]) {
+    write_texts(dir, memory, ranges, mappings);
+    let bytes: u64 = ranges.iter().map(|(_, length)| length).sum();
+    if bytes > 0 {
+        let file = File::create_new(dir.join(MEMORY_FILE)).unwrap();
+        file.set_len(bytes).unwrap();
+        for at in [0, bytes / 2 / PAGE * PAGE, bytes - 512] {
+            file.write_all_at(&[7; 512], at).unwrap();
+        }
+    }
+}
+
+/// Writes a directory without a file of memory.
+fn write_texts(dir: &Path, memory: &Value, ranges: &[(u64, u64)], mappings: &[Value]) {
     fs::create_dir(dir).unwrap();
     fs::write(dir.join(CONFIG_FILE), json!({"memory": memory, "disks": null}).to_string()).unwrap();
     let ranges_data: Vec<_> = ranges.iter().copied().map(listed).collect();
@@ -112,14 +126,16 @@ fn write(dir: &Path, memory: &Value, ranges: &[(u64, u64)], mappings: &[Value]) 
         "snapshot_data": {"state": own},
     });
     fs::write(dir.join(STATE_FILE), state.to_string()).unwrap();
-    let bytes: u64 = ranges.iter().map(|(_, length)| length).sum();
-    if bytes > 0 {
-        let file = File::create_new(dir.join(MEMORY_FILE)).unwrap();
-        file.set_len(bytes).unwrap();
-        for at in [0, bytes / 2 / PAGE * PAGE, bytes - 512] {
-            file.write_all_at(&[7; 512], at).unwrap();
-        }
-    }
+}
+
+/// Memory of 4 MiB as a VMM writes it where it can make no hole.
+fn dense(dir: &Path) {
+    let bytes = 4 << 20;
+    write_texts(dir, &json!({"size": bytes}), &[(0, bytes)], &[mapped(0, bytes, "mem0", false)]);
+    let mut memory = vec![0; usize::try_from(bytes).unwrap()];
+    memory[..512].fill(7);
+    memory[2 << 20..][..9000].fill(9);
+    fs::write(dir.join(MEMORY_FILE), memory).unwrap();
 }
 
 const ZONES: &str = r#"{"size": 0, "zones": [{"id": "own", "size": 2097152},
@@ -228,6 +244,80 @@ fn c50_c51_c52_c53_c66_every_command_works_with_every_directory_or_says_what_to_
         let begun = std::time::Instant::now();
         exercise(&kind, &dir, &place);
         eprintln!("{}: {:?}", kind.name, begun.elapsed());
+    }
+}
+
+#[test]
+fn c56_every_command_works_on_a_file_system_without_holes() {
+    let Some(file_system) = Dense::mount() else { return };
+    work_on(file_system.path());
+}
+
+#[test]
+fn c56_every_command_works_on_ramfs() {
+    const PLACE: &str = "VFIO_MIGRATE_TEST_RAMFS";
+    if let Some(mounted_at) = std::env::var_os(PLACE) {
+        return work_on(mounted_at.as_ref());
+    }
+    let place = Place::new();
+    let script = r#"mount -t ramfs none "$1" || exit 99
+        exec "$0" --exact field::c56_every_command_works_on_ramfs"#;
+    let mut command = Command::new("unshare");
+    command.args(["-rm", "/bin/sh", "-c", script]).arg(std::env::current_exe().unwrap()).arg(place.root());
+    let ended = Tool::spawn(command.env(PLACE, place.root())).end();
+    if ended.code == Some(99) || ended.stderr.contains("unshare") {
+        return skip("cannot mount ramfs with unshare");
+    }
+    assert!(ended.succeeded().stdout.contains("1 passed"), "there is no such test");
+}
+
+/// Does everything with a directory on another file system, a differential too.
+fn work_on(mounted_at: &Path) {
+    let place = Place::within(mounted_at);
+    let dir = place.path("dir");
+    dense(&dir);
+    exercise(&kind("dense memory", dense), &dir, &place);
+
+    let [base, dir, changed] = [place.path("sent"), dir, place.path("changed")];
+    let memory = File::options().write(true).open(dir.join(MEMORY_FILE)).unwrap();
+    memory.write_all_at(&[3; 4096], 1 << 20).unwrap();
+    memory.write_all_at(&[0; 12288], 2 << 20).unwrap();
+    fs::remove_file(dir.join(MANIFEST_FILE)).unwrap();
+    snapshot("seal", &dir, &[]).succeeded();
+    let options = ["--base", base.to_str().unwrap()];
+    let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &changed, &options);
+    Tool::send(&url, &dir, &[]).end().succeeded();
+    receiver.end().succeeded();
+    let whole = place.path("whole");
+    let apply = [base.as_path(), &changed, "--into".as_ref(), &whole];
+    run([Path::new("snapshot"), "apply".as_ref()].into_iter().chain(apply)).succeeded();
+    assert!(fs::read(whole.join(MEMORY_FILE)).unwrap() == fs::read(dir.join(MEMORY_FILE)).unwrap());
+}
+
+#[test]
+fn a_directory_that_was_moved_is_whole_whatever_its_file_system_says() {
+    let Some(file_system) = Dense::mount() else { return };
+    let (elsewhere, place) = (Place::new(), Place::within(file_system.path()));
+    let (from, into) = (elsewhere.stored("from", 1), place.path("into"));
+    file_system.faults.denies_moves.store(true, Ordering::Relaxed);
+    run(["snapshot".as_ref(), "apply".as_ref(), from.as_path(), "--into".as_ref(), &into]).succeeded();
+    snapshot("verify", &into, &[]).succeeded();
+}
+
+#[test]
+fn a_disk_that_reads_nothing_ends_no_command_by_a_signal() {
+    let Some(file_system) = Dense::mount() else { return };
+    let place = Place::within(file_system.path());
+    let dir = place.path("dir");
+    dense(&dir);
+    snapshot("seal", &dir, &[]).succeeded();
+    *file_system.faults.unreadable.lock().unwrap() = Some(MEMORY_FILE);
+    let named = "memory-ranges: Input/output error (os error 5)";
+    snapshot("verify", &dir, &[]).failed(4, named);
+    for options in [&[][..], &["--all-pages"]] {
+        let (receiver, url) = Tool::receive("tcp:127.0.0.1:0", &place.path("into"), &[]);
+        Tool::send(&url, &dir, options).end().failed(4, named);
+        receiver.end().failed(3, "");
     }
 }
 

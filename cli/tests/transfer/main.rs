@@ -8,6 +8,7 @@ mod altered;
 #[expect(dead_code, reason = "the library's own tests use more of it")]
 mod certificates;
 mod commands;
+mod dense;
 mod devices;
 mod faults;
 mod field;

@@ -39,6 +39,11 @@ impl Place {
         Self(tempfile::tempdir().unwrap())
     }
 
+    /// One in `dir`, which may be on another file system.
+    pub(crate) fn within(dir: &Path) -> Self {
+        Self(tempfile::tempdir_in(dir).unwrap())
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
