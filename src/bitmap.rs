@@ -93,7 +93,17 @@ impl Bitmap {
     /// The words of `block`, which from now on counts as holding a bit.
     pub(crate) fn block_mut(&mut self, block: usize) -> &mut [u64; BLOCK_WORDS] {
         self.note(block);
+        self.words_of(block)
+    }
+
+    /// The words of `block`, of which bits may be cleared.
+    pub(crate) fn words_of(&mut self, block: usize) -> &mut [u64; BLOCK_WORDS] {
         self.words[block * BLOCK_WORDS..].first_chunk_mut().expect("whole blocks")
+    }
+
+    /// Whether `block` may hold a set bit.
+    pub(crate) fn may_hold(&self, block: usize) -> bool {
+        self.summary[block / WORD_BITS] >> (block % WORD_BITS) & 1 == 1
     }
 
     /// Tells the summary that `block` is empty, which the caller has made so.
@@ -136,10 +146,18 @@ impl Bitmap {
         self.words[word] &= !mask;
     }
 
-    /// Sets the bits from `first_word` on that `words` has set.
+    /// Sets the bits from `first_word` on that `words` has set; blocks that get none are only read.
     pub(crate) fn or_words(&mut self, first_word: usize, words: &[u64]) {
-        for (offset, &word) in words.iter().enumerate() {
+        let head = first_word.next_multiple_of(BLOCK_WORDS) - first_word;
+        let (head, whole) = words.split_at(head.min(words.len()));
+        for (offset, &word) in head.iter().enumerate() {
             self.or_word(first_word + offset, word);
+        }
+        let first_block = (first_word + head.len()) / BLOCK_WORDS;
+        for (offset, words) in whole.chunks(BLOCK_WORDS).enumerate() {
+            if words.iter().fold(0, |any, word| any | word) != 0 {
+                self.block_mut(first_block + offset).iter_mut().zip(words).for_each(|(to, word)| *to |= word);
+            }
         }
     }
 

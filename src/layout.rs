@@ -219,10 +219,15 @@ impl Layout {
         })
     }
 
-    #[cfg(test)]
     /// Returns the index of the region whose words hold `word`, padding counted with the region before it.
     pub(crate) fn region_index_of_word(&self, word: usize) -> usize {
         self.regions.partition_point(|region| region.first_word <= word) - 1
+    }
+
+    /// Does the same, for a word that lies in region `index` or behind.
+    pub(crate) fn region_index_from(&self, index: usize, word: usize) -> usize {
+        let further = self.regions[index + 1..].iter().take_while(|region| region.first_word <= word);
+        index + further.count()
     }
 
     /// Returns the address of the first page at or after `bit`; `None` behind the last one.

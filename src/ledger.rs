@@ -6,11 +6,19 @@
 //! both of the latter. [`Ledger::take`] moves pending pages into flight, [`Ledger::commit`] forgets them once the receiver has
 //! acknowledged, [`Ledger::roll_back`] makes them pending again.
 
-use crate::bitmap::{BLOCK_WORDS, Bitmap, WORD_BITS, low_bits};
 use crate::iova::IovaMap;
-use crate::layout::{Layout, Region};
-use crate::range::{GpaRange, subtract};
+use crate::layout::Layout;
+use crate::range::GpaRange;
 use crate::source::{Marks, Sink};
+
+mod collection;
+mod cursor;
+
+pub(crate) use collection::Collection;
+pub use cursor::Chunk;
+
+use collection::Report;
+use cursor::Cursor;
 
 /// Names one cursor of one ledger; never used again after the cursor is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,40 +45,6 @@ pub struct ChunkLimits {
 impl ChunkLimits {
     /// No limit: one chunk is the whole round.
     pub const NONE: Self = Self { bytes: u64::MAX, ranges: usize::MAX };
-}
-
-/// Pages in flight to one receiver: sorted, disjoint, coalesced ranges.
-///
-/// Ends in [`Ledger::commit`] or [`Ledger::roll_back`]; dropped, its pages stay in flight until their cursor is closed.
-#[derive(Debug)]
-#[must_use = "pages of a chunk stay in flight until it is committed or rolled back"]
-pub struct Chunk {
-    cursor: CursorId,
-    ranges: Vec<GpaRange>,
-    bytes: u64,
-}
-
-impl Chunk {
-    /// Ranges, ascending; no two touch.
-    pub fn ranges(&self) -> &[GpaRange] {
-        &self.ranges
-    }
-
-    /// Bytes of guest memory in the ranges.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    fn ends_at(&self, gpa: u64) -> bool {
-        self.ranges.last().is_some_and(|last| last.end() == gpa)
-    }
-
-    fn push(&mut self, gpa: u64, bytes: u64) {
-        self.bytes += bytes;
-        let joined = if self.ends_at(gpa) { self.ranges.pop() } else { None };
-        let start = joined.map_or(gpa, GpaRange::start);
-        self.ranges.push(GpaRange::from_bounds(start, gpa + bytes).expect("RAM does not wrap"));
-    }
 }
 
 /// How much a cursor's receiver still lacks.
@@ -105,26 +79,6 @@ impl Attribution {
     }
 }
 
-#[derive(Debug)]
-struct Cursor {
-    id: CursorId,
-    pending: Bitmap,
-    pending_pages: u64,
-    in_flight: Bitmap,
-    in_flight_pages: u64,
-    /// Pages reported since the cursor was opened.
-    dirtied: Bitmap,
-    dirtied_pages: u64,
-    /// Bits below were offered to this round.
-    position: usize,
-    /// Pages on their way of RAM that was unplugged since: RAM plugged in at their address waits for them, or an old page could
-    /// arrive after a new one.
-    departed: Vec<GpaRange>,
-    /// RAM plugged in since the cursor was opened, there or not by now.
-    plugged: Vec<GpaRange>,
-    spare: Vec<Vec<GpaRange>>,
-}
-
 /// The dirty pages of a VM: what its sources reported, and what each receiver still needs of it.
 ///
 /// ```
@@ -147,6 +101,7 @@ pub struct Ledger {
     attribution: Vec<Attribution>,
     cursors: Vec<Cursor>,
     next_id: u64,
+    spare: Vec<Report<'static>>,
 }
 
 impl Ledger {
@@ -158,6 +113,7 @@ impl Ledger {
             attribution: vec![Attribution::default(); sources],
             cursors: Vec::new(),
             next_id: 0,
+            spare: Vec::new(),
         }
     }
 
@@ -170,20 +126,7 @@ impl Ledger {
     pub fn open(&mut self, start: Start) -> CursorId {
         let id = CursorId(self.next_id);
         self.next_id += 1;
-        let words = self.layout.words();
-        let mut cursor = Cursor {
-            id,
-            pending: Bitmap::new(words),
-            pending_pages: 0,
-            in_flight: Bitmap::new(words),
-            in_flight_pages: 0,
-            dirtied: Bitmap::new(words),
-            dirtied_pages: 0,
-            position: 0,
-            departed: Vec::new(),
-            plugged: Vec::new(),
-            spare: Vec::new(),
-        };
+        let mut cursor = Cursor::new(id, &self.layout);
         if start == Start::Empty {
             for region in self.layout.regions() {
                 cursor.mark(&self.layout, region.range());
@@ -215,38 +158,12 @@ impl Ledger {
     ///
     /// One pass, block by block; untouched blocks cost a summary bit each. Allocates nothing.
     pub fn absorb(&mut self) {
-        let blocks = self.layout.words() / BLOCK_WORDS;
-        for group in 0..blocks.div_ceil(WORD_BITS) {
-            let mut touched = self.marks.iter().fold(0, |all, marks| all | marks.dirty.summary_word(group));
-            while touched != 0 {
-                self.absorb_block(group * WORD_BITS + touched.trailing_zeros() as usize);
-                touched &= touched - 1;
-            }
-        }
+        self.collection().absorb();
     }
 
-    fn absorb_block(&mut self, block: usize) {
-        let (mut once, mut twice) = ([0u64; BLOCK_WORDS], [0u64; BLOCK_WORDS]);
-        for marks in &self.marks {
-            for (i, word) in marks.dirty.block(block).iter().enumerate() {
-                twice[i] |= once[i] & word;
-                once[i] |= word;
-            }
-        }
-        for (marks, attribution) in self.marks.iter_mut().zip(&mut self.attribution) {
-            let words = marks.dirty.block(block).iter().zip(marks.repeated.block(block));
-            for ((dirty, repeated), shared) in words.zip(&twice) {
-                attribution.pages += u64::from((dirty & !repeated).count_ones());
-                attribution.exclusive_pages += u64::from((dirty & !repeated & !shared).count_ones());
-            }
-            marks.dirty.clear_block(block);
-            marks.repeated.clear_block(block);
-        }
-        if once != [0; BLOCK_WORDS] {
-            for cursor in &mut self.cursors {
-                cursor.absorb_block(block, &once);
-            }
-        }
+    /// Begins a collect in which sources may lend their words.
+    pub(crate) fn collection(&mut self) -> Collection<'_> {
+        Collection::new(self)
     }
 
     /// Makes the pages of `range` pending for every cursor, attributed to no source.
@@ -290,29 +207,25 @@ impl Ledger {
     /// How much the cursor's receiver still lacks; `None` once the cursor is closed.
     pub fn outstanding(&self, cursor: CursorId) -> Option<Outstanding> {
         let cursor = self.cursors.iter().find(|open| open.id == cursor)?;
-        let shift = self.layout.host_page().shift();
-        Some(Outstanding {
-            pending_bytes: cursor.pending_pages << shift,
-            in_flight_bytes: cursor.in_flight_pages << shift,
-        })
+        Some(cursor.outstanding(&self.layout))
     }
 
     /// Bytes of pages reported dirty at least once since the cursor was opened; `None` once it is closed.
     pub fn dirtied_bytes(&self, cursor: CursorId) -> Option<u64> {
         let cursor = self.cursors.iter().find(|open| open.id == cursor)?;
-        Some(cursor.dirtied_pages << self.layout.host_page().shift())
+        Some(cursor.dirtied_bytes(&self.layout))
     }
 
     /// RAM plugged in since the cursor was opened, whether it is there by now or not. What was known before of what lies behind these
     /// addresses, their holes for one, may be of RAM that is gone.
     pub fn plugged(&self, cursor: CursorId) -> &[GpaRange] {
-        self.cursors.iter().find(|open| open.id == cursor).map_or(&[], |open| &open.plugged)
+        self.cursors.iter().find(|open| open.id == cursor).map_or(&[], Cursor::plugged)
     }
 
     /// Begins a round: the next [`Ledger::take`] starts again at the lowest page.
     pub fn begin_round(&mut self, cursor: CursorId) {
         if let Some(cursor) = self.cursors.iter_mut().find(|open| open.id == cursor) {
-            cursor.position = 0;
+            cursor.begin_round(&self.layout);
         }
     }
 
@@ -322,171 +235,22 @@ impl Ledger {
     /// and stay pending. Allocates only while the number of chunks in flight grows.
     pub fn take(&mut self, cursor: CursorId, limits: ChunkLimits) -> Option<Chunk> {
         let cursor = self.cursors.iter_mut().find(|open| open.id == cursor)?;
-        let mut chunk = Chunk { cursor: cursor.id, ranges: cursor.spare.pop().unwrap_or_default(), bytes: 0 };
-        cursor.take(&self.layout, limits, &mut chunk);
-        if chunk.ranges.is_empty() {
-            cursor.spare.push(chunk.ranges);
-            return None;
-        }
-        Some(chunk)
+        cursor.take(&self.layout, limits)
     }
 
     /// Forgets pages that the receiver acknowledged. Pages written since they were taken stay pending.
     pub fn commit(&mut self, chunk: Chunk) {
         if let Some(cursor) = self.cursors.iter_mut().find(|open| open.id == chunk.cursor) {
-            cursor.land(&self.layout, &chunk);
-            cursor.recycle(chunk);
+            cursor.land(&self.layout, chunk);
         }
     }
 
     /// Makes pages pending again whose copy did not arrive, for the same receiver.
     pub fn roll_back(&mut self, chunk: Chunk) {
         if let Some(cursor) = self.cursors.iter_mut().find(|open| open.id == chunk.cursor) {
-            cursor.land(&self.layout, &chunk);
-            for &range in &chunk.ranges {
-                cursor.mark(&self.layout, range);
-            }
-            cursor.recycle(chunk);
+            cursor.roll_back(&self.layout, chunk);
         }
     }
-}
-
-impl Cursor {
-    fn mark(&mut self, layout: &Layout, range: GpaRange) {
-        for bits in layout.bits_of(range) {
-            for (word, mask) in crate::bitmap::masks(bits) {
-                self.pending_pages += u64::from((mask & !self.pending.word(word)).count_ones());
-                self.pending.or_word(word, mask);
-            }
-        }
-    }
-
-    fn absorb_block(&mut self, block: usize, dirty: &[u64; BLOCK_WORDS]) {
-        for (pending, dirty) in self.pending.block_mut(block).iter_mut().zip(dirty) {
-            self.pending_pages += u64::from((dirty & !*pending).count_ones());
-            *pending |= dirty;
-        }
-        for (dirtied, dirty) in self.dirtied.block_mut(block).iter_mut().zip(dirty) {
-            self.dirtied_pages += u64::from((dirty & !*dirtied).count_ones());
-            *dirtied |= dirty;
-        }
-    }
-
-    fn take(&mut self, layout: &Layout, limits: ChunkLimits, chunk: &mut Chunk) {
-        let mut room = (limits.bytes >> layout.host_page().shift()).max(1);
-        let (mut at, mut region) = (self.position, 0);
-        while let Some(word) = self.next_word(at) {
-            while layout.regions().get(region + 1).is_some_and(|next| next.words().start <= word) {
-                region += 1;
-            }
-            let mut offered = self.pending.word(word) & !self.in_flight.word(word);
-            if word == self.position / WORD_BITS {
-                offered &= !low_bits(self.position % WORD_BITS);
-            }
-            while offered != 0 && room > 0 {
-                let first = offered.trailing_zeros() as usize;
-                let run = (offered >> first).trailing_ones() as usize;
-                let run = run.min(usize::try_from(room).unwrap_or(run));
-                let gpa = layout.gpa_of(region, word * WORD_BITS + first);
-                if chunk.ranges.len() >= limits.ranges.max(1) && !chunk.ends_at(gpa) {
-                    return;
-                }
-                chunk.push(gpa, (run as u64) << layout.host_page().shift());
-                room -= run as u64;
-                offered &= !(low_bits(run) << first);
-                self.depart(word, low_bits(run) << first);
-                self.position = word * WORD_BITS + first + run;
-            }
-            if room == 0 {
-                return;
-            }
-            self.leave(word);
-            at = (word + 1) * WORD_BITS;
-        }
-    }
-
-    /// Finds the first word at or after the one of bit `at` that may hold a pending page.
-    fn next_word(&self, at: usize) -> Option<usize> {
-        let word = at / WORD_BITS;
-        if !word.is_multiple_of(BLOCK_WORDS) {
-            return Some(word);
-        }
-        let block = self.pending.next_block(word / BLOCK_WORDS)?;
-        Some(word.max(block * BLOCK_WORDS))
-    }
-
-    fn depart(&mut self, word: usize, mask: u64) {
-        self.pending.clear_word(word, mask);
-        self.in_flight.or_word(word, mask);
-        let pages = u64::from(mask.count_ones());
-        self.pending_pages -= pages;
-        self.in_flight_pages += pages;
-    }
-
-    /// Tells the summary when `word` was the last of a block that turned out empty.
-    fn leave(&mut self, word: usize) {
-        let block = word / BLOCK_WORDS;
-        if (word + 1).is_multiple_of(BLOCK_WORDS) && *self.pending.block(block) == [0; BLOCK_WORDS] {
-            self.pending.mark_empty(block);
-        }
-    }
-
-    fn land(&mut self, layout: &Layout, chunk: &Chunk) {
-        for &range in &chunk.ranges {
-            subtract(&mut self.departed, range);
-            for bits in layout.bits_of(range) {
-                self.in_flight_pages -= self.in_flight.count(bits.clone());
-                self.in_flight.clear(bits);
-            }
-        }
-    }
-
-    fn change_layout(&mut self, old: &Layout, new: &Layout) {
-        let moved = |bits: &Bitmap| {
-            let mut moved = Bitmap::new(new.words());
-            old.ranges_in(bits).flat_map(|range| new.bits_of(range)).for_each(|bits| moved.set(bits));
-            moved
-        };
-        let mut departed: Vec<_> = old.ranges_in(&self.in_flight).chain(self.departed.drain(..)).collect();
-        let mut in_flight = Bitmap::new(new.words());
-        for bits in departed.iter().flat_map(|&range| new.bits_of(range)) {
-            in_flight.set(bits);
-        }
-        new.regions().iter().for_each(|region| subtract(&mut departed, region.range()));
-        let (pending, dirtied) = (moved(&self.pending), moved(&self.dirtied));
-        let position = old.gpa_from(self.position).map_or(usize::MAX, |gpa| new.bit_from(gpa));
-        *self = Self {
-            pending_pages: pages_in(new, &pending),
-            in_flight_pages: pages_in(new, &in_flight),
-            dirtied_pages: pages_in(new, &dirtied),
-            position: position.min(new.words() * WORD_BITS),
-            pending,
-            in_flight,
-            dirtied,
-            departed,
-            plugged: std::mem::take(&mut self.plugged),
-            spare: std::mem::take(&mut self.spare),
-            id: self.id,
-        };
-        let mut plugged: Vec<_> = new.regions().iter().map(Region::range).collect();
-        old.regions().iter().for_each(|region| subtract(&mut plugged, region.range()));
-        for range in plugged {
-            self.mark(new, range);
-            if !self.plugged.iter().any(|known| known.covers(range)) {
-                self.plugged.push(range);
-            }
-        }
-    }
-
-    fn recycle(&mut self, chunk: Chunk) {
-        let mut ranges = chunk.ranges;
-        ranges.clear();
-        self.spare.push(ranges);
-    }
-}
-
-fn pages_in(layout: &Layout, bits: &Bitmap) -> u64 {
-    layout.ranges_in(bits).map(|range| range.len() >> layout.host_page().shift()).sum()
 }
 
 #[cfg(test)]

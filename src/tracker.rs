@@ -377,15 +377,33 @@ impl Tracker {
 
     fn collect_from(&mut self, which: impl Fn(&Attached) -> bool) -> Vec<SourceError> {
         let mut degradations = Vec::new();
-        for (index, attached) in self.sources.iter_mut().enumerate().filter(|(_, attached)| which(attached)) {
-            let mut sink = self.ledger.sink(index, &self.spaces[attached.space.0]);
-            if let Err(error) = attached.source.collect(&mut sink) {
-                attached.source.cover().ranges.into_iter().for_each(|range| sink.gpa_range(range));
-                degradations.push(error);
+        let mut next = 0;
+        while let Err((failed, error)) = self.collect_until_failure(next, &which) {
+            let Attached { source, space, .. } = &self.sources[failed];
+            let mut sink = self.ledger.sink(failed, &self.spaces[space.0]);
+            source.cover().ranges.into_iter().for_each(|range| sink.gpa_range(range));
+            degradations.push(error);
+            next = failed + 1;
+        }
+        degradations
+    }
+
+    /// Collects from source number `first` on, and absorbs what all sources reported; unless one fails, whose number is returned:
+    /// then what was reported so far waits in the ledger.
+    fn collect_until_failure(
+        &mut self,
+        first: usize,
+        which: impl Fn(&Attached) -> bool,
+    ) -> Result<(), (usize, SourceError)> {
+        let mut collection = self.ledger.collection();
+        for (index, attached) in self.sources.iter_mut().enumerate() {
+            let sink = collection.next_sink(&self.spaces[attached.space.0]);
+            if index >= first && which(attached) {
+                attached.source.collect(sink).map_err(|error| (index, error))?;
             }
         }
-        self.ledger.absorb();
-        degradations
+        collection.absorb();
+        Ok(())
     }
 
     fn check_mappings(&self) -> Result<(), Disagreement> {

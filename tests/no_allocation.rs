@@ -39,8 +39,9 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// A device log that reports a fixed, coarse pattern from a buffer it keeps.
+/// A device log that reports a fixed pattern from a buffer it keeps.
 struct Pattern {
+    id: &'static str,
     words: Vec<u64>,
     range: GpaRange,
     granule: Granule,
@@ -48,7 +49,7 @@ struct Pattern {
 
 impl DirtySource for Pattern {
     fn id(&self) -> &str {
-        "pattern"
+        self.id
     }
 
     fn reports(&self) -> Reports {
@@ -63,8 +64,9 @@ impl DirtySource for Pattern {
         Ok(())
     }
 
-    fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
-        sink.gpa_words(self.range, self.granule, &self.words).expect("as many words as the range has bits");
+    fn collect<'a>(&'a mut self, sink: &mut Sink<'a>) -> Result<(), SourceError> {
+        sink.lend_gpa_words(self.range, self.granule, &self.words, None)
+            .expect("as many words as the range has bits");
         Ok(())
     }
 
@@ -104,16 +106,24 @@ fn a_warm_round_allocates_nothing() {
     let memory: Arc<GuestMemoryMmap<SummaryBitmap>> =
         Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 32 << 20)]).expect("memory"));
     let layout = Layout::from_guest_memory(&*memory).expect("one region");
-    let pattern = Pattern {
+    let coarse = Pattern {
+        id: "coarse",
         words: vec![0x0010_0200_8000_0401; 2],
         range: GpaRange::new(0, 8 << 20).expect("a range"),
         granule: Granule::new(64 << 10).expect("a power of two"),
+    };
+    let lent = Pattern {
+        id: "lent",
+        words: vec![0x0010_0200_8000_0401; 64],
+        range: GpaRange::new(8 << 20, 16 << 20).expect("a range"),
+        granule: Granule::host_page(),
     };
     let maps = Arc::clone(&memory);
     let mut vm = Tracker::builder(layout)
         .mappings(move || VmMappings::of_memory(&*maps))
         .source(Box::new(GuestMemoryLog::new(Arc::clone(&memory))))
-        .source(Box::new(pattern))
+        .source(Box::new(coarse))
+        .source(Box::new(lent))
         .build()
         .expect("two names");
     let cursor = vm.begin(Start::Copied).expect("sources start");

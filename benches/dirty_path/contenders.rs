@@ -11,7 +11,7 @@ use crate::report::milliseconds;
 
 /// Reads both logs once.
 pub(crate) fn floor(bits: &Bits) {
-    let all = bits.first.iter().zip(&bits.second).fold(0, |all, (first, second)| all | first | second);
+    let all = bits.first.iter().zip(&*bits.second).fold(0, |all, (first, second)| all | first | second);
     black_box(all);
 }
 
@@ -60,7 +60,7 @@ pub(crate) fn usual(bits: &Bits) -> (Vec<Dirty>, f64) {
     let mut table = Vec::new();
     let spent = milliseconds(|| {
         // The kernel's answer comes in a fresh vector.
-        let log = bits.first.clone();
+        let log = bits.first.to_vec();
         let written = own.get_and_reset();
         table = table_of(log.iter().zip(&written).map(|(log, written)| log | written));
         table.extend(table_of(bits.second.iter().copied()));

@@ -11,7 +11,7 @@ use vfio_migration::layout::Layout;
 use vfio_migration::ledger::{ChunkLimits, CursorId, Start};
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, Reports, Sink, SourceError, SummaryBitmap, TakeDirtyWords};
-use vfio_migration::tracker::Tracker;
+use vfio_migration::tracker::{Tracker, VmMappings};
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 
 use crate::contenders::is;
@@ -39,11 +39,12 @@ impl Ours {
     pub(crate) fn new(bits: &Bits) -> Self {
         let ram = GpaRange::new(0, bits.ram_bytes).unwrap();
         let own = Arc::new(SummaryBitmap::with_len(bits.ram_bytes as usize));
-        let log = |id, words: &Vec<u64>| Box::new(Log { id, ram, words: words.clone() });
+        let log = |id, words: &Arc<Vec<u64>>| Box::new(Log { id, ram, words: Arc::clone(words) });
         let mut tracker = Tracker::builder(Layout::new([ram], Granule::KIB_4).unwrap())
             .source(log("first", &bits.first))
             .source(log("second", &bits.second))
             .source(Box::new(Own { ram, bitmap: Arc::clone(&own) }))
+            .mappings(move || VmMappings { ram: vec![ram], ..VmMappings::default() })
             .build()
             .unwrap();
         let cursor = tracker.begin(Start::Copied).unwrap();
@@ -83,7 +84,7 @@ impl Ours {
 struct Log {
     id: &'static str,
     ram: GpaRange,
-    words: Vec<u64>,
+    words: Arc<Vec<u64>>,
 }
 
 impl DirtySource for Log {
@@ -103,8 +104,8 @@ impl DirtySource for Log {
         Ok(())
     }
 
-    fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
-        sink.gpa_words(self.ram, Granule::KIB_4, &self.words).unwrap();
+    fn collect<'a>(&'a mut self, sink: &mut Sink<'a>) -> Result<(), SourceError> {
+        sink.lend_gpa_words(self.ram, Granule::KIB_4, &self.words, None).unwrap();
         Ok(())
     }
 

@@ -2,6 +2,8 @@
 
 //! Which pages are dirty, and which of the logs tells of them.
 
+use std::sync::Arc;
+
 /// How dirty pages lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pattern {
@@ -52,9 +54,9 @@ const OWN_WRITES: u64 = 1000;
 pub(crate) struct Bits {
     pub(crate) ram_bytes: u64,
     /// One log's words, KVM's say.
-    pub(crate) first: Vec<u64>,
+    pub(crate) first: Arc<Vec<u64>>,
     /// Another's, a device's say.
-    pub(crate) second: Vec<u64>,
+    pub(crate) second: Arc<Vec<u64>>,
     /// Pages that the VMM wrote.
     pub(crate) own: Vec<usize>,
     /// All of them.
@@ -94,7 +96,7 @@ impl Bits {
         let own: Vec<_> = (0..writes).map(|_| random.below(pages) as usize).collect();
         let mut merged: Vec<_> = first.iter().zip(&second).map(|(first, second)| first | second).collect();
         own.iter().for_each(|page| merged[page / 64] |= 1 << (page % 64));
-        Self { ram_bytes, first, second, own, merged }
+        Self { ram_bytes, first: Arc::new(first), second: Arc::new(second), own, merged }
     }
 
     /// Dirty pages.

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::granule::Granule;
+use crate::layout::Region;
 
 /// A page-at-a-time ledger with one cursor, as plain as can be.
 #[derive(Default)]
@@ -17,8 +18,8 @@ struct Naive {
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// Report (source, first page, pages), then absorb.
-    Collect(Vec<(usize, u64, u64)>),
+    /// Report (source, first page, pages), by words that are lent or page by page, then absorb.
+    Collect(Vec<(usize, u64, u64)>, bool),
     Mark(u64, u64),
     BeginRound,
     Take {
@@ -34,7 +35,8 @@ const SOURCES: usize = 3;
 fn step() -> impl Strategy<Value = Step> {
     let run = (0..700u64, prop_oneof![1..4u64, 1..200u64]);
     prop_oneof![
-        4 => prop::collection::vec((0..SOURCES, 0..700u64, prop_oneof![1..4u64, 1..200u64]), 0..6).prop_map(Step::Collect),
+        4 => (prop::collection::vec((0..SOURCES, 0..700u64, prop_oneof![1..4u64, 1..200u64]), 0..6), any::<bool>())
+            .prop_map(|(spans, lend)| Step::Collect(spans, lend)),
         1 => run.prop_map(|(page, pages)| Step::Mark(page, pages)),
         2 => Just(Step::BeginRound),
         6 => (0..400u64, 1..9usize).prop_map(|(pages, ranges)| Step::Take { bytes: pages << 12, ranges }),
@@ -64,6 +66,42 @@ fn pages_of(layout: &Layout, first: u64, pages: u64) -> impl Iterator<Item = u64
 
 fn pages_in(ranges: &[GpaRange]) -> Vec<u64> {
     ranges.iter().flat_map(|range| (range.start() >> 12)..(range.end() >> 12)).collect()
+}
+
+/// For each source the words of each region in which the spans' pages are set.
+fn words_of(layout: &Layout, spans: &[(usize, u64, u64)]) -> Vec<Vec<(GpaRange, Vec<u64>)>> {
+    let region_words = |source: usize, region: &Region| {
+        let first_page = region.range().start() >> 12;
+        let mut words = vec![0; region.words().len()];
+        for &(_, first, pages) in spans.iter().filter(|(by, ..)| *by == source) {
+            let inside = pages_of(layout, first, pages).filter(|page| region.range().contains(page << 12));
+            for bit in inside.map(|page| usize::try_from(page - first_page).unwrap()) {
+                words[bit / 64] |= 1 << (bit % 64);
+            }
+        }
+        // What lies behind the last page is nobody's.
+        let behind = usize::try_from(region.range().len() >> 12).unwrap() % 64;
+        *words.last_mut().unwrap() |= if behind == 0 { 0 } else { u64::MAX << behind };
+        (region.range(), words)
+    };
+    let of = |source| layout.regions().iter().map(|region| region_words(source, region)).collect();
+    (0..SOURCES).map(of).collect()
+}
+
+/// Reports the spans' pages in one collect, the last source's not as words.
+fn lend(ledger: &mut Ledger, spans: &[(usize, u64, u64)]) {
+    let words = words_of(&ledger.layout().clone(), spans);
+    let mut collection = ledger.collection();
+    for (source, words) in words.iter().enumerate() {
+        let sink = collection.next_sink(&IovaMap::Identity);
+        for (range, words) in words.iter().rev().filter(|_| source + 1 < SOURCES) {
+            sink.lend_gpa_words(*range, Granule::KIB_4, words, None).unwrap();
+        }
+        for &(_, first, pages) in spans.iter().filter(|(by, ..)| source + 1 == SOURCES && *by == source) {
+            sink.gpa_range(GpaRange::new(first << 12, pages << 12).unwrap());
+        }
+    }
+    collection.absorb();
 }
 
 fn assert_is_a_set(ranges: &[GpaRange]) {
@@ -101,7 +139,10 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(600))]
 
     #[test]
-    fn the_ledger_equals_a_page_at_a_time_oracle(layout in layouts(), empty in any::<bool>(), steps in prop::collection::vec(step(), 1..60)) {
+    fn the_ledger_equals_a_page_at_a_time_oracle(
+        layout in layouts(), empty in any::<bool>(), steps in prop::collection::vec(step(), 1..60), plain in any::<bool>(),
+    ) {
+        crate::sys::cpu::plain::ONLY.set(plain);
         let mut ledger = Ledger::new(layout.clone(), SOURCES);
         let cursor = ledger.open(if empty { Start::Empty } else { Start::Copied });
         let mut naive = Naive::default();
@@ -114,15 +155,22 @@ proptest! {
         let mut this_round: BTreeSet<u64> = BTreeSet::new();
         for step in steps {
             match step {
-                Step::Collect(spans) => {
+                Step::Collect(spans, lent) => {
                     let mut by_page: BTreeMap<u64, BTreeSet<usize>> = BTreeMap::new();
+                    if lent {
+                        lend(&mut ledger, &spans);
+                    }
                     for (source, first, pages) in spans {
-                        ledger.sink(source, &IovaMap::Identity).gpa_range(GpaRange::new(first << 12, pages << 12).unwrap());
+                        if !lent {
+                            ledger.sink(source, &IovaMap::Identity).gpa_range(GpaRange::new(first << 12, pages << 12).unwrap());
+                        }
                         for page in pages_of(&layout, first, pages) {
                             by_page.entry(page).or_default().insert(source);
                         }
                     }
-                    ledger.absorb();
+                    if !lent {
+                        ledger.absorb();
+                    }
                     for (page, sources) in by_page {
                         dirtied.insert(page);
                         naive.pending.insert(page);
@@ -255,4 +303,70 @@ fn adjacent_regions_make_one_range() {
     let chunk = ledger.take(cursor, ChunkLimits::NONE).unwrap();
     assert_eq!(chunk.ranges(), [GpaRange::new(0, 80 << 12).unwrap()]);
     ledger.commit(chunk);
+}
+
+/// Has one source report `words` with `standing`, over the pages from `first` on: in a collect, or in one that is cut short. Returns what came of it.
+fn standing_reported(
+    words: &[u64],
+    standing: &[u64],
+    first: u64,
+    in_collect: bool,
+) -> (Attribution, Vec<u64>) {
+    let layout = Layout::new([GpaRange::new(0, 700 << 12).unwrap()], Granule::KIB_4).unwrap();
+    let mut ledger = Ledger::new(layout, 2);
+    let cursor = ledger.open(Start::Copied);
+    let range = GpaRange::new(first << 12, (words.len() as u64 * 64) << 12).unwrap();
+    if in_collect {
+        let mut collection = ledger.collection();
+        let sink = collection.next_sink(&IovaMap::Identity);
+        sink.lend_gpa_words(range, Granule::KIB_4, words, Some(standing)).unwrap();
+        collection.absorb();
+    } else {
+        // A collect that is cut short keeps what it was told.
+        let mut collection = ledger.collection();
+        let sink = collection.next_sink(&IovaMap::Identity);
+        sink.lend_gpa_words(range, Granule::KIB_4, words, Some(standing)).unwrap();
+        drop(collection);
+        ledger.absorb();
+    }
+    let pages = ledger.take(cursor, ChunkLimits::NONE).map(|chunk| pages_in(chunk.ranges()));
+    (ledger.attribution()[0], pages.unwrap_or_default())
+}
+
+proptest! {
+    #[test]
+    fn pages_that_stand_are_pending_again_but_counted_once(
+        words in prop::collection::vec(any::<u64>(), 10), standing in prop::collection::vec(any::<u64>(), 10),
+        first in prop_oneof![Just(0u64), Just(64), 0..60u64], in_collect in any::<bool>(),
+    ) {
+        let words = &words[..9];
+        let (attribution, pages) = standing_reported(words, &standing[..9], first, in_collect);
+        let is_set = |words: &[u64], bit: u64| words[usize::try_from(bit / 64).unwrap()] >> (bit % 64) & 1 == 1;
+        let reported: Vec<_> = (0..9 * 64).filter(|&bit| is_set(words, bit)).map(|bit| first + bit).collect();
+        let fresh = reported.iter().filter(|&&page| !is_set(&standing, page - first)).count() as u64;
+        prop_assert_eq!(pages, reported);
+        prop_assert_eq!(attribution, Attribution { pages: fresh, exclusive_pages: fresh });
+    }
+}
+
+#[test]
+fn a_chunk_taken_before_the_round_began_is_still_on_its_way() {
+    let mut ledger = small();
+    let cursor = ledger.open(Start::Empty);
+    ledger.begin_round(cursor);
+    let early = ledger.take(cursor, ChunkLimits { bytes: 8 << 12, ranges: 1 }).unwrap();
+    ledger.mark(GpaRange::new(0, 256 << 12).unwrap());
+    ledger.begin_round(cursor);
+    let next = ledger.take(cursor, ChunkLimits::NONE).unwrap();
+    assert_eq!(next.ranges(), [GpaRange::new(8 << 12, 248 << 12).unwrap()]);
+    let in_flight = |ledger: &Ledger| ledger.outstanding(cursor).unwrap().in_flight_bytes >> 12;
+    assert_eq!(in_flight(&ledger), 256);
+    ledger.commit(early);
+    assert_eq!(in_flight(&ledger), 248);
+    ledger.begin_round(cursor);
+    ledger.roll_back(next);
+    assert_eq!(in_flight(&ledger), 0);
+    let all = ledger.take(cursor, ChunkLimits::NONE).unwrap();
+    assert_eq!(all.bytes(), 256 << 12, "written since they were taken, or never acknowledged");
+    ledger.commit(all);
 }

@@ -477,9 +477,9 @@ mod tests {
         let error = log.mapped(&mapping).unwrap_err();
         assert_eq!(error.operation, Operation::Mapped);
         let mut marks = Marks::new(&layout);
-        let mut sink = Sink::new(&layout, &iova, &mut marks);
-        assert_eq!(log.collect(&mut sink).unwrap_err().operation, Operation::Collect, "all of it is dirty");
-        let error = log.unmapped(&mapping, &mut sink).unwrap_err();
+        let error = log.collect(&mut Sink::new(&layout, &iova, &mut marks)).unwrap_err();
+        assert_eq!(error.operation, Operation::Collect, "all of it is dirty");
+        let error = log.unmapped(&mapping, &mut Sink::new(&layout, &iova, &mut marks)).unwrap_err();
         assert_eq!(error.operation, Operation::Unmap, "it was tried, without a bitmap: {}", error.cause);
         assert_eq!(log.cover().ranges, [mapping.gpa()]);
     }

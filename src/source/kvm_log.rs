@@ -78,10 +78,11 @@ pub enum KvmLogError {
 #[derive(Debug)]
 struct SlotLog {
     slot: KvmSlot,
+    /// Bits reported; with [`KvmLogMode::ManualAtRead`], those that were not cleared in KVM yet.
     words: Vec<u64>,
-    /// Bits reported and not cleared in KVM yet.
-    standing: Vec<u64>,
-    /// Bits of `words` that were standing before, or the mask of a CLEAR; zero in between.
+    /// What `words` was before the last report, with [`KvmLogMode::ManualAtRead`].
+    before: Vec<u64>,
+    /// The mask of a CLEAR; zero in between.
     scratch: Vec<u64>,
 }
 
@@ -152,7 +153,7 @@ impl<F: AsRawFd + Send> KvmLog<F> {
 impl SlotLog {
     fn new(slot: KvmSlot) -> Self {
         let words = vec![0; slot.words()];
-        Self { slot, standing: words.clone(), scratch: words.clone(), words }
+        Self { slot, before: words.clone(), scratch: words.clone(), words }
     }
 
     fn switch(&self, vm: &impl AsRawFd, on: bool) -> Result<(), KvmLogError> {
@@ -162,34 +163,28 @@ impl SlotLog {
 
     fn begin(&mut self, vm: &impl AsRawFd, initially_set: bool) -> Result<(), KvmLogError> {
         self.switch(vm, true)?;
-        self.standing.fill(if initially_set { u64::MAX } else { 0 });
+        self.words.fill(if initially_set { u64::MAX } else { 0 });
         Ok(())
     }
 
-    fn report(
-        &mut self,
+    fn report<'a>(
+        &'a mut self,
         vm: &impl AsRawFd,
         mode: KvmLogMode,
-        sink: &mut Sink<'_>,
+        sink: &mut Sink<'a>,
     ) -> Result<(), KvmLogError> {
         let (slot, gpa) = (self.slot.id(), self.slot.gpa());
-        self.slot.dirty_log(vm, &mut self.words).map_err(|source| KvmLogError::Read { slot, gpa, source })?;
-        let full = "the log has a bit for each page of its slot";
-        sink.gpa_words(gpa, Granule::host_page(), &self.words).expect(full);
-        match mode {
-            KvmLogMode::AtReport => {}
-            KvmLogMode::ManualAtReport => self.clear_all(vm)?,
-            KvmLogMode::ManualAtRead => {
-                for ((again, standing), word) in self.scratch.iter_mut().zip(&self.standing).zip(&self.words)
-                {
-                    *again = standing & word;
-                }
-                sink.counted_before(gpa, Granule::host_page(), &self.scratch).expect(full);
-                self.scratch.fill(0);
-                self.standing.copy_from_slice(&self.words);
-            }
+        let lazy = mode == KvmLogMode::ManualAtRead;
+        let into = if lazy { &mut self.before } else { &mut self.words };
+        self.slot.dirty_log(vm, into).map_err(|source| KvmLogError::Read { slot, gpa, source })?;
+        if lazy {
+            std::mem::swap(&mut self.words, &mut self.before);
         }
-        Ok(())
+        let this: &'a Self = self;
+        let standing = lazy.then_some(&this.before[..]);
+        sink.lend_gpa_words(gpa, Granule::host_page(), &this.words, standing)
+            .expect("the log has a bit for each page of its slot");
+        if mode == KvmLogMode::ManualAtReport { this.clear_all(vm) } else { Ok(()) }
     }
 
     /// Clears, in KVM, all that was just reported.
@@ -224,7 +219,7 @@ impl SlotLog {
                 None => Some(words),
             };
             for (word, mask) in masks(bits) {
-                self.scratch[word] |= self.standing[word] & mask;
+                self.scratch[word] |= self.words[word] & mask;
             }
         }
         group.map_or(Ok(()), |open| self.clear_scratch(vm, open))
@@ -237,7 +232,7 @@ impl SlotLog {
         let result = if any { self.clear_words(vm, group.start, mask) } else { Ok(()) };
         for word in group {
             if result.is_ok() {
-                self.standing[word] &= !self.scratch[word];
+                self.words[word] &= !self.scratch[word];
             }
             self.scratch[word] = 0;
         }
@@ -267,7 +262,7 @@ impl<F: AsRawFd + Send> DirtySource for KvmLog<F> {
         self.try_start().map_err(|cause| SourceError::new(ID, Operation::Start, cause))
     }
 
-    fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+    fn collect<'a>(&'a mut self, sink: &mut Sink<'a>) -> Result<(), SourceError> {
         let (vm, mode) = (&self.vm, self.mode);
         self.slots
             .iter_mut()

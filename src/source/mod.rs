@@ -7,10 +7,11 @@
 
 use std::error::Error;
 use std::fmt;
+use std::ops::Range;
 
 use thiserror::Error;
 
-use crate::bitmap::{self, Bitmap, WORD_BITS};
+use crate::bitmap::{self, WORD_BITS};
 use crate::granule::Granule;
 use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
@@ -25,6 +26,7 @@ mod hwpt;
 mod kvm_log;
 mod kvm_ring;
 mod mapped;
+mod marks;
 mod migratable_log;
 #[cfg(feature = "vfio-user")]
 mod vfio_user;
@@ -36,6 +38,7 @@ pub use guest_memory::{GuestMemoryLog, SummaryBitmap, SummarySlice, TakeDirtyWor
 pub use hwpt::{HwptLog, HwptLogError};
 pub use kvm_log::{KvmLog, KvmLogError, KvmLogMode, KvmSlot};
 pub use kvm_ring::{Harvester, KvmRing, KvmRingError, RingSize};
+pub(crate) use marks::{Lent, Marks};
 pub use migratable_log::{MigratableLog, MigratableLogError};
 #[cfg(feature = "vfio-user")]
 pub use vfio_user::{VfioUserSource, VfioUserSourceError};
@@ -201,10 +204,13 @@ pub trait DirtySource: Send {
     /// May leave bits set in the kernel until [`DirtySource::before_read`]; a page whose bit still stands from an earlier
     /// report is reported again, and [`Sink::counted_before`] keeps it from being counted twice.
     ///
+    /// Words that the source keeps may be lent to the sink, which reads them when all sources have reported:
+    /// [`Sink::lend_gpa_words`].
+    ///
     /// # Errors
     /// The log could not be read, or only in part. What it held may be gone, so the caller marks
     /// [`DirtySource::cover`] dirty; the source stays usable.
-    fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError>;
+    fn collect<'a>(&'a mut self, sink: &mut Sink<'a>) -> Result<(), SourceError>;
 
     /// Clears the bits of pages whose bytes are about to be read, for sources that left them set in `collect`.
     ///
@@ -279,26 +285,30 @@ pub struct ShortBitmap {
 pub struct Sink<'a> {
     layout: &'a Layout,
     iova: &'a IovaMap,
-    marks: &'a mut Bitmap,
-    repeated: &'a mut Bitmap,
-}
-
-/// What one source reported since the last absorb: the pages, and which of them it had reported before.
-#[derive(Debug, Clone)]
-pub(crate) struct Marks {
-    pub(crate) dirty: Bitmap,
-    pub(crate) repeated: Bitmap,
-}
-
-impl Marks {
-    pub(crate) fn new(layout: &Layout) -> Self {
-        Self { dirty: Bitmap::new(layout.words()), repeated: Bitmap::new(layout.words()) }
-    }
+    pub(crate) marks: &'a mut Marks,
+    /// Words to be read when all sources have reported; `None` where nobody will, and all is copied into the marks.
+    pub(crate) lent: Option<Vec<Lent<'a>>>,
 }
 
 impl<'a> Sink<'a> {
+    /// Makes a sink that copies what it is told into `marks`.
     pub(crate) fn new(layout: &'a Layout, iova: &'a IovaMap, marks: &'a mut Marks) -> Self {
-        Self { layout, iova, marks: &mut marks.dirty, repeated: &mut marks.repeated }
+        Self { layout, iova, marks, lent: None }
+    }
+
+    /// Makes a sink that keeps words lent to it, for who unites what all sources reported.
+    pub(crate) fn lending(layout: &'a Layout, iova: &'a IovaMap, marks: &'a mut Marks) -> Self {
+        let lent = Some(marks.room_for_loans());
+        Self { layout, iova, marks, lent }
+    }
+
+    /// Ends all loans: what was lent is in the marks, unless `read` tells that it was made use of.
+    pub(crate) fn give_back(&mut self, read: bool) {
+        let Some(lent) = self.lent.take() else { return };
+        if !read {
+            lent.iter().for_each(|lent| self.marks.copy(lent));
+        }
+        self.marks.keep_room(lent);
     }
 
     /// The VM's RAM.
@@ -314,7 +324,7 @@ impl<'a> Sink<'a> {
     /// Marks every page that holds a byte of `range`.
     pub fn gpa_range(&mut self, range: GpaRange) {
         for bits in self.layout.bits_of(range) {
-            self.marks.set(bits);
+            self.marks.dirty.set(bits);
         }
     }
 
@@ -332,12 +342,34 @@ impl<'a> Sink<'a> {
     /// # Errors
     /// `words` does not reach to the end of `range`.
     pub fn gpa_words(&mut self, range: GpaRange, granule: Granule, words: &[u64]) -> Result<(), ShortBitmap> {
-        let bits = bits_needed(range.len(), granule, words)?;
-        match self.aligned_words(range) {
-            Some(target) if granule == self.layout.host_page() => self.or_words(target, bits, words),
-            _ => self.for_each_run(range.start(), range.len(), granule, words, bits, |sink, start, len| {
-                sink.gpa_range(GpaRange::new(start, len).expect("a run inside a range"));
-            }),
+        match self.in_layout(range, granule, words, None)? {
+            Some(in_layout) => self.marks.copy(&in_layout),
+            None => self.gpa_runs(range, granule, words),
+        }
+        Ok(())
+    }
+
+    /// Marks as [`Sink::gpa_words`] does, without a copy: `words` are read when all sources have reported.
+    ///
+    /// Of `standing`, as many words, the bits set are those that the source reported before and left standing: see
+    /// [`Sink::counted_before`].
+    ///
+    /// # Errors
+    /// As [`Sink::gpa_words`], of either.
+    pub fn lend_gpa_words(
+        &mut self,
+        range: GpaRange,
+        granule: Granule,
+        words: &'a [u64],
+        standing: Option<&'a [u64]>,
+    ) -> Result<(), ShortBitmap> {
+        match (self.in_layout(range, granule, words, standing)?, &mut self.lent) {
+            (Some(in_layout), Some(lent)) => lent.push(in_layout),
+            (Some(in_layout), None) => self.marks.copy(&in_layout),
+            (None, _) => {
+                self.gpa_runs(range, granule, words);
+                standing.map_or(Ok(()), |standing| self.repeat(range, granule, words, standing))?;
+            }
         }
         Ok(())
     }
@@ -375,12 +407,60 @@ impl<'a> Sink<'a> {
         granule: Granule,
         words: &[u64],
     ) -> Result<(), ShortBitmap> {
-        let mut twin = Sink { marks: &mut *self.repeated, repeated: &mut *self.marks, ..*self };
-        twin.gpa_words(range, granule, words)
+        self.marks.exchange();
+        let marked = self.gpa_words(range, granule, words);
+        self.marks.exchange();
+        marked
+    }
+
+    /// Tells that of the pages of `words` those in `standing` were counted before, through a buffer of a few words.
+    fn repeat(
+        &mut self,
+        range: GpaRange,
+        granule: Granule,
+        words: &[u64],
+        standing: &[u64],
+    ) -> Result<(), ShortBitmap> {
+        const WORDS: usize = 64;
+        let pieces = range.pieces(((WORDS * WORD_BITS) as u64) << granule.shift());
+        for ((piece, words), standing) in pieces.zip(words.chunks(WORDS)).zip(standing.chunks(WORDS)) {
+            let mut both = [0; WORDS];
+            for ((both, word), standing) in both.iter_mut().zip(words).zip(standing) {
+                *both = word & standing;
+            }
+            self.counted_before(piece, granule, &both)?;
+        }
+        Ok(())
+    }
+
+    fn gpa_runs(&mut self, range: GpaRange, granule: Granule, words: &[u64]) {
+        let bits = usize::try_from(granule.bits_for(range.len())).expect("as many as the words have");
+        self.for_each_run(range.start(), range.len(), granule, words, bits, |sink, start, len| {
+            sink.gpa_range(GpaRange::new(start, len).expect("a run inside a range"));
+        });
+    }
+
+    /// Returns `words` as words of the layout, if they are such.
+    fn in_layout<'b>(
+        &self,
+        range: GpaRange,
+        granule: Granule,
+        words: &'b [u64],
+        standing: Option<&'b [u64]>,
+    ) -> Result<Option<Lent<'b>>, ShortBitmap> {
+        let bits = bits_needed(range.len(), granule, words)?;
+        standing.map_or(Ok(bits), |standing| bits_needed(range.len(), granule, standing))?;
+        let target = self.aligned_words(range).filter(|_| granule == self.layout.host_page());
+        Ok(target.map(|target| Lent {
+            first_word: target.start,
+            words: &words[..target.len()],
+            tail: bitmap::low_bits(bits - (target.len() - 1) * WORD_BITS),
+            standing: standing.map(|standing| &standing[..target.len()]),
+        }))
     }
 
     /// Returns the words that hold just the pages of `range`, if there are such words.
-    fn aligned_words(&self, range: GpaRange) -> Option<std::ops::Range<usize>> {
+    fn aligned_words(&self, range: GpaRange) -> Option<Range<usize>> {
         let region = self.layout.region_of(range.start())?;
         let page = self.layout.host_page();
         if !region.range().covers(range) || !page.is_aligned(range.start() | range.end()) {
@@ -393,13 +473,6 @@ impl<'a> Sink<'a> {
             first.is_multiple_of(word) && (end.is_multiple_of(word) || range.end() == region.range().end());
         let index = |bit: u64| usize::try_from(bit.div_ceil(word)).ok().map(|w| region.words().start + w);
         whole.then(|| Some(index(first)?..index(end)?)).flatten()
-    }
-
-    fn or_words(&mut self, target: std::ops::Range<usize>, bits: usize, words: &[u64]) {
-        let last = target.len() - 1;
-        self.marks.or_words(target.start, &words[..last]);
-        let tail = bits - last * WORD_BITS;
-        self.marks.or_word(target.start + last, words[last] & bitmap::low_bits(tail));
     }
 
     /// Calls `mark` with the first address and length of each run of set bits, cut to the span's end.
@@ -435,6 +508,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::bitmap::Bitmap;
 
     /// Four regions, two of them adjacent, in units of `page`.
     fn layout_of(page: Granule) -> Layout {

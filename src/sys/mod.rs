@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The crate's only unsafe code: one file per uAPI header, for what the rust-vmm crates lack.
+//! The crate's only unsafe code: one file per uAPI header, for what the rust-vmm crates lack; and what the processor offers.
 #![expect(unsafe_code, reason = "system calls and ioctls")]
 #![cfg_attr(
     not(all(feature = "probe", feature = "transfer")),
     expect(dead_code, reason = "a feature that is off asks the kernel nothing")
 )]
 
+pub(crate) mod cpu;
 pub(crate) mod guest;
 pub(crate) mod ioctl;
 pub(crate) mod iommufd;

@@ -236,9 +236,9 @@ impl Migration {
 
     /// Collects as a tracker does: what a failed source covers is dirty.
     fn collect(&mut self) -> Result<(), SourceError> {
-        let mut sink = self.ledger.sink(0, &IovaMap::Identity);
-        let answer = self.log.collect(&mut sink);
+        let answer = self.log.collect(&mut self.ledger.sink(0, &IovaMap::Identity));
         if answer.is_err() {
+            let mut sink = self.ledger.sink(0, &IovaMap::Identity);
             self.log.cover().ranges.into_iter().for_each(|range| sink.gpa_range(range));
         }
         self.ledger.absorb();

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Bits into ranges, up to the limits of a chunk.
+
+use super::ChunkLimits;
+use crate::bitmap::{BLOCK_WORDS, Bitmap, WORD_BITS, low_bits};
+use crate::layout::Layout;
+use crate::range::GpaRange;
+use crate::sys::cpu::Work;
+
+/// Bits of a block.
+const BLOCK_BITS: usize = BLOCK_WORDS * WORD_BITS;
+
+/// The most runs a word holds, and one for the run that might have joined the open range but does not.
+const WORD_RUNS: usize = WORD_BITS / 2 + 1;
+
+/// Takes pending pages from a position on, but for those that are carried, into `ranges`.
+pub(super) struct Take<'a> {
+    pub(super) pending: &'a mut Bitmap,
+    pub(super) carried: Option<&'a Bitmap>,
+    pub(super) position: usize,
+    pub(super) layout: &'a Layout,
+    pub(super) limits: ChunkLimits,
+    pub(super) ranges: &'a mut Vec<GpaRange>,
+}
+
+/// What was taken.
+pub(super) struct Taken {
+    pub(super) pages: u64,
+    /// The bit behind the last page.
+    pub(super) position: usize,
+}
+
+impl Work for Take<'_> {
+    type Output = Taken;
+
+    #[inline(always)]
+    fn run(self) -> Taken {
+        let Self { pending, carried, mut position, layout, limits, ranges } = self;
+        let mut filling = Filling::new(limits, layout, ranges);
+        let room = filling.room;
+        let (first_block, mut region) =
+            (position / BLOCK_BITS, layout.region_index_of_word(position / WORD_BITS));
+        let mut skip = position % BLOCK_BITS;
+        let mut group = first_block / WORD_BITS;
+        let mut blocks = !low_bits(first_block % WORD_BITS);
+        'full: while group * WORD_BITS < pending.blocks() {
+            blocks &= pending.summary_word(group);
+            while blocks != 0 {
+                let block = group * WORD_BITS + blocks.trailing_zeros() as usize;
+                blocks &= blocks - 1;
+                let skipped = if block == first_block { std::mem::take(&mut skip) } else { 0 };
+                region = layout.region_index_from(region, block * BLOCK_WORDS);
+                let base = layout.gpa_of(region, block * BLOCK_BITS);
+                let words = pending.words_of(block);
+                let (end, full) =
+                    filling.take_block(base, words, skipped, carried.map(|carried| carried.block(block)));
+                let is_empty = *words == [0; BLOCK_WORDS];
+                if is_empty {
+                    pending.mark_empty(block);
+                }
+                if end > 0 {
+                    position = block * BLOCK_BITS + end;
+                }
+                if full {
+                    break 'full;
+                }
+            }
+            (group, blocks) = (group + 1, u64::MAX);
+        }
+        Taken { pages: room - filling.end(), position }
+    }
+}
+
+/// A chunk that is being filled.
+struct Filling<'a> {
+    ranges: &'a mut Vec<GpaRange>,
+    most_ranges: usize,
+    /// Pages that still fit.
+    room: u64,
+    shift: u32,
+    /// The last range, which the next run may join; not in `ranges` yet. Both `u64::MAX` where there is none.
+    open: (u64, u64),
+}
+
+const NONE: (u64, u64) = (u64::MAX, u64::MAX);
+
+impl<'a> Filling<'a> {
+    fn new(limits: ChunkLimits, layout: &Layout, ranges: &'a mut Vec<GpaRange>) -> Self {
+        let shift = layout.host_page().shift();
+        let (most_ranges, room) = (limits.ranges.max(1), (limits.bytes >> shift).max(1));
+        Self { ranges, most_ranges, room, shift, open: NONE }
+    }
+
+    /// Takes pages of the block at address `base`, behind the first `skipped`; returns the bit behind the last, and whether the
+    /// chunk is full.
+    #[inline(always)]
+    fn take_block(
+        &mut self,
+        base: u64,
+        words: &mut [u64; BLOCK_WORDS],
+        skipped: usize,
+        carried: Option<&[u64; BLOCK_WORDS]>,
+    ) -> (usize, bool) {
+        let whole = *words == [u64::MAX; BLOCK_WORDS] && skipped == 0 && carried.is_none();
+        if whole && self.room >= BLOCK_BITS as u64 && self.fits(base, 1) {
+            self.add(base, base + ((BLOCK_BITS as u64) << self.shift));
+            self.room -= BLOCK_BITS as u64;
+            *words = [0; BLOCK_WORDS];
+            return (BLOCK_BITS, self.room == 0);
+        }
+        let mut end = 0;
+        for (index, word) in words.iter_mut().enumerate().filter(|(_, word)| **word != 0) {
+            let first = index * WORD_BITS;
+            let standing = carried.map_or(0, |carried| carried[index]);
+            let offered = *word & !standing & !low_bits(skipped.saturating_sub(first));
+            let taken = self.take_word(base + ((first as u64) << self.shift), offered);
+            *word &= !taken;
+            if taken != 0 {
+                end = first + WORD_BITS - taken.leading_zeros() as usize;
+            }
+            if taken != offered || self.room == 0 {
+                return (end, true);
+            }
+        }
+        (end, false)
+    }
+
+    /// Takes pages of the word at address `base`; returns their bits.
+    #[inline(always)]
+    fn take_word(&mut self, base: u64, offered: u64) -> u64 {
+        if self.room < WORD_BITS as u64 || !self.fits(base, WORD_RUNS) {
+            return self.take_some(base, offered);
+        }
+        let mut left = offered;
+        while left != 0 {
+            let first = left.trailing_zeros();
+            // The carry runs through the lowest run of ones, and stops behind it.
+            let behind = left.wrapping_add(left & left.wrapping_neg());
+            let end = behind.trailing_zeros();
+            self.add(base + (u64::from(first) << self.shift), base + (u64::from(end) << self.shift));
+            left &= behind;
+        }
+        self.room -= u64::from(offered.count_ones());
+        offered
+    }
+
+    /// Takes as many pages as fit.
+    fn take_some(&mut self, base: u64, mut offered: u64) -> u64 {
+        let mut taken = 0;
+        while offered != 0 && self.room > 0 {
+            let first = offered.trailing_zeros();
+            let run = (offered >> first).trailing_ones();
+            let run = u32::try_from(self.room).map_or(run, |room| run.min(room));
+            let start = base + (u64::from(first) << self.shift);
+            if !self.fits(start, 1) {
+                break;
+            }
+            self.add(start, start + (u64::from(run) << self.shift));
+            self.room -= u64::from(run);
+            let mask = low_bits(run as usize) << first;
+            taken |= mask;
+            offered &= !mask;
+        }
+        taken
+    }
+
+    /// Whether `runs` more runs fit, of which the first begins at `start`.
+    #[inline(always)]
+    fn fits(&self, start: u64, runs: usize) -> bool {
+        let used = self.ranges.len() + usize::from(self.open != NONE) - usize::from(self.open.1 == start);
+        self.most_ranges - used >= runs
+    }
+
+    #[inline(always)]
+    fn add(&mut self, start: u64, end: u64) {
+        if start == self.open.1 {
+            self.open.1 = end;
+        } else {
+            self.close();
+            self.open = (start, end);
+        }
+    }
+
+    /// Puts the open range into the list; no range is none.
+    #[inline(always)]
+    fn close(&mut self) {
+        if let Ok(range) = GpaRange::from_bounds(self.open.0, self.open.1) {
+            self.ranges.push(range);
+        }
+    }
+
+    /// Ends the chunk; returns the room that is left.
+    fn end(mut self) -> u64 {
+        self.close();
+        self.room
+    }
+}
