@@ -35,6 +35,14 @@ const MEMORY_LIMIT: &str = "--memory-limit";
 /// What makes a manifest.
 const SEAL: &str = "`snapshot seal` gives it one, of what it is now";
 
+/// What can be done with memory that is not of whole pages.
+pub(crate) const ODD: &str = "Cloud Hypervisor alone restores it, from disk; a VM whose memory has a size of whole pages of 4 KiB can be sealed and sent";
+
+/// What can be done about a manifest that is missing, as far as there is no obstacle.
+fn seal_unless(obstacle: Option<&PlacementError>) -> &'static str {
+    if obstacle.is_some() { ODD } else { SEAL }
+}
+
 /// What takes an edited configuration.
 pub(crate) const TAKE_EDITED: &str =
     "`snapshot seal --edited-config` takes it as it stands, `send --config FILE` sends any";
@@ -121,6 +129,7 @@ impl Class for SourceError {
         match self {
             Self::Open(error) => error.remedy(),
             Self::Elsewhere { .. } => Some(RESTORE_WITH_FILES),
+            Self::Pages { .. } => Some(ODD),
             _ => None,
         }
     }
@@ -169,7 +178,11 @@ impl Class for WriteError {
     }
 
     fn remedy(&self) -> Option<&'static str> {
-        if let Self::Staging(error) = self { error.remedy() } else { None }
+        match self {
+            Self::Staging(error) => error.remedy(),
+            Self::UnnamedBase { source, .. } => Some(seal_unless(source.as_ref())),
+            _ => None,
+        }
     }
 }
 
@@ -232,7 +245,7 @@ impl Class for ChainError {
     fn remedy(&self) -> Option<&'static str> {
         match self {
             Self::Open(error) => error.remedy(),
-            Self::Unnamed { .. } => Some(SEAL),
+            Self::Unnamed { source, .. } => Some(seal_unless(source.as_ref())),
             _ => None,
         }
     }
@@ -251,14 +264,17 @@ impl Class for VerifyError {
     }
 
     fn remedy(&self) -> Option<&'static str> {
-        matches!(self, Self::NoManifest { .. }).then_some(SEAL)
+        match self {
+            Self::NoManifest { source, .. } => Some(seal_unless(source.as_ref())),
+            _ => None,
+        }
     }
 }
 
 impl Class for ApplyError {
     fn remedy(&self) -> Option<&'static str> {
         match self {
-            Self::NoManifest { .. } => Some(SEAL),
+            Self::NoManifest { source, .. } => Some(seal_unless(source.as_ref())),
             Self::Write(error) => error.remedy(),
             Self::Open(error) => error.remedy(),
             _ => None,
@@ -302,6 +318,7 @@ impl Class for SubtractError {
     fn remedy(&self) -> Option<&'static str> {
         match self {
             Self::Open(error) => error.remedy(),
+            Self::Pages { .. } => Some(ODD),
             Self::Write(error) => error.remedy(),
             _ => None,
         }
@@ -325,6 +342,7 @@ impl Class for SealError {
         match self {
             Self::Open(error) => error.remedy(),
             Self::NoManifest { .. } => Some("`snapshot seal` makes one, of what the snapshot is now"),
+            Self::Pages { .. } => Some(ODD),
             _ => None,
         }
     }

@@ -17,7 +17,7 @@ use vfio_migration::snapshot::{
 use crate::args::{ApplyArguments, CreateArguments, DiffArguments, SnapshotArguments, SnapshotCommand};
 use crate::devices::device_lines;
 use crate::exit::Exit;
-use crate::failure::{Failure, TAKE_EDITED};
+use crate::failure::{Failure, ODD, TAKE_EDITED};
 use crate::output::{Output, counted};
 
 /// What somebody did who prepares a restore on another host.
@@ -76,9 +76,10 @@ fn description_text(description: &Description) -> String {
         ],
         _ => vec!["snapshot of another kind".to_owned()],
     };
-    lines.push(match description.digest {
-        Some(digest) => format!("named {digest}"),
-        None => "no name: it has no manifest; `snapshot seal` gives it one".to_owned(),
+    lines.push(match (description.digest, &description.obstacle) {
+        (Some(digest), _) => format!("named {digest}"),
+        (None, None) => "no name: it has no manifest; `snapshot seal` gives it one".to_owned(),
+        (None, Some(obstacle)) => format!("no name, for it can have no manifest: {obstacle}; {ODD}"),
     });
     lines.extend(description.aliases.iter().map(|alias| format!("equals {alias}")));
     lines.push(format!(

@@ -15,7 +15,7 @@ use super::dir::OpenError;
 use super::files::{CHANGES_FILE, MEMORY_FILE};
 use super::limits::Limits;
 use super::manifest::Manifest;
-use super::placement::Placement;
+use super::placement::{Placement, PlacementError};
 use super::verify::CheckedBlocks;
 use super::writer::{Announced, SnapshotWriter, WriteError};
 use crate::layout::{Layout, LayoutError};
@@ -42,6 +42,8 @@ pub enum ApplyError {
     NoManifest {
         /// The snapshot.
         path: PathBuf,
+        /// Why [`seal`](super::seal()) gives it none, if that is so.
+        source: Option<PlacementError>,
     },
     /// Pages could not be read or written.
     #[error("Cannot copy the pages of {path}", path = .path.display())]
@@ -65,7 +67,9 @@ pub enum ApplyError {
 /// Nothing lies under the new name.
 pub fn apply(chain: &Chain, target: &Path, limits: &Limits) -> Result<Digest, ApplyError> {
     let full = chain.full();
-    let manifest = full.manifest().ok_or_else(|| ApplyError::NoManifest { path: full.path().to_owned() })?;
+    let manifest = full
+        .manifest()
+        .ok_or_else(|| ApplyError::NoManifest { path: full.path().to_owned(), source: full.obstacle() })?;
     let top = chain.differentials().last().map_or(manifest, Differential::manifest);
     let memory = full.memory()?;
     let layout = Layout::new(chain.state().memory().ranges(), top.page)

@@ -51,6 +51,8 @@ pub struct Description {
     pub kind: Kind,
     /// What names the snapshot; `None` without a manifest.
     pub digest: Option<Digest>,
+    /// Why [`seal`](super::seal()) can give it no manifest.
+    pub obstacle: Option<String>,
     /// Names of differentials that this full snapshot equals.
     pub aliases: Vec<Digest>,
     /// Bytes of the VM's memory.
@@ -102,6 +104,7 @@ fn describe_full(dir: &SnapshotDir) -> Result<Description, OpenError> {
     Ok(Description {
         kind: Kind::Full { populated_bytes },
         digest: dir.digest(),
+        obstacle: dir.obstacle().map(|obstacle| obstacle.to_string()),
         aliases: manifest.map_or_else(Vec::new, |manifest| manifest.aliases.clone()),
         memory_bytes: dir.placement().bytes(),
         memory_ranges: dir.placement().ascending().len(),
@@ -125,6 +128,7 @@ fn describe_differential(differential: &Differential) -> Result<Description, Ope
             runs: differential.changed().ascending().len() + differential.zeroed().count(),
         },
         digest: Some(differential.digest()),
+        obstacle: None,
         aliases: differential.manifest().aliases.clone(),
         memory_bytes: memory.bytes(),
         memory_ranges: memory.ascending().len(),

@@ -17,7 +17,7 @@ use super::files::{CHANGES_FILE, FileError, MANIFEST_FILE, open_sized, read_name
 use super::limits::Limits;
 use super::manifest::{Changes, Covered, Manifest};
 use super::memory_file::read_placed;
-use super::placement::Placement;
+use super::placement::{Placement, PlacementError};
 use super::state::VmState;
 use crate::range::GpaRange;
 
@@ -36,6 +36,8 @@ pub enum ChainError {
     Unnamed {
         /// The snapshot.
         path: PathBuf,
+        /// Why [`seal`](super::seal()) gives it none, if that is so.
+        source: Option<PlacementError>,
     },
     /// The differential was made on top of something else.
     #[error("{path} is a differential to {base}, not to {below}", path = .path.display(), below = .below.display())]
@@ -204,7 +206,8 @@ impl Chain {
         let fits = match self.differentials.last() {
             Some(top) => top.manifest().answers_to(differential.base()),
             None => {
-                let unnamed = || ChainError::Unnamed { path: self.full.path().to_owned() };
+                let (path, source) = (self.full.path().to_owned(), self.full.obstacle());
+                let unnamed = || ChainError::Unnamed { path, source };
                 self.full.manifest().ok_or_else(unnamed)?.answers_to(differential.base())
             }
         };

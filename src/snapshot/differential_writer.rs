@@ -47,7 +47,10 @@ impl Base {
         let chain = Chain::open(paths, limits)?;
         match chain.digest() {
             Some(_) => Ok(Self::Compared(Arc::new(chain))),
-            None => Err(ChainError::Unnamed { path: chain.path().to_owned() }),
+            None => {
+                let source = chain.full().obstacle();
+                Err(ChainError::Unnamed { path: chain.path().to_owned(), source })
+            }
         }
     }
 }
@@ -91,7 +94,10 @@ impl DifferentialWriter {
             Base::Named(digest) => (digest, None),
             Base::Compared(chain) => match chain.digest() {
                 Some(digest) => (digest, Some(chain)),
-                None => return Err(WriteError::UnnamedBase { path: chain.path().to_owned() }),
+                None => {
+                    let source = chain.full().obstacle();
+                    return Err(WriteError::UnnamedBase { path: chain.path().to_owned(), source });
+                }
             },
         };
         let placement = Placement::of_layout(announced.layout(), &limits)?;

@@ -20,8 +20,9 @@ use super::files::{
 use super::limits::Limits;
 use super::manifest::{Covered, Manifest, ManifestError};
 use super::memory_file::read_placed;
-use super::placement::Placement;
+use super::placement::{Placement, PlacementError};
 use super::state::VmState;
+use crate::granule::Granule;
 use crate::range::GpaRange;
 use crate::threads::ThreadStart;
 
@@ -270,6 +271,11 @@ impl SnapshotDir {
     /// Where the VM's memory lies in `memory-ranges`.
     pub fn placement(&self) -> &Placement {
         self.documents.state.memory()
+    }
+
+    /// Why no manifest can be made of the snapshot: its memory is not of whole pages.
+    pub(super) fn obstacle(&self) -> Option<PlacementError> {
+        self.placement().page(Granule::host_page()).err()
     }
 
     /// What names the snapshot; `None` where it has no manifest, as a VMM leaves it.

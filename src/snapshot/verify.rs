@@ -12,7 +12,7 @@ use serde::{Serialize, Serializer};
 
 use super::block_reader::{Block, BlockReader};
 use super::blocks::BlockTable;
-use super::dir::OpenError;
+use super::dir::{OpenError, SnapshotDir};
 use super::document::VmConfig;
 use super::elsewhere::Elsewhere;
 use super::files::{
@@ -20,7 +20,7 @@ use super::files::{
 };
 use super::limits::Limits;
 use super::manifest::{Covered, Manifest, ManifestError};
-use super::placement::Placement;
+use super::placement::{Placement, PlacementError};
 use super::state::VmState;
 use crate::error::Chain;
 use crate::range::GpaRange;
@@ -46,6 +46,8 @@ pub enum VerifyError {
     NoManifest {
         /// The snapshot.
         path: PathBuf,
+        /// Why [`seal`](super::seal()) gives it none, if that is so.
+        source: Option<PlacementError>,
     },
 }
 
@@ -128,7 +130,8 @@ pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
     let bytes = match read_bounded(&path.join(MANIFEST_FILE), limits.manifest_bytes) {
         Err(FileError::Open { source, .. }) if source.kind() == ErrorKind::NotFound => {
             std::fs::metadata(path).map_err(|source| VerifyError::Read { path: path.to_owned(), source })?;
-            return Err(VerifyError::NoManifest { path: path.to_owned() });
+            let source = SnapshotDir::open(path, limits).ok().and_then(|dir| dir.obstacle());
+            return Err(VerifyError::NoManifest { path: path.to_owned(), source });
         }
         Err(error) => return report.file(error).map(|()| report),
         Ok(bytes) => bytes,

@@ -69,6 +69,8 @@ pub enum WriteError {
     UnnamedBase {
         /// The snapshot.
         path: PathBuf,
+        /// Why [`seal`](super::seal()) gives it none, if that is so.
+        source: Option<PlacementError>,
     },
 }
 
