@@ -442,6 +442,7 @@ fn c66_a_config_is_edited_for_another_host_and_the_vm_sent_with_it() {
     let mut found: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     found.sort();
     assert_eq!(found, names);
+    assert_eq!(fs::read(dir.join(CONFIG_FILE)).unwrap(), fs::read(&other).unwrap());
 }
 
 #[test]
