@@ -5,11 +5,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::connections::Entry;
+use super::context::{Context, TICK};
 use super::error::{Part, ReceiveError, Step, in_full};
-use super::gate::Ticket;
 use super::message::{answer, decode, refuse_and_close, take_memory};
-use super::roster::Entry;
-use super::session::{Context, TICK};
+use super::phase_gate::Ticket;
 use crate::transfer::connection::{Connection, Head};
 use crate::transfer::frame::{Command, Request, Response, Status};
 

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use super::error::{Part, ReceiveError};
-use super::gate::Gate;
+use super::phase_gate::PhaseGate;
 use super::store::{PageStore, Pages};
 use super::tables::kept;
 use crate::transfer::connection::Connection;
@@ -46,7 +46,7 @@ pub(super) fn take_memory(
     connection: &mut Connection,
     request: Request,
     store: &dyn PageStore,
-    gate: &Gate,
+    gate: &PhaseGate,
     limits: &Limits,
     buffer: &mut Vec<u8>,
 ) -> Result<(), ReceiveError> {

@@ -3,102 +3,50 @@
 //! The receiving end of a migration: takes a VM from any source that speaks the protocol, and trusts none.
 //!
 //! ```text
-//!                door ── hears every caller on a thread of its own
+//!              acceptor ── hears every caller on a thread of its own
 //!                 │  Start                      │ role, once Config is answered
 //!                 ▼                             ▼
 //!  main thread: session                    additional × 1..=128
 //!   Start → Config → Memory* → State → Complete   Memory*
 //!                      │         │                  │
-//!                      └─────────┴── gate ──────────┘   Memory between Config and State; State when none is under way
+//!                      └─────── phase gate ─────────┘   Memory between Config and State; State when none is under way
 //! ```
 //!
 //! Every request is answered with one Response. Whatever fails, anywhere, is answered with Error where a request waits for
 //! an answer, ends the migration and comes back as one [`ReceiveError`].
 
+mod acceptor;
 mod additional;
-mod door;
+mod connections;
+mod context;
+mod destination;
 mod error;
-mod gate;
 mod message;
-mod roster;
+mod phase_gate;
+mod rejections;
 mod session;
 mod store;
 mod tables;
-mod turned_away;
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver as Callers, RecvTimeoutError, channel};
 use std::thread;
 use std::time::Instant;
 
 use super::connection::{Connection, ConnectionError, Head, Listener};
-use super::frame::Features;
 use super::limits::Limits;
 use super::tls::ServerTls;
 use super::url::Endpoint;
 use crate::threads::ThreadStart;
-use crate::vm::VmError;
-use door::Door;
-use gate::Gate;
-use session::{Context, Source, TICK};
-use turned_away::TurnedAway;
+use acceptor::Acceptor;
+use context::{Context, Source, TICK};
+use phase_gate::PhaseGate;
+use rejections::Rejections;
 
 pub use super::prefault::asks_for_prefault;
+pub use connections::ReceiverHandle;
+pub use destination::{Destination, Received};
 pub use error::{Part, ReceiveError, Step};
-pub use roster::ReceiverHandle;
 pub use store::{GuestPages, PageStore, Pages};
-
-/// What becomes of a VM that is received: a VMM, or a directory on disk.
-///
-/// The calls come in this order, each at most once, on the thread that receives; an error ends the migration, and the
-/// source hears of it.
-pub trait Destination {
-    /// Takes the JSON text of the Config, and tells where the pages go.
-    ///
-    /// # Errors
-    /// This VM cannot be had here.
-    fn config(&mut self, json: &[u8]) -> Result<Arc<dyn PageStore>, VmError>;
-
-    /// Takes the JSON text of the State; every page is in place. Nobody else keeps the text, which may be large.
-    ///
-    /// # Errors
-    /// The state does not fit.
-    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError>;
-
-    /// Runs the VM, or keeps it paused as it was at its source. The source gives its VM up when this succeeds, and runs it
-    /// again when it does not.
-    ///
-    /// # Errors
-    /// The VM does not run here. A checkpoint that wants the source to run on fails here, with everything kept.
-    fn complete(&mut self, paused: bool) -> Result<(), VmError>;
-
-    /// Learns that the migration ended before [`Destination::complete`]: no more is coming.
-    fn abandoned(&mut self);
-}
-
-/// A VM that was received.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Received {
-    /// Bytes that came from the source's sockets, those of TLS included; no strangers', nor those of an additional connection
-    /// that brought no memory.
-    pub received_bytes: u64,
-    /// Memory messages.
-    pub memory_messages: u64,
-    /// Ranges in their tables.
-    pub memory_ranges: u64,
-    /// Bytes of guest memory in them, repeated ones counted each time.
-    pub memory_bytes: u64,
-    /// Additional connections that brought memory.
-    pub connections: usize,
-    /// What a source of ours agreed to; `None` with any other.
-    pub features: Option<Features>,
-    /// Whether the VM stays paused.
-    pub paused: bool,
-    /// Whether the source was told that the VM is here. Where it was not, it stays paused, and the VM here is the one to
-    /// keep.
-    pub confirmed: bool,
-}
 
 /// Receives VMs.
 ///
@@ -148,13 +96,13 @@ pub struct Receiver {
     limits: Limits,
     tls: Option<ServerTls>,
     thread_start: ThreadStart,
-    roster: ReceiverHandle,
+    connections: ReceiverHandle,
 }
 
 impl Receiver {
     /// Makes a receiver that holds every peer to `limits`, and to TLS where `tls` is given.
     pub fn new(limits: Limits, tls: Option<ServerTls>) -> Self {
-        Self { limits, tls, thread_start: ThreadStart::NOTHING, roster: ReceiverHandle::default() }
+        Self { limits, tls, thread_start: ThreadStart::NOTHING, connections: ReceiverHandle::default() }
     }
 
     /// Has each thread of the receiver do `thread_start` first.
@@ -165,7 +113,7 @@ impl Receiver {
 
     /// Returns what stops and measures the receiver from any thread.
     pub fn handle(&self) -> ReceiverHandle {
-        self.roster.clone()
+        self.connections.clone()
     }
 
     /// Waits on `listener` for a source, and receives its VM into `destination`.
@@ -186,21 +134,21 @@ impl Receiver {
         }
         listener.check_descriptors().map_err(|source| ReceiveError::Descriptors { source })?;
         self.run(destination, |context, destination| {
-            let turned_away = TurnedAway::default();
+            let rejections = Rejections::default();
             let received = thread::scope(|scope| {
                 let ending = Ending(context);
                 let (first, callers) = channel();
-                let door = Door::new(listener, self.tls.as_ref(), &turned_away, context);
-                context.spawn(scope, "migration-door", move || door.keep(scope, &first))?;
+                let acceptor = Acceptor::new(listener, self.tls.as_ref(), &rejections, context);
+                context.spawn(scope, "migration-door", move || acceptor.run(scope, &first))?;
                 // And one to hear a caller on: else no source could ever be heard.
                 context.spawn(scope, "migration-in", || {})?;
-                let source = self.await_source(&callers, &turned_away, context)?;
+                let source = self.await_source(&callers, &rejections, context)?;
                 drop(callers);
                 let received = session::receive(source, destination, context);
                 drop(ending);
                 received
             });
-            received.map_err(|error| turned_away.explain(error))
+            received.map_err(|error| rejections.explain(error))
         })
     }
 
@@ -214,7 +162,7 @@ impl Receiver {
         destination: &mut dyn Destination,
     ) -> Result<Received, ReceiveError> {
         self.run(destination, |context, destination| {
-            let entry = self.roster.enter(&connection);
+            let entry = self.connections.enter(&connection);
             let within = self.limits.idle_timeout;
             let first = match connection.await_head(within) {
                 Ok(Head::Bytes(head)) => message::decode(head),
@@ -238,10 +186,10 @@ impl Receiver {
         destination: &mut dyn Destination,
         migrate: impl FnOnce(Context<'_>, &mut dyn Destination) -> Result<Received, ReceiveError>,
     ) -> Result<Received, ReceiveError> {
-        let gate = Gate::default();
-        self.roster.begin();
+        let gate = PhaseGate::default();
+        self.connections.begin();
         let threads = self.thread_start;
-        let context = Context { gate: &gate, roster: &self.roster, limits: &self.limits, threads };
+        let context = Context { gate: &gate, connections: &self.connections, limits: &self.limits, threads };
         let outcome = migrate(context, destination);
         if outcome.as_ref().is_err_and(|error| !error.is_of_completing()) {
             destination.abandoned();
@@ -253,21 +201,21 @@ impl Receiver {
     fn await_source(
         &self,
         callers: &Callers<Source>,
-        turned_away: &TurnedAway,
+        rejections: &Rejections,
         context: Context<'_>,
     ) -> Result<Source, ReceiveError> {
         let begun = Instant::now();
-        while !self.roster.is_stopped() {
+        while !self.connections.is_stopped() {
             context.gate.check()?;
             match callers.recv_timeout(TICK) {
                 Ok(source) => return Ok(source),
                 Err(RecvTimeoutError::Timeout) => {}
-                // The door is closed, and why is at the gate.
+                // The acceptor has ended, and the phase gate holds the reason.
                 Err(RecvTimeoutError::Disconnected) => thread::sleep(TICK),
             }
             let waited = begun.elapsed();
             if waited >= self.limits.source_wait {
-                return Err(ReceiveError::NoSource { waited, turned_away: turned_away.callers() });
+                return Err(ReceiveError::NoSource { waited, turned_away: rejections.callers() });
             }
         }
         Err(ReceiveError::Stopped)
@@ -280,6 +228,6 @@ struct Ending<'a>(Context<'a>);
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         self.0.gate.end();
-        self.0.roster.close_all();
+        self.0.connections.close_all();
     }
 }

@@ -2,69 +2,22 @@
 
 //! The main connection of a migration, from Start to Complete.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::Scope;
 use std::time::{Duration, Instant};
 
+use super::context::{Context, Source, TICK};
+use super::destination::{Destination, Received};
 use super::error::{Part, ReceiveError, Step, in_full};
-use super::gate::Gate;
 use super::message::{answer, check_empty, decode, read_text, refuse, take_memory};
-use super::roster::{Entry, ReceiverHandle};
 use super::store::PageStore;
-use super::{Destination, Received};
-use crate::threads::ThreadStart;
 use crate::transfer::connection::{Connection, Head};
 use crate::transfer::frame::{Command, Features, HEADER_BYTES, Request, Response, Status};
-use crate::transfer::limits::Limits;
 use crate::units::Count;
 use crate::units::{Bytes, Millis};
 use crate::vm::VmError;
 
-/// How often a wait looks whether the migration has ended elsewhere.
-pub(super) const TICK: Duration = Duration::from_millis(50);
-
 /// Features this side has.
 const FEATURES: Features = Features::NONE;
-
-/// What all connections of a migration share.
-#[derive(Clone, Copy)]
-pub(super) struct Context<'a> {
-    pub(super) gate: &'a Gate,
-    pub(super) roster: &'a ReceiverHandle,
-    pub(super) limits: &'a Limits,
-    pub(super) threads: ThreadStart,
-}
-
-impl<'a> Context<'a> {
-    /// Starts a thread that works for this migration. One that panics ends it.
-    ///
-    /// # Errors
-    /// There is no thread to be had.
-    pub(super) fn spawn<'scope>(
-        self,
-        scope: &'scope Scope<'scope, 'a>,
-        name: &str,
-        work: impl FnOnce() + Send + 'scope,
-    ) -> Result<(), ReceiveError> {
-        let gate = self.gate;
-        let watched = move || {
-            // What the work shares is whole after any statement, and the migration goes no further.
-            if catch_unwind(AssertUnwindSafe(work)).is_err() {
-                gate.fail(ReceiveError::ThreadDied);
-            }
-        };
-        let spawned = self.threads.spawn_scoped(scope, name, watched);
-        spawned.map(drop).map_err(|source| ReceiveError::Thread { source })
-    }
-}
-
-/// A source on its main connection, with the first request it made.
-pub(super) struct Source {
-    pub(super) connection: Connection,
-    pub(super) entry: Entry,
-    pub(super) first: Request,
-}
 
 /// Receives the VM of `source` into `destination`, and answers what fails with Error.
 pub(super) fn receive(
@@ -80,7 +33,7 @@ pub(super) fn receive(
     drop(entry);
     let linger = context.limits.linger;
     match outcome {
-        Err(error) if context.roster.is_stopped() => {
+        Err(error) if context.connections.is_stopped() => {
             log::debug!("Stopped in the middle of the migration: {}", in_full(&error));
             session.connection.close(Duration::ZERO);
             Err(ReceiveError::Stopped)
@@ -93,7 +46,7 @@ pub(super) fn receive(
                 refuse(&mut session.connection, linger);
             }
             session.connection.close(linger);
-            Ok(Received { received_bytes: context.roster.received_bytes(), ..outcome? })
+            Ok(Received { received_bytes: context.connections.received_bytes(), ..outcome? })
         }
     }
 }
@@ -177,7 +130,7 @@ impl Session<'_> {
         let began = Instant::now();
         let text = read_text(&mut self.connection, request, self.context.limits)?;
         let bytes = Bytes(text.len() as u64);
-        let taking = self.context.roster.take_state();
+        let taking = self.context.connections.take_state();
         destination.state(text).map_err(|source| refused(request, source))?;
         drop(taking);
         log::info!("Took the VM's state, {bytes}, in {}", Millis(began.elapsed()));
@@ -191,7 +144,7 @@ impl Session<'_> {
         check_empty(request)?;
         // The last look: what fails on another connection from here on fails too late.
         self.context.gate.check()?;
-        if !self.context.roster.commit() {
+        if !self.context.connections.commit() {
             return Err(ReceiveError::Stopped);
         }
         let paused = request.command() == Command::CompletePaused;
@@ -224,8 +177,8 @@ impl Session<'_> {
     ///
     /// That one keeps a pace of its own while it waits for the source, and is quiet for as long as the store needs.
     fn await_head(&mut self) -> Result<[u8; HEADER_BYTES], ReceiveError> {
-        let Context { gate, roster, limits, .. } = self.context;
-        let (mut bytes, mut since) = (roster.received_bytes(), Instant::now());
+        let Context { gate, connections, limits, .. } = self.context;
+        let (mut bytes, mut since) = (connections.received_bytes(), Instant::now());
         loop {
             let head = self.connection.await_head(TICK);
             self.answered = matches!(head, Ok(Head::Silence | Head::End));
@@ -236,7 +189,7 @@ impl Session<'_> {
                 Head::End => return Err(ReceiveError::Closed { step: self.step }),
                 Head::Silence => {}
             }
-            let now = roster.received_bytes();
+            let now = connections.received_bytes();
             if now != bytes || gate.is_taking_memory() {
                 (bytes, since) = (now, Instant::now());
             } else if since.elapsed() >= limits.idle_timeout {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the first pass leaves out: pages nobody ever wrote, and pages that read zero.
+//! The zero-page filter: what the first pass leaves out, pages nobody ever wrote and pages that read zero.
 //!
 //! A receiver whose memory reads zero has them already. Whoever looks has cleared the pages' standing bits before, so that a
 //! write during or after the look makes the page dirty and has it sent in a later pass, which leaves nothing out. That pages
@@ -32,7 +32,7 @@ pub(super) struct Skipped {
 
 /// Finds the pages that have to be sent to a receiver whose memory reads zero.
 #[derive(Debug)]
-pub(super) struct Sieve {
+pub(super) struct ZeroFilter {
     /// Ascending.
     parts: Vec<(GpaRange, Pages)>,
     host_page: Granule,
@@ -45,7 +45,7 @@ enum Pages {
     Table(PageTable),
 }
 
-impl Sieve {
+impl ZeroFilter {
     /// Makes the sieve of a VM's memory, whose ranges are made of `host_page`s.
     ///
     /// Without access to the page table, anonymous memory counts as written.
@@ -349,7 +349,7 @@ mod tests {
         ) {
             let memory = memory();
             touch(&memory, &pages);
-            let sieve = Sieve::new(Backing::of_mmap(&memory), Granule::host_page());
+            let sieve = ZeroFilter::new(Backing::of_mmap(&memory), Granule::host_page());
             let mut ranges = Vec::new();
             offered.iter().for_each(|&page| append(&mut ranges, page * page_bytes(), (page + 1) * page_bytes()));
             let mut kept = vec![range(0..1)];
@@ -370,7 +370,7 @@ mod tests {
     #[test]
     fn holes_are_found_without_touching_them_and_a_private_file_mapping_has_none() {
         let memory = memory();
-        let sieve = Sieve::new(Backing::of_mmap(&memory), Granule::host_page());
+        let sieve = ZeroFilter::new(Backing::of_mmap(&memory), Granule::host_page());
         let third = PAGES / 3;
         let everything = [range(0..PAGES)];
         for _ in 0..2 {
@@ -383,7 +383,7 @@ mod tests {
     #[test]
     fn memory_nothing_is_said_about_is_looked_at_and_what_is_no_memory_is_kept() {
         let memory = memory();
-        let sieve = Sieve::new(Backing::default(), Granule::host_page());
+        let sieve = ZeroFilter::new(Backing::default(), Granule::host_page());
         let mut kept = Vec::new();
         let skipped = sieve.sift(&memory, &[range(PAGES - 2..PAGES + 3)], &mut kept);
         assert_eq!(skipped, Skipped { hole_bytes: 0, zero_bytes: 2 * page_bytes() });

@@ -8,16 +8,17 @@ use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryBackend;
 
-use super::connection::Connection;
+use super::connections::wire_bytes;
+use super::error::{SendError, SendStep};
 use super::exchange::{PeerError, expect_silence, read_answer, send, send_memory, send_state};
-use super::frame::{Command, ConnectionRole, HEADER_BYTES, Request};
-use super::lanes::wire_bytes;
-use super::limits::ConnectionCount;
+use super::options::SendOptions;
 use super::payload::StatePayload;
 use super::progress::{Migration, Phase};
-use super::send::{SendError, SendOptions, SendStep};
 use crate::ledger::Chunk;
 use crate::threads::ThreadStart;
+use crate::transfer::connection::Connection;
+use crate::transfer::frame::{Command, ConnectionRole, HEADER_BYTES, Request};
+use crate::transfer::limits::ConnectionCount;
 
 /// How often somebody who waits for a connection looks whether the migration was cancelled.
 const TICK: Duration = Duration::from_millis(20);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Callers that were turned away: all are counted, and as many told of as do not fill a log.
+//! Rejections: callers that were turned away. All are counted; a rate limit keeps those told of from filling a log.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -53,9 +53,9 @@ impl Reason {
 
 /// Counts callers that were turned away, from any thread.
 #[derive(Debug, Default)]
-pub(super) struct TurnedAway(Mutex<Tally>);
+pub(super) struct Rejections(Mutex<Tally>);
 
-impl TurnedAway {
+impl Rejections {
     /// Counts a caller, and says who was turned away and why, unless too many were of late.
     pub(super) fn count(&self, peer: &str, reason: &Reason) {
         let reason = in_full(reason);
@@ -157,13 +157,13 @@ mod tests {
 
     #[test]
     fn what_this_host_was_short_of_is_told_of_with_a_source_that_failed_and_with_nothing_else() {
-        let turned_away = TurnedAway::default();
+        let rejections = Rejections::default();
         let closed = || ReceiveError::Closed { step: Step::Config };
-        assert!(matches!(turned_away.explain(closed()), ReceiveError::Closed { .. }));
+        assert!(matches!(rejections.explain(closed()), ReceiveError::Closed { .. }));
         let thread = ReceiveError::Thread { source: io::Error::from_raw_os_error(libc::EAGAIN) };
-        turned_away.count_unserved("a caller", thread);
-        assert!(matches!(turned_away.explain(ReceiveError::Stopped), ReceiveError::Stopped));
-        let text = in_full(&turned_away.explain(closed()));
+        rejections.count_unserved("a caller", thread);
+        assert!(matches!(rejections.explain(ReceiveError::Stopped), ReceiveError::Stopped));
+        let text = in_full(&rejections.explain(closed()));
         assert!(
             text.starts_with("Source closed the connection after Config; connections could not be served"),
             "{text}"

@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::skipping::Skipped;
+use super::zero_filter::Skipped;
 use crate::ledger::Attribution;
 use crate::precopy::Forecast;
 

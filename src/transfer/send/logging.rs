@@ -4,9 +4,10 @@
 
 use std::fmt;
 
+use super::error::{SendError, SourceVm};
 use super::phases::Session;
-use super::rounds::rate;
-use super::send::{SendError, Sent, SourceVm};
+use super::rates::rate;
+use super::sent::Sent;
 use crate::error::Chain;
 use crate::precopy::{Observation, SourceRate};
 use crate::units::Count;

@@ -8,12 +8,12 @@ use std::time::Duration;
 use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
-use super::connection::{Connection, ConnectionError, Head, Look};
-use super::frame::{
-    Command, FrameError, HEADER_BYTES, RANGE_BYTES, Request, Response, Status, encode_ranges,
-};
 use super::payload::StatePayload;
 use crate::range::GpaRange;
+use crate::transfer::connection::{Connection, ConnectionError, Head, Look};
+use crate::transfer::frame::{
+    Command, FrameError, HEADER_BYTES, RANGE_BYTES, Request, Response, Status, encode_ranges,
+};
 use crate::units::Count;
 
 /// Payloads up to this size go out in one piece with their header.

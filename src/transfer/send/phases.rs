@@ -5,15 +5,17 @@
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use super::connections::{Lanes, Pipeline};
 use super::control::{Control, Switchover};
 use super::downtime::{DowntimeClock, DowntimeParts};
-use super::lanes::{Lanes, Pipeline};
-use super::measuring::Measured;
+use super::error::{SendError, SourceVm, VmOperation};
+use super::meter::Measured;
+use super::options::SendOptions;
 use super::payload::StatePayload;
 use super::pinning::Populated;
 use super::progress::{Migration, Phase};
-use super::send::{SendError, SendOptions, Sent, SourceVm, VmOperation};
-use super::skipping::Sieve;
+use super::sent::Sent;
+use super::zero_filter::ZeroFilter;
 use crate::device::DeviceSet;
 use crate::ledger::{CursorId, Start};
 use crate::precopy::{Decision, Policy};
@@ -179,7 +181,7 @@ impl<'a, V: Vm> Session<'a, V> {
     }
 
     /// Makes what finds the pages that need not be sent; memory that a userfaultfd fills has no holes to it.
-    fn sieve(&mut self) -> Result<Option<Sieve>, SendError> {
+    fn sieve(&mut self) -> Result<Option<ZeroFilter>, SendError> {
         let backing = match HoleWatch::begin(&*self.vm.memory(), self.vm.backing()) {
             Ok((watch, backing)) => {
                 self.hole_watch = watch;
@@ -192,7 +194,7 @@ impl<'a, V: Vm> Session<'a, V> {
             Err(unreadable) => return Err(unreadable.into()),
         };
         let host_page = self.look().layout().host_page();
-        Ok(self.may_leave_out().then(|| Sieve::new(backing, host_page)))
+        Ok(self.may_leave_out().then(|| ZeroFilter::new(backing, host_page)))
     }
 
     /// Makes sure that what was left out of a round as holes were some.

@@ -5,12 +5,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::connections::{Content, Event, Lanes};
 use super::control::Switchover;
+use super::error::SendError;
 use super::exchange::PeerError;
-use super::lanes::{Content, Event, Lanes};
 use super::phases::Session;
 use super::progress::Phase;
-use super::send::SendError;
 use crate::ledger::{Chunk, ChunkLimits, CursorId};
 use crate::precopy::{Decision, TimeoutStrategy};
 use crate::vm::Vm;

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use super::device_state::device_left;
+use super::device_precopy::device_left;
+use super::error::SendError;
 use super::phases::Session;
 use super::progress::{Progress, SourceProgress};
-use super::rounds::{Bandwidth, Pace, Reported, SourceRates, rate};
-use super::send::SendError;
+use super::rates::{Bandwidth, Pace, Reported, SourceRates, rate};
 use crate::device::Estimate;
 use crate::ledger::{Attribution, Chunk, Outstanding};
 use crate::precopy::{Forecast, Observation};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the connections of one migration know of each other.
+//! The phase gate: what the connections of one migration know of each other, and when each message may come in.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -75,13 +75,13 @@ pub(super) enum Caller {
 
 /// Lets Memory in between Config and State, and State in when no Memory is under way.
 #[derive(Default)]
-pub(super) struct Gate {
+pub(super) struct PhaseGate {
     state: Mutex<State>,
     changed: Condvar,
     pub(super) tables: Tables,
 }
 
-impl Gate {
+impl PhaseGate {
     /// Who somebody who calls now can be; `None` where the migration is over.
     pub(super) fn caller(&self) -> Option<Caller> {
         match self.lock().phase {
@@ -165,7 +165,7 @@ impl Gate {
     /// Lets no more Memory in, and waits until none is under way.
     ///
     /// # Errors
-    /// As [`Gate::drain`], or the source wants postcopy.
+    /// As [`PhaseGate::drain`], or the source wants postcopy.
     pub(super) fn seal(&self) -> Result<(), ReceiveError> {
         let mut state = self.lock();
         state.phase = Phase::Sealed;
@@ -221,9 +221,9 @@ fn take_failure(state: &mut State) -> Result<(), ReceiveError> {
 
 /// A Memory that is under way. Dropped before it is done, it ends the migration.
 ///
-/// Who knows why it is not done tells [`Gate::fail`] first.
+/// Who knows why it is not done tells [`PhaseGate::fail`] first.
 pub(super) struct Ticket<'a> {
-    gate: &'a Gate,
+    gate: &'a PhaseGate,
     pub(super) store: Arc<dyn PageStore>,
     done: bool,
 }
@@ -249,7 +249,7 @@ impl Drop for Ticket<'_> {
 
 /// A connection for page faults.
 pub(super) struct Fault<'a> {
-    gate: &'a Gate,
+    gate: &'a PhaseGate,
 }
 
 impl Drop for Fault<'_> {
@@ -277,8 +277,8 @@ mod tests {
         }
     }
 
-    fn opened() -> Gate {
-        let gate = Gate::default();
+    fn opened() -> PhaseGate {
+        let gate = PhaseGate::default();
         gate.open(Arc::new(NoStore));
         gate
     }

@@ -11,8 +11,8 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::phases::Session;
-use super::prefault::with_prefault;
 use crate::precopy::Forecast;
+use crate::transfer::prefault::with_prefault;
 use crate::units::Bytes;
 use crate::vm::Vm;
 

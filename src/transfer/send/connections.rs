@@ -15,15 +15,15 @@ use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryBackend;
 
-use super::connection::{Connection, ConnectionHandle};
 use super::exchange::{PeerError, expect_silence, read_answer, send_memory};
-use super::frame::{HEADER_BYTES, RANGE_BYTES};
 use super::progress::Migration;
-use super::skipping::Sieve;
+use super::zero_filter::ZeroFilter;
 use crate::ledger::Chunk;
 use crate::range::GpaRange;
 use crate::sync::lock;
 use crate::threads::ThreadStart;
+use crate::transfer::connection::{Connection, ConnectionHandle};
+use crate::transfer::frame::{HEADER_BYTES, RANGE_BYTES};
 
 /// What a worker tells the engine.
 #[derive(Debug)]
@@ -86,7 +86,7 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Lanes<M> {
     /// every chunk is sent whole.
     pub(super) fn start(
         connections: Vec<Connection>,
-        sieve: Option<Sieve>,
+        sieve: Option<ZeroFilter>,
         pipeline: Pipeline,
         migration: &Migration,
         threads: ThreadStart,
@@ -259,7 +259,7 @@ struct Written {
 
 struct Worker<M> {
     connection: Connection,
-    sieve: Arc<Option<Sieve>>,
+    sieve: Arc<Option<ZeroFilter>>,
     queue: Arc<Queue<M>>,
     report: Report,
     migration: Migration,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Who comes in: the source first, its additional connections later, strangers never.
+//! The acceptor: who comes in. The source first, its additional connections later, strangers never.
 //!
 //! Every caller is heard on a thread of its own, for [`Limits::handshake_timeout`](crate::transfer::limits::Limits) and no
 //! longer. Where too many are heard, the one that came first has to go: so however many strangers come, and however they
@@ -17,12 +17,12 @@ use std::time::Duration;
 use rustix::process::{Resource, getrlimit};
 
 use super::additional;
+use super::connections::Entry;
+use super::context::{Context, Source, TICK};
 use super::error::{Part, ReceiveError};
-use super::gate::Caller;
 use super::message::{decode, refuse_and_close};
-use super::roster::Entry;
-use super::session::{Context, Source, TICK};
-use super::turned_away::{Reason, TurnedAway};
+use super::phase_gate::Caller;
+use super::rejections::{Reason, Rejections};
 use crate::transfer::connection::{Connection, ConnectionError, Head, Listener};
 use crate::transfer::frame::{Command, ConnectionRole, Request};
 use crate::transfer::tls::ServerTls;
@@ -34,39 +34,39 @@ const CALLERS: usize = 256;
 /// The part of its descriptors that this process leaves to callers.
 const DESCRIPTORS_SHARE: u64 = 4;
 
-/// The place callers come to.
+/// Takes callers in from the listener.
 #[derive(Clone, Copy)]
-pub(super) struct Door<'env> {
+pub(super) struct Acceptor<'env> {
     listener: &'env Listener,
     tls: Option<&'env ServerTls>,
-    turned_away: &'env TurnedAway,
+    rejections: &'env Rejections,
     context: Context<'env>,
     /// Callers that are heard at a time.
     callers: usize,
 }
 
-impl<'env> Door<'env> {
+impl<'env> Acceptor<'env> {
     pub(super) fn new(
         listener: &'env Listener,
         tls: Option<&'env ServerTls>,
-        turned_away: &'env TurnedAway,
+        rejections: &'env Rejections,
         context: Context<'env>,
     ) -> Self {
         let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         let callers =
             usize::try_from(descriptors / DESCRIPTORS_SHARE).unwrap_or(usize::MAX).clamp(1, CALLERS);
-        Self { listener, tls, turned_away, context, callers }
+        Self { listener, tls, rejections, context, callers }
     }
 
     /// Lets callers in until the migration is over; a listener that fails ends it.
-    pub(super) fn keep<'scope>(self, scope: &'scope Scope<'scope, 'env>, first: &Sender<Source>) {
+    pub(super) fn run<'scope>(self, scope: &'scope Scope<'scope, 'env>, first: &Sender<Source>) {
         let Context { gate, limits, .. } = self.context;
         while !gate.is_over() {
             match self.listener.accept(TICK, limits) {
                 Ok(None) => {}
                 Ok(Some(connection)) => self.let_in(scope, connection, first),
                 Err(error @ ConnectionError::Socket { .. }) => {
-                    self.turned_away.count_unserved("a caller", error.into());
+                    self.rejections.count_unserved("a caller", error.into());
                 }
                 Err(error) if error.is_of_descriptors() => self.make_room(error),
                 Err(error) => {
@@ -79,8 +79,8 @@ impl<'env> Door<'env> {
 
     /// Lets the caller that is heard longest go, so that there is a descriptor for the next one; that one waits meanwhile.
     fn make_room(self, error: ConnectionError) {
-        if !self.context.roster.dismiss_caller() {
-            self.turned_away.count_unserved("a caller", error.into());
+        if !self.context.connections.dismiss_caller() {
+            self.rejections.count_unserved("a caller", error.into());
             thread::sleep(TICK);
         }
     }
@@ -92,20 +92,20 @@ impl<'env> Door<'env> {
         connection: Connection,
         first: &Sender<Source>,
     ) {
-        let Context { gate, roster, .. } = self.context;
-        let entry = roster.enter_caller(&connection, self.callers);
-        // After that: whoever ends the migration closes those that are on the roster.
+        let Context { gate, connections, .. } = self.context;
+        let entry = connections.enter_caller(&connection, self.callers);
+        // After that: whoever ends the migration closes those that are on the list.
         let Some(caller) = gate.caller() else { return };
         let (peer, first) = (connection.peer().to_owned(), first.clone());
         let hear = move || self.hear(caller, connection, entry, &first);
         if let Err(error) = self.context.spawn(scope, "migration-in", hear) {
-            self.turned_away.count_unserved(&peer, error);
+            self.rejections.count_unserved(&peer, error);
         }
     }
 
     /// Finds out who calls, and serves who may come in.
     fn hear(self, caller: Caller, mut connection: Connection, entry: Entry, first: &Sender<Source>) {
-        let Context { gate, roster, limits, .. } = self.context;
+        let Context { gate, connections, limits, .. } = self.context;
         let (peer, handle) = (connection.peer().to_owned(), connection.handle());
         // For all of it, however slowly it is said.
         connection.end_at(Some(limits.handshake_timeout));
@@ -116,11 +116,11 @@ impl<'env> Door<'env> {
         });
         match outcome {
             Ok(()) => {}
-            Err(_) if gate.is_over() || roster.is_stopped() => {}
+            Err(_) if gate.is_over() || connections.is_stopped() => {}
             Err(_) if handle.is_closed() => {
-                self.turned_away.count(&peer, &Reason::Crowd { callers: self.callers });
+                self.rejections.count(&peer, &Reason::Crowd { callers: self.callers });
             }
-            Err(reason) => self.turned_away.count(&peer, &reason),
+            Err(reason) => self.rejections.count(&peer, &reason),
         }
     }
 

@@ -32,7 +32,7 @@ struct Open {
 }
 
 #[derive(Debug, Default)]
-struct Names {
+struct Table {
     /// By the order they came in.
     open: BTreeMap<u64, Open>,
     next: u64,
@@ -46,7 +46,7 @@ struct Names {
     committed: bool,
 }
 
-impl Names {
+impl Table {
     fn enter(&mut self, handle: ConnectionHandle, standing: Standing) -> u64 {
         if self.stopped {
             handle.close();
@@ -75,15 +75,15 @@ impl Names {
 }
 
 #[derive(Debug, Default)]
-struct Roster {
-    names: Mutex<Names>,
+struct Connections {
+    table: Mutex<Table>,
     /// A connection was closed.
     left: Condvar,
 }
 
 /// Stops and measures a [`Receiver`](super::Receiver) from any thread.
 #[derive(Debug, Clone, Default)]
-pub struct ReceiverHandle(Arc<Roster>);
+pub struct ReceiverHandle(Arc<Connections>);
 
 impl ReceiverHandle {
     /// Closes every connection and ends the wait for one, for good; whoever receives gets
@@ -93,12 +93,12 @@ impl ReceiverHandle {
     /// gets no answer to that could not know whether its VM runs here.
     #[must_use = "it may be too late to stop"]
     pub fn stop(&self) -> bool {
-        let mut names = self.lock();
-        if names.committed {
+        let mut table = self.lock();
+        if table.committed {
             return false;
         }
-        names.stopped = true;
-        names.open.values().for_each(|open| open.handle.close());
+        table.stopped = true;
+        table.open.values().for_each(|open| open.handle.close());
         true
     }
 
@@ -109,9 +109,9 @@ impl ReceiverHandle {
 
     /// Bytes that came from the source's sockets so far.
     pub fn received_bytes(&self) -> u64 {
-        let names = self.lock();
-        let admitted = names.open.values().filter(|open| open.standing == Standing::Admitted);
-        names.past_bytes + admitted.map(|open| open.handle.received_bytes()).sum::<u64>()
+        let table = self.lock();
+        let admitted = table.open.values().filter(|open| open.standing == Standing::Admitted);
+        table.past_bytes + admitted.map(|open| open.handle.received_bytes()).sum::<u64>()
     }
 
     /// Whether the source has closed its main connection, or that has failed, or it gives the migration up while its State is
@@ -119,10 +119,10 @@ impl ReceiverHandle {
     ///
     /// Tells a [`Destination`](super::Destination) that takes its time that nobody waits for it any more.
     pub fn source_has_gone(&self) -> bool {
-        let names = self.lock();
-        let main = names.main.and_then(|id| names.open.get(&id));
+        let table = self.lock();
+        let main = table.main.and_then(|id| table.open.get(&id));
         main.is_some_and(|Open { handle, .. }| {
-            handle.peer_has_gone() || (names.taking_state && handle.peek().is_some_and(is_no_way_on))
+            handle.peer_has_gone() || (table.taking_state && handle.peek().is_some_and(is_no_way_on))
         })
     }
 
@@ -134,16 +134,16 @@ impl ReceiverHandle {
 
     /// Makes it too late to stop; `false` where that has happened.
     pub(super) fn commit(&self) -> bool {
-        let mut names = self.lock();
-        names.committed = !names.stopped;
-        names.committed
+        let mut table = self.lock();
+        table.committed = !table.stopped;
+        table.committed
     }
 
     /// Forgets what the migration before this one brought.
     pub(super) fn begin(&self) {
-        let mut names = self.lock();
-        names.past_bytes = 0;
-        names.committed = false;
+        let mut table = self.lock();
+        table.past_bytes = 0;
+        table.committed = false;
     }
 
     /// Closes every connection that is open.
@@ -154,37 +154,37 @@ impl ReceiverHandle {
     /// Notes the source's connection until what is returned is dropped; one that comes after the stop is closed at once.
     pub(super) fn enter(&self, connection: &Connection) -> Entry {
         let id = self.lock().enter(connection.handle(), Standing::Admitted);
-        Entry { roster: self.clone(), id }
+        Entry { connections: self.clone(), id }
     }
 
     /// Notes a caller's connection, as [`ReceiverHandle::enter`] does, when fewer than `most` are heard.
     ///
     /// Those that are heard longest have to go for it.
     pub(super) fn enter_caller(&self, connection: &Connection, most: usize) -> Entry {
-        let mut names = self.lock();
-        while names.callers() >= most {
-            names.dismiss_oldest();
-            let left = self.0.left.wait_timeout(names, PATIENCE);
-            names = left.unwrap_or_else(PoisonError::into_inner).0;
+        let mut table = self.lock();
+        while table.callers() >= most {
+            table.dismiss_oldest();
+            let left = self.0.left.wait_timeout(table, PATIENCE);
+            table = left.unwrap_or_else(PoisonError::into_inner).0;
         }
-        let id = names.enter(connection.handle(), Standing::Caller);
-        Entry { roster: self.clone(), id }
+        let id = table.enter(connection.handle(), Standing::Caller);
+        Entry { connections: self.clone(), id }
     }
 
     /// Lets the caller go that is heard longest, and waits a moment for one to be gone; `false` where there is none.
     pub(super) fn dismiss_caller(&self) -> bool {
-        let mut names = self.lock();
-        names.dismiss_oldest();
-        let heard = names.callers() > 0;
+        let mut table = self.lock();
+        table.dismiss_oldest();
+        let heard = table.callers() > 0;
         if heard {
-            let _gone = self.0.left.wait_timeout(names, PATIENCE);
+            let _gone = self.0.left.wait_timeout(table, PATIENCE);
         }
         heard
     }
 
-    fn lock(&self) -> MutexGuard<'_, Names> {
-        // The names hold together after every statement, so also after a panic of one who held them.
-        self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        // The table holds together after every statement, so also after a panic of one who held it.
+        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -208,7 +208,7 @@ impl Drop for TakingState<'_> {
 /// A connection's place among the open ones.
 #[derive(Debug)]
 pub(super) struct Entry {
-    roster: ReceiverHandle,
+    connections: ReceiverHandle,
     id: u64,
 }
 
@@ -217,9 +217,9 @@ impl Entry {
     ///
     /// Those that came first stay, for the source opens its connections as soon as it may.
     pub(super) fn announce(&self, most: usize) -> bool {
-        let mut names = self.roster.lock();
-        let has_room = names.count(Standing::Announced) < most;
-        if let Some(open) = names.open.get_mut(&self.id).filter(|_| has_room) {
+        let mut table = self.connections.lock();
+        let has_room = table.count(Standing::Announced) < most;
+        if let Some(open) = table.open.get_mut(&self.id).filter(|_| has_room) {
             open.standing = Standing::Announced;
         }
         has_room
@@ -227,7 +227,7 @@ impl Entry {
 
     /// Notes that it is one of the source's.
     pub(super) fn admit(&self) {
-        if let Some(open) = self.roster.lock().open.get_mut(&self.id) {
+        if let Some(open) = self.connections.lock().open.get_mut(&self.id) {
             open.standing = Standing::Admitted;
         }
     }
@@ -235,16 +235,16 @@ impl Entry {
     /// Notes that it is the source's main one.
     pub(super) fn admit_main(&self) {
         self.admit();
-        self.roster.lock().main = Some(self.id);
+        self.connections.lock().main = Some(self.id);
     }
 }
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        let mut names = self.roster.lock();
-        if let Some(Open { handle, standing: Standing::Admitted }) = names.open.remove(&self.id) {
-            names.past_bytes += handle.received_bytes();
+        let mut table = self.connections.lock();
+        if let Some(Open { handle, standing: Standing::Admitted }) = table.open.remove(&self.id) {
+            table.past_bytes += handle.received_bytes();
         }
-        self.roster.0.left.notify_all();
+        self.connections.0.left.notify_all();
     }
 }

@@ -2,9 +2,9 @@
 
 //! What a migration reads of its devices' state while they run, and whether what they say fits the way it goes.
 
+use super::error::SendError;
 use super::payload::StatePayload;
 use super::phases::Session;
-use super::send::SendError;
 use crate::device::saved::text_bytes;
 use crate::device::{Basis, Estimate};
 use crate::precopy::DeviceLeft;

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Who takes the VM in, and what came of it.
+
+use std::sync::Arc;
+
+use super::store::PageStore;
+use crate::transfer::frame::Features;
+use crate::vm::VmError;
+
+/// What becomes of a VM that is received: a VMM, or a directory on disk.
+///
+/// The calls come in this order, each at most once, on the thread that receives; an error ends the migration, and the
+/// source hears of it.
+pub trait Destination {
+    /// Takes the JSON text of the Config, and tells where the pages go.
+    ///
+    /// # Errors
+    /// This VM cannot be had here.
+    fn config(&mut self, json: &[u8]) -> Result<Arc<dyn PageStore>, VmError>;
+
+    /// Takes the JSON text of the State; every page is in place. Nobody else keeps the text, which may be large.
+    ///
+    /// # Errors
+    /// The state does not fit.
+    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError>;
+
+    /// Runs the VM, or keeps it paused as it was at its source. The source gives its VM up when this succeeds, and runs it
+    /// again when it does not.
+    ///
+    /// # Errors
+    /// The VM does not run here. A checkpoint that wants the source to run on fails here, with everything kept.
+    fn complete(&mut self, paused: bool) -> Result<(), VmError>;
+
+    /// Learns that the migration ended before [`Destination::complete`]: no more is coming.
+    fn abandoned(&mut self);
+}
+
+/// A VM that was received.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Received {
+    /// Bytes that came from the source's sockets, those of TLS included; no strangers', nor those of an additional connection
+    /// that brought no memory.
+    pub received_bytes: u64,
+    /// Memory messages.
+    pub memory_messages: u64,
+    /// Ranges in their tables.
+    pub memory_ranges: u64,
+    /// Bytes of guest memory in them, repeated ones counted each time.
+    pub memory_bytes: u64,
+    /// Additional connections that brought memory.
+    pub connections: usize,
+    /// What a source of ours agreed to; `None` with any other.
+    pub features: Option<Features>,
+    /// Whether the VM stays paused.
+    pub paused: bool,
+    /// Whether the source was told that the VM is here. Where it was not, it stays paused, and the VM here is the one to
+    /// keep.
+    pub confirmed: bool,
+}
