@@ -118,10 +118,14 @@ impl fmt::Display for CancelReason {
                 Bytes(*bytes)
             ),
             Self::SwitchoverTooLong { back_outs, expected_downtime_ms: Some(ms) } => {
-                write!(f, "stopped VM {back_outs} times, and {ms} ms of downtime were still to come")
+                write!(
+                    f,
+                    "stopped VM {}, and {ms} ms of downtime were still to come",
+                    Count(back_outs, "time")
+                )
             }
             Self::SwitchoverTooLong { back_outs, expected_downtime_ms: None } => {
-                write!(f, "stopped VM {back_outs} times, and the downtime still could not be told")
+                write!(f, "stopped VM {}, and the downtime still could not be told", Count(back_outs, "time"))
             }
         }
     }

@@ -15,6 +15,7 @@ use super::passthrough::{DeviceFields, PassThrough};
 use super::placement::{Placement, PlacementError};
 use crate::layout::{Layout, LayoutError};
 use crate::range::{GpaRange, RangeError};
+use crate::units::Count;
 
 /// Most devices of a kind, memory zones and RAM mappings that are read.
 pub(super) const ENTRIES: usize = 1 << 16;
@@ -40,7 +41,7 @@ pub enum DocumentError {
         source: std::str::Utf8Error,
     },
     /// The document, or the state of a component in it, is larger than anything expected.
-    #[error("{document} has {bytes} bytes, the limit is {limit}")]
+    #[error("{document} has {}, the limit is {limit}", Count(.bytes, "byte"))]
     TooLarge {
         /// The document.
         document: &'static str,

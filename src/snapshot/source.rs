@@ -70,8 +70,13 @@ pub enum SourceError {
         source: io::Error,
     },
     /// The ranges do not make up a guest's memory.
-    #[error("Cannot gather the snapshot's memory")]
-    Gather(#[source] GuestRegionCollectionError),
+    #[error("Cannot gather the memory of {path}", path = .path.display())]
+    Gather {
+        /// The snapshot.
+        path: PathBuf,
+        /// Why.
+        source: GuestRegionCollectionError,
+    },
 }
 
 /// A snapshot on disk that plays the source of a migration: a VM that stands still.
@@ -112,7 +117,8 @@ impl SnapshotSource {
             file.try_clone().map_err(|source| SourceError::Share { path: dir.memory_path(), source })?;
         let file = Arc::new(file);
         let regions = regions(&file, dir.memory_path(), dir.placement());
-        let memory = PlacedMemory::from_regions(regions).map_err(SourceError::Gather)?;
+        let memory = PlacedMemory::from_regions(regions)
+            .map_err(|source| SourceError::Gather { path: path(), source })?;
         Ok(Self { dir: Arc::new(dir), checking: None, layout, file, memory: Arc::new(memory) })
     }
 

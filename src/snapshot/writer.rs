@@ -24,7 +24,7 @@ use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::GpaRange;
 use crate::threads::ThreadStart;
-use crate::units::{Bytes, Millis};
+use crate::units::{Bytes, Count, Millis};
 use crate::vm::check_readable;
 
 /// Why no snapshot was written. Nothing lies under its name.
@@ -53,7 +53,7 @@ pub enum WriteError {
         range: GpaRange,
     },
     /// A file would be larger than what is read with the same limits.
-    #[error("{name} of {path} would have {bytes} bytes, the limit is {limit}", path = .path.display())]
+    #[error("{name} of {path} would have {}, the limit is {limit}", Count(.bytes, "byte"), path = .path.display())]
     Unreadable {
         /// The file.
         name: &'static str,

@@ -214,3 +214,16 @@ fn captures() -> Option<PathBuf> {
     crate::skip::skip(format!("no captures at {}; {how}", dir.display()));
     None
 }
+
+#[test]
+fn one_byte_is_not_called_bytes() {
+    let document = DocumentError::TooLarge { document: "config.json", bytes: 1, limit: 0 };
+    let name = CONFIG_FILE;
+    let unreadable = WriteError::Unreadable { name, path: "/dir".into(), bytes: 1, limit: 0 };
+    for (error, said) in [
+        (document.to_string(), "config.json has 1 byte, the limit is 0"),
+        (unreadable.to_string(), "config.json of /dir would have 1 byte, the limit is 0"),
+    ] {
+        assert_eq!(error, said);
+    }
+}

@@ -62,9 +62,9 @@ impl<V: Vm> Session<'_, V> {
     pub(super) fn log_outcome(&self, outcome: &Result<Sent, SendError>) {
         match outcome {
             Ok(sent) => log::info!(
-                "VM moved: {} in {} rounds and {}; downtime {}: {}",
+                "VM moved: {} in {} and {}; downtime {}: {}",
                 Bytes(sent.bytes_sent),
-                sent.rounds,
+                Count(&sent.rounds, "round"),
                 Millis(sent.total),
                 Millis(sent.downtime),
                 sent.downtime_parts,
