@@ -52,6 +52,26 @@ impl ThreadStart {
         if self.is_over(&begun) { Ok(thread) } else { Err(panicked(thread.join())) }
     }
 
+    /// Starts a thread of this name that does `work`, and waits for nothing, the hook included. Where the hook panics, `work` is not done.
+    ///
+    /// # Errors
+    /// The system has no thread or no memory left.
+    #[cfg(feature = "transfer")]
+    pub(crate) fn detach(
+        self,
+        name: impl Into<String>,
+        work: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
+        expect_room()?;
+        let run = move || {
+            if let Some(hook) = self.0 {
+                hook();
+            }
+            work();
+        };
+        Builder::new().name(name.into()).spawn(run).map(drop)
+    }
+
     /// Starts a thread of this name that does `work` within `scope`.
     ///
     /// # Errors

@@ -179,7 +179,7 @@ impl Patience {
 pub(crate) struct SendArguments {
     /// Where the receiver waits: unix:PATH or tcp:HOST:PORT.
     pub(crate) url: Url,
-    /// The full snapshot to send. Nobody may change it meanwhile; to cut memory-ranges off may kill this process.
+    /// The full snapshot to send. Nobody may change it meanwhile.
     /// Every byte is checked against the manifest while it is sent, and the receiver gets no VM where one was altered;
     /// a snapshot with no manifest is sent as it is.
     #[arg(long, value_name = "DIR")]

@@ -253,7 +253,8 @@ fn dial(options: &SendOptions, migration: &Migration, step: SendStep) -> Result<
 /// Closes connections without waiting for the receiver to do the same, which would be part of the downtime.
 fn close_behind(connections: Vec<Connection>, threads: ThreadStart) {
     let closing = move || connections.into_iter().for_each(|connection| connection.close(FAREWELL));
-    if let Err(error) = threads.spawn("migrate-close", closing) {
+    // The VM may stand still: nobody waits for a hook here.
+    if let Err(error) = threads.detach("migrate-close", closing) {
         log::debug!("Connections are cut, not closed: {error}");
     }
 }
