@@ -35,11 +35,20 @@ pub(super) struct Report<'a> {
     touched: u64,
     dirty: [u64; BLOCK_WORDS],
     repeated: [u64; BLOCK_WORDS],
+    /// Whether `repeated` has a bit.
+    repeats: bool,
 }
 
 impl<'a> Report<'a> {
     fn new(sink: Sink<'a>) -> Self {
-        Self { sink, next: 0, touched: 0, dirty: [0; BLOCK_WORDS], repeated: [0; BLOCK_WORDS] }
+        Self {
+            sink,
+            next: 0,
+            touched: 0,
+            dirty: [0; BLOCK_WORDS],
+            repeated: [0; BLOCK_WORDS],
+            repeats: false,
+        }
     }
 }
 
@@ -104,22 +113,54 @@ impl Work for Absorb<'_, '_> {
         let blocks = self.collection.layout.words() / BLOCK_WORDS;
         let Collection { reports, attribution, cursors, .. } = self.collection;
         for first_block in (0..blocks).step_by(WORD_BITS) {
-            let mut touched = 0;
+            let (mut touched, mut shared) = (0, 0);
             for report in reports.iter_mut() {
                 report.look(first_block);
+                shared |= touched & report.touched;
                 touched |= report.touched;
             }
             while touched != 0 {
-                absorb_block(first_block, touched.trailing_zeros(), reports, attribution, cursors);
+                let offset = touched.trailing_zeros();
+                if shared >> offset & 1 == 1 {
+                    absorb_shared(first_block, offset, reports, attribution, cursors);
+                } else {
+                    absorb_sole(first_block, offset, reports, attribution, cursors);
+                }
                 touched &= touched - 1;
             }
         }
     }
 }
 
-/// Absorbs the block that is `offset` behind `first_block`.
+/// Absorbs the block that is `offset` behind `first_block`, of which just one source tells.
 #[inline(always)]
-fn absorb_block(
+fn absorb_sole(
+    first_block: usize,
+    offset: u32,
+    reports: &mut [Report<'_>],
+    attribution: &mut [Attribution],
+    cursors: &mut [Cursor],
+) {
+    let block = first_block + offset as usize;
+    for (report, attribution) in reports.iter_mut().zip(attribution) {
+        if !report.touches(offset) {
+            continue;
+        }
+        report.load(block);
+        let pages = report.fresh_pages();
+        attribution.pages += pages;
+        attribution.exclusive_pages += pages;
+        let set = if report.repeats { ones(&report.dirty) } else { pages };
+        for cursor in cursors {
+            cursor.absorb_block(block, &report.dirty, set);
+        }
+        return;
+    }
+}
+
+/// Absorbs the block that is `offset` behind `first_block`, of which several sources tell.
+#[inline(always)]
+fn absorb_shared(
     first_block: usize,
     offset: u32,
     reports: &mut [Report<'_>],
@@ -140,20 +181,27 @@ fn absorb_block(
     }
     for (report, attribution) in reports.iter().zip(attribution) {
         if report.touches(offset) {
-            report.count(&twice, attribution);
+            let pages = report.fresh_pages();
+            attribution.pages += pages;
+            attribution.exclusive_pages += pages - report.fresh_pages_in(&twice);
         }
     }
-    if once != [0; BLOCK_WORDS] {
-        for cursor in cursors {
-            cursor.absorb_block(block, &once);
-        }
+    let set = ones(&once);
+    for cursor in cursors {
+        cursor.absorb_block(block, &once, set);
     }
+}
+
+#[inline(always)]
+fn ones(words: &[u64; BLOCK_WORDS]) -> u64 {
+    words.iter().fold(0, |ones, word| ones + u64::from(word.count_ones()))
 }
 
 impl Report<'_> {
     /// Finds which of the 64 blocks from `first_block` on may hold a bit.
     #[inline(always)]
     fn look(&mut self, first_block: usize) {
+        let quiet = self.touched == 0;
         self.touched = self.sink.marks.dirty.summary_word(first_block / WORD_BITS);
         let Some(lent) = &self.sink.lent else { return };
         let (first, end) = (first_block * BLOCK_WORDS, (first_block + WORD_BITS) * BLOCK_WORDS);
@@ -161,7 +209,7 @@ impl Report<'_> {
             self.next += 1;
         }
         for lent in lent[self.next..].iter().take_while(|lent| lent.words().start < end) {
-            self.touched |= lent.touched(first_block);
+            self.touched |= lent.touched(first_block, quiet);
         }
     }
 
@@ -173,29 +221,45 @@ impl Report<'_> {
     /// Moves the block's bits out of the marks, and adds those lent.
     #[inline(always)]
     fn load(&mut self, block: usize) {
-        (self.dirty, self.repeated) = ([0; BLOCK_WORDS], [0; BLOCK_WORDS]);
+        if self.repeats {
+            self.repeated = [0; BLOCK_WORDS];
+        }
+        self.dirty = [0; BLOCK_WORDS];
         let Marks { dirty, repeated, .. } = &mut *self.sink.marks;
         if dirty.may_hold(block) {
             self.dirty = *dirty.block(block);
             dirty.clear_block(block);
         }
+        let mut repeats = false;
         if let Some(repeated) = repeated.as_mut().filter(|repeated| repeated.may_hold(block)) {
+            repeats = true;
             self.repeated = *repeated.block(block);
             repeated.clear_block(block);
         }
-        let Some(lent) = &self.sink.lent else { return };
-        let end = (block + 1) * BLOCK_WORDS;
-        for lent in lent[self.next..].iter().take_while(|lent| lent.words().start < end) {
-            lent.add_to(block, &mut self.dirty, &mut self.repeated);
+        if let Some(lent) = &self.sink.lent {
+            let end = (block + 1) * BLOCK_WORDS;
+            for lent in &lent[self.next..] {
+                if lent.words().start >= end {
+                    break;
+                }
+                repeats |= lent.add_to(block, &mut self.dirty, &mut self.repeated);
+            }
         }
+        self.repeats = repeats;
+    }
+
+    /// Pages of the block that were not counted before.
+    #[inline(always)]
+    fn fresh_pages(&self) -> u64 {
+        if self.repeats { self.fresh_pages_in(&[u64::MAX; BLOCK_WORDS]) } else { ones(&self.dirty) }
     }
 
     #[inline(always)]
-    fn count(&self, twice: &[u64; BLOCK_WORDS], attribution: &mut Attribution) {
-        for ((dirty, repeated), shared) in self.dirty.iter().zip(&self.repeated).zip(twice) {
-            let fresh = dirty & !repeated;
-            attribution.pages += u64::from(fresh.count_ones());
-            attribution.exclusive_pages += u64::from((fresh & !shared).count_ones());
+    fn fresh_pages_in(&self, mask: &[u64; BLOCK_WORDS]) -> u64 {
+        let mut pages = 0;
+        for ((dirty, repeated), mask) in self.dirty.iter().zip(&self.repeated).zip(mask) {
+            pages += u64::from((dirty & !repeated & mask).count_ones());
         }
+        pages
     }
 }

@@ -118,9 +118,18 @@ impl Cursor {
         }
     }
 
+    /// Makes the `set` pages of `dirty` pending.
     #[inline(always)]
-    pub(super) fn absorb_block(&mut self, block: usize, dirty: &[u64; BLOCK_WORDS]) {
-        self.pending_pages += add(&mut self.pending, block, dirty);
+    pub(super) fn absorb_block(&mut self, block: usize, dirty: &[u64; BLOCK_WORDS], set: u64) {
+        if set == 0 {
+            return;
+        }
+        if self.pending.may_hold(block) {
+            self.pending_pages += add(&mut self.pending, block, dirty);
+        } else {
+            *self.pending.block_mut(block) = *dirty;
+            self.pending_pages += set;
+        }
         self.dirtied_pages += add(&mut self.dirtied, block, dirty);
     }
 
@@ -254,12 +263,13 @@ fn add(bitmap: &mut Bitmap, block: usize, dirty: &[u64; BLOCK_WORDS]) -> u64 {
     let (mut any, mut pages) = (0, 0);
     for (word, dirty) in bitmap.block(block).iter().zip(dirty) {
         any |= dirty & !word;
-        pages += u64::from((dirty & !word).count_ones());
     }
-    if any != 0 {
-        for (word, dirty) in bitmap.block_mut(block).iter_mut().zip(dirty) {
-            *word |= dirty;
-        }
+    if any == 0 {
+        return 0;
+    }
+    for (word, dirty) in bitmap.block_mut(block).iter_mut().zip(dirty) {
+        pages += u64::from((dirty & !*word).count_ones());
+        *word |= dirty;
     }
     pages
 }

@@ -73,9 +73,9 @@ impl Lent<'_> {
         self.first_word..self.first_word + self.words.len()
     }
 
-    /// Returns the blocks among the 64 from `first_block` on that may hold a bit.
+    /// Returns the blocks among the 64 from `first_block` on that may hold a bit; where that is likely to be none, `quiet` says so.
     #[inline(always)]
-    pub(crate) fn touched(&self, first_block: usize) -> u64 {
+    pub(crate) fn touched(&self, first_block: usize, quiet: bool) -> u64 {
         let first = first_block * BLOCK_WORDS;
         let (from, to) =
             (first.max(self.first_word), (first + WORD_BITS * BLOCK_WORDS).min(self.words().end));
@@ -83,6 +83,9 @@ impl Lent<'_> {
             return 0;
         }
         let words = &self.words[from - self.first_word..to - self.first_word];
+        if quiet && words.iter().fold(0, |any, word| any | word) == 0 {
+            return 0;
+        }
         let head = (from.next_multiple_of(BLOCK_WORDS) - from).min(words.len());
         let (head, whole) = words.split_at(head);
         let mut touched = 0;
@@ -101,24 +104,27 @@ impl Lent<'_> {
         touched
     }
 
-    /// Adds the bits of `block` to `dirty`, and those that were reported before to `repeated`.
+    /// Adds the bits of `block` to `dirty`, and those that were reported before to `repeated`; returns whether there may be such.
     #[inline(always)]
     pub(crate) fn add_to(
         &self,
         block: usize,
         dirty: &mut [u64; BLOCK_WORDS],
         repeated: &mut [u64; BLOCK_WORDS],
-    ) {
+    ) -> bool {
         let first = block * BLOCK_WORDS;
         let words = self.words();
         if words.start <= first && first + BLOCK_WORDS < words.end {
             let at = first - words.start;
-            dirty.iter_mut().zip(&self.words[at..at + BLOCK_WORDS]).for_each(|(to, word)| *to |= word);
-            if let Some(standing) = self.standing {
-                let both = self.words[at..at + BLOCK_WORDS].iter().zip(&standing[at..at + BLOCK_WORDS]);
-                repeated.iter_mut().zip(both).for_each(|(to, (word, standing))| *to |= word & standing);
+            for (to, word) in dirty.iter_mut().zip(&self.words[at..at + BLOCK_WORDS]) {
+                *to |= word;
             }
-            return;
+            let Some(standing) = self.standing else { return false };
+            let both = self.words[at..at + BLOCK_WORDS].iter().zip(&standing[at..at + BLOCK_WORDS]);
+            for (to, (word, standing)) in repeated.iter_mut().zip(both) {
+                *to |= word & standing;
+            }
+            return true;
         }
         for word in first.max(words.start)..(first + BLOCK_WORDS).min(words.end) {
             let at = word - words.start;
@@ -127,6 +133,7 @@ impl Lent<'_> {
             dirty[word - first] |= bits;
             repeated[word - first] |= self.standing.map_or(0, |standing| bits & standing[at]);
         }
+        self.standing.is_some()
     }
 }
 

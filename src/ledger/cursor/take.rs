@@ -109,8 +109,14 @@ impl<'a> Filling<'a> {
             *words = [0; BLOCK_WORDS];
             return (BLOCK_BITS, self.room == 0);
         }
-        let mut end = 0;
-        for (index, word) in words.iter_mut().enumerate().filter(|(_, word)| **word != 0) {
+        let (mut end, mut left) = (0, 0_u32);
+        for (index, word) in words.iter().enumerate() {
+            left |= u32::from(*word != 0) << index;
+        }
+        while left != 0 {
+            let index = left.trailing_zeros() as usize;
+            let word = &mut words[index];
+            left &= left - 1;
             let first = index * WORD_BITS;
             let standing = carried.map_or(0, |carried| carried[index]);
             let offered = *word & !standing & !low_bits(skipped.saturating_sub(first));
