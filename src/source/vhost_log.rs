@@ -122,11 +122,18 @@ struct Logs {
     /// Logs that were too short for RAM plugged in, or were offered and not answered for. The back end may set bits in them until it has
     /// taken another one.
     replaced: Vec<SharedWords>,
+    /// Logs that the back end has given up for another one at the last collect; a thread of it that was late may still set bits in them.
+    given_up: Vec<SharedWords>,
 }
 
 impl Logs {
     fn new(words: usize) -> Result<Self, VhostUserLogError> {
-        Ok(Self { given: new_log(words)?, spare: new_log(words)?, replaced: Vec::new() })
+        Ok(Self {
+            given: new_log(words)?,
+            spare: new_log(words)?,
+            replaced: Vec::new(),
+            given_up: Vec::new(),
+        })
     }
 
     fn is_shorter_than(&self, words: usize) -> bool {
@@ -135,7 +142,8 @@ impl Logs {
 
     /// Takes the bits of all RAM out of every log that the back end is not meant to use now.
     fn drain_others(&self, words: &mut [u64], sink: &mut Sink<'_>) {
-        self.replaced.iter().chain([&self.spare]).for_each(|log| drain(log, words, sink));
+        let others = self.replaced.iter().chain(&self.given_up).chain([&self.spare]);
+        others.for_each(|log| drain(log, words, sink));
     }
 }
 
@@ -143,7 +151,8 @@ impl Logs {
 ///
 /// Each collect gives the back end another log before it reads the one that it had, so that no bit is set in what was read already.
 /// Two logs take turns, and both are read each time: one that the back end went on using, because the answer to a swap got lost or a
-/// thread of it was late, gives up its bits at the next collect. A swap that fails leaves all as it was.
+/// thread of it was late, gives up its bits at the next collect. So does one that was too short for RAM plugged in. A swap that fails leaves all
+/// as it was.
 ///
 /// The memory is the library's own: it outlives the back end. When the rings are stopped and the back end is about to go, or has
 /// gone, [`LogBaseAnswer::Stopped`] makes the last collect read what it left behind. A back end that died without that is a failed
@@ -213,7 +222,7 @@ impl<B: VhostUserBackEnd> VhostUserLog<B> {
             LogBaseAnswer::Taken => {
                 std::mem::swap(&mut logs.given, &mut logs.spare);
                 logs.drain_others(&mut self.words, sink);
-                logs.replaced.clear();
+                logs.given_up = std::mem::take(&mut logs.replaced);
             }
             LogBaseAnswer::Stopped => {
                 drain(&logs.given, &mut self.words, sink);

@@ -239,6 +239,17 @@ fn a_bit_that_is_set_late_in_a_log_that_was_read_comes_with_the_next_collect() {
 }
 
 #[test]
+fn a_bit_that_is_set_late_in_a_log_that_was_too_short_comes_with_the_next_collect() {
+    let (back_end, mut log) = started();
+    let old = back_end.lock().log.take().unwrap();
+    back_end.lock().log_all = false;
+    plug(&mut log).unwrap();
+    assert_eq!(collected_in(&grown(), &mut log).1, pages([]));
+    set_bit(&old, 200);
+    assert_eq!(collected_in(&grown(), &mut log).1, pages([200]));
+}
+
+#[test]
 fn every_collect_covers_all_ram_whatever_the_log_holds() {
     let (_, log) = started();
     let cover = log.cover();
