@@ -94,6 +94,32 @@ pub enum TrackerError {
         /// The name looked for.
         id: String,
     },
+    /// The source sees what its own device writes, and nothing of another's.
+    #[error(
+        "Dirty source {id} does not see what device {device} writes: add a source for that one (add_source)"
+    )]
+    CannotJoin {
+        /// The source.
+        id: String,
+        /// The device that was to join it.
+        device: String,
+    },
+    /// The source does not report what the device writes.
+    #[error("Dirty source {id} knows no device {device}")]
+    NoSuchDevice {
+        /// The source.
+        id: String,
+        /// The name looked for.
+        device: String,
+    },
+    /// The source would be left without a device, and every session be refused.
+    #[error("Device {device} is the last one of dirty source {id}: remove the source (remove_source)")]
+    LastDevice {
+        /// The source.
+        id: String,
+        /// Its device.
+        device: String,
+    },
     /// The cursor is closed.
     #[error("Dirty log is not running for this receiver")]
     CursorClosed,

@@ -335,6 +335,10 @@ impl<F: AsRawFd + Send> DirtySource for ContainerLog<F> {
         readable.map_err(|cause| SourceError::new(&self.id, Operation::Mapped, cause))
     }
 
+    fn devices_may_join(&self) -> bool {
+        true
+    }
+
     fn harvest(&self) -> Harvest {
         Harvest::ByUnmapping
     }

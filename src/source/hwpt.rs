@@ -123,6 +123,10 @@ impl<F: AsRawFd + Send> DirtySource for HwptLog<F> {
         Reports::Devices
     }
 
+    fn devices_may_join(&self) -> bool {
+        true
+    }
+
     fn cover(&self) -> Cover {
         Cover { ranges: self.mapped.gpa_ranges(), precise: true }
     }

@@ -228,6 +228,12 @@ pub trait DirtySource: Send {
         Ok(())
     }
 
+    /// Whether it reports what further devices write, too, that join what it reads: a container or a page table. A log that is one
+    /// device's own does not.
+    fn devices_may_join(&self) -> bool {
+        false
+    }
+
     /// When [`DirtySource::unmapped`] is called for a mapping that goes.
     fn harvest(&self) -> Harvest {
         Harvest::BeforeUnmap

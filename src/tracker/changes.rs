@@ -121,11 +121,15 @@ impl Tracker {
     /// that one takes a source of its own.
     ///
     /// # Errors
-    /// There is no such source, or it would not go together with the others for this device: nothing changed.
+    /// There is no such source, it sees only devices of its own ([`DirtySource::devices_may_join`]), or it would not go together with the
+    /// others for this device: nothing changed.
     pub fn add_device_to(&mut self, id: &str, device: impl Into<String>) -> Result<(), TrackerError> {
         let (index, device) = (self.index_of(id)?, device.into());
         if self.sources[index].devices.contains(&device) {
             return Ok(());
+        }
+        if !self.sources[index].source.devices_may_join() {
+            return Err(TrackerError::CannotJoin { id: id.to_owned(), device });
         }
         self.sources[index].devices.push(device);
         check_sources(&self.sources, self.allow_imprecise, self.mappings.is_some()).inspect_err(|_| {
@@ -136,10 +140,19 @@ impl Tracker {
     /// Says that the source `id` has no more to do with `device`, which has stopped writing and left; the source goes on for the others.
     ///
     /// # Errors
-    /// There is no such source.
+    /// There is no such source, it does not report what `device` writes, or no device would be left: that takes
+    /// [`Tracker::remove_source`]. Nothing changed.
     pub fn remove_device_from(&mut self, id: &str, device: &str) -> Result<(), TrackerError> {
         let index = self.index_of(id)?;
-        self.sources[index].devices.retain(|name| name != device);
+        let devices = &mut self.sources[index].devices;
+        let (id, device) = (|| id.to_owned(), || device.to_owned());
+        if !devices.contains(&device()) {
+            return Err(TrackerError::NoSuchDevice { id: id(), device: device() });
+        }
+        if devices.len() == 1 {
+            return Err(TrackerError::LastDevice { id: id(), device: device() });
+        }
+        devices.retain(|name| *name != device());
         Ok(())
     }
 

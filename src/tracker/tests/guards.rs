@@ -196,6 +196,32 @@ fn c63_a_second_device_joins_a_source_and_leaves_it() {
 }
 
 #[test]
+fn c63_no_device_joins_a_source_that_sees_its_own_alone() {
+    let log = Scripted::new("device-log:net0");
+    log.script().reports = Reports::Devices;
+    log.script().may_join = false;
+    let builder = builder().source_of(SpaceId::IDENTITY, ["net0"], Box::new(log));
+    let mut tracker = builder.build().unwrap();
+    tracker.add_device_to("device-log:net0", "net0").unwrap();
+    let refused = tracker.add_device_to("device-log:net0", "net1").unwrap_err();
+    assert!(matches!(refused, TrackerError::CannotJoin { .. }), "{refused}");
+    let unknown = tracker.remove_device_from("device-log:net0", "net1");
+    assert!(matches!(unknown, Err(TrackerError::NoSuchDevice { .. })), "it has not joined: {unknown:?}");
+}
+
+#[test]
+fn the_last_device_of_a_source_leaves_with_it() {
+    let container = Scripted::new("container");
+    container.script().reports = Reports::Devices;
+    let builder = builder().source_of(SpaceId::IDENTITY, ["net0", "net1"], Box::new(container));
+    let mut tracker = builder.build().unwrap();
+    tracker.remove_device_from("container", "net1").unwrap();
+    let refused = tracker.remove_device_from("container", "net0").unwrap_err();
+    assert!(matches!(refused, TrackerError::LastDevice { .. }), "{refused}");
+    tracker.remove_source("container").unwrap();
+}
+
+#[test]
 fn c64_a_device_joins_no_imprecise_source_that_has_a_precise_one() {
     let mut tracker = mixed(&["net0"], &["net1"]).unwrap();
     let refused = tracker.add_device_to("container", "net1");

@@ -33,6 +33,7 @@ struct Script {
     fail: Option<Operation>,
     reports: Reports,
     harvest: Harvest,
+    may_join: bool,
     cover: Vec<GpaRange>,
     /// On failure, what was already read is gone, as from a kernel that cleared before it copied.
     log: Vec<Operation>,
@@ -53,6 +54,7 @@ impl Scripted {
             fail: None,
             reports: Reports::Component,
             harvest: Harvest::BeforeUnmap,
+            may_join: true,
             cover: vec![pages(0, PAGES)],
             log: Vec::new(),
         };
@@ -100,6 +102,10 @@ impl DirtySource for Scripted {
     fn cover(&self) -> Cover {
         let script = self.script();
         Cover { ranges: script.cover.clone(), precise: script.precise }
+    }
+
+    fn devices_may_join(&self) -> bool {
+        self.script().may_join
     }
 
     fn start(&mut self, _layout: &Layout, _iova: &IovaMap) -> Result<(), SourceError> {
