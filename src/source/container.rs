@@ -146,8 +146,8 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
     /// write between the two (C14).
     ///
     /// # Errors
-    /// What the bitmap said is lost, so their pages must be marked dirty; the mappings are gone all the same, unless it says
-    /// [`Operation::Unmap`].
+    /// What a bitmap said is lost, so all pages behind it are marked; the mappings are gone all the same. Where it says
+    /// [`Operation::Unmap`], one of them stands, and so do those above it; those below it are gone, and reported or marked.
     pub fn unmap_with_bitmap(&mut self, iova: IovaRange, sink: &mut Sink<'_>) -> Result<u64, SourceError> {
         self.try_unmap(iova, sink).map_err(|cause| {
             let stands = matches!(cause, ContainerLogError::Unmap { .. });
@@ -166,30 +166,15 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
         let part = known().any(|mapping| mapping.covers(iova)).then_some(iova);
         let inside = known().filter(|mapping| iova.covers(*mapping) && *mapping != iova);
         let requests = self.limits.grouped(part.into_iter().chain(inside));
-        let (mut bytes, mut lost) = (0, None);
-        for request in requests {
-            match self.unmap_request(request, sink) {
-                Ok(unmapped) => bytes += unmapped,
-                Err(unread) => {
-                    bytes += sys::unmap(&self.container, request)
-                        .map_err(|source| ContainerLogError::Unmap { iova: request, source })?;
-                    lost = lost.or(Some(unread));
-                }
-            }
-            self.mapped.remove(request);
-            self.requests.clear();
-        }
-        lost.map_or(Ok(bytes), Err)
-    }
-
-    fn unmap_request(&mut self, request: IovaRange, sink: &mut Sink<'_>) -> Result<u64, ContainerLogError> {
-        self.limits.check(request)?;
-        let granule = self.limits.granule;
-        let words = zeroed(&mut self.words, self.limits.words(request));
-        let bytes = sys::unmap_with_bitmap(&self.container, request, granule, words)
-            .map_err(|source| ContainerLogError::Read { iova: request, source })?;
-        sink.iova_words(request, granule, words).expect(COUNTED);
-        Ok(bytes)
+        self.requests.clear();
+        let Self { container, limits, mapped, words, .. } = self;
+        let with_bitmap =
+            |request, sink: &mut Sink<'_>| unmap_request(container, *limits, words, request, sink);
+        let without = |request| {
+            sys::unmap(container, request)
+                .map_err(|source| ContainerLogError::Unmap { iova: request, source })
+        };
+        take_down(requests, mapped, sink, with_bitmap, without)
     }
 
     fn try_collect(&mut self, sink: &mut Sink<'_>) -> Result<(), ContainerLogError> {
@@ -224,6 +209,45 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
 }
 
 const COUNTED: &str = "the words were counted for this range";
+
+/// Takes `requests` down one after the other, without its bitmap where one cannot be read: then it counts as written all over.
+fn take_down(
+    requests: Vec<IovaRange>,
+    mapped: &mut Mapped,
+    sink: &mut Sink<'_>,
+    mut with_bitmap: impl FnMut(IovaRange, &mut Sink<'_>) -> Result<u64, ContainerLogError>,
+    without: impl Fn(IovaRange) -> Result<u64, ContainerLogError>,
+) -> Result<u64, ContainerLogError> {
+    let (mut bytes, mut lost) = (0, None);
+    for request in requests {
+        match with_bitmap(request, sink) {
+            Ok(unmapped) => bytes += unmapped,
+            Err(unread) => {
+                bytes += without(request)?;
+                // Here, and not by the caller alone, who hears nothing of it when a later request cannot be taken down.
+                sink.iova_range(request);
+                lost = lost.or(Some(unread));
+            }
+        }
+        mapped.remove(request);
+    }
+    lost.map_or(Ok(bytes), Err)
+}
+
+fn unmap_request(
+    container: &impl AsRawFd,
+    limits: Limits,
+    words: &mut Vec<u64>,
+    request: IovaRange,
+    sink: &mut Sink<'_>,
+) -> Result<u64, ContainerLogError> {
+    limits.check(request)?;
+    let words = zeroed(words, limits.words(request));
+    let bytes = sys::unmap_with_bitmap(container, request, limits.granule, words)
+        .map_err(|source| ContainerLogError::Read { iova: request, source })?;
+    sink.iova_words(request, limits.granule, words).expect(COUNTED);
+    Ok(bytes)
+}
 
 /// How the container's bitmap may be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -469,6 +493,29 @@ mod tests {
         let error = log.unmapped(&mapping, &mut Sink::new(&layout, &iova, &mut marks)).unwrap_err();
         assert_eq!(error.operation, Operation::Unmap);
         assert_eq!(log.cover().ranges, [mapping.gpa()]);
+    }
+
+    #[test]
+    fn c13_what_is_gone_without_its_bitmap_is_marked_where_another_mapping_cannot_be_taken_down() {
+        let (layout, iova) = (layout(), IovaMap::Identity);
+        let mut mapped = Mapped::default();
+        let [first, second] = [0, 4 << 20].map(|start| range(start, 1 << 20));
+        for going in [first, second] {
+            mapped.add(Mapping::identity(GpaRange::new(going.start(), going.len()).unwrap()));
+        }
+        let mut marks = Marks::new(&layout);
+        let mut sink = Sink::new(&layout, &iova, &mut marks);
+        let error = || io::Error::from_raw_os_error(libc::EIO);
+        let unread = |iova, _: &mut Sink<'_>| Err(ContainerLogError::Read { iova, source: error() });
+        let without = |iova: IovaRange| match iova == second {
+            true => Err(ContainerLogError::Unmap { iova, source: error() }),
+            false => Ok(iova.len()),
+        };
+        let failed = take_down(vec![first, second], &mut mapped, &mut sink, unread, without);
+        assert!(matches!(failed, Err(ContainerLogError::Unmap { iova, .. }) if iova == second));
+        let marked = (0..layout.words()).map(|word| marks.dirty.word(word).count_ones()).sum::<u32>();
+        assert_eq!(marked, 256, "all of the first");
+        assert_eq!(mapped.gpa_ranges(), [GpaRange::new(4 << 20, 1 << 20).unwrap()]);
     }
 
     #[test]
