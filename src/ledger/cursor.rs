@@ -157,7 +157,7 @@ impl Cursor {
     pub(super) fn take(&mut self, layout: &Layout, limits: ChunkLimits) -> Option<Chunk> {
         let mut ranges = self.spare.pop().unwrap_or_default();
         // Only the cursor holds spare ones, unless their chunk was kept for its ranges: then another is made.
-        if Arc::get_mut(&mut ranges).is_none() {
+        if Arc::strong_count(&ranges) > 1 {
             ranges = Arc::default();
         }
         let list = Arc::get_mut(&mut ranges)?;

@@ -82,7 +82,7 @@ struct SlotLog {
     words: Vec<u64>,
     /// What `words` was before the last report, with [`KvmLogMode::ManualAtRead`].
     before: Vec<u64>,
-    /// The mask of a CLEAR; zero in between.
+    /// The mask of a CLEAR, with the same mode; zero in between.
     scratch: Vec<u64>,
 }
 
@@ -103,7 +103,7 @@ const CLEAR_GAP_WORDS: usize = 64;
 impl<F: AsRawFd + Send> KvmLog<F> {
     /// Makes the source for `slots` of `vm`; their log is off until [`DirtySource::start`].
     pub fn new(vm: F, slots: impl IntoIterator<Item = KvmSlot>, mode: KvmLogMode) -> Self {
-        let slots = slots.into_iter().map(SlotLog::new).collect();
+        let slots = slots.into_iter().map(|slot| SlotLog::new(slot, mode)).collect();
         Self { vm, mode, slots, on: false, initially_set: false }
     }
 
@@ -151,9 +151,10 @@ impl<F: AsRawFd + Send> KvmLog<F> {
 }
 
 impl SlotLog {
-    fn new(slot: KvmSlot) -> Self {
+    fn new(slot: KvmSlot, mode: KvmLogMode) -> Self {
         let words = vec![0; slot.words()];
-        Self { slot, before: words.clone(), scratch: words.clone(), words }
+        let spare = if mode == KvmLogMode::ManualAtRead { words.clone() } else { Vec::new() };
+        Self { slot, before: spare.clone(), scratch: spare, words }
     }
 
     fn switch(&self, vm: &impl AsRawFd, on: bool) -> Result<(), KvmLogError> {
@@ -283,7 +284,7 @@ impl<F: AsRawFd + Send> DirtySource for KvmLog<F> {
 
     fn plugged(&mut self, ram: &PluggedRam) -> Result<(), SourceError> {
         let Some(slot) = ram.kvm_slot else { return Ok(()) };
-        let mut log = SlotLog::new(slot);
+        let mut log = SlotLog::new(slot, self.mode);
         if self.on {
             log.begin(&self.vm, self.initially_set)
                 .map_err(|cause| SourceError::new(ID, Operation::Plugged, cause))?;
