@@ -17,7 +17,6 @@
 
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on ends")]
 #![expect(clippy::print_stdout, reason = "figures are what a benchmark is for")]
-#![expect(clippy::cast_precision_loss, reason = "figures for people")]
 #![expect(clippy::cast_possible_truncation, reason = "bitmaps that fit in memory")]
 
 mod contenders;
@@ -49,7 +48,8 @@ impl Options {
                 "--json" => options.json = true,
                 "--bench" => {}
                 name => {
-                    options.patterns.push(Pattern::named(name).unwrap_or_else(|| panic!("no pattern {name}")))
+                    let pattern = Pattern::named(name).unwrap_or_else(|| panic!("no pattern {name}"));
+                    options.patterns.push(pattern);
                 }
             }
         }
@@ -72,7 +72,7 @@ fn measure(pattern: Pattern, bits: &Bits, runs: usize) -> Figures {
         floor(bits);
         milliseconds(|| contender(bits))
     };
-    let rounds = (0..runs)
+    let rounds: Vec<_> = (0..runs)
         .map(|_| {
             floor(bits);
             let ours = ours.round(bits);
@@ -87,7 +87,7 @@ fn measure(pattern: Pattern, bits: &Bits, runs: usize) -> Figures {
             }
         })
         .collect();
-    Figures::new(pattern, bits.pages(), rounds)
+    Figures::new(pattern, bits.pages(), &rounds)
 }
 
 fn main() {

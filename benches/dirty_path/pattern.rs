@@ -88,9 +88,15 @@ impl Bits {
                 (start..start + CLUSTER_PAGES).for_each(|page| tell(page, by));
             }),
             Pattern::Alternating => {
-                [&mut first, &mut second].into_iter().for_each(|words| words.fill(0x5555_5555_5555_5555))
+                for words in [&mut first, &mut second] {
+                    words.fill(0x5555_5555_5555_5555);
+                }
             }
-            Pattern::All => [&mut first, &mut second].into_iter().for_each(|words| words.fill(u64::MAX)),
+            Pattern::All => {
+                for words in [&mut first, &mut second] {
+                    words.fill(u64::MAX);
+                }
+            }
         }
         let writes = if pattern == Pattern::Idle { 0 } else { OWN_WRITES };
         let own: Vec<_> = (0..writes).map(|_| random.below(pages) as usize).collect();

@@ -39,7 +39,7 @@ enum Limit {
 impl Figures {
     pub(crate) const HEADER: &str = "pattern          pages    floor   scalar  collect + drain  = ours     usual | ours/floor ours/scalar usual/ours | wanted";
 
-    pub(crate) fn new(pattern: Pattern, pages: u64, rounds: Vec<Round>) -> Self {
+    pub(crate) fn new(pattern: Pattern, pages: u64, rounds: &[Round]) -> Self {
         let median = |of: fn(&Round) -> f64| {
             let mut times: Vec<_> = rounds.iter().map(of).collect();
             times.sort_unstable_by(f64::total_cmp);

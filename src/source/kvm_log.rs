@@ -82,7 +82,7 @@ struct SlotLog {
     words: Vec<u64>,
     /// What `words` was before the last report, with [`KvmLogMode::ManualAtRead`].
     before: Vec<u64>,
-    /// The mask of a CLEAR, with the same mode; zero in between.
+    /// The mask of a CLEAR, as long as the longest was; zero in between.
     scratch: Vec<u64>,
 }
 
@@ -153,8 +153,8 @@ impl<F: AsRawFd + Send> KvmLog<F> {
 impl SlotLog {
     fn new(slot: KvmSlot, mode: KvmLogMode) -> Self {
         let words = vec![0; slot.words()];
-        let spare = if mode == KvmLogMode::ManualAtRead { words.clone() } else { Vec::new() };
-        Self { slot, before: spare.clone(), scratch: spare, words }
+        let before = if mode == KvmLogMode::ManualAtRead { words.clone() } else { Vec::new() };
+        Self { slot, before, scratch: Vec::new(), words }
     }
 
     fn switch(&self, vm: &impl AsRawFd, on: bool) -> Result<(), KvmLogError> {
@@ -219,23 +219,27 @@ impl SlotLog {
                 }
                 None => Some(words),
             };
+            let open = group.as_ref().expect("it was just opened");
+            if self.scratch.len() < open.len() {
+                self.scratch.resize(open.len(), 0);
+            }
             for (word, mask) in masks(bits) {
-                self.scratch[word] |= self.words[word] & mask;
+                self.scratch[word - open.start] |= self.words[word] & mask;
             }
         }
         group.map_or(Ok(()), |open| self.clear_scratch(vm, open))
     }
 
-    /// Clears, in KVM, the bits gathered in the scratch words of `group`, and forgets them whatever the answer.
+    /// Clears, in KVM, the bits gathered in the scratch words, of which the first is that of `group`, and forgets them whatever the answer.
     fn clear_scratch(&mut self, vm: &impl AsRawFd, group: Range<usize>) -> Result<(), KvmLogError> {
-        let mask = &self.scratch[group.clone()];
+        let mask = &self.scratch[..group.len()];
         let any = mask.iter().any(|&word| word != 0);
         let result = if any { self.clear_words(vm, group.start, mask) } else { Ok(()) };
-        for word in group {
+        for (word, mask) in self.words[group.clone()].iter_mut().zip(&mut self.scratch) {
             if result.is_ok() {
-                self.words[word] &= !self.scratch[word];
+                *word &= !*mask;
             }
-            self.scratch[word] = 0;
+            *mask = 0;
         }
         result
     }

@@ -29,7 +29,7 @@ pub(crate) struct Lent<'a> {
 
 impl Marks {
     pub(crate) fn new(layout: &Layout) -> Self {
-        Self { dirty: Bitmap::new(layout.words()), repeated: None, spare: Vec::new() }
+        Self { dirty: Bitmap::on_demand(layout.words()), repeated: None, spare: Vec::new() }
     }
 
     /// Returns an empty list for words that are lent; see [`Marks::keep_room`].
@@ -44,7 +44,7 @@ impl Marks {
 
     fn repeated(&mut self) -> &mut Bitmap {
         let words = self.dirty.blocks() * BLOCK_WORDS;
-        self.repeated.get_or_insert_with(|| Bitmap::new(words))
+        self.repeated.get_or_insert_with(|| Bitmap::on_demand(words))
     }
 
     /// Exchanges the marks for those of pages that were reported before.
