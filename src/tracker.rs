@@ -363,7 +363,7 @@ impl Tracker {
         ids.zip(self.ledger.attribution().iter().copied())
     }
 
-    /// Bytes of pages that come back in every report of each source, by source id: see [`DirtySource::standing_bytes`].
+    /// Bytes of pages that come back in every report of each source, by source id: see [`crate::source::DirtySource::standing_bytes`].
     pub fn standing_bytes(&self) -> impl Iterator<Item = (&str, u64)> {
         self.sources.iter().map(|attached| (attached.source.id(), attached.source.standing_bytes()))
     }
