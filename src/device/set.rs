@@ -408,9 +408,10 @@ impl DeviceSet {
     /// Ends the devices' saving sessions once another VM goes on with their states. Others are left as they are.
     ///
     /// # Errors
-    /// A device failed; the rest were not asked.
+    /// The first failure; all were asked.
     pub fn retire(&mut self) -> Result<(), DeviceSetError> {
-        self.each(Attempt::Retire, Device::retire)
+        let retire = |device: &mut Device| device.retire().map_err(failed(device, Attempt::Retire));
+        self.devices.iter_mut().map(retire).fold(Ok(()), Result::and)
     }
 
     fn each(

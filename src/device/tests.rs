@@ -211,6 +211,16 @@ fn c33_stop_copy_is_left_only_on_retire_or_run() {
 }
 
 #[test]
+fn c33_all_devices_are_retired_whichever_cannot_be() {
+    let (mut set, world) = set(vec![script(ALL), script(P2P), script(P2P)]);
+    migrate(&mut set).unwrap();
+    fail_at_next_call(&world, Effect::Fails);
+    let failed = set.retire().unwrap_err();
+    assert!(matches!(&failed, DeviceSetError::Device { name, .. } if name == "dev0"), "{failed}");
+    assert_eq!(states(&world)[1..], [Stop; 2]);
+}
+
+#[test]
 fn c28_a_size_that_cannot_be_had_is_huge_and_one_that_cannot_be_asked_is_guessed() {
     let (mut set, world) = set(vec![script(ALL), Script { tells: false, ..script(ALL) }]);
     let guessed = |state_bytes, known_bytes, stop_copy_bytes| Estimate {
