@@ -109,6 +109,8 @@ impl Vmm {
         // Reading a device's state may write memory.
         let written = self.pass_through.dirty_log()?;
         self.copy(&written, to)?;
+        // From here on the destination may be told to run the VM.
+        self.pass_through.check_all_sent()?;
         to.machine.restore(self.machine.save());
         Ok(to.pass_through.restore(&devices)?)
     }

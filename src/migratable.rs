@@ -251,6 +251,23 @@ impl MigratableDevice {
         self.restore(child)
     }
 
+    /// Checks that the destination has all: call it before the destination is told to run the VM, after the last table was sent.
+    /// Where it says so, [`Migratable::complete_migration`] refuses nothing.
+    ///
+    /// # Errors
+    /// No migration was started, its devices still run, or the log runs and owes pages: no table was asked for since the devices
+    /// stopped, or one was handed back and none asked for since. The VM is to run on here.
+    pub fn check_all_sent(&self) -> Result<(), MigratableDeviceError> {
+        match &self.state {
+            State::Running(_) | State::Stopped(_) => Err(MigratableDeviceError::NotMigrating),
+            State::Migrating(_) => Err(MigratableDeviceError::DevicesRun),
+            State::StoppedToMigrate(Some(log)) if log.owes(&lock(&self.tracker)) => {
+                Err(MigratableDeviceError::PagesOwed)
+            }
+            State::StoppedToMigrate(_) => Ok(()),
+        }
+    }
+
     fn start_log(&mut self) -> Result<(), MigratableDeviceError> {
         self.stop_log();
         let mut tracker = locked(&self.tracker)?;
@@ -326,14 +343,8 @@ impl MigratableDevice {
     }
 
     fn end_migration(&mut self) -> Result<(), MigratableDeviceError> {
-        match &self.state {
-            State::Running(_) | State::Stopped(_) => return Err(MigratableDeviceError::NotMigrating),
-            State::Migrating(_) => return Err(MigratableDeviceError::DevicesRun),
-            State::StoppedToMigrate(Some(log)) if log.owes(&lock(&self.tracker)) => {
-                return Err(MigratableDeviceError::PagesOwed);
-            }
-            State::StoppedToMigrate(_) => self.state.enter(State::Stopped),
-        }
+        self.check_all_sent()?;
+        self.state.enter(State::Stopped);
         self.stop_log();
         // The VM may run at its destination: what fails now must not look like a reason to run it here.
         let retired = lock(&self.devices).retire();
@@ -421,8 +432,8 @@ impl Migratable for MigratableDevice {
 
     /// Ends the session of a migration that succeeded, and the devices' sessions with it. The devices are stopped by now.
     ///
-    /// Refused while the log runs and owes pages: no table was asked for since the devices stopped, or one was handed back and none
-    /// asked for since. Nothing has changed then.
+    /// Refused where [`MigratableDevice::check_all_sent`] does, which is to be asked while the VM may still run on here. Nothing has
+    /// changed then.
     ///
     /// The destination may run the VM: a source that cannot be switched off, or a device that cannot end its session, is a
     /// warning in the log and no error.

@@ -149,6 +149,8 @@ fn a_migration_completes_only_when_a_table_since_the_stop_had_all_pages() {
     let (kvm, container) = (Scripted::new("kvm"), Scripted::imprecise("container"));
     let mut vm = over(&[&kvm, &container]).with_stops_told_by(StopsToldBy::Pause);
     let owes = |vm: &mut MigratableDevice| {
+        let asked = vm.check_all_sent().unwrap_err();
+        assert!(matches!(asked, MigratableDeviceError::PagesOwed), "{asked}");
         let refused = text(&vm.complete_migration().unwrap_err());
         assert!(refused.contains("Pages are owed to the destination"), "{refused}");
     };
@@ -162,6 +164,7 @@ fn a_migration_completes_only_when_a_table_since_the_stop_had_all_pages() {
     vm.hand_back().unwrap();
     owes(&mut vm);
     assert_eq!(dirty_pages(&mut vm), 1, "and nothing has changed");
+    vm.check_all_sent().unwrap();
     vm.complete_migration().unwrap();
 }
 
