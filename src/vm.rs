@@ -68,8 +68,8 @@ pub trait Vm {
     /// [`Tracker::remove_ram`](crate::tracker::Tracker::remove_ram) may be pending or on its way then; what was returned before stays
     /// mapped until its bytes are sent.
     ///
-    /// Regions that give no slices ([`HostAddressNotAvailable`](vm_memory::GuestMemoryError::HostAddressNotAvailable)) are
-    /// read through their [`Bytes`](vm_memory::Bytes): memory that is in a file, and nowhere in this process.
+    /// Memory that gives no slices ([`HostAddressNotAvailable`](vm_memory::GuestMemoryError::HostAddressNotAvailable)) is read through its
+    /// [`Bytes`](vm_memory::Bytes): it is in a file, and nowhere in this process. All its regions are of that kind, or none is.
     fn memory(&self) -> Arc<Self::Memory>;
 
     /// Tells what lies behind the memory, so that pages nobody ever wrote can be left out of the first pass over it.
