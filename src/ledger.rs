@@ -222,6 +222,11 @@ impl Ledger {
         self.cursors.iter().find(|open| open.id == cursor).map_or(&[], Cursor::plugged)
     }
 
+    /// How often RAM was plugged in since the cursor was opened, each time at whatever address.
+    pub fn plugs(&self, cursor: CursorId) -> u64 {
+        self.cursors.iter().find(|open| open.id == cursor).map_or(0, Cursor::plugs)
+    }
+
     /// Begins a round: the next [`Ledger::take`] starts again at the lowest page.
     pub fn begin_round(&mut self, cursor: CursorId) {
         if let Some(cursor) = self.cursors.iter_mut().find(|open| open.id == cursor) {

@@ -299,6 +299,12 @@ impl Tracker {
         self.ledger.plugged(cursor)
     }
 
+    /// How often RAM was plugged in since the cursor was opened.
+    #[cfg(feature = "transfer")]
+    pub(crate) fn plugs(&self, cursor: CursorId) -> u64 {
+        self.ledger.plugs(cursor)
+    }
+
     /// Begins a round: the next [`Tracker::take`] starts again at the lowest page.
     pub fn begin_round(&mut self, cursor: CursorId) {
         self.ledger.begin_round(cursor);

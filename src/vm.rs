@@ -17,9 +17,9 @@ pub(crate) use backing::Behind;
 pub use reading::UnreadableMemory;
 pub(crate) use reading::{has_address, read_memory};
 pub(crate) use userfault::HoleWatch;
-pub use userfault::UserfaultError;
 #[cfg(feature = "snapshot")]
-pub(crate) use userfault::check_readable;
+pub(crate) use userfault::ReadableCheck;
+pub use userfault::UserfaultError;
 
 /// A VMM's own error, whatever it is.
 pub type VmError = Box<dyn Error + Send + Sync>;

@@ -61,6 +61,8 @@ pub(super) struct Cursor {
     departed: Vec<GpaRange>,
     /// RAM plugged in since the cursor was opened, there or not by now.
     plugged: Vec<GpaRange>,
+    /// How often RAM was plugged in: more than there are ranges, where it comes and goes at one address.
+    plugs: u64,
     spare: Vec<Arc<Vec<GpaRange>>>,
 }
 
@@ -89,6 +91,7 @@ impl Cursor {
             carried_pages: 0,
             departed: Vec::new(),
             plugged: Vec::new(),
+            plugs: 0,
             spare: Vec::new(),
         }
     }
@@ -107,6 +110,10 @@ impl Cursor {
 
     pub(super) fn plugged(&self) -> &[GpaRange] {
         &self.plugged
+    }
+
+    pub(super) fn plugs(&self) -> u64 {
+        self.plugs
     }
 
     pub(super) fn mark(&mut self, layout: &Layout, range: GpaRange) {
@@ -250,6 +257,7 @@ impl Cursor {
         old.regions().iter().for_each(|region| subtract(&mut plugged, region.range()));
         for range in plugged {
             self.mark(new, range);
+            self.plugs += 1;
             if !self.plugged.iter().any(|known| known.covers(range)) {
                 self.plugged.push(range);
             }

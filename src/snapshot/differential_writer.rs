@@ -24,7 +24,7 @@ use super::writer::{Announced, WriteError, publish};
 use crate::layout::Layout;
 use crate::range::GpaRange;
 use crate::units::{Bytes, Millis};
-use crate::vm::check_readable;
+use crate::vm::ReadableCheck;
 
 /// The snapshot that a differential differs from.
 #[derive(Debug, Clone)]
@@ -67,6 +67,7 @@ pub struct DifferentialWriter {
     announced: Announced,
     base: Digest,
     pages: ChangedPages,
+    readable: ReadableCheck,
     limits: Limits,
 }
 
@@ -105,7 +106,7 @@ impl DifferentialWriter {
         let pages =
             ChangedPages::new(work, placement, announced.layout().host_page(), chain, limits.thread_start)
                 .map_err(|source| staged.write_error(WORK_FILE, source))?;
-        Ok(Self { staged, announced, base, pages, limits })
+        Ok(Self { staged, announced, base, pages, readable: ReadableCheck::default(), limits })
     }
 
     /// The VM's RAM.
@@ -132,7 +133,7 @@ impl DifferentialWriter {
         ranges: impl IntoIterator<Item = GpaRange>,
         memory: &M,
     ) -> io::Result<()> {
-        check_readable(memory).map_err(io::Error::other)?;
+        self.readable.check(memory).map_err(io::Error::other)?;
         let filled = ranges.into_iter().try_for_each(|range| self.pages.fill(range, from_memory(memory)));
         filled.map_err(|error| self.fill_error(error))
     }
@@ -169,7 +170,7 @@ impl DifferentialWriter {
     }
 
     pub(super) fn complete(self, config: &VmConfig, state: VmState) -> Result<Digest, WriteError> {
-        let Self { staged, announced, base, pages, limits } = self;
+        let Self { staged, announced, base, pages, limits, .. } = self;
         let memory = announced.settle(&state, pages.placement(), &limits)?;
         let state = state.relist(&memory)?;
         let began = Instant::now();

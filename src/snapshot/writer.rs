@@ -25,7 +25,7 @@ use crate::layout::Layout;
 use crate::range::GpaRange;
 use crate::threads::ThreadStart;
 use crate::units::{Bytes, Count, Millis};
-use crate::vm::check_readable;
+use crate::vm::ReadableCheck;
 
 /// Why no snapshot was written. Nothing lies under its name.
 #[derive(Debug, Error)]
@@ -151,6 +151,7 @@ pub struct SnapshotWriter {
     staged: StagedDir,
     announced: Announced,
     memory: MemoryFile,
+    readable: ReadableCheck,
     limits: Limits,
 }
 
@@ -167,7 +168,7 @@ impl SnapshotWriter {
         let placement = Placement::of_layout(&announced.layout, &limits)?;
         let memory =
             memory_file(&staged, MEMORY_FILE, placement, announced.layout.host_page(), limits.thread_start)?;
-        Ok(Self { staged, announced, memory, limits })
+        Ok(Self { staged, announced, memory, readable: ReadableCheck::default(), limits })
     }
 
     /// The VM's RAM.
@@ -185,7 +186,8 @@ impl SnapshotWriter {
         self.memory.fill(range, from_stream(from)).map_err(|error| self.fill_error(error))
     }
 
-    /// Writes `ranges` of guest memory, read through its own mapping: a userfaultfd registered for that fills what is missing.
+    /// Writes `ranges` of guest memory, read through its own mapping: a userfaultfd registered for that fills what is missing. The first
+    /// call looks for userfaultfds that fill it elsewhere.
     ///
     /// # Errors
     /// A range is not all RAM, the disk is full, or a userfaultfd fills `memory` through another mapping of its file only, so that
@@ -195,7 +197,7 @@ impl SnapshotWriter {
         ranges: impl IntoIterator<Item = GpaRange>,
         memory: &M,
     ) -> io::Result<()> {
-        check_readable(memory).map_err(io::Error::other)?;
+        self.readable.check(memory).map_err(io::Error::other)?;
         let filled = ranges.into_iter().try_for_each(|range| self.memory.fill(range, from_memory(memory)));
         filled.map_err(|error| self.fill_error(error))
     }
@@ -233,7 +235,7 @@ impl SnapshotWriter {
         state: VmState,
         aliases: Vec<Digest>,
     ) -> Result<Digest, WriteError> {
-        let Self { staged, announced, memory, limits } = self;
+        let Self { staged, announced, memory, limits, .. } = self;
         let placement = announced.settle(&state, memory.placement(), &limits)?;
         let state = state.relist(&placement)?;
         let page = announced.layout.host_page();

@@ -5,6 +5,8 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
+#[cfg(feature = "snapshot")]
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{CWD, Dir, Mode, OFlags, fstat, major, minor, openat, readlinkat};
 use thiserror::Error;
@@ -45,6 +47,10 @@ pub(crate) struct HoleWatch {
     ranges: Vec<GpaRange>,
     /// Bytes of holes found when it was last looked.
     hole_bytes: u64,
+    /// How often RAM had been plugged in by then.
+    plugs: u64,
+    /// The kernel does not say what is registered, which is known by now.
+    is_blind: bool,
 }
 
 impl HoleWatch {
@@ -57,29 +63,81 @@ impl HoleWatch {
         backing: Backing,
     ) -> Result<(Self, Backing), UserfaultError> {
         let backing = backing.without(&registered(memory)?);
-        Ok((Self { ranges: backing.ranges().collect(), hole_bytes: 0 }, backing))
+        Ok((Self { ranges: backing.ranges().collect(), ..Self::default() }, backing))
     }
 
-    /// Looks again when more holes were found, `hole_bytes` in all, or where the VM has RAM that was not there at the first look.
+    /// Watches where it cannot be told what is registered, and no hole is left out.
+    pub(crate) fn blind() -> Self {
+        Self { is_blind: true, ..Self::default() }
+    }
+
+    /// Looks again when more holes were found, `hole_bytes` in all, or RAM was plugged in, for the `plugs`th time, since it was last
+    /// looked. Returns, once, that nothing can be told of the RAM plugged in: it is taken for what it reads as.
     ///
     /// Looks only where this process holds a userfaultfd: one that was registered since and given away is not seen.
     ///
     /// # Errors
-    /// Memory among whose holes they may be is registered now, or new memory cannot be read as it is, or it cannot be told.
+    /// Memory among whose holes they may be is registered now, or new memory cannot be read as it is, or it cannot be told whether the
+    /// holes found since are some.
     pub(crate) fn check<M: GuestMemoryBackend>(
         &mut self,
         memory: &M,
         hole_bytes: u64,
-        has_new_ram: bool,
-    ) -> Result<(), UserfaultError> {
-        let no_more = std::mem::replace(&mut self.hole_bytes, hole_bytes) == hole_bytes;
-        if (no_more && !has_new_ram) || !is_held() {
-            return Ok(());
+        plugs: u64,
+    ) -> Result<Option<UserfaultError>, UserfaultError> {
+        let look = || if is_held() { registered(memory) } else { Ok(Vec::new()) };
+        self.check_by(hole_bytes, plugs, look)
+    }
+
+    /// Checks by what `look` finds registered.
+    fn check_by(
+        &mut self,
+        hole_bytes: u64,
+        plugs: u64,
+        look: impl FnOnce() -> Result<Vec<GpaRange>, UserfaultError>,
+    ) -> Result<Option<UserfaultError>, UserfaultError> {
+        let more_holes = std::mem::replace(&mut self.hole_bytes, hole_bytes) != hole_bytes;
+        let new_ram = std::mem::replace(&mut self.plugs, plugs) != plugs;
+        if !more_holes && (!new_ram || self.is_blind) {
+            return Ok(None);
         }
-        let late = registered(memory)?
+        let registered = match look() {
+            Err(unknown @ UserfaultError::Smaps(_)) if !more_holes => {
+                self.is_blind = true;
+                return Ok(Some(unknown));
+            }
+            looked => looked?,
+        };
+        let mut late = registered
             .into_iter()
-            .find_map(|part| self.ranges.iter().find_map(|range| range.intersection(part)));
-        late.map_or(Ok(()), |range| Err(UserfaultError::Late { range }))
+            .filter_map(|part| self.ranges.iter().find_map(|range| range.intersection(part)));
+        late.next().map_or(Ok(None), |range| Err(UserfaultError::Late { range }))
+    }
+}
+
+/// Makes sure once, for a reader of many chunks, that what is read is what memory holds.
+#[cfg(feature = "snapshot")]
+#[derive(Debug, Default)]
+pub(crate) struct ReadableCheck {
+    is_done: AtomicBool,
+}
+
+#[cfg(feature = "snapshot")]
+impl ReadableCheck {
+    /// Looks at `memory`, unless it was found readable before.
+    ///
+    /// # Errors
+    /// As [`check_readable`]. The next call looks again.
+    pub(crate) fn check<M: GuestMemoryBackend>(&self, memory: &M) -> Result<(), UserfaultError> {
+        self.check_by(|| check_readable(memory))
+    }
+
+    fn check_by(&self, look: impl FnOnce() -> Result<(), UserfaultError>) -> Result<(), UserfaultError> {
+        if !self.is_done.load(Ordering::Relaxed) {
+            look()?;
+            self.is_done.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
 
@@ -92,7 +150,7 @@ impl HoleWatch {
 /// # Errors
 /// A part of `memory` is registered through another mapping of its file only.
 #[cfg(feature = "snapshot")]
-pub(crate) fn check_readable<M: GuestMemoryBackend>(memory: &M) -> Result<(), UserfaultError> {
+fn check_readable<M: GuestMemoryBackend>(memory: &M) -> Result<(), UserfaultError> {
     let told = if is_held() { registered(memory).map(drop) } else { Ok(()) };
     told.or_else(|error| match error {
         UserfaultError::Smaps(_) => {
@@ -310,6 +368,45 @@ VmFlags: rd wr mr mw me ac ui
     }
 
     const BASE: u64 = 1 << 32;
+
+    fn unreadable() -> UserfaultError {
+        UserfaultError::Smaps(io::Error::from_raw_os_error(libc::EACCES))
+    }
+
+    #[test]
+    fn what_is_registered_is_looked_up_once_for_each_plug_and_not_in_every_round_after_it() {
+        let mut watch = HoleWatch::default();
+        let mut looks = 0;
+        for plugs in [0, 1, 1, 1, 2, 2] {
+            let look = || {
+                looks += 1;
+                Ok(Vec::new())
+            };
+            assert!(watch.check_by(0, plugs, look).unwrap().is_none());
+        }
+        assert_eq!(looks, 2);
+    }
+
+    #[test]
+    fn c49_what_cannot_be_told_of_ram_plugged_in_is_a_degradation_once_and_of_holes_left_out_an_error() {
+        let mut watch = HoleWatch::default();
+        let mut check = |holes, plugs| watch.check_by(holes, plugs, || Err(unreadable()));
+        assert!(matches!(check(0, 1), Ok(Some(UserfaultError::Smaps(_)))));
+        assert!(matches!(check(0, 2), Ok(None)));
+        assert!(matches!(check(4096, 2), Err(UserfaultError::Smaps(_))));
+        let look =
+            || -> Result<Vec<GpaRange>, UserfaultError> { panic!("it is known that nothing can be told") };
+        assert!(matches!(HoleWatch::blind().check_by(0, 1, look), Ok(None)));
+    }
+
+    #[cfg(feature = "snapshot")]
+    #[test]
+    fn memory_is_looked_at_until_it_was_found_readable_and_not_for_every_chunk() {
+        let check = ReadableCheck::default();
+        assert!(check.check_by(|| Err(unreadable())).is_err());
+        check.check_by(|| Ok(())).unwrap();
+        check.check_by(|| panic!("it was looked at")).unwrap();
+    }
 
     fn memory(file: Option<FileOffset>, bytes: usize) -> GuestMemoryMmap<()> {
         GuestMemoryMmap::from_ranges_with_files([(GuestAddress(BASE), bytes, file)]).unwrap()

@@ -189,6 +189,7 @@ impl<'a, V: Vm> Session<'a, V> {
             }
             Err(unknown @ UserfaultError::Smaps(_)) => {
                 self.migration.degrade(unknown);
+                self.hole_watch = HoleWatch::blind();
                 Backing::default()
             }
             Err(unreadable) => return Err(unreadable.into()),
@@ -200,8 +201,11 @@ impl<'a, V: Vm> Session<'a, V> {
     /// Makes sure that what was left out of a round as holes were some.
     pub(super) fn check_holes(&mut self) -> Result<(), SendError> {
         let hole_bytes = self.migration.progress().skipped_hole_bytes;
-        let has_new_ram = self.undo.cursor.is_some_and(|cursor| !self.look().plugged(cursor).is_empty());
-        Ok(self.hole_watch.check(&*self.vm.memory(), hole_bytes, has_new_ram)?)
+        let plugs = self.undo.cursor.map_or(0, |cursor| self.look().plugs(cursor));
+        if let Some(unknown) = self.hole_watch.check(&*self.vm.memory(), hole_bytes, plugs)? {
+            self.migration.degrade(unknown);
+        }
+        Ok(())
     }
 
     fn copy_until_stopped(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
