@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::{Error as GuestMemoryError, Result};
 use vm_memory::{
-    AtomicAccess, Bytes, GuestAddress, GuestMemoryRegion, GuestRegionCollection, GuestUsize,
+    AtomicAccess, Bytes, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionCollection, GuestUsize,
     MemoryRegionAddress, ReadVolatile, VolatileSlice, WriteVolatile,
 };
 
@@ -35,6 +35,7 @@ struct Stored {
 #[derive(Debug)]
 pub struct PlacedRegion {
     stored: Arc<Stored>,
+    place: FileOffset,
     extent: Extent,
 }
 
@@ -50,6 +51,10 @@ impl GuestMemoryRegion for PlacedRegion {
     }
 
     fn bitmap(&self) -> BS<'_, Self::B> {}
+
+    fn file_offset(&self) -> Option<&FileOffset> {
+        Some(&self.place)
+    }
 }
 
 /// What every attempt to write gets.
@@ -138,7 +143,10 @@ impl Bytes<MemoryRegionAddress> for PlacedRegion {
 /// The memory that `file`, which has the name `path`, holds as `placement` says.
 pub(super) fn regions(file: &Arc<File>, path: PathBuf, placement: &Placement) -> Vec<PlacedRegion> {
     let stored = Arc::new(Stored { file: Arc::clone(file), path });
-    let region = |&extent: &Extent| PlacedRegion { stored: Arc::clone(&stored), extent };
+    let region = |&extent: &Extent| {
+        let place = FileOffset::from_arc(Arc::clone(file), extent.offset);
+        PlacedRegion { stored: Arc::clone(&stored), place, extent }
+    };
     placement.ascending().iter().map(region).collect()
 }
 

@@ -10,7 +10,10 @@ use std::sync::{Arc, Mutex};
 
 use vfio_migration::layout::Layout;
 use vfio_migration::range::GpaRange;
-use vfio_migration::snapshot::{Announced, Base, DifferentialWriter, Digest, Limits, SnapshotWriter};
+use vfio_migration::snapshot::{
+    Announced, Base, DifferentialWriter, Digest, Limits, SnapshotDir, SnapshotSource, SnapshotWriter,
+};
+use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::{Migration, SendError, Sender, Sent, SourceVm};
 use vfio_migration::vm::{UserfaultError, Vm};
 use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
@@ -193,6 +196,40 @@ fn c49_a_snapshot_of_memory_that_only_another_mapping_of_its_file_fills_is_refus
     }
     // Through the mapping that is registered it is read, and filled.
     full("other").copy_from([page], &other).unwrap();
+}
+
+/// Sends a stored VM that wrote one page of its memory; returns the bytes of its holes that were left out.
+fn holes_of_a_stored_vm() -> u64 {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("stored");
+    let layout = Layout::from_guest_memory(&sparse_memory()).unwrap();
+    let writer = SnapshotWriter::create(&path, Announced::all(layout), Limits::default()).unwrap();
+    let page = GpaRange::new(HIGH.0, PAGE).unwrap();
+    writer.fill(page, &mut &[1; PAGE as usize][..]).unwrap();
+    let [low, high] = [LOW, HIGH].map(|(gpa, len)| format!(r#"{{\"gpa\":{gpa},\"length\":{len}}}"#));
+    let memory = format!(r#"{{\"memory_ranges\":{{\"data\":[{low},{high}]}},\"guest_ram_mappings\":[]}}"#);
+    let child = format!(r#"{{"snapshots":{{}},"snapshot_data":{{"state":"{memory}"}}}}"#);
+    let root = r#"{"state":"{\"common_cpuid\":[{\"function\":1}]}"}"#;
+    let state = format!(r#"{{"snapshots":{{"memory-manager":{child}}},"snapshot_data":{root}}}"#);
+    let config = format!(r#"{{"memory":{{"size":{}}},"cpus":{{"boot_vcpus":1}}}}"#, LOW.1 + HIGH.1);
+    writer.finish(config.as_bytes(), state.as_bytes()).unwrap();
+
+    let mut vm = SnapshotSource::new(SnapshotDir::open(&path, &Limits::default()).unwrap()).unwrap();
+    let tracker = Mutex::new(Tracker::builder(vm.layout().clone()).build().unwrap());
+    let peer = Peer::unix(Fault::None);
+    let sender = Sender::new(options(&peer));
+    let sent = sender.send(&mut vm, &tracker, &Mutex::default(), &Migration::new()).unwrap();
+    peer.end().1.unwrap();
+    sent.skipped_hole_bytes
+}
+
+#[test]
+fn a_stored_vm_is_sent_without_its_holes_where_another_vm_of_the_process_is_filled() {
+    let without = holes_of_a_stored_vm();
+    assert_ne!(without, 0);
+    let running = sparse_memory();
+    let Some(_handler) = Handler::serve(&both_regions(&running), FILLING) else { return };
+    assert_eq!(holes_of_a_stored_vm(), without);
 }
 
 #[test]
