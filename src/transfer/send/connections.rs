@@ -4,7 +4,8 @@
 //!
 //! The engine hands chunks in and gets each back when its acknowledgement has been read. A chunk goes to the connection that
 //! has the fewest, by turns where several have as few: a connection that has none is never passed over, however late its
-//! worker wakes up. A worker that fails keeps its chunks: the migration ends, and with it the cursor they belong to.
+//! worker wakes up. Each holds only so many: that is the back-pressure on who takes chunks from the tracker. A worker that fails
+//! keeps its chunks: the migration ends, and with it the cursor they belong to.
 
 use std::collections::VecDeque;
 use std::io;
@@ -62,7 +63,7 @@ struct Order<M> {
 }
 
 /// One connection and what waits for it.
-struct Lane<M> {
+struct MemoryConnection<M> {
     queue: Arc<Queue<M>>,
     worker: JoinHandle<Option<Connection>>,
     handle: ConnectionHandle,
@@ -71,30 +72,30 @@ struct Lane<M> {
 }
 
 /// The workers and what is on its way through them.
-pub(super) struct Lanes<M> {
-    lanes: Vec<Lane<M>>,
-    /// What the worker of the lane with this index tells.
+pub(super) struct MemoryConnections<M> {
+    connections: Vec<MemoryConnection<M>>,
+    /// What the worker of the connection with this index tells.
     events: Receiver<(usize, Event)>,
-    /// Chunks that one lane may hold: those on their way, and one to follow them.
+    /// Chunks that one connection may hold: those on their way, and one to follow them.
     most_load: usize,
-    /// The lane whose turn it is.
+    /// The connection whose turn it is.
     turn: usize,
 }
 
-impl<M: GuestMemoryBackend + Send + Sync + 'static> Lanes<M> {
-    /// Starts a worker for each connection; as many chunks as `pipeline` says may be unacknowledged on each. Without a `sieve`
-    /// every chunk is sent whole.
+impl<M: GuestMemoryBackend + Send + Sync + 'static> MemoryConnections<M> {
+    /// Starts a worker for each connection; as many chunks as `pipeline` says may be unacknowledged on each. Without a
+    /// `zero_filter` every chunk is sent whole.
     pub(super) fn start(
         connections: Vec<Connection>,
-        sieve: Option<ZeroFilter>,
+        zero_filter: Option<ZeroFilter>,
         pipeline: Pipeline,
         migration: &Migration,
         threads: ThreadStart,
     ) -> io::Result<Self> {
         let (report, events) = mpsc::channel();
-        let sieve = Arc::new(sieve);
-        let mut lanes = Self {
-            lanes: Vec::with_capacity(connections.len()),
+        let zero_filter = Arc::new(zero_filter);
+        let mut started = Self {
+            connections: Vec::with_capacity(connections.len()),
             events,
             most_load: pipeline.window + 1,
             turn: 0,
@@ -103,9 +104,9 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Lanes<M> {
             let (queue, handle) = (Arc::new(Queue::new()), connection.handle());
             let worker = Worker {
                 connection,
-                sieve: Arc::clone(&sieve),
+                zero_filter: Arc::clone(&zero_filter),
                 queue: Arc::clone(&queue),
-                report: Report { lane: index, events: report.clone() },
+                report: Report { index, events: report.clone() },
                 migration: migration.clone(),
                 pipeline,
                 in_flight: VecDeque::with_capacity(pipeline.window),
@@ -113,42 +114,43 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Lanes<M> {
                 table: Vec::new(),
             };
             let worker = threads.spawn(format!("migrate-{index}"), move || worker.run())?;
-            lanes.lanes.push(Lane { queue, worker, handle, load: 0 });
+            started.connections.push(MemoryConnection { queue, worker, handle, load: 0 });
         }
-        Ok(lanes)
+        Ok(started)
     }
 
     /// How many connections there are.
     pub(super) fn count(&self) -> usize {
-        self.lanes.len()
+        self.connections.len()
     }
 
-    /// Whether another chunk may be sent without an event before it.
+    /// Whether another chunk may be sent without an event before it: no back-pressure.
     pub(super) fn has_room(&self) -> bool {
-        self.lanes.iter().any(|lane| lane.load < self.most_load)
+        self.connections.iter().any(|connection| connection.load < self.most_load)
     }
 
     /// Whether every chunk has been acknowledged.
     pub(super) fn is_drained(&self) -> bool {
-        self.lanes.iter().all(|lane| lane.load == 0)
+        self.connections.iter().all(|connection| connection.load == 0)
     }
 
     /// Hands a chunk to the connection that has the fewest.
     pub(super) fn send(&mut self, chunk: Chunk, content: Content, memory: Arc<M>) {
-        let count = self.lanes.len();
+        let count = self.connections.len();
         let by_turns = (self.turn..count).chain(0..self.turn);
-        let index = by_turns.min_by_key(|&index| self.lanes[index].load).expect("there is a connection");
+        let index =
+            by_turns.min_by_key(|&index| self.connections[index].load).expect("there is a connection");
         self.turn = (index + 1) % count;
-        self.lanes[index].load += 1;
-        self.lanes[index].queue.push(Order { chunk, content, memory });
+        self.connections[index].load += 1;
+        self.connections[index].queue.push(Order { chunk, content, memory });
     }
 
     /// Waits for the next event, but no longer than `patience`.
     pub(super) fn next_event(&mut self, patience: Duration) -> Option<Event> {
-        let ended = self.lanes.iter().any(|lane| lane.worker.is_finished());
+        let ended = self.connections.iter().any(|connection| connection.worker.is_finished());
         match self.events.recv_timeout(patience) {
-            Ok((lane, event)) => {
-                self.lanes[lane].load -= usize::from(matches!(event, Event::Acknowledged { .. }));
+            Ok((index, event)) => {
+                self.connections[index].load -= usize::from(matches!(event, Event::Acknowledged { .. }));
                 Some(event)
             }
             Err(_) => ended.then_some(Event::Died),
@@ -161,32 +163,34 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> Lanes<M> {
     pub(super) fn stop(mut self, grace: Duration) -> Vec<Connection> {
         self.close_queues();
         let deadline = Instant::now() + grace;
-        while Instant::now() < deadline && !self.lanes.iter().all(|lane| lane.worker.is_finished()) {
+        while Instant::now() < deadline
+            && !self.connections.iter().all(|connection| connection.worker.is_finished())
+        {
             let _late = self.events.recv_timeout(Duration::from_millis(1));
         }
-        let lanes = std::mem::take(&mut self.lanes);
-        for lane in &lanes {
-            if !lane.worker.is_finished() {
-                lane.handle.close();
+        let connections = std::mem::take(&mut self.connections);
+        for connection in &connections {
+            if !connection.worker.is_finished() {
+                connection.handle.close();
             }
         }
-        lanes.into_iter().filter_map(|lane| lane.worker.join().ok().flatten()).collect()
+        connections.into_iter().filter_map(|connection| connection.worker.join().ok().flatten()).collect()
     }
 }
 
-impl<M> Lanes<M> {
+impl<M> MemoryConnections<M> {
     fn close_queues(&self) {
-        self.lanes.iter().for_each(|lane| lane.queue.close());
+        self.connections.iter().for_each(|connection| connection.queue.close());
     }
 }
 
-/// Ends the workers of lanes that were not stopped in order.
-impl<M> Drop for Lanes<M> {
+/// Ends the workers of connections that were not stopped in order.
+impl<M> Drop for MemoryConnections<M> {
     fn drop(&mut self) {
         self.close_queues();
-        self.lanes.iter().for_each(|lane| lane.handle.close());
-        for lane in self.lanes.drain(..) {
-            let _ended = lane.worker.join();
+        self.connections.iter().for_each(|connection| connection.handle.close());
+        for connection in self.connections.drain(..) {
+            let _ended = connection.worker.join();
         }
     }
 }
@@ -240,13 +244,14 @@ impl<M> Queue<M> {
 
 /// The way from a worker to the engine.
 struct Report {
-    lane: usize,
+    /// Which connection it is.
+    index: usize,
     events: Sender<(usize, Event)>,
 }
 
 impl Report {
     fn tell(&self, event: Event) {
-        let _engine_gone = self.events.send((self.lane, event));
+        let _engine_gone = self.events.send((self.index, event));
     }
 }
 
@@ -259,7 +264,7 @@ struct Written {
 
 struct Worker<M> {
     connection: Connection,
-    sieve: Arc<Option<ZeroFilter>>,
+    zero_filter: Arc<Option<ZeroFilter>>,
     queue: Arc<Queue<M>>,
     report: Report,
     migration: Migration,
@@ -298,12 +303,12 @@ impl<M: GuestMemoryBackend> Worker<M> {
         }
     }
 
-    /// Sends a chunk, or what the sieve leaves of it; nothing left needs no acknowledgement.
+    /// Sends a chunk, or what the zero-page filter leaves of it; nothing left needs no acknowledgement.
     fn write(&mut self, order: Order<M>) -> Result<(), PeerError> {
         let Order { chunk, content, memory } = order;
-        let ranges = match (&*self.sieve, content) {
-            (Some(sieve), Content::NonZero) => {
-                let skipped = sieve.sift(&*memory, chunk.ranges(), &mut self.kept);
+        let ranges = match (&*self.zero_filter, content) {
+            (Some(zero_filter), Content::NonZero) => {
+                let skipped = zero_filter.keep_nonzero(&*memory, chunk.ranges(), &mut self.kept);
                 self.migration.count_skipped(skipped);
                 &self.kept
             }

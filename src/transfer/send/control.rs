@@ -4,11 +4,12 @@
 
 use std::io::Write;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vm_memory::GuestMemoryBackend;
 
 use super::connections::wire_bytes;
+use super::downtime::Switchover;
 use super::error::{SendError, SendStep};
 use super::exchange::{PeerError, expect_silence, read_answer, send, send_memory, send_state};
 use super::options::SendOptions;
@@ -34,32 +35,6 @@ pub(super) struct Control<'a> {
     connection: Option<Connection>,
     switchover: Option<Switchover>,
     completing: bool,
-}
-
-/// Until when the VM may stand still before it is handed over.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Switchover {
-    paused: Instant,
-    limit: Duration,
-}
-
-impl Switchover {
-    /// Begins with the pause.
-    pub(super) fn new(paused: Instant, limit: Duration) -> Self {
-        Self { paused, limit }
-    }
-
-    fn left(self) -> Duration {
-        self.limit.saturating_sub(self.paused.elapsed())
-    }
-
-    /// Looks whether the VM may stand still any longer.
-    pub(super) fn check(self) -> Result<(), SendError> {
-        match self.left() {
-            Duration::ZERO => Err(SendError::SwitchoverTimedOut { limit_ms: self.limit.as_millis() }),
-            _ => Ok(()),
-        }
-    }
 }
 
 impl<'a> Control<'a> {
@@ -136,35 +111,36 @@ impl<'a> Control<'a> {
     }
 
     /// Returns the connections that are to carry precopied memory: this one, or so many more.
-    pub(super) fn open_lanes(&mut self) -> Result<Vec<Connection>, SendError> {
+    pub(super) fn open_connections(&mut self) -> Result<Vec<Connection>, SendError> {
         if self.options.connections == ConnectionCount::ONE {
             return Ok(vec![self.take(SendStep::Memory)?]);
         }
-        (0..self.options.connections.count()).map(|_| self.open_lane()).collect()
+        (0..self.options.connections.count()).map(|_| self.open_connection()).collect()
     }
 
-    fn open_lane(&self) -> Result<Connection, SendError> {
-        let mut lane = dial(self.options, self.migration, SendStep::Memory)?;
-        let announced = lane.write_all(&ConnectionRole::PrecopyMemory.to_bytes()).and_then(|()| lane.flush());
+    fn open_connection(&self) -> Result<Connection, SendError> {
+        let mut connection = dial(self.options, self.migration, SendStep::Memory)?;
+        let announced =
+            connection.write_all(&ConnectionRole::PrecopyMemory.to_bytes()).and_then(|()| connection.flush());
         announced.map_err(|error| failed(SendStep::Memory)(error.into()))?;
-        Ok(lane)
+        Ok(connection)
     }
 
     /// Takes this connection back from those that carried memory; closes the others, whose end the receiver expects.
     ///
     /// # Errors
     /// One of the others was answered more often than it was asked; this one is looked at before its next request.
-    pub(super) fn take_back(&mut self, mut lanes: Vec<Connection>) -> Result<(), SendError> {
+    pub(super) fn take_back(&mut self, mut connections: Vec<Connection>) -> Result<(), SendError> {
         if self.options.connections == ConnectionCount::ONE {
-            self.connection = lanes.pop();
+            self.connection = connections.pop();
             return Ok(());
         }
-        let unasked = lanes.iter_mut().find_map(|lane| match expect_silence(lane) {
+        let unasked = connections.iter_mut().find_map(|connection| match expect_silence(connection) {
             Err(source @ PeerError::Unasked) => Some(source),
             // One that has ended meanwhile has done its work.
             _ => None,
         });
-        close_behind(lanes, self.options.thread_start);
+        close_behind(connections, self.options.thread_start);
         unasked.map_or(Ok(()), |source| Err(failed(SendStep::Memory)(source)))
     }
 

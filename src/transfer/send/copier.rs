@@ -1,22 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Passes over memory: chunks out, acknowledgements in, and the decision after each pass.
+//! Passes over memory: chunks out onto the connections, under the rate limit and their back-pressure, and acknowledgements in.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::connections::{Content, Event, Lanes};
-use super::control::Switchover;
+use super::connections::{Content, Event, MemoryConnections, Pipeline};
+use super::downtime::Switchover;
 use super::error::SendError;
 use super::exchange::PeerError;
-use super::phases::Session;
-use super::progress::Phase;
-use crate::ledger::{Chunk, ChunkLimits, CursorId};
-use crate::precopy::{Decision, TimeoutStrategy};
-use crate::vm::Vm;
+use super::meter::Meter;
+use super::options::SendOptions;
+use super::progress::Migration;
+use super::rate_limit::RateLimit;
+use super::restorable_vm::RestorableVm;
+use super::tracking::Tracking;
+use super::zero_filter::ZeroFilter;
+use crate::ledger::{Chunk, ChunkLimits};
+use crate::precopy::{Policy, TimeoutStrategy};
+use crate::transfer::connection::Connection;
+use crate::vm::{Backing, HoleWatch, UserfaultError, Vm};
 
 /// How often a waiting engine looks whether it was cancelled or its time is up.
 const TICK: Duration = Duration::from_millis(20);
+
+/// How long chunks on their way may still be acknowledged after a failure or a cancellation.
+const GRACE: Duration = Duration::from_millis(400);
 
 /// Guest memory in a chunk below which one more message costs more than one more connection gains, in bytes.
 const LEAST_CHUNK_BYTES: u64 = 64 << 10;
@@ -24,161 +32,175 @@ const LEAST_CHUNK_BYTES: u64 = 64 << 10;
 /// Ranges in one chunk's table.
 const CHUNK_RANGES: usize = 1 << 16;
 
-/// Chunks a bandwidth cap is spread over in a second.
+/// Chunks a rate limit is spread over in a second.
 const PACED_CHUNKS_PER_SECOND: u64 = 20;
 
-/// Dirty bytes under which another round at once would be a waste.
-const IDLE_BYTES: u64 = 1 << 20;
+/// What a pass copies, from where, and what counts it.
+pub(super) struct Pass<'p, 'a, V: Vm> {
+    pub(super) vm: &'p RestorableVm<'a, V>,
+    pub(super) tracking: &'p Tracking<'a>,
+    pub(super) meter: &'p mut Meter<'a>,
+}
 
-/// The pause between two rounds when there is next to nothing to send and the switchover waits for something else.
-const IDLE_PAUSE: Duration = Duration::from_millis(10);
+/// Copies memory, one pass after the other.
+pub(super) struct Copier<'a, V: Vm> {
+    options: &'a SendOptions,
+    policy: Policy,
+    migration: &'a Migration,
+    connections: MemoryConnections<V::Memory>,
+    hole_watch: HoleWatch,
+    rate_limit: Option<RateLimit>,
+    /// End of the highest chunk sent so far: chunks of a round ascend, so no page from here on was sent yet.
+    unsent_from: u64,
+}
 
-/// Pages in flight, and the memory that their bytes are in.
-type TakenFrom<M> = (Chunk, Arc<M>);
-
-impl<V: Vm> Session<'_, V> {
-    /// Makes passes over memory while the VM runs, until it may be stopped.
-    pub(super) fn precopy(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
-        self.migration.enter(Phase::Precopy);
-        loop {
-            self.round(lanes)?;
-            let seen = self.take_stock()?;
-            self.log_round(&seen);
-            if self.options.complete_paused {
-                return Ok(());
-            }
-            let decision = match self.policy.decide(&seen) {
-                // Devices may have begun another piece of their state that they want read first (C37).
-                Decision::SwitchOver { .. } => self.decide_again()?,
-                decision => decision,
-            };
-            log::debug!("After round {}: {decision:?}", seen.rounds);
-            match decision {
-                Decision::SwitchOver { .. } => return Ok(()),
-                Decision::Cancel { reason } => return Err(SendError::GivenUp(reason)),
-                Decision::ContinueThrottled(percent) => self.throttle(percent),
-                Decision::Continue if seen.pending_bytes < IDLE_BYTES => self.heed(lanes, IDLE_PAUSE)?,
-                Decision::Continue => {}
-            }
-        }
+impl<'a, V: Vm> Copier<'a, V> {
+    /// Starts a worker on each connection; with a zero-page filter before them where the sender `may_leave_out` pages.
+    pub(super) fn start(
+        connections: Vec<Connection>,
+        options: &'a SendOptions,
+        policy: Policy,
+        may_leave_out: bool,
+        vm: &RestorableVm<'a, V>,
+        tracking: &Tracking<'a>,
+        migration: &'a Migration,
+    ) -> Result<Self, SendError> {
+        let (hole_watch, backing) = watch_holes(vm, migration)?;
+        let host_page = tracking.look().layout().host_page();
+        let zero_filter = may_leave_out.then(|| ZeroFilter::new(backing, host_page));
+        let pipeline =
+            Pipeline { window: options.pipelined_chunks(), answer_timeout: options.limits.answer_timeout };
+        let connections =
+            MemoryConnections::start(connections, zero_filter, pipeline, migration, options.thread_start);
+        Ok(Self {
+            options,
+            policy,
+            migration,
+            connections: connections.map_err(SendError::Thread)?,
+            hole_watch,
+            rate_limit: options.bandwidth.map(RateLimit::new),
+            unsent_from: 0,
+        })
     }
 
-    /// Decides on a switchover once more, with what devices have left when they are asked anew.
-    fn decide_again(&mut self) -> Result<Decision, SendError> {
-        let seen = self.look_again()?;
-        Ok(self.policy.decide(&seen))
+    /// Ends the workers, and returns the connections that can be used on.
+    pub(super) fn stop(self) -> Vec<Connection> {
+        self.connections.stop(GRACE)
     }
 
     /// Makes one pass: sends every page pending now, and waits for the last acknowledgement.
-    pub(super) fn round(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
-        let Some(cursor) = self.undo.cursor else { return Ok(()) };
-        self.begin_round();
-        self.tracker()?.begin_round(cursor);
-        let limits = self.chunk_limits(lanes.count());
-        while !self.is_cut_short() {
-            self.await_room(lanes)?;
-            let Some((chunk, memory)) = self.take(cursor, limits)? else { break };
-            let content = self.content_of(&chunk, lanes)?;
-            self.spend(&chunk);
-            lanes.send(chunk, content, memory);
+    pub(super) fn round(&mut self, mut pass: Pass<'_, 'a, V>) -> Result<(), SendError> {
+        let pass = &mut pass;
+        pass.meter.begin_round();
+        pass.tracking.begin_round()?;
+        let limits = self.chunk_limits(pass);
+        while !self.is_cut_short(pass) {
+            self.await_room(pass)?;
+            let Some((chunk, memory)) = pass.tracking.take(limits, || pass.vm.memory())? else { break };
+            let content = self.content_of(&chunk, pass)?;
+            if let Some(limit) = &mut self.rate_limit {
+                limit.spend(chunk.bytes(), Instant::now());
+            }
+            self.connections.send(chunk, content, memory);
         }
-        self.drain(lanes)?;
-        self.check_holes()?;
-        self.measured.end_round();
+        self.drain(pass)?;
+        self.check_holes(pass)?;
+        pass.meter.end_round();
         Ok(())
     }
 
-    /// Takes the round's next pages, and the memory that their bytes are in: RAM that goes now is in both or in neither.
-    pub(super) fn take(
-        &self,
-        cursor: CursorId,
-        limits: ChunkLimits,
-    ) -> Result<Option<TakenFrom<V::Memory>>, SendError> {
-        let mut tracker = self.tracker()?;
-        let chunk = tracker.take(cursor, limits)?;
-        Ok(chunk.map(|chunk| (chunk, self.vm.memory())))
+    /// Waits between two passes.
+    pub(super) fn pause(&mut self, mut pass: Pass<'_, 'a, V>, time: Duration) -> Result<(), SendError> {
+        self.heed(&mut pass, time)
     }
 
-    fn drain(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
-        while !lanes.is_drained() {
-            self.heed(lanes, TICK)?;
+    fn drain(&mut self, pass: &mut Pass<'_, 'a, V>) -> Result<(), SendError> {
+        while !self.connections.is_drained() {
+            self.heed(pass, TICK)?;
         }
         Ok(())
     }
 
-    /// The chunks of a round that begins now, on so many connections.
-    pub(super) fn chunk_limits(&self, connections: usize) -> ChunkLimits {
-        let paced = self.options.bandwidth.filter(|_| self.undo.vm_paused.is_none());
-        let slice = paced.map_or(u64::MAX, |cap| cap / PACED_CHUNKS_PER_SECOND);
-        let share = share_of_round(self.left().pending_bytes, connections);
-        ChunkLimits { bytes: self.options.chunk_bytes.min(share).min(slice), ranges: CHUNK_RANGES }
+    /// Makes sure that what was left out of a round as holes were some.
+    fn check_holes(&mut self, pass: &Pass<'_, 'a, V>) -> Result<(), SendError> {
+        let hole_bytes = self.migration.progress().skipped_hole_bytes;
+        let plugs = pass.tracking.plugs();
+        if let Some(unknown) = self.hole_watch.check(&*pass.vm.memory(), hole_bytes, plugs)? {
+            self.migration.degrade(unknown);
+        }
+        Ok(())
     }
 
-    /// Says whether pages of a chunk may be left out: where no page of it was sent before (C36). That is all of the first pass,
-    /// and what lies behind its end if it was cut short; but RAM that was plugged in meanwhile is sent whole.
+    /// The chunks of a round that begins now.
+    fn chunk_limits(&self, pass: &Pass<'_, 'a, V>) -> ChunkLimits {
+        let limits = chunk_limits(self.options, pass.tracking, self.connections.count());
+        let limit = self.options.bandwidth.filter(|_| !pass.vm.is_paused());
+        let slice = limit.map_or(u64::MAX, |limit| limit / PACED_CHUNKS_PER_SECOND);
+        ChunkLimits { bytes: limits.bytes.min(slice), ..limits }
+    }
+
+    /// Says whether the zero-page filter may look at a chunk: where no page of it was sent before (C36). That is all of the first
+    /// pass, and what lies behind its end if it was cut short; but RAM that was plugged in meanwhile is sent whole.
     ///
     /// The last chunk of a pass that sent nothing goes over whole, so that there is a bandwidth to plan the switchover with.
-    fn content_of(&mut self, chunk: &Chunk, lanes: &mut Lanes<V::Memory>) -> Result<Content, SendError> {
-        if !self.measured.is_first_copy(chunk) || self.is_plugged_in(chunk) {
+    fn content_of(&mut self, chunk: &Chunk, pass: &mut Pass<'_, 'a, V>) -> Result<Content, SendError> {
+        if !self.is_first_copy(chunk) || pass.tracking.is_plugged_in(chunk) {
             return Ok(Content::Whole);
         }
-        if self.measured.round_bytes == 0 && self.reaches_end_of_ram(chunk) {
-            self.drain(lanes)?;
-            if self.measured.round_bytes == 0 {
+        if pass.meter.round_bytes() == 0 && pass.tracking.reaches_end_of_ram(chunk) {
+            self.drain(pass)?;
+            if pass.meter.round_bytes() == 0 {
                 return Ok(Content::Whole);
             }
         }
         Ok(Content::NonZero)
     }
 
-    fn reaches_end_of_ram(&self, chunk: &Chunk) -> bool {
-        let end_of_ram = self.look().layout().regions().last().map(|region| region.range().end());
-        chunk.ranges().last().map(|range| range.end()) == end_of_ram
+    /// Takes in that a chunk is about to be sent; returns whether none of its pages was before.
+    fn is_first_copy(&mut self, chunk: &Chunk) -> bool {
+        let (Some(first), Some(last)) = (chunk.ranges().first(), chunk.ranges().last()) else { return true };
+        let is_first = first.start() >= self.unsent_from;
+        self.unsent_from = self.unsent_from.max(last.end());
+        is_first
     }
 
-    /// Whether a chunk holds RAM that was plugged in since the look at what lies behind the memory.
-    fn is_plugged_in(&self, chunk: &Chunk) -> bool {
-        let tracker = self.look();
-        let plugged = self.undo.cursor.map_or(&[][..], |cursor| tracker.plugged(cursor));
-        plugged.iter().any(|new| chunk.ranges().iter().any(|range| range.intersection(*new).is_some()))
-    }
-
-    fn spend(&mut self, chunk: &Chunk) {
-        if let Some(pace) = &mut self.measured.pace {
-            pace.spend(chunk.bytes(), Instant::now());
-        }
-    }
-
-    /// Waits until another chunk may be taken: for the window, and while the VM runs for the bandwidth cap.
-    fn await_room(&mut self, lanes: &mut Lanes<V::Memory>) -> Result<(), SendError> {
+    /// Waits until another chunk may be taken: for the connections' back-pressure, and while the VM runs for the rate limit.
+    fn await_room(&mut self, pass: &mut Pass<'_, 'a, V>) -> Result<(), SendError> {
         loop {
-            let pace = self.measured.pace.as_ref().filter(|_| self.undo.vm_paused.is_none());
-            let wait = pace.map_or(Duration::ZERO, |pace| pace.wait(Instant::now()));
-            match lanes.has_room() {
-                true if wait.is_zero() => return self.heed(lanes, Duration::ZERO),
-                true => self.heed(lanes, wait.min(TICK))?,
-                false => self.heed(lanes, TICK)?,
+            let limit = self.rate_limit.as_ref().filter(|_| !pass.vm.is_paused());
+            let wait = limit.map_or(Duration::ZERO, |limit| limit.wait(Instant::now()));
+            match self.connections.has_room() {
+                true if wait.is_zero() => return self.heed(pass, Duration::ZERO),
+                true => self.heed(pass, wait.min(TICK))?,
+                false => self.heed(pass, TICK)?,
             }
         }
     }
 
     /// Takes in what the connections have to tell, waiting no longer than `patience`, and looks whether to go on at all.
-    fn heed(&mut self, lanes: &mut Lanes<V::Memory>, patience: Duration) -> Result<(), SendError> {
-        let mut event = lanes.next_event(patience);
+    fn heed(&mut self, pass: &mut Pass<'_, 'a, V>, patience: Duration) -> Result<(), SendError> {
+        let mut event = self.connections.next_event(patience);
         while let Some(told) = event {
             match told {
-                Event::Acknowledged { chunk, sent_bytes } => {
-                    self.measured.acknowledged(sent_bytes, chunk.bytes() - sent_bytes);
-                    self.look().commit(chunk);
-                }
+                Event::Acknowledged { chunk, sent_bytes } => self.acknowledged(chunk, sent_bytes, pass),
                 Event::Failed(source) => return Err(self.peer_failed(source)),
                 Event::Died => return Err(SendError::ThreadDied),
             }
-            event = lanes.next_event(Duration::ZERO);
+            event = self.connections.next_event(Duration::ZERO);
         }
-        self.show_left();
+        pass.meter.show_left(pass.tracking);
         self.migration.check()?;
-        self.check_time()
+        self.check_time(pass)
+    }
+
+    /// Takes in that the receiver has a chunk, and that so many bytes of it were sent.
+    fn acknowledged(&mut self, chunk: Chunk, sent_bytes: u64, pass: &mut Pass<'_, 'a, V>) {
+        let skipped_bytes = chunk.bytes() - sent_bytes;
+        pass.meter.acknowledged(sent_bytes, skipped_bytes);
+        if let Some(limit) = &mut self.rate_limit {
+            limit.give_back(skipped_bytes);
+        }
+        pass.tracking.commit(chunk);
     }
 
     fn peer_failed(&self, source: PeerError) -> SendError {
@@ -189,29 +211,50 @@ impl<V: Vm> Session<'_, V> {
     }
 
     /// Gives up in the middle of a round when the time is up: for precopy while the VM runs, for the switchover afterwards.
-    fn check_time(&self) -> Result<(), SendError> {
-        self.switchover().map_or(Ok(()), Switchover::check)?;
+    fn check_time(&self, pass: &Pass<'_, 'a, V>) -> Result<(), SendError> {
+        let switchover = pass.vm.switchover(self.options.switchover_timeout());
+        switchover.map_or(Ok(()), Switchover::check)?;
         let strict = self.policy.timeout_strategy == TimeoutStrategy::Cancel;
-        match self.policy.exhausted(&self.glance()).filter(|_| strict && self.time_is_up()) {
+        let exhausted = self.policy.exhausted(&pass.meter.glance(pass.tracking));
+        match exhausted.filter(|_| strict && self.time_is_up(pass)) {
             Some(reason) => Err(SendError::GivenUp(reason)),
             None => Ok(()),
         }
     }
 
-    fn time_is_up(&self) -> bool {
-        self.undo.vm_paused.is_none() && self.elapsed_ms() >= self.policy.timeout_ms
+    fn time_is_up(&self, pass: &Pass<'_, 'a, V>) -> bool {
+        !pass.vm.is_paused() && pass.meter.elapsed_ms() >= self.policy.timeout_ms
     }
 
     /// Whether to end a round early, because the switchover comes whatever is left.
-    fn is_cut_short(&self) -> bool {
-        self.policy.timeout_strategy == TimeoutStrategy::Ignore && self.time_is_up()
+    fn is_cut_short(&self, pass: &Pass<'_, 'a, V>) -> bool {
+        self.policy.timeout_strategy == TimeoutStrategy::Ignore && self.time_is_up(pass)
     }
+}
 
-    fn throttle(&mut self, percent: u8) {
-        log::info!("Taking {percent} % of the vCPUs' time away");
-        self.undo.throttle_percent = percent;
-        self.vm.throttle(percent);
+/// Tells what lies behind the memory, and begins to watch over its holes; memory that a userfaultfd fills has none.
+fn watch_holes<V: Vm>(
+    vm: &RestorableVm<'_, V>,
+    migration: &Migration,
+) -> Result<(HoleWatch, Backing), SendError> {
+    match HoleWatch::begin(&*vm.memory(), vm.backing()) {
+        Ok(watched) => Ok(watched),
+        Err(unknown @ UserfaultError::Smaps(_)) => {
+            migration.degrade(unknown);
+            Ok((HoleWatch::blind(), Backing::default()))
+        }
+        Err(unreadable) => Err(unreadable.into()),
     }
+}
+
+/// The chunks of what is pending now, on so many connections.
+pub(super) fn chunk_limits(
+    options: &SendOptions,
+    tracking: &Tracking<'_>,
+    connections: usize,
+) -> ChunkLimits {
+    let share = share_of_round(tracking.left().pending_bytes, connections);
+    ChunkLimits { bytes: options.chunk_bytes.min(share), ranges: CHUNK_RANGES }
 }
 
 /// Bytes per chunk that give each of `connections` at least one chunk of a round of `bytes`, where that is worth a message.

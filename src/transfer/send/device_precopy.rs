@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a migration reads of its devices' state while they run, and whether what they say fits the way it goes.
+//! What a migration reads of its devices' state while they run and once they are stopped, and whether it fits into State.
+
+use std::sync::{Mutex, MutexGuard};
+
+use vm_migration::Snapshot;
 
 use super::error::SendError;
 use super::payload::StatePayload;
-use super::phases::Session;
+use super::progress::Migration;
 use crate::device::saved::text_bytes;
-use crate::device::{Basis, Estimate};
-use crate::precopy::DeviceLeft;
-use crate::vm::Vm;
+use crate::device::{DeviceSet, Estimate};
+use crate::sync::lock;
 
 /// Bytes of device state read in one round while the devices run.
 const DEVICE_BUDGET_BYTES: u64 = 64 << 20;
@@ -16,21 +19,44 @@ const DEVICE_BUDGET_BYTES: u64 = 64 << 20;
 /// Bytes of device state read between two looks whether the migration was cancelled.
 const DEVICE_PIECE_BYTES: u64 = 4 << 20;
 
-impl<V: Vm> Session<'_, V> {
+/// The VM's pass-through devices, locked for one step at a time.
+pub(super) struct DevicePrecopy<'a> {
+    devices: &'a Mutex<DeviceSet>,
+    migration: &'a Migration,
+    /// Bytes that State may hold.
+    limit_bytes: u64,
+    /// Whether they have to be set back when the migration fails.
+    touched: bool,
+}
+
+impl<'a> DevicePrecopy<'a> {
+    pub(super) fn new(devices: &'a Mutex<DeviceSet>, migration: &'a Migration, limit_bytes: u64) -> Self {
+        Self { devices, migration, limit_bytes, touched: false }
+    }
+
+    fn devices(&self) -> MutexGuard<'a, DeviceSet> {
+        lock(self.devices)
+    }
+
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.devices().is_empty()
+    }
+
     /// Lets devices begin to hand out their state.
     ///
     /// # Errors
     /// A device failed, or says that it has more state than may be moved.
-    pub(super) fn start_device_precopy(&mut self) -> Result<(), SendError> {
-        self.undo.devices_touched = true;
+    pub(super) fn start(&mut self) -> Result<(), SendError> {
+        self.touched = true;
         self.devices().start_precopy()?;
-        self.estimate_devices().map(drop)
+        self.estimate().map(drop)
     }
 
     /// Reads what running devices have that is worth reading, within the round's budget.
     ///
     /// A device whose PRE_COPY fails hands out its whole state in the downtime; one that is gone ends the migration.
-    pub(super) fn step_device_precopy(&mut self) -> Result<(), SendError> {
+    pub(super) fn step(&self) -> Result<(), SendError> {
         for _ in 0..DEVICE_BUDGET_BYTES / DEVICE_PIECE_BYTES {
             self.migration.check()?;
             let stepped = self.devices().precopy_step(DEVICE_PIECE_BYTES);
@@ -48,47 +74,76 @@ impl<V: Vm> Session<'_, V> {
     ///
     /// # Errors
     /// A device is gone, or says that it has more state than may be moved.
-    pub(super) fn estimate_devices(&mut self) -> Result<Estimate, SendError> {
+    pub(super) fn estimate(&self) -> Result<Estimate, SendError> {
         let estimate = self.devices().estimate()?;
-        self.check_state_fits(estimate)
+        self.check_fits(estimate)
     }
 
     /// Estimates the devices' state, before a switchover that hangs on it.
     ///
     /// # Errors
-    /// As [`Session::estimate_devices`].
-    pub(super) fn estimate_devices_anew(&mut self) -> Result<Estimate, SendError> {
+    /// As [`DevicePrecopy::estimate`].
+    pub(super) fn estimate_anew(&self) -> Result<Estimate, SendError> {
         let estimate = self.devices().estimate_anew()?;
-        self.check_state_fits(estimate)
+        self.check_fits(estimate)
     }
 
-    /// Compares what is known of the devices' state with what State may hold: there, four bytes of text carry three of theirs.
-    pub(super) fn check_state_fits(&self, estimate: Estimate) -> Result<Estimate, SendError> {
-        self.check_limit(text_bytes(estimate.known_bytes), estimate.known_bytes)?;
-        Ok(estimate)
+    /// Stops all devices, quiescent first, and asks for the sizes that are certain now (C38).
+    ///
+    /// # Errors
+    /// As [`DevicePrecopy::estimate`].
+    pub(super) fn stop(&self) -> Result<Estimate, SendError> {
+        let estimate = self.devices().stop_for_copy()?;
+        self.check_fits(estimate)
+    }
+
+    /// Lets the devices run again, since the switchover is taken back.
+    pub(super) fn run_on(&self) -> Result<(), SendError> {
+        Ok(self.devices().run()?)
+    }
+
+    /// Saves the stopped devices' state.
+    pub(super) fn save(&self) -> Result<Snapshot, SendError> {
+        Ok(self.devices().save()?)
     }
 
     /// Compares a captured State with what it may hold.
-    pub(super) fn check_captured(&mut self, state: StatePayload) -> Result<StatePayload, SendError> {
+    pub(super) fn check_captured(&self, state: StatePayload) -> Result<StatePayload, SendError> {
         let device_bytes = self.devices().state_bytes();
         self.check_limit(state.bytes(), device_bytes)?;
         Ok(state)
     }
 
+    /// Ends what the VM that has moved has of device state here; returns the bytes of it, and those that PRE_COPY brought.
+    pub(super) fn retire(&self) -> (u64, u64) {
+        let mut devices = self.devices();
+        let bytes = (devices.state_bytes(), devices.precopy_bytes());
+        if let Err(error) = devices.retire() {
+            self.migration.degrade(error);
+        }
+        bytes
+    }
+
+    /// Makes the devices run again after a failure, or stand still where the VM `stays_paused`.
+    pub(super) fn restore(&self, stays_paused: bool) -> Result<(), SendError> {
+        match (self.touched, stays_paused) {
+            (false, _) => Ok(()),
+            (true, false) => Ok(self.devices().run()?),
+            (true, true) => Ok(self.devices().stop()?),
+        }
+    }
+
+    /// Compares what is known of the devices' state with what State may hold: there, four bytes of text carry three of theirs.
+    fn check_fits(&self, estimate: Estimate) -> Result<Estimate, SendError> {
+        self.check_limit(text_bytes(estimate.known_bytes), estimate.known_bytes)?;
+        Ok(estimate)
+    }
+
     fn check_limit(&self, state_bytes: u64, device_bytes: u64) -> Result<(), SendError> {
-        let limit_bytes = self.options.limits.state_bytes;
+        let limit_bytes = self.limit_bytes;
         match state_bytes > limit_bytes {
             true => Err(SendError::StateTooLarge { state_bytes, device_bytes, limit_bytes }),
             false => Ok(()),
         }
-    }
-}
-
-/// What State will carry of the devices: all their state, what PRE_COPY brought too.
-pub(super) fn device_left(estimate: Estimate) -> DeviceLeft {
-    match estimate.basis {
-        Basis::Told => DeviceLeft::Exact(estimate.state_bytes),
-        Basis::Guessed => DeviceLeft::Estimate(estimate.state_bytes),
-        Basis::Unknown => DeviceLeft::Unknown,
     }
 }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a downtime was spent on.
+//! How long the VM stands still: what that is spent on, and how long it may.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use super::error::SendError;
 use crate::units::Millis;
 
 /// What a downtime was spent on; the parts add up to it.
@@ -76,8 +77,12 @@ impl DowntimeClock {
         *self = Self { parts: DowntimeParts::default(), since: Some(now) };
     }
 
-    /// Adds the time since the last part ended to the part that `of` picks.
-    pub(super) fn end_part(&mut self, now: Instant, of: impl FnOnce(&mut DowntimeParts) -> &mut Duration) {
+    /// Ends a part now: adds the time since the last one ended to the part that `of` picks.
+    pub(super) fn end_part(&mut self, of: impl FnOnce(&mut DowntimeParts) -> &mut Duration) {
+        self.end_part_at(Instant::now(), of);
+    }
+
+    fn end_part_at(&mut self, now: Instant, of: impl FnOnce(&mut DowntimeParts) -> &mut Duration) {
         if let Some(since) = &mut self.since {
             *of(&mut self.parts) += now.saturating_duration_since(std::mem::replace(since, now));
         }
@@ -86,6 +91,33 @@ impl DowntimeClock {
     /// The parts that have ended.
     pub(super) fn parts(&self) -> DowntimeParts {
         self.parts
+    }
+}
+
+/// Until when the VM may stand still before it is handed over.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Switchover {
+    paused: Instant,
+    limit: Duration,
+}
+
+impl Switchover {
+    /// Begins with the pause.
+    pub(super) fn new(paused: Instant, limit: Duration) -> Self {
+        Self { paused, limit }
+    }
+
+    /// The time that is left.
+    pub(super) fn left(self) -> Duration {
+        self.limit.saturating_sub(self.paused.elapsed())
+    }
+
+    /// Looks whether the VM may stand still any longer.
+    pub(super) fn check(self) -> Result<(), SendError> {
+        match self.left() {
+            Duration::ZERO => Err(SendError::SwitchoverTimedOut { limit_ms: self.limit.as_millis() }),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -99,13 +131,13 @@ mod tests {
         let at = |ms| paused + Duration::from_millis(ms);
         let mut clock = DowntimeClock::default();
         clock.start(paused - Duration::from_secs(1));
-        clock.end_part(paused, |parts| &mut parts.pause);
+        clock.end_part_at(paused, |parts| &mut parts.pause);
         // Taken back, and begun anew.
         clock.start(paused);
-        clock.end_part(at(3), |parts| &mut parts.pause);
-        clock.end_part(at(10), |parts| &mut parts.last_pages);
-        clock.end_part(at(30), |parts| &mut parts.capture);
-        clock.end_part(at(35), |parts| &mut parts.last_pages);
+        clock.end_part_at(at(3), |parts| &mut parts.pause);
+        clock.end_part_at(at(10), |parts| &mut parts.last_pages);
+        clock.end_part_at(at(30), |parts| &mut parts.capture);
+        clock.end_part_at(at(35), |parts| &mut parts.last_pages);
         let parts = clock.parts();
         assert_eq!(parts.last_pages, Duration::from_millis(12));
         assert_eq!(parts.total(), Duration::from_millis(35));

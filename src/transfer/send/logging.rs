@@ -5,79 +5,76 @@
 use std::fmt;
 
 use super::error::{SendError, SourceVm};
-use super::phases::Session;
+use super::meter::Meter;
+use super::options::SendOptions;
+use super::progress::SourceProgress;
 use super::rates::rate;
 use super::sent::Sent;
 use crate::error::Chain;
 use crate::precopy::{Observation, SourceRate};
-use crate::units::Count;
-use crate::units::{Bytes, Millis};
-use crate::vm::Vm;
+use crate::units::{Bytes, Count, Millis};
 
-impl<V: Vm> Session<'_, V> {
-    pub(super) fn log_begin(&self, ram_bytes: u64) {
-        let (url, connections) = (&self.options.url, self.options.connections);
-        log::info!("Migrating a VM with {} of RAM to {url}, connections: {connections}", Bytes(ram_bytes));
-    }
+pub(super) fn began(options: &SendOptions, ram_bytes: u64) {
+    let (url, connections) = (&options.url, options.connections);
+    log::info!("Migrating a VM with {} of RAM to {url}, connections: {connections}", Bytes(ram_bytes));
+}
 
-    pub(super) fn log_armed(&self) {
-        let ids: Vec<_> = self.attribution().into_iter().map(|source| source.id).collect();
-        let ids = if ids.is_empty() { "nothing".to_owned() } else { ids.join(", ") };
-        log::info!("Receiver takes the VM; tracking dirty pages with {ids}");
-    }
+pub(super) fn armed(sources: &[SourceProgress]) {
+    let ids: Vec<_> = sources.iter().map(|source| source.id.as_str()).collect();
+    let ids = if ids.is_empty() { "nothing".to_owned() } else { ids.join(", ") };
+    log::info!("Receiver takes the VM; tracking dirty pages with {ids}");
+}
 
-    /// Tells what a round of the running VM did, and what it is up against.
-    pub(super) fn log_round(&self, seen: &Observation) {
-        let measured = &self.measured;
-        log::info!(
-            "Round {}: {}, left out {}; {} dirty now at {}/s{}; expected downtime {}",
-            measured.rounds,
-            Copied::of(self),
-            Bytes(measured.round_skipped_bytes),
-            Bytes(seen.pending_bytes),
-            Bytes(seen.dirty_rate),
-            WhoDirtied(&measured.source_rates.rates()),
-            ExpectedDowntime(seen),
-        );
-        log::debug!("{seen:?}");
-    }
+/// Tells what a round of the running VM did, and what it is up against.
+pub(super) fn round(meter: &Meter<'_>, seen: &Observation) {
+    log::info!(
+        "Round {}: {}, left out {}; {} dirty now at {}/s{}; expected downtime {}",
+        meter.rounds(),
+        Copied::of(meter),
+        Bytes(meter.round_skipped_bytes()),
+        Bytes(seen.pending_bytes),
+        Bytes(seen.dirty_rate),
+        WhoDirtied(&meter.source_rates()),
+        ExpectedDowntime(seen),
+    );
+    log::debug!("{seen:?}");
+}
 
-    /// Tells with what the VM and its devices came to a halt.
-    pub(super) fn log_stopped(&self, seen: &Observation) {
-        log::info!(
-            "VM stopped after round {}: {} of memory left, dirty at {}/s{}; expected downtime {}",
-            seen.rounds,
-            Bytes(seen.pending_bytes),
-            Bytes(seen.dirty_rate),
-            WhoDirtied(&self.measured.source_rates.rates()),
-            ExpectedDowntime(seen),
-        );
-        log::debug!("{seen:?}");
-    }
+/// Tells with what the VM and its devices came to a halt.
+pub(super) fn stopped(meter: &Meter<'_>, seen: &Observation) {
+    log::info!(
+        "VM stopped after round {}: {} of memory left, dirty at {}/s{}; expected downtime {}",
+        seen.rounds,
+        Bytes(seen.pending_bytes),
+        Bytes(seen.dirty_rate),
+        WhoDirtied(&meter.source_rates()),
+        ExpectedDowntime(seen),
+    );
+    log::debug!("{seen:?}");
+}
 
-    pub(super) fn log_last_round(&self) {
-        log::info!("Round {}, the last one: {}", self.measured.rounds, Copied::of(self));
-    }
+pub(super) fn last_round(meter: &Meter<'_>) {
+    log::info!("Round {}, the last one: {}", meter.rounds(), Copied::of(meter));
+}
 
-    pub(super) fn log_outcome(&self, outcome: &Result<Sent, SendError>) {
-        match outcome {
-            Ok(sent) => log::info!(
-                "VM moved: {} in {} and {}; downtime {}: {}",
-                Bytes(sent.bytes_sent),
-                Count(&sent.rounds, "round"),
-                Millis(sent.total),
-                Millis(sent.downtime),
-                sent.downtime_parts,
-            ),
-            Err(error) if error.source_vm() == SourceVm::AsBefore => {
-                log::info!(
-                    "VM did not move after {} and is as before: {}",
-                    Count(&self.measured.rounds, "round"),
-                    Chain(error)
-                );
-            }
-            Err(error) => log::error!("{}", Chain(error)),
+pub(super) fn outcome(outcome: &Result<Sent, SendError>, rounds: u32) {
+    match outcome {
+        Ok(sent) => log::info!(
+            "VM moved: {} in {} and {}; downtime {}: {}",
+            Bytes(sent.bytes_sent),
+            Count(&sent.rounds, "round"),
+            Millis(sent.total),
+            Millis(sent.downtime),
+            sent.downtime_parts,
+        ),
+        Err(error) if error.source_vm() == SourceVm::AsBefore => {
+            log::info!(
+                "VM did not move after {} and is as before: {}",
+                Count(&rounds, "round"),
+                Chain(error)
+            );
         }
+        Err(error) => log::error!("{}", Chain(error)),
     }
 }
 
@@ -88,8 +85,8 @@ struct Copied {
 }
 
 impl Copied {
-    fn of<V: Vm>(session: &Session<'_, V>) -> Self {
-        Self { bytes: session.measured.round_bytes, took: session.measured.round_took }
+    fn of(meter: &Meter<'_>) -> Self {
+        Self { bytes: meter.round_bytes(), took: meter.round_took() }
     }
 }
 

@@ -2,15 +2,19 @@
 
 //! The sending end of a migration: [`Sender`] moves a running VM to a receiver that speaks the protocol.
 //!
-//! `phases` is a migration from its first word to its last. It goes through these, top down:
+//! `phases` is a migration from its first word to its last. A file here uses only those that stand below it:
 //!
-//! - `options`, `error`, `sent`: what is asked of a migration, and what comes of it;
-//! - `control`: the first connection, which carries all but the memory of a running VM;
-//! - `copier`: passes over memory, chunk by chunk, under the rate limit, onto `connections`, of which each has a worker;
-//! - `zero_filter`: pages that the first pass leaves out because nobody wrote them or they read zero;
-//! - `device_precopy`: what devices hand out while they run; `pinning`: receivers that pin all memory;
-//! - `meter`, `rates`: figures; `progress` shows them to other threads, `logging` tells them to the log, and `downtime` says
-//!   where the time went;
+//! - `phases`: the order in which everything happens, and the decision after each round;
+//! - `logging`: a line for each phase;
+//! - `copier`: passes over memory, chunk by chunk, held back by the rate limit (`rate_limit`) and by the back-pressure of the
+//!   `connections` that carry them, whose workers leave out what the zero-page filter (`zero_filter`) finds;
+//! - `meter`: figures (`rates`), never a deed;
+//! - `control`: the first connection, which carries all but the running VM's memory;
+//! - `restorable_vm`, `device_precopy`, `tracking`: the VM, its devices and its dirty pages, each with what sets it back after a
+//!   failure;
+//! - `sent`, `downtime`, `error`, `options`: what comes of a migration, and what is asked of it;
+//! - `pinning`: receivers that pin all memory;
+//! - `progress`: what other threads see of a migration, and how they cancel it;
 //! - `exchange`, `payload`: a request and its answer, and the payload of State.
 
 mod connections;
@@ -27,8 +31,11 @@ mod payload;
 mod phases;
 mod pinning;
 mod progress;
+mod rate_limit;
 mod rates;
+mod restorable_vm;
 mod sent;
+mod tracking;
 mod zero_filter;
 
 use std::sync::Mutex;

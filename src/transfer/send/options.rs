@@ -27,7 +27,7 @@ pub struct SendOptions {
     pub window: usize,
     /// Guest memory in one chunk, in bytes; at most 64 MiB.
     pub chunk_bytes: u64,
-    /// Guest memory sent per second while the VM runs, in bytes; `None`: as much as the connections carry.
+    /// The rate limit: guest memory sent per second while the VM runs, in bytes; `None`: as much as the connections carry.
     pub bandwidth: Option<u64>,
     /// How long the VM may stand still.
     pub downtime_ms: u64,
@@ -106,6 +106,11 @@ impl SendOptions {
         let downtime = Duration::from_millis(self.downtime_ms);
         let least = downtime.saturating_mul(Limits::SWITCHOVER_DOWNTIMES);
         (!self.complete_paused).then(|| self.limits.switchover_timeout.max(least))
+    }
+
+    /// Whether a downtime is longer than the limit; never for a VM that was paused before.
+    pub(super) fn is_exceeded_by(&self, downtime: Duration) -> bool {
+        !self.complete_paused && downtime > Duration::from_millis(self.downtime_ms)
     }
 
     /// Checks that each option is in its bounds.

@@ -10,11 +10,10 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::phases::Session;
+use super::progress::Progress;
 use crate::precopy::Forecast;
 use crate::transfer::prefault::with_prefault;
 use crate::units::Bytes;
-use crate::vm::Vm;
 
 /// Bytes of memory per second that a receiver allocates and zeroes; rather too few.
 const POPULATED_BYTES_PER_SECOND: u64 = 128 << 20;
@@ -106,15 +105,27 @@ fn asking(config: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
-impl<V: Vm> Session<'_, V> {
+/// What is done in one migration for a receiver that pins memory.
+pub(super) struct Pinning {
+    wanted: PinningReceiver,
+    receiver_reads_zero: bool,
+    /// Whether pass-through devices write the VM's memory, whoever moves their state.
+    has_devices: bool,
+    populated: Populated,
+}
+
+impl Pinning {
+    pub(super) fn new(wanted: PinningReceiver, receiver_reads_zero: bool) -> Self {
+        Self { wanted, receiver_reads_zero, has_devices: false, populated: Populated::default() }
+    }
+
     /// Makes of the VM's Config one for a receiver that pins memory, or decides to leave no page out.
-    pub(super) fn heed_pinning(&mut self, config: Vec<u8>) -> Vec<u8> {
-        let wanted = self.options.pinning_receiver;
-        self.has_devices = !self.devices().is_empty() || self.look().has_devices();
-        if !self.has_devices || !self.options.receiver_reads_zero {
+    pub(super) fn heed(&mut self, config: Vec<u8>, has_devices: bool) -> Vec<u8> {
+        self.has_devices = has_devices;
+        if !has_devices || !self.receiver_reads_zero {
             return config;
         }
-        let asked = match wanted {
+        let asked = match self.wanted {
             PinningReceiver::Unheeded => return config,
             PinningReceiver::SendAll => None,
             PinningReceiver::Prefault => asking(&config),
@@ -123,9 +134,14 @@ impl<V: Vm> Session<'_, V> {
         asked.unwrap_or(config)
     }
 
+    /// Who sees to it that all memory is allocated before State.
+    pub(super) fn populated(&self) -> Populated {
+        self.populated
+    }
+
     /// Whether pages may be left out of the first pass.
     pub(super) fn may_leave_out(&self) -> bool {
-        self.options.receiver_reads_zero && self.populated != Populated::Sender
+        self.receiver_reads_zero && self.populated != Populated::Sender
     }
 
     /// How much longer the receiver may take to answer Config, for the memory that it allocates.
@@ -136,26 +152,16 @@ impl<V: Vm> Session<'_, V> {
         }
     }
 
-    /// Names why the VM stood still for longer than it should have, if it did.
-    pub(super) fn note_missed_downtime(&mut self, downtime: Duration) {
-        if !self.is_missed(downtime) {
-            return;
-        }
-        let progress = self.migration.progress();
+    /// Names why the VM stood still for `downtime`, longer than `limit_ms`.
+    pub(super) fn explain(&self, downtime: Duration, limit_ms: u64, progress: &Progress) -> MissedDowntime {
         let left_out = progress.skipped_hole_bytes + progress.skipped_zero_bytes;
         let cause = match progress.forecast {
-            forecast @ Forecast::Stuck(_) => MissedBecause::Expected(forecast),
+            ref forecast @ Forecast::Stuck(_) => MissedBecause::Expected(forecast.clone()),
             _ if self.has_devices && left_out > 0 && self.populated == Populated::Nobody => {
                 MissedBecause::LeftOut { bytes: left_out }
             }
             _ => MissedBecause::Unexpected { expected_ms: progress.expected_downtime_ms },
         };
-        let (downtime_ms, limit_ms) = (downtime.as_millis(), self.options.downtime_ms);
-        self.migration.degrade(MissedDowntime { downtime_ms, limit_ms, cause });
-    }
-
-    /// Whether a downtime is longer than the limit; never for a VM that was paused before.
-    pub(super) fn is_missed(&self, downtime: Duration) -> bool {
-        !self.options.complete_paused && downtime > Duration::from_millis(self.options.downtime_ms)
+        MissedDowntime { downtime_ms: downtime.as_millis(), limit_ms, cause }
     }
 }

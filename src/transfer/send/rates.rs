@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What rounds measure: bandwidth, dirty rate, and the pace a bandwidth cap allows. Instants come in; no clock here.
+//! What rounds measure: bandwidth and dirty rates. No clock here.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::ledger::Attribution;
 use crate::precopy::SourceRate;
 
 /// Bytes below which a round's time says more about latency than about bandwidth.
 const TELLING_BYTES: u64 = 1 << 20;
-
-/// Where a cap so low, or a chunk so large, stops adding up.
-const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// Weight of the past against a new round of the same length.
 const PAST_WEIGHT: f64 = 0.5;
@@ -51,7 +48,7 @@ pub(super) fn rate(bytes: u64, time: Duration) -> u64 {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "rates need no more than 52 bits")]
-fn to_float(bytes: u64) -> f64 {
+pub(super) fn to_float(bytes: u64) -> f64 {
     bytes as f64
 }
 
@@ -130,41 +127,6 @@ impl SourceRates {
     }
 }
 
-/// Spreads bytes over time so that a cap is kept.
-#[derive(Debug)]
-pub(super) struct Pace {
-    bytes_per_second: u64,
-    free_at: Option<Instant>,
-}
-
-impl Pace {
-    pub(super) fn new(bytes_per_second: u64) -> Self {
-        Self { bytes_per_second, free_at: None }
-    }
-
-    /// How long to wait, from `now`, before the next bytes may go.
-    pub(super) fn wait(&self, now: Instant) -> Duration {
-        self.free_at.map_or(Duration::ZERO, |free| free.saturating_duration_since(now))
-    }
-
-    /// Takes in that `bytes` go at `now`. Time left unused does not add up to a burst.
-    pub(super) fn spend(&mut self, bytes: u64, now: Instant) {
-        let start = self.free_at.map_or(now, |free| free.max(now));
-        self.free_at = Some(start + self.time_of(bytes));
-    }
-
-    /// Takes in that `bytes` which were spent did not go after all.
-    pub(super) fn give_back(&mut self, bytes: u64) {
-        let time = self.time_of(bytes);
-        self.free_at = self.free_at.and_then(|free| free.checked_sub(time));
-    }
-
-    fn time_of(&self, bytes: u64) -> Duration {
-        let seconds = to_float(bytes) / to_float(self.bytes_per_second.max(1));
-        Duration::from_secs_f64(seconds.min(LONGEST_WAIT.as_secs_f64()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -226,20 +188,5 @@ mod tests {
         let rate = rates.rates()[0];
         assert_eq!((rate.dirty_rate, rate.standing_bytes), (2 * 4096 * 1000, 100 * 4096));
         assert_eq!(rates.standing_bytes(), 100 * 4096);
-    }
-
-    #[test]
-    fn a_pace_keeps_its_cap_and_saves_nothing_up() {
-        let start = Instant::now();
-        let mut pace = Pace::new(1000);
-        assert_eq!(pace.wait(start), Duration::ZERO);
-        pace.spend(500, start);
-        pace.spend(700, start);
-        pace.give_back(200);
-        assert_eq!(pace.wait(start), Duration::from_secs(1));
-        let later = start + Duration::from_secs(10);
-        assert_eq!(pace.wait(later), Duration::ZERO);
-        pace.spend(1000, later);
-        assert_eq!(pace.wait(later), Duration::from_secs(1));
     }
 }

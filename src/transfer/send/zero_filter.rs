@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The zero-page filter: what the first pass leaves out, pages nobody ever wrote and pages that read zero.
+//! The zero-page filter: the first pass leaves out holes, pages nobody ever wrote, and zero pages, which read zero.
 //!
 //! A receiver whose memory reads zero has them already. Whoever looks has cleared the pages' standing bits before, so that a
 //! write during or after the look makes the page dirty and has it sent in a later pass, which leaves nothing out. That pages
@@ -46,7 +46,7 @@ enum Pages {
 }
 
 impl ZeroFilter {
-    /// Makes the sieve of a VM's memory, whose ranges are made of `host_page`s.
+    /// Makes the zero-page filter of a VM's memory, whose ranges are made of `host_page`s.
     ///
     /// Without access to the page table, anonymous memory counts as written.
     pub(super) fn new(backing: Backing, host_page: Granule) -> Self {
@@ -73,7 +73,7 @@ impl ZeroFilter {
     }
 
     /// Puts those pages of `ranges` into `kept` that have to be sent: sorted, disjoint, coalesced, as the ranges are.
-    pub(super) fn sift<M: GuestMemoryBackend>(
+    pub(super) fn keep_nonzero<M: GuestMemoryBackend>(
         &self,
         memory: &M,
         ranges: &[GpaRange],
@@ -84,7 +84,7 @@ impl ZeroFilter {
         for &range in ranges {
             self.written(range, &mut |part| {
                 written_bytes += part.len();
-                keep_nonzero(memory, part, self.host_page, kept);
+                append_nonzero(memory, part, self.host_page, kept);
             });
         }
         let bytes = |ranges: &[GpaRange]| ranges.iter().map(|range| range.len()).sum::<u64>();
@@ -204,14 +204,14 @@ impl PageTable {
 }
 
 /// Adds the pages of `part` to `kept` that do not read zero, and what is not in `memory`, which whoever sends it will find.
-fn keep_nonzero<M: GuestMemoryBackend>(
+fn append_nonzero<M: GuestMemoryBackend>(
     memory: &M,
     part: GpaRange,
     host_page: Granule,
     kept: &mut Vec<GpaRange>,
 ) {
     if !has_address(memory, part.start()) {
-        return keep_nonzero_read(memory, part, host_page, kept);
+        return append_nonzero_read(memory, part, host_page, kept);
     }
     let page_bytes = usize::try_from(host_page.bytes()).unwrap_or(usize::MAX);
     let mut gpa = part.start();
@@ -228,8 +228,8 @@ fn keep_nonzero<M: GuestMemoryBackend>(
     append(kept, gpa, part.end());
 }
 
-/// As [`keep_nonzero`], of memory that has no address in this process. What cannot be read is kept.
-fn keep_nonzero_read<M: GuestMemoryBackend>(
+/// As [`append_nonzero`], of memory that has no address in this process. What cannot be read is kept.
+fn append_nonzero_read<M: GuestMemoryBackend>(
     memory: &M,
     part: GpaRange,
     host_page: Granule,
@@ -349,11 +349,11 @@ mod tests {
         ) {
             let memory = memory();
             touch(&memory, &pages);
-            let sieve = ZeroFilter::new(Backing::of_mmap(&memory), Granule::host_page());
+            let filter = ZeroFilter::new(Backing::of_mmap(&memory), Granule::host_page());
             let mut ranges = Vec::new();
             offered.iter().for_each(|&page| append(&mut ranges, page * page_bytes(), (page + 1) * page_bytes()));
             let mut kept = vec![range(0..1)];
-            let skipped = sieve.sift(&memory, &ranges, &mut kept);
+            let skipped = filter.keep_nonzero(&memory, &ranges, &mut kept);
             let is_written = |&page: &u64| matches!(pages[usize::try_from(page).unwrap()], Page::Written(_));
             prop_assert_eq!(pages_of(&kept), offered.iter().copied().filter(is_written).collect::<Vec<_>>());
             prop_assert!(kept.windows(2).all(|pair| pair[0].end() < pair[1].start()), "coalesced");
@@ -362,7 +362,7 @@ mod tests {
 
             // A hole is looked for every time.
             memory.write_obj(1_u8, GuestAddress(later * page_bytes())).unwrap();
-            sieve.sift(&memory, &[range(later..later + 1)], &mut kept);
+            filter.keep_nonzero(&memory, &[range(later..later + 1)], &mut kept);
             prop_assert_eq!(pages_of(&kept), [later]);
         }
     }
@@ -370,11 +370,11 @@ mod tests {
     #[test]
     fn holes_are_found_without_touching_them_and_a_private_file_mapping_has_none() {
         let memory = memory();
-        let sieve = ZeroFilter::new(Backing::of_mmap(&memory), Granule::host_page());
+        let filter = ZeroFilter::new(Backing::of_mmap(&memory), Granule::host_page());
         let third = PAGES / 3;
         let everything = [range(0..PAGES)];
         for _ in 0..2 {
-            let skipped = sieve.sift(&memory, &everything, &mut Vec::new());
+            let skipped = filter.keep_nonzero(&memory, &everything, &mut Vec::new());
             let expected = Skipped { hole_bytes: 2 * third * page_bytes(), zero_bytes: third * page_bytes() };
             assert_eq!(skipped, expected);
         }
@@ -383,9 +383,9 @@ mod tests {
     #[test]
     fn memory_nothing_is_said_about_is_looked_at_and_what_is_no_memory_is_kept() {
         let memory = memory();
-        let sieve = ZeroFilter::new(Backing::default(), Granule::host_page());
+        let filter = ZeroFilter::new(Backing::default(), Granule::host_page());
         let mut kept = Vec::new();
-        let skipped = sieve.sift(&memory, &[range(PAGES - 2..PAGES + 3)], &mut kept);
+        let skipped = filter.keep_nonzero(&memory, &[range(PAGES - 2..PAGES + 3)], &mut kept);
         assert_eq!(skipped, Skipped { hole_bytes: 0, zero_bytes: 2 * page_bytes() });
         assert_eq!(pages_of(&kept), [PAGES, PAGES + 1, PAGES + 2]);
     }
