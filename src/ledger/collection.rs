@@ -3,7 +3,7 @@
 //! One collect: what all sources report is united, counted and handed to every cursor, a block of words at a time.
 
 use super::cursor::Cursor;
-use super::{Attribution, Ledger};
+use super::terms::Attribution;
 use crate::bitmap::{BLOCK_WORDS, WORD_BITS};
 use crate::iova::IovaMap;
 use crate::layout::Layout;
@@ -59,16 +59,16 @@ fn emptied<'b>(mut reports: Vec<Report<'_>>) -> Vec<Report<'b>> {
 }
 
 impl<'a> Collection<'a> {
-    pub(super) fn new(ledger: &'a mut Ledger) -> Self {
-        let reports = emptied(std::mem::take(&mut ledger.spare));
-        Self {
-            layout: &ledger.layout,
-            marks: ledger.marks.iter_mut(),
-            attribution: &mut ledger.attribution,
-            cursors: &mut ledger.cursors,
-            spare: &mut ledger.spare,
-            reports,
-        }
+    /// Begins one over a ledger's marks and counts, one of each for a source, and its cursors. `spare` has memory of the last one.
+    pub(super) fn new(
+        layout: &'a Layout,
+        marks: &'a mut [Marks],
+        attribution: &'a mut [Attribution],
+        cursors: &'a mut [Cursor],
+        spare: &'a mut Vec<Report<'static>>,
+    ) -> Self {
+        let reports = emptied(std::mem::take(spare));
+        Self { layout, marks: marks.iter_mut(), attribution, cursors, spare, reports }
     }
 
     /// Returns where the next source reports to, whose IOVAs lead where `iova` says.

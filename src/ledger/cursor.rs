@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{ChunkLimits, CursorId, Outstanding};
+use super::terms::{ChunkLimits, CursorId, Outstanding};
 use crate::bitmap::{BLOCK_WORDS, Bitmap, WORD_BITS, masks};
 use crate::layout::{Layout, Region};
 use crate::range::{GpaRange, subtract};

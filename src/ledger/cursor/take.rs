@@ -2,9 +2,9 @@
 
 //! Bits into ranges, up to the limits of a chunk.
 
-use super::ChunkLimits;
 use crate::bitmap::{BLOCK_WORDS, Bitmap, WORD_BITS, low_bits};
 use crate::layout::Layout;
+use crate::ledger::terms::ChunkLimits;
 use crate::range::GpaRange;
 use crate::sys::cpu::Work;
 
