@@ -7,12 +7,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::altered::Altered;
 use super::blocks::BlockTable;
 use super::files::read_named;
 use super::manifest::Manifest;
 use super::placement::{Extent, Placement};
 use super::reserve::resize;
-use super::verify::Altered;
 use crate::range::GpaRange;
 
 /// One bit for each block of a file: whether it was found to be as it was written.

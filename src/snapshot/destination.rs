@@ -12,8 +12,9 @@ use thiserror::Error;
 
 use super::differential_writer::{Base, DifferentialWriter};
 use super::digest::Digest;
-use super::document::{ConfigMessage, DocumentError, VmConfig};
-use super::elsewhere::ZoneFile;
+use super::document::ZoneFile;
+use super::document::{ConfigMessage, VmConfig};
+use super::document_error::DocumentError;
 use super::limits::Limits;
 use super::placement::PlacementError;
 use super::staging::{StagedDir, StagingError};

@@ -11,7 +11,8 @@ use thiserror::Error;
 
 use super::checked::{CheckedBits, CheckedMemory};
 use super::digest::Digest;
-use super::document::{DocumentError, VmConfig};
+use super::document::VmConfig;
+use super::document_error::DocumentError;
 use super::elsewhere::Elsewhere;
 use super::files::{
     CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, data_parts, named, open_sized,

@@ -10,27 +10,10 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::document::VmConfig;
+use super::document::{VmConfig, ZoneFile};
 use super::placement::push_joined;
 use super::state::VmState;
 use crate::range::GpaRange;
-
-/// A memory zone that is a mapping of a named file; prints as "memory zone ID is in FILE".
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct ZoneFile {
-    /// The zone's id.
-    pub zone: String,
-    /// The file, as the configuration calls it.
-    pub file: String,
-}
-
-/// With nothing in it that a terminal obeys.
-impl fmt::Display for ZoneFile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "memory zone {} is in {}", self.zone.escape_debug(), self.file.escape_debug())
-    }
-}
 
 /// A memory zone that a snapshot leaves out, or part of one; prints as a [`ZoneFile`] does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

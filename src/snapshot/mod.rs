@@ -87,6 +87,7 @@
 //! # Ok::<(), Box<dyn Error>>(())
 //! ```
 
+mod altered;
 mod apply;
 mod block_reader;
 mod blocks;
@@ -102,6 +103,7 @@ mod digest;
 mod dir;
 mod directory;
 mod document;
+mod document_error;
 mod elsewhere;
 mod feed;
 mod files;
@@ -129,6 +131,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
+pub use altered::Altered;
 pub use apply::{ApplyError, apply};
 pub use compare::{CompareError, Differences, compare};
 pub use describe::{Description, Kind, describe};
@@ -137,8 +140,10 @@ pub use differential::{Chain, ChainError, Differential};
 pub use differential_writer::{Base, DifferentialWriter};
 pub use digest::{Digest, DigestError};
 pub use dir::{OpenError, SnapshotDir, read_config};
-pub use document::{ConfigMessage, DocumentError, VmConfig};
-pub use elsewhere::{Elsewhere, LeftOut, ZoneFile};
+pub use document::ZoneFile;
+pub use document::{ConfigMessage, VmConfig};
+pub use document_error::DocumentError;
+pub use elsewhere::{Elsewhere, LeftOut};
 pub use files::{CHANGES_FILE, CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 pub use limits::Limits;
 pub use manifest::{Manifest, ManifestError};
@@ -150,5 +155,5 @@ pub use source::{SnapshotSource, SourceError};
 pub use staging::StagingError;
 pub use state::VmState;
 pub use subtract::{SubtractError, subtract};
-pub use verify::{Altered, Finding, Report, VerifyError, verify};
+pub use verify::{Finding, Report, VerifyError, verify};
 pub use writer::{Announced, SnapshotWriter, WriteError};

@@ -9,7 +9,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::document::{DocumentError, json};
+use super::document_error::{DocumentError, json};
 use super::list::AtMost;
 
 /// Id of the component whose children are the VM's devices.

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::document::{DocumentError, ENTRIES, VmConfig, json, ranges, within};
+use super::document::VmConfig;
+use super::document_error::{DocumentError, ENTRIES, json, ranges, within};
 use super::limits::Limits;
 use super::list::AtMost;
 use super::passthrough::{self, PassThrough};

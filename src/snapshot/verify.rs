@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use serde::{Serialize, Serializer};
 
+use super::altered::Altered;
 use super::block_reader::{Block, BlockReader};
 use super::blocks::BlockTable;
 use super::dir::{OpenError, SnapshotDir};
@@ -280,37 +281,6 @@ impl Report {
         }
         Ok(())
     }
-}
-
-/// Bytes of memory that do not match their digest.
-///
-/// [`io::Error`]s hold it where memory is read to be copied or compared.
-#[derive(Debug, thiserror::Error)]
-#[error("Memory at GPA {} in {file} was altered", listed(.ranges), file = .file.display())]
-pub struct Altered {
-    file: PathBuf,
-    ranges: Vec<GpaRange>,
-}
-
-impl Altered {
-    pub(super) fn new(file: PathBuf, ranges: impl IntoIterator<Item = GpaRange>) -> Self {
-        Self { file, ranges: ranges.into_iter().collect() }
-    }
-
-    /// Returns what `error` says was altered, if it is that.
-    pub fn of(error: &io::Error) -> Option<&Self> {
-        error.get_ref()?.downcast_ref()
-    }
-}
-
-impl From<Altered> for io::Error {
-    fn from(altered: Altered) -> Self {
-        Self::new(ErrorKind::InvalidData, altered)
-    }
-}
-
-fn listed(ranges: &[GpaRange]) -> String {
-    ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// Reads the blocks of a file in order and checks each against its digest; holes are not read.

@@ -10,7 +10,8 @@ use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
 use super::digest::Digest;
-use super::document::{DocumentError, VmConfig};
+use super::document::VmConfig;
+use super::document_error::DocumentError;
 use super::feed::{FeedError, from_memory, from_stream};
 use super::files::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 use super::limits::Limits;

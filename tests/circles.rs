@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! No files of the library use each other in a circle.
+//!
+//! A file uses another where a `use` names something in it. That a module hands its children's items on (`pub use`) does not count, and
+//! tests do not either.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+/// A module's name, as `transfer::receive`; that of the crate's root is empty.
+type Module = String;
+
+/// The text of each file below a folder, by its module; those of tests are left out.
+fn files_below(folder: &Path, module: &str, files: &mut BTreeMap<Module, String>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let stem = path.file_stem().unwrap().to_str().unwrap();
+        let child = if module.is_empty() { stem.to_owned() } else { format!("{module}::{stem}") };
+        if stem == "tests" {
+        } else if path.is_dir() {
+            files_below(&path, &child, files);
+        } else {
+            let module = if ["mod", "lib"].contains(&stem) { module.to_owned() } else { child };
+            files.insert(module, fs::read_to_string(&path).unwrap());
+        }
+    }
+}
+
+/// The paths that a `use` names: `a::{b, c::d}` is `a::b` and `a::c::d`.
+fn paths_of(tree: &str) -> Vec<String> {
+    let Some((prefix, rest)) = tree.split_once('{') else {
+        return vec![tree.split(" as ").next().unwrap().trim().to_owned()];
+    };
+    let inner = &rest[..rest.rfind('}').unwrap()];
+    let (mut paths, mut depth, mut begin) = (Vec::new(), 0, 0);
+    for (at, c) in inner.char_indices().chain([(inner.len(), ',')]) {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                let part = inner[begin..at].trim();
+                if !part.is_empty() {
+                    paths.extend(paths_of(&format!("{}{part}", prefix.trim())));
+                }
+                begin = at + 1;
+            }
+            _ => {}
+        }
+    }
+    paths
+}
+
+/// What the private `use`s of a file name, its tests left out.
+fn uses_of(text: &str) -> Vec<String> {
+    let code: Vec<_> = text.lines().map(|line| line.split("//").next().unwrap()).collect();
+    let code = code.join("\n");
+    let code = code.split("#[cfg(test)]\nmod tests").next().unwrap();
+    let statements = code.split(';').filter_map(|statement| {
+        let begin = statement.rfind("\nuse ").map(|at| at + 5).or(statement.starts_with("use ").then_some(4));
+        begin.map(|begin| statement[begin..].to_owned())
+    });
+    statements.flat_map(|tree| paths_of(&tree)).collect()
+}
+
+/// The file that `path` leads to from `module`; `None` where it is of another crate.
+fn file_of(path: &str, module: &str, files: &BTreeMap<Module, String>) -> Option<Module> {
+    let mut base: Vec<&str> = module.split("::").filter(|name| !name.is_empty()).collect();
+    let mut names: Vec<&str> = path.split("::").map(str::trim).collect();
+    match names[0] {
+        "crate" => base.clear(),
+        "super" | "self" => {}
+        child if files.contains_key(&[&base[..], &[child]].concat().join("::")) => {}
+        _ => return None,
+    }
+    while let Some(&first @ ("crate" | "super" | "self")) = names.first() {
+        if first == "super" {
+            base.pop();
+        }
+        names.remove(0);
+    }
+    let full = [base, names].concat();
+    (0..=full.len()).rev().map(|length| full[..length].join("::")).find(|name| files.contains_key(name))
+}
+
+/// All that can be reached from each file.
+fn reach(files: &BTreeMap<Module, String>) -> BTreeMap<Module, BTreeSet<Module>> {
+    let mut reach: BTreeMap<Module, BTreeSet<Module>> = BTreeMap::new();
+    for (module, text) in files {
+        let used = uses_of(text).into_iter().filter_map(|path| file_of(&path, module, files));
+        reach.insert(module.clone(), used.filter(|used| used != module).collect());
+    }
+    loop {
+        let mut grown = reach.clone();
+        for all in grown.values_mut() {
+            let further: Vec<_> = all.iter().flat_map(|module| reach[module].clone()).collect();
+            all.extend(further);
+        }
+        if grown == reach {
+            return reach;
+        }
+        reach = grown;
+    }
+}
+
+/// The circles: each as the files in it, sorted.
+fn circles(files: &BTreeMap<Module, String>) -> BTreeSet<Vec<Module>> {
+    let reach = reach(files);
+    let members = reach.iter().filter(|(module, all)| all.contains(*module));
+    members
+        .map(|(module, all)| all.iter().filter(|other| reach[*other].contains(module)).cloned().collect())
+        .collect()
+}
+
+#[test]
+fn no_files_use_each_other_in_a_circle() {
+    let mut files = BTreeMap::new();
+    files_below(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), "", &mut files);
+    assert!(files.len() > 100);
+    let found = circles(&files);
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn a_circle_is_found_and_named_and_what_is_handed_on_is_none() {
+    let files = |texts: &[(&str, &str)]| {
+        texts.iter().map(|(module, text)| ((*module).to_owned(), (*text).to_owned())).collect()
+    };
+    let sound = files(&[
+        ("", "pub mod a;\npub mod b;"),
+        ("a", "//! Use.\npub use self::deep::Deep;\nuse std::fs;\n\nuse crate::b::{self, B};"),
+        ("a::deep", "use super::A;\n"),
+        ("b", "#[cfg(test)]\nmod tests {\n    use crate::a::A;\n}\n"),
+    ]);
+    assert_eq!(circles(&sound), BTreeSet::new());
+
+    let circle = files(&[
+        ("", ""),
+        ("a", "use crate::{\n    b::{C, d::D},\n    x,\n};\n"),
+        ("b", "use self::d::D;\n"),
+        ("b::d", "use crate::a::A as Other;\n"),
+        ("c", "use crate::a;\n"),
+    ]);
+    let expected = ["a", "b", "b::d"].map(str::to_owned).to_vec();
+    assert_eq!(circles(&circle), BTreeSet::from([expected]));
+}
