@@ -6,10 +6,10 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use proptest::prelude::*;
 
-use super::super::seal::seal_opened;
 use super::bad_input::is_refusal_of;
 use super::guest::*;
 use crate::range::GpaRange;
+use crate::snapshot::ops::seal::seal_opened;
 use crate::snapshot::*;
 use crate::vm::{Captured, Vm, read_memory};
 

@@ -5,9 +5,9 @@ use proptest::prelude::*;
 use super::guest::{range, state_text};
 use crate::granule::Granule;
 use crate::range::GpaRange;
-use crate::snapshot::blocks::BlockTable;
-use crate::snapshot::digest::Digest;
-use crate::snapshot::manifest::{Changes, Covered, Manifest, ManifestError};
+use crate::snapshot::format::blocks::BlockTable;
+use crate::snapshot::format::digest::Digest;
+use crate::snapshot::format::manifest::{Changes, Covered, Manifest, ManifestError};
 use crate::snapshot::{Limits, Placement};
 
 fn placement(ranges: &[GpaRange]) -> Placement {

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One digest for each block of a file.
+
+use std::{io, iter};
+
+use crate::snapshot::format::digest::Digest;
+use crate::snapshot::reserve::list_of;
+
+/// The most blocks a file is cut into: beyond that, blocks grow.
+pub(crate) const MAX_BLOCKS: u64 = 1 << 20;
+/// The largest block.
+const MAX_BLOCK_BYTES: u64 = 1 << 30;
+
+const ZERO_BYTES: usize = 1 << 16;
+static ZEROS: [u8; ZERO_BYTES] = [0; ZERO_BYTES];
+
+/// Whether every byte is zero.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(ZERO_BYTES).all(|chunk| chunk == &ZEROS[..chunk.len()])
+}
+
+/// Returns the bytes per block of a file of `bytes` bytes: the smallest doubling of `least_bytes` that makes at most
+/// [`MAX_BLOCKS`] blocks, or [`MAX_BLOCK_BYTES`].
+pub(crate) fn block_bytes_for(bytes: u64, least_bytes: u64) -> u64 {
+    let mut block_bytes = least_bytes;
+    while bytes.div_ceil(block_bytes) > MAX_BLOCKS && block_bytes < MAX_BLOCK_BYTES {
+        block_bytes *= 2;
+    }
+    block_bytes
+}
+
+/// The digests of a file's blocks; `None` stands for a block of zeros.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BlockTable {
+    pub(crate) block_bytes: u64,
+    pub(crate) digests: Vec<Option<Digest>>,
+}
+
+impl BlockTable {
+    /// The entry for a block that holds `bytes`.
+    pub(crate) fn entry(bytes: &[u8]) -> Option<Digest> {
+        if is_zero(bytes) { None } else { Some(Digest::of(bytes)) }
+    }
+}
+
+/// Makes the table of a file whose bytes come in order.
+#[derive(Debug)]
+pub(crate) struct BlockHasher {
+    table: BlockTable,
+    partial: Vec<u8>,
+}
+
+impl BlockHasher {
+    /// Hashes a file of `bytes` bytes.
+    ///
+    /// # Errors
+    /// There is no memory for the digests.
+    pub(crate) fn new(bytes: u64, block_bytes: u64) -> io::Result<Self> {
+        let digests = usize::try_from(bytes.div_ceil(block_bytes)).unwrap_or(usize::MAX);
+        let digests = list_of(digests, iter::empty())?;
+        Ok(Self { table: BlockTable { block_bytes, digests }, partial: Vec::new() })
+    }
+
+    pub(crate) fn update(&mut self, mut bytes: &[u8]) {
+        let block_bytes = usize::try_from(self.table.block_bytes).expect("blocks fit memory");
+        while !bytes.is_empty() {
+            if self.partial.is_empty() && bytes.len() >= block_bytes {
+                let (block, rest) = bytes.split_at(block_bytes);
+                self.table.digests.push(BlockTable::entry(block));
+                bytes = rest;
+                continue;
+            }
+            let room = bytes.len().min(block_bytes - self.partial.len());
+            self.partial.extend_from_slice(&bytes[..room]);
+            bytes = &bytes[room..];
+            if self.partial.len() == block_bytes {
+                self.end_block();
+            }
+        }
+    }
+
+    fn end_block(&mut self) {
+        self.table.digests.push(BlockTable::entry(&self.partial));
+        self.partial.clear();
+    }
+
+    pub(crate) fn finish(mut self) -> BlockTable {
+        if !self.partial.is_empty() {
+            self.end_block();
+        }
+        self.table
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn blocks_grow_with_the_file_and_stay_countable() {
+        assert_eq!(block_bytes_for(0, 16384), 16384);
+        assert_eq!(block_bytes_for(16 << 30, 16384), 16384);
+        assert_eq!(block_bytes_for((16 << 30) + 1, 16384), 32768);
+        assert_eq!(block_bytes_for(4 << 40, 16384), 4 << 20);
+    }
+
+    #[test]
+    fn zero_is_told_at_every_length() {
+        for length in [0, 1, 7, ZERO_BYTES - 1, ZERO_BYTES, ZERO_BYTES + 1] {
+            let mut bytes = vec![0; length];
+            assert!(is_zero(&bytes));
+            if let Some(last) = bytes.last_mut() {
+                *last = 1;
+                assert!(!is_zero(&bytes), "{length}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_do_not_change_the_table(
+            bytes in prop::collection::vec(0..2u8, 0..300),
+            cuts in prop::collection::vec(1..40usize, 1..40),
+        ) {
+            let mut hasher = BlockHasher::new(bytes.len() as u64, 16).unwrap();
+            let mut rest = &bytes[..];
+            for cut in cuts.iter().cycle() {
+                if rest.is_empty() {
+                    break;
+                }
+                let (piece, after) = rest.split_at(rest.len().min(*cut));
+                hasher.update(piece);
+                rest = after;
+            }
+            let naive: Vec<_> = bytes.chunks(16).map(|block| {
+                block.iter().any(|&byte| byte != 0).then(|| Digest::of(block))
+            }).collect();
+            prop_assert_eq!(hasher.finish().digests, naive);
+        }
+    }
+}

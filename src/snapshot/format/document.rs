@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a snapshot reads of Cloud Hypervisor's JSON, and how it is put together again.
+//!
+//! Only what is needed is looked at; everything else passes through unread and unchanged.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::layout::Layout;
+use crate::range::GpaRange;
+use crate::snapshot::format::document_error::{DocumentError, ENTRIES, json, ranges, within};
+use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::list::AtMost;
+use crate::snapshot::format::passthrough::{DeviceFields, PassThrough};
+use crate::snapshot::format::placement::Placement;
+
+#[derive(Deserialize)]
+struct VmConfigFields {
+    memory: MemoryConfig,
+    #[serde(default)]
+    disks: Option<AtMost<ENTRIES, DiskConfig>>,
+    #[serde(default)]
+    pmem: Option<AtMost<ENTRIES, PmemConfig>>,
+    #[serde(default)]
+    vdpa: Option<AtMost<ENTRIES, VdpaConfig>>,
+}
+
+#[derive(Deserialize)]
+struct MemoryConfig {
+    size: u64,
+    #[serde(default)]
+    zones: Option<AtMost<ENTRIES, ZoneConfig>>,
+}
+
+#[derive(Deserialize)]
+struct ZoneConfig {
+    id: String,
+    #[serde(default)]
+    file: Option<String>,
+    #[serde(default)]
+    shared: bool,
+}
+
+#[derive(Deserialize)]
+struct DiskConfig {
+    #[serde(default)]
+    path: Option<String>,
+    #[serde(default)]
+    vhost_socket: Option<String>,
+    #[serde(default)]
+    readonly: bool,
+}
+
+#[derive(Deserialize)]
+struct PmemConfig {
+    file: String,
+    #[serde(default)]
+    discard_writes: bool,
+}
+
+#[derive(Deserialize)]
+struct VdpaConfig {
+    path: String,
+}
+
+/// A memory zone that is a mapping of a named file; prints as "memory zone ID is in FILE".
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct ZoneFile {
+    /// The zone's id.
+    pub zone: String,
+    /// The file, as the configuration calls it.
+    pub file: String,
+}
+
+/// With nothing in it that a terminal obeys.
+impl fmt::Display for ZoneFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "memory zone {} is in {}", self.zone.escape_debug(), self.file.escape_debug())
+    }
+}
+
+/// `config.json`: the VM's configuration.
+#[derive(Debug, Clone)]
+pub struct VmConfig {
+    text: Box<RawValue>,
+    memory_bytes: u64,
+    writable_disks: Vec<String>,
+    vdpa: Vec<String>,
+    file_zones: Vec<ZoneFile>,
+    shared_files: Vec<ZoneFile>,
+    devices: Vec<PassThrough>,
+}
+
+impl VmConfig {
+    /// Reads the text of `config.json`.
+    ///
+    /// # Errors
+    /// It is not the configuration of a VM, or exceeds `limits`.
+    pub fn parse(text: &[u8], limits: &Limits) -> Result<Self, DocumentError> {
+        within("config.json", text.len(), limits.config_bytes)?;
+        Self::from_raw(serde_json::from_slice(text).map_err(json("config.json"))?)
+    }
+
+    fn from_raw(text: Box<RawValue>) -> Result<Self, DocumentError> {
+        let fields: VmConfigFields = serde_json::from_str(text.get()).map_err(json("config.json"))?;
+        let devices: DeviceFields = serde_json::from_str(text.get()).map_err(json("config.json"))?;
+        let disks = fields.disks.unwrap_or_default().into_iter().filter(|disk| !disk.readonly);
+        let disks = disks.map(|disk| disk.path.or(disk.vhost_socket).unwrap_or_default());
+        let pmem = fields.pmem.unwrap_or_default().into_iter().filter(|pmem| !pmem.discard_writes);
+        let (mut file_zones, mut shared_files) = (Vec::new(), Vec::new());
+        for ZoneConfig { id, file, shared } in fields.memory.zones.unwrap_or_default() {
+            let Some(file) = file else { continue };
+            let zone = ZoneFile { zone: id, file };
+            shared_files.extend(shared.then(|| zone.clone()));
+            file_zones.push(zone);
+        }
+        Ok(Self {
+            text,
+            memory_bytes: fields.memory.size,
+            writable_disks: disks.chain(pmem.map(|pmem| pmem.file)).collect(),
+            vdpa: fields.vdpa.unwrap_or_default().into_iter().map(|vdpa| vdpa.path).collect(),
+            file_zones,
+            shared_files,
+            devices: devices.into_devices(),
+        })
+    }
+
+    /// The JSON text.
+    pub fn text(&self) -> &str {
+        self.text.get()
+    }
+
+    pub(crate) fn raw(&self) -> &RawValue {
+        &self.text
+    }
+
+    /// Bytes of RAM that the configuration gives the VM outside its memory zones.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    /// Paths of the disks, persistent memory included, that the guest can write.
+    pub fn writable_disks(&self) -> &[String] {
+        &self.writable_disks
+    }
+
+    /// Paths of the vDPA devices, which stay suspended when a migration fails.
+    pub fn vdpa(&self) -> &[String] {
+        &self.vdpa
+    }
+
+    /// The memory zones that are mappings of a named file, shared or not: there a new VM finds what the file holds.
+    pub fn file_zones(&self) -> &[ZoneFile] {
+        &self.file_zones
+    }
+
+    /// The memory zones that are shared mappings of a named file, which Cloud Hypervisor's snapshots leave out.
+    pub fn shared_files(&self) -> &[ZoneFile] {
+        &self.shared_files
+    }
+
+    /// The pass-through devices; of their saved states a configuration knows nothing.
+    pub fn devices(&self) -> &[PassThrough] {
+        &self.devices
+    }
+}
+
+#[derive(Deserialize)]
+struct ConfigFields {
+    vm_config: Box<RawValue>,
+    memory_manager_data: MemoryManagerConfig,
+}
+
+#[derive(Deserialize)]
+struct MemoryManagerConfig {
+    guest_ram_mappings: AtMost<ENTRIES, RamMapping>,
+}
+
+#[derive(Deserialize)]
+struct RamMapping {
+    gpa: u64,
+    size: u64,
+    virtio_mem: bool,
+}
+
+/// A Config message: what a source says of its VM before any page.
+#[derive(Debug, Clone)]
+pub struct ConfigMessage {
+    vm_config: VmConfig,
+    layout: Layout,
+    hotpluggable: Vec<GpaRange>,
+}
+
+impl ConfigMessage {
+    /// Reads the payload of a Config message.
+    ///
+    /// # Errors
+    /// It is not that of Cloud Hypervisor, exceeds `limits`, or its RAM mappings are impossible.
+    pub fn parse(payload: &[u8], limits: &Limits) -> Result<Self, DocumentError> {
+        within("Config message", payload.len(), limits.config_bytes)?;
+        let fields: ConfigFields = serde_json::from_slice(payload).map_err(json("Config message"))?;
+        let mappings = fields.memory_manager_data.guest_ram_mappings;
+        let (mut ram, mut hotpluggable) = (Vec::new(), Vec::new());
+        for (index, mapping) in mappings.iter().enumerate() {
+            let range = GpaRange::new(mapping.gpa, mapping.size)
+                .map_err(|source| DocumentError::Mapping { index, source })?;
+            ram.push(range);
+            hotpluggable.extend(mapping.virtio_mem.then_some(range));
+        }
+        Placement::new(ram.iter().copied(), limits).map_err(ranges("Config message"))?;
+        let layout = Layout::new(ram, crate::granule::Granule::host_page())?;
+        Ok(Self { vm_config: VmConfig::from_raw(fields.vm_config)?, layout, hotpluggable })
+    }
+
+    /// The VM's configuration.
+    pub fn vm_config(&self) -> &VmConfig {
+        &self.vm_config
+    }
+
+    /// The VM's RAM: all that may become `memory-ranges`.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Parts of the RAM that virtio-mem devices plug and unplug; the state lists what is plugged.
+    pub fn hotpluggable(&self) -> &[GpaRange] {
+        &self.hotpluggable
+    }
+}

@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A directory as the destination of a migration: a running VM is received into a snapshot.
+
+use std::fmt;
+use std::io::{self, BufReader, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use thiserror::Error;
+
+use crate::layout::Layout;
+use crate::snapshot::disk::staging::{StagedDir, StagingError};
+use crate::snapshot::format::digest::Digest;
+use crate::snapshot::format::document::ZoneFile;
+use crate::snapshot::format::document::{ConfigMessage, VmConfig};
+use crate::snapshot::format::document_error::DocumentError;
+use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::placement::PlacementError;
+use crate::snapshot::format::state::VmState;
+use crate::snapshot::write::differential_writer::{Base, DifferentialWriter};
+use crate::snapshot::write::writer::{Announced, SnapshotWriter, WriteError};
+use crate::transfer::frame::MemoryTable;
+use crate::transfer::receive::{Destination, PageStore, Pages};
+use crate::vm::VmError;
+
+/// Bytes read ahead, so that tables of single pages do not take a system call each.
+const READ_BYTES: usize = 256 << 10;
+
+/// Why a VM is not received into a directory. Nothing lies under the directory's name, but for [`DestinationError::Kept`].
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DestinationError {
+    /// The disks would go on changing, or be out of step with the memory.
+    #[error(
+        "VM writes to {}, which a snapshot of memory and state leaves out",
+        listed(.disks)
+    )]
+    WritableDisks {
+        /// Their paths.
+        disks: Vec<String>,
+    },
+    /// vDPA devices stay suspended when a source takes its VM back.
+    #[error("VM has vDPA devices {}, whose state is in no snapshot", listed(.devices))]
+    Vdpa {
+        /// Their paths.
+        devices: Vec<String>,
+    },
+    /// Cloud Hypervisor leaves such memory out of snapshots.
+    #[error("VM shares memory with files, which snapshots leave out: {}", zone_files(.zones))]
+    SharedZones {
+        /// The memory zones and their files.
+        zones: Vec<ZoneFile>,
+    },
+    /// A message is not what it should be.
+    #[error(transparent)]
+    Document(#[from] DocumentError),
+    /// The VM's RAM cannot be placed.
+    #[error("Cannot place the VM's RAM")]
+    Placement(#[from] PlacementError),
+    /// The snapshot cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// What was to be done while the VM is paused failed.
+    #[error("Cannot do what the paused VM was waiting for")]
+    OnPaused(#[source] VmError),
+    /// A message came twice or too early.
+    #[error("{message} came out of turn")]
+    OutOfTurn {
+        /// The message.
+        message: &'static str,
+    },
+    /// No failure: the checkpoint is whole and safe on disk, and its source is to run on.
+    #[error("Checkpoint {digest} is kept in {path}; its VM is to run on", path = .path.display())]
+    Kept {
+        /// The directory.
+        path: PathBuf,
+        /// What names the snapshot.
+        digest: Digest,
+    },
+}
+
+/// Names as a source gives them, with nothing in them that a terminal obeys.
+fn listed(names: &[String]) -> String {
+    let names: Vec<_> = names.iter().map(|name| name.escape_debug().to_string()).collect();
+    names.join(", ")
+}
+
+fn zone_files(zones: &[ZoneFile]) -> String {
+    zones.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// Says before anything is stored what will be possible with a VM of pass-through devices.
+fn warn_of_devices(config: &VmConfig) {
+    let stuck: Vec<_> = config.devices().iter().filter(|device| !device.is_sendable()).collect();
+    if !stuck.is_empty() {
+        let stuck = stuck.into_iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        log::warn!(
+            "VM has pass-through devices that no receiver can be handed: {stuck}; Cloud Hypervisor will only restore it from disk"
+        );
+    }
+}
+
+/// What is done between the State and its answer, while the VM is paused: the place to snapshot its disks.
+pub type OnPaused = Box<dyn FnMut() -> Result<(), VmError> + Send>;
+
+/// What is kept of a VM, and what becomes of the VM.
+#[derive(Default)]
+pub struct DestinationOptions {
+    /// Only what differs from another snapshot is kept.
+    pub base: Option<Base>,
+    /// The source is told that the migration failed once everything is safe on disk, and so runs its VM again.
+    ///
+    /// A Cloud Hypervisor v53 has let go of its disks' locks by then, and does not take them again.
+    pub checkpoint: bool,
+    /// A VM with writable disks is taken though nothing is done about them.
+    pub memory_only: bool,
+    /// Done while the VM is paused.
+    pub on_paused: Option<OnPaused>,
+    /// How large messages and memory may be.
+    pub limits: Limits,
+}
+
+impl fmt::Debug for DestinationOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DestinationOptions")
+            .field("base", &self.base)
+            .field("checkpoint", &self.checkpoint)
+            .field("memory_only", &self.memory_only)
+            .field("on_paused", &self.on_paused.is_some())
+            .field("limits", &self.limits)
+            .finish()
+    }
+}
+
+/// A snapshot to be, which a source's VM is received into.
+///
+/// Pages go straight to their place on disk. The directory appears under its name before Complete is answered, whole and safe;
+/// whatever fails before, nothing appears.
+#[derive(Debug)]
+pub struct SnapshotDestination {
+    target: PathBuf,
+    options: DestinationOptions,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Waiting(StagedDir),
+    Receiving { config: VmConfig, store: Arc<Store> },
+    Paused { config: VmConfig, state: VmState, store: Arc<Store> },
+    Kept(Digest),
+    Over,
+}
+
+impl SnapshotDestination {
+    /// Takes the name `target`; a source may then come.
+    ///
+    /// # Errors
+    /// `target` is there and not an empty directory, or cannot be made.
+    pub fn create(target: &Path, options: DestinationOptions) -> Result<Self, StagingError> {
+        let staged = StagedDir::create(target)?;
+        Ok(Self { target: target.to_owned(), options, phase: Phase::Waiting(staged) })
+    }
+
+    /// What names the snapshot, once it is whole and safe on disk.
+    pub fn kept(&self) -> Option<Digest> {
+        match self.phase {
+            Phase::Kept(digest) => Some(digest),
+            _ => None,
+        }
+    }
+
+    fn begin(&mut self, json: &[u8]) -> Result<Arc<Store>, DestinationError> {
+        let Phase::Waiting(staged) = std::mem::replace(&mut self.phase, Phase::Over) else {
+            return Err(DestinationError::OutOfTurn { message: "Config" });
+        };
+        let limits = self.options.limits;
+        let message = ConfigMessage::parse(json, &limits)?;
+        self.check(message.vm_config())?;
+        warn_of_devices(message.vm_config());
+        let layout = message.layout().clone();
+        let announced = Announced::with_hotpluggable(layout.clone(), message.hotpluggable(), &limits)?;
+        let writer = match self.options.base.clone() {
+            None => Writer::Full(SnapshotWriter::begin(staged, announced, limits)?),
+            Some(base) => {
+                let writer = DifferentialWriter::begin(staged, announced, base, limits)?;
+                // A migration brings all memory, but for pages that a fresh receiver's memory has already: zeros.
+                writer.presume_zeros().map_err(WriteError::from)?;
+                Writer::Differential(writer)
+            }
+        };
+        let store =
+            Arc::new(Store { layout, writer: RwLock::new(Some(writer)), closed: AtomicBool::new(false) });
+        self.phase = Phase::Receiving { config: message.vm_config().clone(), store: Arc::clone(&store) };
+        Ok(store)
+    }
+
+    /// Refuses VMs of which a snapshot would be no use.
+    fn check(&self, config: &VmConfig) -> Result<(), DestinationError> {
+        if !config.vdpa().is_empty() {
+            return Err(DestinationError::Vdpa { devices: config.vdpa().to_vec() });
+        }
+        if !config.shared_files().is_empty() {
+            return Err(DestinationError::SharedZones { zones: config.shared_files().to_vec() });
+        }
+        let disks_are_seen_to = self.options.memory_only || self.options.on_paused.is_some();
+        if !disks_are_seen_to && !config.writable_disks().is_empty() {
+            return Err(DestinationError::WritableDisks { disks: config.writable_disks().to_vec() });
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self, json: Vec<u8>) -> Result<(), DestinationError> {
+        let Phase::Receiving { config, store } = std::mem::replace(&mut self.phase, Phase::Over) else {
+            return Err(DestinationError::OutOfTurn { message: "State" });
+        };
+        let state = VmState::parse(json, &self.options.limits)?;
+        store.check(&state)?;
+        store.hurry();
+        if let Some(on_paused) = &mut self.options.on_paused {
+            on_paused().map_err(DestinationError::OnPaused)?;
+        }
+        self.phase = Phase::Paused { config, state, store };
+        Ok(())
+    }
+
+    fn keep(&mut self) -> Result<(), DestinationError> {
+        let Phase::Paused { config, state, store } = std::mem::replace(&mut self.phase, Phase::Over) else {
+            return Err(DestinationError::OutOfTurn { message: "Complete" });
+        };
+        let writer = store.close().ok_or(DestinationError::OutOfTurn { message: "Complete" })?;
+        let digest = match writer {
+            Writer::Full(writer) => writer.complete(&config, state, Vec::new())?,
+            Writer::Differential(writer) => writer.complete(&config, state)?,
+        };
+        self.phase = Phase::Kept(digest);
+        if self.options.checkpoint {
+            return Err(DestinationError::Kept { path: self.target.clone(), digest });
+        }
+        Ok(())
+    }
+}
+
+impl Destination for SnapshotDestination {
+    fn config(&mut self, json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
+        Ok(self.begin(json)?)
+    }
+
+    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
+        Ok(self.pause(json)?)
+    }
+
+    /// Keeps the snapshot, of a running VM and a paused one alike. [`SnapshotDestination::kept`] tells a checkpoint's
+    /// error from a failure.
+    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
+        Ok(self.keep()?)
+    }
+
+    fn abandoned(&mut self) {
+        if let Phase::Receiving { store, .. } | Phase::Paused { store, .. } = &self.phase {
+            store.close();
+        }
+        self.phase = Phase::Over;
+    }
+}
+
+#[derive(Debug)]
+enum Writer {
+    Full(SnapshotWriter),
+    Differential(DifferentialWriter),
+}
+
+/// Hands pages to the writer for as long as there is one, whoever else still holds the store.
+#[derive(Debug)]
+struct Store {
+    layout: Layout,
+    writer: RwLock<Option<Writer>>,
+    /// Ends what is being written, ahead of the lock.
+    closed: AtomicBool,
+}
+
+impl Store {
+    fn check(&self, state: &VmState) -> Result<(), WriteError> {
+        match &*self.writer.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(Writer::Full(writer)) => writer.check(state),
+            Some(Writer::Differential(writer)) => writer.check(state),
+            None => Ok(()),
+        }
+    }
+
+    /// Lets the disk work while whatever is done with the paused VM is done.
+    fn hurry(&self) {
+        match &*self.writer.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(Writer::Full(writer)) => writer.hurry(),
+            Some(Writer::Differential(writer)) => writer.hurry(),
+            None => {}
+        }
+    }
+
+    /// Takes the writer away, once the ranges being written are; no other range is written any more.
+    fn close(&self) -> Option<Writer> {
+        self.closed.store(true, Ordering::Relaxed);
+        self.writer.write().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl PageStore for Store {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn fill(&self, table: &MemoryTable, pages: &mut Pages<'_>) -> io::Result<()> {
+        let writer = self.writer.read().unwrap_or_else(PoisonError::into_inner);
+        let mut pages = BufReader::with_capacity(READ_BYTES, pages);
+        table.ranges().try_for_each(|range| match &*writer {
+            _ if self.closed.load(Ordering::Relaxed) => Err(ended()),
+            Some(Writer::Full(writer)) => writer.fill(range, &mut pages),
+            Some(Writer::Differential(writer)) => writer.fill(range, &mut pages),
+            None => Err(ended()),
+        })
+    }
+}
+
+fn ended() -> io::Error {
+    io::Error::new(ErrorKind::BrokenPipe, "The snapshot was ended")
+}

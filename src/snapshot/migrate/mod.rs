@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The two sides of a migration: a snapshot as its source, and as its destination.
+
+pub(super) mod checking;
+pub(super) mod destination;
+pub(super) mod source;

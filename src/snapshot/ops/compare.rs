@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Lists where two snapshots differ.
+
+use std::io;
+
+use serde::{Serialize, Serializer};
+use thiserror::Error;
+
+use crate::granule::Granule;
+use crate::range::GpaRange;
+use crate::snapshot::format::placement::Placement;
+use crate::snapshot::read::differential::{Chain, united};
+use crate::snapshot::reserve::resize;
+
+/// Bytes compared at once.
+const COMPARE_BYTES: u64 = 1 << 20;
+
+/// The memory of two snapshots could not be compared.
+#[derive(Debug, Error)]
+#[error("Cannot read memory {range}")]
+#[non_exhaustive]
+pub struct CompareError {
+    /// What was being read.
+    pub range: GpaRange,
+    /// Why.
+    pub source: io::Error,
+}
+
+/// Where two snapshots differ.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Differences {
+    /// Whether the texts of `config.json` differ.
+    pub config: bool,
+    /// Whether the texts of `state.json` differ.
+    pub state: bool,
+    /// Whole pages that both have and that differ; ascending.
+    #[serde(serialize_with = "as_texts")]
+    pub memory: Vec<GpaRange>,
+    /// Memory that only the first has; ascending.
+    #[serde(serialize_with = "as_texts")]
+    pub only_in_first: Vec<GpaRange>,
+    /// Memory that only the second has; ascending.
+    #[serde(serialize_with = "as_texts")]
+    pub only_in_second: Vec<GpaRange>,
+}
+
+impl Differences {
+    /// Whether the snapshots are the same.
+    pub fn is_empty(&self) -> bool {
+        let ranges = [&self.memory, &self.only_in_first, &self.only_in_second];
+        !self.config && !self.state && ranges.iter().all(|ranges| ranges.is_empty())
+    }
+}
+
+fn as_texts<S: Serializer>(ranges: &[GpaRange], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(ranges.iter().map(ToString::to_string))
+}
+
+/// Compares two snapshots, byte by byte where either has anything but holes.
+///
+/// # Errors
+/// Memory of one cannot be read.
+pub fn compare(first: &Chain, second: &Chain) -> Result<Differences, CompareError> {
+    let (in_first, in_second) = (first.state().memory(), second.state().memory());
+    Ok(Differences {
+        config: first.config().text() != second.config().text(),
+        state: first.state().text() != second.state().text(),
+        memory: differing_pages(first, second)?,
+        only_in_first: without(in_first, in_second),
+        only_in_second: without(in_second, in_first),
+    })
+}
+
+fn without(memory: &Placement, other: &Placement) -> Vec<GpaRange> {
+    memory.ascending().iter().flat_map(|extent| other.missing(extent.range)).collect()
+}
+
+fn differing_pages(first: &Chain, second: &Chain) -> Result<Vec<GpaRange>, CompareError> {
+    let mut populated = Vec::new();
+    for chain in [first, second] {
+        let ranges = chain.populated().map_err(|source| {
+            let range = chain.state().memory().ranges().next();
+            CompareError { range: range.unwrap_or_else(nothing), source }
+        })?;
+        populated.extend(ranges);
+    }
+    let page = Granule::host_page();
+    let populated = populated.iter().filter_map(|range| range.align_outward(page.bytes())).collect();
+    let mut differing = Vec::new();
+    let mut buffers = (Vec::new(), Vec::new());
+    for range in united(populated) {
+        for in_first in first.state().memory().locate(range) {
+            for in_both in second.state().memory().locate(in_first.range) {
+                for piece in in_both.range.pieces(COMPARE_BYTES) {
+                    compare_piece(first, second, piece, page, &mut buffers, &mut differing)?;
+                }
+            }
+        }
+    }
+    Ok(united(differing))
+}
+
+fn compare_piece(
+    first: &Chain,
+    second: &Chain,
+    piece: GpaRange,
+    page: Granule,
+    (left, right): &mut (Vec<u8>, Vec<u8>),
+    differing: &mut Vec<GpaRange>,
+) -> Result<(), CompareError> {
+    for (chain, buffer) in [(first, &mut *left), (second, &mut *right)] {
+        let read = resize(buffer, usize::try_from(piece.len()).unwrap_or(usize::MAX));
+        read.and_then(|()| chain.read(piece, buffer))
+            .map_err(|source| CompareError { range: piece, source })?;
+    }
+    if left == right {
+        return Ok(());
+    }
+    let page_bytes = usize::try_from(page.bytes()).unwrap_or(usize::MAX);
+    let pages = left.chunks(page_bytes).zip(right.chunks(page_bytes)).zip(piece.pieces(page.bytes()));
+    differing.extend(pages.filter(|((left, right), _)| left != right).map(|(_, page)| page));
+    Ok(())
+}
+
+fn nothing() -> GpaRange {
+    GpaRange::from_bounds(0, 1).expect("one byte is a range")
+}

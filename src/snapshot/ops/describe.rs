@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Says what a directory holds.
+
+use std::io;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::range::GpaRange;
+use crate::snapshot::disk::files::FileError;
+use crate::snapshot::format::digest::Digest;
+use crate::snapshot::format::document::VmConfig;
+use crate::snapshot::format::elsewhere::Elsewhere;
+use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::manifest::Manifest;
+use crate::snapshot::format::passthrough::PassThrough;
+use crate::snapshot::format::state::VmState;
+use crate::snapshot::read::differential::Differential;
+use crate::snapshot::read::dir::{Configuration, OpenError, SnapshotDir, open_manifest};
+
+/// What a snapshot holds of the memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+#[non_exhaustive]
+pub enum Kind {
+    /// All of it.
+    Full {
+        /// Bytes that are no hole.
+        populated_bytes: u64,
+    },
+    /// What differs from another snapshot.
+    Differential {
+        /// Names the other one.
+        base: Digest,
+        /// Bytes of pages that differ.
+        changed_bytes: u64,
+        /// Bytes of pages that became zero.
+        zeroed_bytes: u64,
+        /// Runs of pages.
+        runs: usize,
+    },
+}
+
+/// What a directory holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Description {
+    /// Full or differential.
+    #[serde(flatten)]
+    pub kind: Kind,
+    /// What names the snapshot; `None` without a manifest.
+    pub digest: Option<Digest>,
+    /// Why [`seal`](crate::snapshot::seal()) can give it no manifest.
+    pub obstacle: Option<String>,
+    /// Names of differentials that this full snapshot equals.
+    pub aliases: Vec<Digest>,
+    /// Bytes of the VM's memory.
+    pub memory_bytes: u64,
+    /// Ranges of the VM's memory.
+    pub memory_ranges: usize,
+    /// Bytes of guest memory or pages that one digest covers.
+    pub block_bytes: Option<u64>,
+    /// Bytes of `config.json`.
+    pub config_bytes: u64,
+    /// Bytes of `state.json`.
+    pub state_bytes: u64,
+    /// Whether `config.json` is another than the one that the manifest was made for.
+    pub config_edited: bool,
+    /// Memory of the VM that is not in the snapshot, because it is in files of its own.
+    pub elsewhere: Elsewhere,
+    /// The pass-through devices.
+    pub devices: Vec<PassThrough>,
+}
+
+/// Opens the snapshot at `path`, of either kind, and says what it holds. The memory's bytes are not checked.
+///
+/// An edited `config.json` is described as it stands.
+///
+/// # Errors
+/// As [`SnapshotDir::open`] and [`Differential::open`].
+pub fn describe(path: &Path, limits: &Limits) -> Result<Description, OpenError> {
+    let manifest = open_manifest(path, limits)?;
+    if manifest.is_some_and(|manifest| manifest.changes.is_some()) {
+        describe_differential(&Differential::open_as(path, Configuration::AsItStands, limits)?)
+    } else {
+        describe_full(&SnapshotDir::open_as(path, Configuration::AsItStands, limits)?)
+    }
+}
+
+/// The devices of the snapshot at `path`, with the size of the state of each.
+fn devices(path: &Path, config: &VmConfig, state: &VmState) -> Result<Vec<PassThrough>, OpenError> {
+    let wrong = |source| OpenError::Document { path: path.to_owned(), source };
+    state.devices(config).map_err(wrong)
+}
+
+fn describe_full(dir: &SnapshotDir) -> Result<Description, OpenError> {
+    let populated = dir.populated().map(|range| range.map(GpaRange::len)).sum::<io::Result<u64>>();
+    let populated_bytes = populated.map_err(|source| {
+        let unnamed = |source| FileError::Read { path: dir.memory_path(), source };
+        OpenError::File(source.downcast().unwrap_or_else(unnamed))
+    })?;
+    let manifest = dir.manifest();
+    Ok(Description {
+        kind: Kind::Full { populated_bytes },
+        digest: dir.digest(),
+        obstacle: dir.obstacle().map(|obstacle| obstacle.to_string()),
+        aliases: manifest.map_or_else(Vec::new, |manifest| manifest.aliases.clone()),
+        memory_bytes: dir.placement().bytes(),
+        memory_ranges: dir.placement().ascending().len(),
+        block_bytes: manifest.map(|manifest: &Manifest| manifest.blocks.block_bytes),
+        config_bytes: dir.config().text().len() as u64,
+        state_bytes: dir.state().text().len() as u64,
+        config_edited: dir.is_edited(),
+        elsewhere: dir.elsewhere(),
+        devices: devices(dir.path(), dir.config(), dir.state())?,
+    })
+}
+
+fn describe_differential(differential: &Differential) -> Result<Description, OpenError> {
+    let (config, state) = (differential.config(), differential.state());
+    let memory = state.memory();
+    Ok(Description {
+        kind: Kind::Differential {
+            base: differential.base(),
+            changed_bytes: differential.changed().bytes(),
+            zeroed_bytes: differential.zeroed().map(GpaRange::len).sum(),
+            runs: differential.changed().ascending().len() + differential.zeroed().count(),
+        },
+        digest: Some(differential.digest()),
+        obstacle: None,
+        aliases: differential.manifest().aliases.clone(),
+        memory_bytes: memory.bytes(),
+        memory_ranges: memory.ascending().len(),
+        block_bytes: Some(differential.manifest().blocks.block_bytes),
+        config_bytes: config.text().len() as u64,
+        state_bytes: state.text().len() as u64,
+        config_edited: differential.is_edited(),
+        elsewhere: Elsewhere::of(config, state),
+        devices: devices(differential.path(), config, state)?,
+    })
+}

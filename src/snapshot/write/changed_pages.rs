@@ -1,0 +1,343 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The pages of a differential while it is written, from any number of threads.
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, MutexGuard};
+
+use thiserror::Error;
+
+use crate::granule::Granule;
+use crate::range::GpaRange;
+use crate::snapshot::disk::files::extend;
+use crate::snapshot::disk::flusher::Flusher;
+use crate::snapshot::format::blocks::{BlockHasher, BlockTable, block_bytes_for, is_zero};
+use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::placement::{Extent, Placement, PlacementError, push_joined};
+use crate::snapshot::parallel;
+use crate::snapshot::read::differential::Chain;
+use crate::snapshot::reserve::{push, resize, zeros};
+use crate::snapshot::write::feed::{Feed, FeedError};
+use crate::snapshot::write::page_cells::{CELL_PAGES, Cell, Cells};
+use crate::threads::ThreadStart;
+
+/// A range that begins or ends inside a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("{range} is not of whole pages, which a differential is made of")]
+struct PartialPage {
+    range: GpaRange,
+}
+
+/// Why pages could not be put in order.
+#[derive(Debug, Error)]
+pub(crate) enum SettleError {
+    /// The work file is not what was written to it, or cannot be read.
+    #[error("Cannot read the pages back")]
+    Work(#[source] io::Error),
+    /// The pages could not be written in their order.
+    #[error("Cannot copy the pages")]
+    Copy(#[source] io::Error),
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
+}
+
+/// Pages waiting in a sparse work file, each at its place, for the last word on which of them differ.
+#[derive(Debug)]
+pub(crate) struct ChangedPages {
+    work: File,
+    feed: Feed,
+    page: Granule,
+    cells: Cells,
+    /// Compared with, if it is at hand.
+    base: Option<Arc<Chain>>,
+    /// Brings the work file to disk though it is removed in the end: see [`ChangedPages::settle`].
+    flusher: Flusher,
+    threads: ThreadStart,
+    failed: AtomicBool,
+}
+
+/// Runs of pages and the digests of their bytes in the file they were copied to.
+#[derive(Debug)]
+pub(crate) struct Settled {
+    pub(crate) runs: Placement,
+    pub(crate) zero_runs: Placement,
+    pub(crate) blocks: BlockTable,
+}
+
+impl ChangedPages {
+    /// Takes an empty work file for memory placed, ascending, as in `placement`.
+    pub(crate) fn new(
+        work: File,
+        placement: Placement,
+        page: Granule,
+        base: Option<Arc<Chain>>,
+        threads: ThreadStart,
+    ) -> io::Result<Self> {
+        extend(&work, placement.bytes())?;
+        let feed = Feed::new(placement, CELL_PAGES * page.bytes());
+        let cells = Cells::new(feed.cells())?;
+        let flusher = Flusher::start(&work, threads)?;
+        Ok(Self { work, feed, page, cells, base, flusher, threads, failed: AtomicBool::new(false) })
+    }
+
+    pub(crate) fn placement(&self) -> &Placement {
+        self.feed.placement()
+    }
+
+    /// Takes the bytes of `range`, which `read` supplies, for those of the VM; later bytes replace earlier ones.
+    ///
+    /// # Errors
+    /// `range` is not all memory or not of whole pages, or reading or writing failed.
+    pub(crate) fn fill(
+        &self,
+        range: GpaRange,
+        read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
+    ) -> Result<(), FeedError> {
+        if !self.page.is_aligned(range.start()) || !self.page.is_aligned(range.end()) {
+            let refused = io::Error::new(ErrorKind::InvalidInput, PartialPage { range });
+            return Err(FeedError::Read(refused));
+        }
+        let mut before = Vec::new();
+        self.feed.run(range, read, |piece, bytes| {
+            let stored = self.store(piece, bytes, &mut before);
+            // Waiting for the disk comes after, with no cell locked.
+            let stored = stored.and_then(|written| self.flusher.wrote(written).map_err(FeedError::Write));
+            stored.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
+        })
+    }
+
+    /// Counts every page that may not be zero in the base as zero until it comes, without a look at its bytes.
+    ///
+    /// # Errors
+    /// It cannot be told where the base has memory that is no hole.
+    pub(crate) fn presume_zeros(&self) -> io::Result<()> {
+        let populated = match &self.base {
+            Some(base) => base.populated_as_written()?,
+            None => self.placement().ranges().collect(),
+        };
+        for range in populated.into_iter().filter_map(|range| range.align_outward(self.page.bytes())) {
+            for piece in self.placement().locate(range).flat_map(|extent| extent.cut(self.feed.cell_bytes()))
+            {
+                let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
+                let pages = piece.range.len() >> self.page.shift();
+                let mut cell = self.lock(piece)?;
+                cell.presumed |= (u64::MAX >> (CELL_PAGES - pages)) << first;
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self, piece: Extent) -> io::Result<MutexGuard<'_, Cell>> {
+        self.cells.lock(self.feed.cell_of(piece))
+    }
+
+    /// Writes the pages that differ and are not zero; returns how many bytes that are.
+    fn store(&self, piece: Extent, bytes: &[u8], before: &mut Vec<u8>) -> Result<u64, FeedError> {
+        if let Some(base) = &self.base {
+            resize(before, bytes.len()).map_err(FeedError::Read)?;
+            base.read_checked(piece.range, before).map_err(FeedError::Read)?;
+        }
+        let page_bytes = index(self.page.bytes());
+        let mut cell = self.lock(piece).map_err(FeedError::Write)?;
+        let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
+        let mut written = 0;
+        let mut run = 0..0;
+        for (bit, at) in (first..).zip((0..bytes.len()).step_by(page_bytes)) {
+            let page = at..at + page_bytes;
+            let same = self.base.is_some() && before[page.clone()] == bytes[page.clone()];
+            let zero = !same && is_zero(&bytes[page.clone()]);
+            cell.data = with_bit(cell.data, bit, !same && !zero);
+            cell.zero = with_bit(cell.zero, bit, zero);
+            cell.presumed = with_bit(cell.presumed, bit, false);
+            if same || zero {
+                written += self.write_run(piece.offset, bytes, run).map_err(FeedError::Write)?;
+                run = page.end..page.end;
+            } else {
+                run.end = page.end;
+            }
+        }
+        written += self.write_run(piece.offset, bytes, run).map_err(FeedError::Write)?;
+        Ok(written)
+    }
+
+    fn write_run(&self, offset: u64, bytes: &[u8], run: std::ops::Range<usize>) -> io::Result<u64> {
+        let length = run.len() as u64;
+        if length > 0 {
+            self.work.write_all_at(&bytes[run.clone()], offset + run.start as u64)?;
+        }
+        Ok(length)
+    }
+
+    /// Begins to bring to disk what was written until now; does not wait for it.
+    pub(crate) fn hurry(&self) {
+        self.flusher.hurry();
+    }
+
+    /// Copies the pages that differ and lie in `kept` to `into`, back to back, and brings them to disk.
+    ///
+    /// Pages of the work file that the disk did not take may be dropped from memory and read back as zeros, which only a sync
+    /// after the last read tells. On its own it would write all of the file while the VM stands still; since the file is
+    /// synced all along, it writes no more than writers may be ahead of the disk, and most of that while pages are copied.
+    pub(crate) fn settle(self, kept: &Placement, into: &File) -> Result<Settled, SettleError> {
+        if self.failed.load(Ordering::Relaxed) {
+            return Err(SettleError::Work(io::Error::other("Some pages could not be written")));
+        }
+        let limits = Limits { ranges: usize::MAX, ..Limits::default() };
+        let limits = Limits { memory_bytes: self.placement().bytes(), ..limits };
+        self.settle_presumed().map_err(SettleError::Work)?;
+        let placed = |bits: fn(&Cell) -> u64| -> Result<Placement, SettleError> {
+            Ok(Placement::new(self.runs(kept, bits).map_err(SettleError::Work)?, &limits)?)
+        };
+        let (runs, zero_runs) = (placed(|cell| cell.data)?, placed(|cell| cell.zero)?);
+        self.flusher.hurry();
+        let blocks = self.copy_runs(&runs, into)?;
+        self.flusher.finish().and_then(|()| self.work.sync_data()).map_err(SettleError::Work)?;
+        into.sync_all().map_err(SettleError::Copy)?;
+        Ok(Settled { runs, zero_runs, blocks })
+    }
+
+    /// Finds out which of the pages that never came were zero in the base already, and so do not differ.
+    ///
+    /// Of the base only what is no hole is read, and the blocks that nobody looked at while pages came. Where it cannot be
+    /// read, or was altered, the pages count as different.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    fn settle_presumed(&self) -> io::Result<()> {
+        let mut unsettled = Vec::new();
+        for (index, _) in self.cells.used().filter(|(_, cell)| cell.presumed != 0) {
+            push(&mut unsettled, index)?;
+        }
+        let base = self.base.as_ref().filter(|_| !unsettled.is_empty());
+        let base = base.map(|base| base.populated().map(|populated| (base, populated))).transpose();
+        parallel::for_each(&unsettled, parallel::processors(), self.threads, |&index| {
+            let mut cell = self.cells.lock(index)?;
+            if let Ok(Some((base, populated))) = &base {
+                let nonzero = self.nonzero_in(base, populated, index, cell.presumed);
+                cell.presumed &= nonzero.unwrap_or_else(|error| {
+                    log::warn!("Pages that may be zero in the base count as different: {error}");
+                    u64::MAX
+                });
+            }
+            cell.take_presumed();
+            Ok(())
+        })
+    }
+
+    /// Returns those of the pages `bits` of a cell that are not zero in `base`, of which everything but `populated` reads as zero.
+    fn nonzero_in(&self, base: &Chain, populated: &[GpaRange], cell: usize, bits: u64) -> io::Result<u64> {
+        let (mut nonzero, mut bytes) = (0, Vec::new());
+        for run in set_runs(bits) {
+            let offset = cell as u64 * self.feed.cell_bytes() + (u64::from(run.start) << self.page.shift());
+            let length = u64::from(run.end - run.start) << self.page.shift();
+            let mut bit = run.start;
+            for range in self.placement().gpas(offset, length) {
+                base.check(range)?;
+                for page in range.pieces(self.page.bytes()) {
+                    resize(&mut bytes, index(page.len()))?;
+                    if overlaps(populated, page) {
+                        base.read_checked(page, &mut bytes)?;
+                        nonzero = with_bit(nonzero, bit.into(), !is_zero(&bytes));
+                    }
+                    bit += 1;
+                }
+            }
+        }
+        Ok(nonzero)
+    }
+
+    /// Returns runs of set pages in `kept`, ascending; two that touch are one.
+    fn runs(&self, kept: &Placement, bits: impl Fn(&Cell) -> u64) -> io::Result<Vec<GpaRange>> {
+        let mut runs: Vec<GpaRange> = Vec::new();
+        for (index, cell) in self.cells.used() {
+            for run in set_runs(bits(&cell)) {
+                let offset =
+                    index as u64 * self.feed.cell_bytes() + (u64::from(run.start) << self.page.shift());
+                let found =
+                    self.placement().gpas(offset, u64::from(run.end - run.start) << self.page.shift());
+                for part in found.flat_map(|range| kept.locate(range)) {
+                    runs.try_reserve(1)?;
+                    push_joined(&mut runs, part.range);
+                }
+            }
+        }
+        Ok(runs)
+    }
+
+    fn copy_runs(&self, runs: &Placement, into: &File) -> Result<BlockTable, SettleError> {
+        let mut hasher = BlockHasher::new(runs.bytes(), block_bytes_for(runs.bytes(), self.page.bytes()))
+            .map_err(SettleError::Copy)?;
+        let mut buffer = zeros(index(self.feed.cell_bytes())).map_err(SettleError::Copy)?;
+        for run in runs.ranges() {
+            for from in self.placement().locate(run).flat_map(|extent| extent.cut(self.feed.cell_bytes())) {
+                let bytes = &mut buffer[..index(from.range.len())];
+                self.work.read_exact_at(bytes, from.offset).map_err(SettleError::Work)?;
+                io::Write::write_all(&mut &*into, bytes).map_err(SettleError::Copy)?;
+                hasher.update(bytes);
+            }
+        }
+        Ok(hasher.finish())
+    }
+}
+
+/// Returns the runs of set bits, ascending.
+fn set_runs(mut bits: u64) -> impl Iterator<Item = std::ops::Range<u32>> {
+    std::iter::from_fn(move || {
+        let first = bits.trailing_zeros();
+        let length = bits.checked_shr(first)?.trailing_ones();
+        bits &= !((u64::MAX >> (u64::BITS - length)) << first);
+        Some(first..first + length)
+    })
+}
+
+/// Whether any of the sorted, disjoint `ranges` has a byte of `range`.
+fn overlaps(ranges: &[GpaRange], range: GpaRange) -> bool {
+    let first = ranges.partition_point(|other| other.end() <= range.start());
+    ranges.get(first).is_some_and(|other| other.start() < range.end())
+}
+
+fn with_bit(word: u64, bit: u64, set: bool) -> u64 {
+    if set { word | 1 << bit } else { word & !(1 << bit) }
+}
+
+fn index(number: u64) -> usize {
+    usize::try_from(number).expect("sizes within a cell fit memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+    use crate::snapshot::write::feed::from_stream;
+
+    #[test]
+    fn pages_that_the_disk_did_not_take_are_not_trusted_when_they_are_read_back() {
+        let page = Granule::host_page();
+        let ram = GpaRange::new(0, 100 * page.bytes()).unwrap();
+        let placement = Placement::new([ram], &Limits::default()).unwrap();
+        let written = || {
+            let work = tempfile::tempfile().unwrap();
+            ChangedPages::new(work, placement.clone(), page, None, ThreadStart::NOTHING).unwrap()
+        };
+        let settle = |pages: ChangedPages| {
+            pages.fill(ram, from_stream(&mut io::repeat(7))).unwrap();
+            pages.settle(&placement, &tempfile::tempfile().unwrap())
+        };
+        assert_eq!(settle(written()).unwrap().runs, placement);
+
+        let lost = || Err(io::Error::from(Errno::IO));
+        let mut unsynced = written();
+        unsynced.flusher = Flusher::with(Box::new(lost), ThreadStart::NOTHING).unwrap();
+        let error = settle(unsynced).unwrap_err();
+        let io_error = Some(Errno::IO.raw_os_error());
+        assert!(matches!(&error, SettleError::Work(source) if source.raw_os_error() == io_error), "{error}");
+
+        let unwritten = written();
+        unwritten.failed.store(true, Ordering::Relaxed);
+        assert!(matches!(settle(unwritten), Err(SettleError::Work(_))));
+    }
+}

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What is known of the pages of a differential, 64 at a time, and nothing of those that nobody asked about.
+//!
+//! A source may announce far more memory than it has, and all that it costs is a pointer for each 4096 pages.
+
+use std::io;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use crate::snapshot::reserve::{expect_headroom, list_of};
+
+/// Pages per cell: one bit of a word each.
+pub(crate) const CELL_PAGES: u64 = u64::BITS as u64;
+
+/// Cells that are made at a time.
+const GROUP_CELLS: usize = 64;
+
+/// Which pages of a cell differ from the base; locked while their bytes are compared and written.
+#[derive(Debug, Default)]
+pub(crate) struct Cell {
+    /// Pages whose bytes are in the work file.
+    pub(crate) data: u64,
+    /// Pages that are zero and were not, or perhaps were not, in the base.
+    pub(crate) zero: u64,
+    /// Pages that never came and so are zero; whether they were in the base is not known yet.
+    pub(crate) presumed: u64,
+}
+
+impl Cell {
+    /// Counts the pages presumed to be zero as those that are.
+    pub(crate) fn take_presumed(&mut self) {
+        self.zero |= std::mem::take(&mut self.presumed);
+    }
+}
+
+/// All cells of a differential; those that were never locked have no bit set.
+#[derive(Debug)]
+pub(crate) struct Cells {
+    groups: Vec<OnceLock<Vec<Mutex<Cell>>>>,
+}
+
+impl Cells {
+    /// Makes room for so many cells.
+    pub(crate) fn new(count: u64) -> io::Result<Self> {
+        let groups = usize::try_from(count.div_ceil(GROUP_CELLS as u64)).unwrap_or(usize::MAX);
+        Ok(Self { groups: list_of(groups, std::iter::repeat_with(OnceLock::new))? })
+    }
+
+    /// Locks a cell.
+    ///
+    /// # Errors
+    /// There is no memory for what is to be known of it.
+    pub(crate) fn lock(&self, index: usize) -> io::Result<MutexGuard<'_, Cell>> {
+        let group = &self.groups[index / GROUP_CELLS];
+        if group.get().is_none() {
+            expect_headroom()?;
+            let made = list_of(GROUP_CELLS, std::iter::repeat_with(Mutex::default))?;
+            // Where another thread was faster, its own counts.
+            let _second = group.set(made);
+        }
+        let cells = group.get().expect("it was made");
+        Ok(locked(&cells[index % GROUP_CELLS]))
+    }
+
+    /// The cells that may have a bit set, ascending, each with its index.
+    pub(crate) fn used(&self) -> impl Iterator<Item = (usize, MutexGuard<'_, Cell>)> {
+        let made = (0..).step_by(GROUP_CELLS).zip(&self.groups);
+        let made = made.filter_map(|(first, group)| Some((first, group.get()?)));
+        made.flat_map(|(first, cells)| (first..).zip(cells.iter().map(locked)))
+    }
+}
+
+fn locked(cell: &Mutex<Cell>) -> MutexGuard<'_, Cell> {
+    cell.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_cells_that_were_asked_for_are_made() {
+        let cells = Cells::new(1 << 26).unwrap();
+        assert_eq!(cells.used().count(), 0);
+        for index in [70, (1 << 26) - 1, 70] {
+            cells.lock(index).unwrap().data |= 1;
+        }
+        assert_eq!(cells.used().count(), 2 * GROUP_CELLS);
+        let set: Vec<_> = cells.used().filter(|(_, cell)| cell.data != 0).map(|(index, _)| index).collect();
+        assert_eq!(set, [70, (1 << 26) - 1]);
+    }
+}
