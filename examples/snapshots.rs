@@ -18,8 +18,7 @@ use vfio_migration::layout::Layout;
 use vfio_migration::ledger::{CursorId, Start};
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
-    Announced, Base, CHANGES_FILE, Chain, DifferentialWriter, Digest, Limits, SnapshotDir, SnapshotWriter,
-    apply, verify,
+    Announced, Base, CHANGES_FILE, Chain, Digest, FullSnapshot, Limits, SnapshotWriter, apply, verify,
 };
 use vfio_migration::source::GuestMemoryLog;
 use vfio_migration::tracker::{Tracker, VmMappings};
@@ -73,12 +72,12 @@ impl Subject {
         let (ram, memory) = (Announced::all(self.tracker.layout().clone()), &*self.machine.memory);
         self.tracker.save_pending(self.cursor, |pages| match self.last {
             None => {
-                let writer = SnapshotWriter::create(target, ram, Limits::default())?;
+                let writer = SnapshotWriter::create(target, ram, None, Limits::default())?;
                 writer.copy_from(pages.iter().copied(), memory)?;
                 Ok(writer.finish(&config, &state)?)
             }
             Some(base) => {
-                let writer = DifferentialWriter::create(target, ram, Base::Named(base), Limits::default())?;
+                let writer = SnapshotWriter::create(target, ram, Some(Base::Named(base)), Limits::default())?;
                 writer.copy_from(pages.iter().copied(), memory)?;
                 Ok(writer.finish(&config, &state)?)
             }
@@ -97,7 +96,7 @@ fn state_of(machine: &Machine) -> Result<Snapshot, Failure> {
 
 /// Makes a VM of a full snapshot.
 fn restore(path: &Path) -> Result<Machine, Failure> {
-    let directory = SnapshotDir::open(path, &Limits::default())?;
+    let directory = FullSnapshot::open(path, &Limits::default())?;
     let mut bytes = vec![0; RAM_BYTES];
     directory.read(GpaRange::new(0, RAM_BYTES as u64)?, &mut bytes)?;
     let machine = Machine::new()?;

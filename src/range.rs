@@ -140,7 +140,7 @@ pub(crate) fn first_outside<S>(
     wanted: &[Range<S>],
     held: impl IntoIterator<Item = Range<S>>,
 ) -> Option<Range<S>> {
-    let held = joined(held.into_iter().collect());
+    let held = united(held);
     wanted.iter().find_map(|range| {
         let mut rest = held[held.partition_point(|holder| holder.end <= range.start)..].iter().copied();
         let first = rest.next();
@@ -153,8 +153,9 @@ pub(crate) fn first_outside<S>(
     })
 }
 
-/// Sorts ranges and joins those that touch or overlap.
-fn joined<S>(mut ranges: Vec<Range<S>>) -> Vec<Range<S>> {
+/// Unites ranges that touch or overlap; returns them ascending.
+pub(crate) fn united<S>(ranges: impl IntoIterator<Item = Range<S>>) -> Vec<Range<S>> {
+    let mut ranges: Vec<_> = ranges.into_iter().collect();
     ranges.sort_unstable();
     ranges.dedup_by(|next, last| {
         let touches = next.start <= last.end;
@@ -251,6 +252,19 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_union_holds_the_same_bytes_in_ranges_that_do_not_touch(
+            ranges in prop::collection::vec((0..60u64, 1..12u64), 0..12),
+        ) {
+            let ranges: Vec<_> = ranges.into_iter().map(|(at, len)| IovaRange::new(at, len).unwrap()).collect();
+            let united = united(ranges.iter().copied());
+            prop_assert!(united.windows(2).all(|pair| pair[0].end() < pair[1].start()));
+            for byte in 0..80 {
+                let inside = |ranges: &[IovaRange]| ranges.iter().any(|range| range.contains(byte));
+                prop_assert_eq!(inside(&united), inside(&ranges));
+            }
+        }
+
         #[test]
         fn pieces_rebuild_the_range(start in 0..1u64 << 40, len in 1..1u64 << 16, bytes in 1..1u64 << 12) {
             let whole = GpaRange::new(start, len).unwrap();

@@ -193,7 +193,7 @@ pub const RECEIVER: &[Syscall] = &[
     Syscall::new(libc::SYS_prlimit64),
 ];
 
-/// Writing snapshots: [`SnapshotWriter`](crate::snapshot::SnapshotWriter), [`DifferentialWriter`](crate::snapshot::DifferentialWriter),
+/// Writing snapshots: [`SnapshotWriter`](crate::snapshot::SnapshotWriter),
 /// [`SnapshotDestination`](crate::snapshot::SnapshotDestination), and [`apply`](crate::snapshot::apply), [`subtract`](crate::snapshot::subtract)
 /// and [`seal`](crate::snapshot::seal), which read snapshots too.
 #[cfg(feature = "snapshot")]

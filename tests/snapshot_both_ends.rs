@@ -18,8 +18,8 @@ use vfio_migration::granule::Granule;
 use vfio_migration::layout::Layout;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
-    Announced, CONFIG_FILE, DestinationOptions, Limits, MANIFEST_FILE, MEMORY_FILE, STATE_FILE,
-    SnapshotDestination, SnapshotDir, SnapshotSource, SnapshotWriter, verify,
+    Announced, CONFIG_FILE, DestinationOptions, FullSnapshot, Limits, MANIFEST_FILE, MEMORY_FILE, STATE_FILE,
+    SnapshotDestination, SnapshotSource, SnapshotWriter, verify,
 };
 use vfio_migration::threads::ThreadStart;
 use vfio_migration::tracker::Tracker;
@@ -52,7 +52,7 @@ fn state() -> String {
 /// A guest with holes, zeros and pages of many kinds.
 fn write(target: &Path) {
     let layout = Layout::new(ram(), Granule::host_page()).unwrap();
-    let writer = SnapshotWriter::create(target, Announced::all(layout), Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(target, Announced::all(layout), None, Limits::default()).unwrap();
     for range in ram() {
         let pieces = range.pieces(Granule::host_page().bytes());
         for (piece, number) in pieces.zip(0u64..).filter(|(_, number)| number % 5 < 2) {
@@ -85,7 +85,7 @@ fn try_send(
     let waits = transfer::limits::Limits { source_wait: SOURCE_WAIT, ..transfer::limits::Limits::default() };
     let receiver = Receiver::new(waits, None).thread_start(receiving);
     let send = || -> Outcome {
-        let mut source = SnapshotSource::new(SnapshotDir::open(from, &limits(sending))?)?;
+        let mut source = SnapshotSource::new(FullSnapshot::open(from, &limits(sending))?)?;
         let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build()?);
         Sender::new(options).send(&mut source, &tracker, &Mutex::default(), &Migration::new())?;
         Ok(())

@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use vfio_migration::snapshot::{
-    Base, Chain, DestinationError, DestinationOptions, Differential, Limits, MEMORY_FILE, STATE_FILE,
-    SnapshotDestination, SnapshotDir, StagingError, apply, verify,
+    Base, Chain, DestinationError, DestinationOptions, Differential, FullSnapshot, Limits, MEMORY_FILE,
+    STATE_FILE, SnapshotDestination, WriteError, apply, verify,
 };
 use vfio_migration::transfer;
 use vfio_migration::transfer::connection::Listener;
@@ -160,7 +160,7 @@ fn a_vm_is_received_into_a_snapshot_before_complete_is_answered() {
     assert!(fs::read(place.target.join(MEMORY_FILE)).unwrap() == memory_file());
     assert_eq!(fs::read(place.target.join(STATE_FILE)).unwrap(), state().as_bytes());
     assert_clean(&place.target);
-    let dir = SnapshotDir::open(&place.target, &Limits::default()).unwrap();
+    let dir = FullSnapshot::open(&place.target, &Limits::default()).unwrap();
     assert_eq!(dir.config().text(), VM_CONFIG);
     assert_eq!(destination.kept(), dir.digest());
 }
@@ -320,7 +320,7 @@ fn a_name_that_is_taken_is_refused_before_a_source_comes() {
     fs::create_dir(&place.target).unwrap();
     fs::write(place.target.join("x"), "x").unwrap();
     let refused = SnapshotDestination::create(&place.target, DestinationOptions::default());
-    assert!(matches!(refused, Err(StagingError::Occupied { .. })));
+    assert!(matches!(refused, Err(WriteError::Occupied { .. })));
     let out_of_turn = DestinationError::OutOfTurn { message: "State" };
     assert_eq!(out_of_turn.to_string(), "State came out of turn");
 }

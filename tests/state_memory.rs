@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vfio_migration::snapshot::{
-    Chain, DestinationOptions, Limits, SnapshotDestination, SnapshotDir, SnapshotSource, VmState, apply,
+    Chain, DestinationOptions, FullSnapshot, Limits, SnapshotDestination, SnapshotSource, VmState, apply,
     describe, verify,
 };
 use vfio_migration::tracker::Tracker;
@@ -159,7 +159,7 @@ fn send(from: &Path, to: &Path) {
     thread::scope(|scope| {
         let sender = scope.spawn(|| {
             let mut source =
-                SnapshotSource::new(SnapshotDir::open(from, &Limits::default()).unwrap()).unwrap();
+                SnapshotSource::new(FullSnapshot::open(from, &Limits::default()).unwrap()).unwrap();
             let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
             let options = SendOptions::new(listener.url().clone());
             let sender = Sender::new(options);
@@ -208,7 +208,7 @@ fn a_list_put_in_order_costs_no_second_text() {
     let unordered = [(REGION / 2, REGION / 2), (0, REGION / 2)];
     let ((), most) = most_of(|| receive(&target, &unordered));
     assert!(most < BLOB_BYTES + BESIDE_BYTES, "{} MiB", most >> 20);
-    let opened = SnapshotDir::open(&target, &Limits::default()).unwrap();
+    let opened = FullSnapshot::open(&target, &Limits::default()).unwrap();
     assert_eq!(opened.placement().ranges().count(), 1);
     let [begin, end] = around_the_blob(&[(0, REGION)]);
     let text = opened.state().text();

@@ -9,9 +9,8 @@ use rustix::io::Errno;
 use vfio_migration::error::Chain;
 use vfio_migration::precopy::CancelReason;
 use vfio_migration::snapshot::{
-    Altered, ApplyError, ChainError, CompareError, DestinationError, DocumentError, FileError, ManifestError,
-    OpenError, PlacementError, STATE_FILE, SealError, SourceError, StagingError, SubtractError, VerifyError,
-    WriteError,
+    Altered, DestinationError, FormatError, ManifestUse, OperationError, PlacementError, ReadError,
+    STATE_FILE, WriteError,
 };
 use vfio_migration::tracker::TrackerError;
 use vfio_migration::transfer::connection::ConnectionError;
@@ -115,32 +114,6 @@ impl Class for TrackerError {
     }
 }
 
-impl Class for SourceError {
-    fn exit(&self) -> Exit {
-        match self {
-            Self::Check { source, .. } => exit_of_copy(source),
-            Self::Open(error) => error.exit(),
-            Self::Elsewhere { .. } | Self::Pages { .. } => Exit::Usage,
-            _ => Exit::Io,
-        }
-    }
-
-    fn remedy(&self) -> Option<&'static str> {
-        match self {
-            Self::Open(error) => error.remedy(),
-            Self::Elsewhere { .. } => Some(RESTORE_WITH_FILES),
-            Self::Pages { .. } => Some(ODD),
-            _ => None,
-        }
-    }
-}
-
-impl Class for CompareError {
-    fn exit(&self) -> Exit {
-        exit_of_copy(&self.source)
-    }
-}
-
 impl Class for ConnectionError {
     fn exit(&self) -> Exit {
         match self {
@@ -154,58 +127,54 @@ impl Class for ConnectionError {
     }
 }
 
-impl Class for StagingError {
-    fn exit(&self) -> Exit {
-        match self {
-            Self::Name { .. } | Self::Occupied { .. } | Self::MountPoint { .. } => Exit::Usage,
-            _ => Exit::Io,
+/// The class of an error that is about the place of the new snapshot and not about what goes there.
+fn exit_of_place(error: &WriteError) -> Option<Exit> {
+    match error {
+        WriteError::Name { .. } | WriteError::Occupied { .. } | WriteError::MountPoint { .. } => {
+            Some(Exit::Usage)
         }
-    }
-
-    fn remedy(&self) -> Option<&'static str> {
-        matches!(self, Self::Descriptors { .. }).then_some(DESCRIPTORS)
+        WriteError::Descriptors { .. }
+        | WriteError::Make { .. }
+        | WriteError::File { .. }
+        | WriteError::Publish { .. }
+        | WriteError::Stands { .. }
+        | WriteError::Unsynced { .. } => Some(Exit::Io),
+        _ => None,
     }
 }
 
 impl Class for WriteError {
     fn exit(&self) -> Exit {
-        match self {
-            Self::Staging(error) => error.exit(),
+        exit_of_place(self).unwrap_or(match self {
             Self::UnnamedBase { .. } | Self::Unreadable { .. } => Exit::Usage,
-            Self::Document(error) => exit_of_document(error),
+            Self::Format(error) => exit_of_format(error),
             _ => Exit::Verification,
-        }
+        })
     }
 
     fn remedy(&self) -> Option<&'static str> {
         match self {
-            Self::Staging(error) => error.remedy(),
+            Self::Descriptors { .. } => Some(DESCRIPTORS),
             Self::UnnamedBase { source, .. } => Some(seal_unless(source.as_ref())),
             _ => None,
         }
     }
 }
 
-/// A file that was named on its own is no part of a snapshot, and so never a damaged one.
-impl Class for FileError {
+impl Class for ReadError {
     fn exit(&self) -> Exit {
         match self {
             Self::Open { .. } | Self::Read { .. } => Exit::Io,
+            Self::Format { source, .. } => exit_of_format(source),
+            Self::NotRegular { .. } | Self::Size { .. } | Self::Altered { .. } => Exit::Verification,
             _ => Exit::Usage,
         }
     }
-}
 
-impl Class for OpenError {
-    fn exit(&self) -> Exit {
+    fn option(&self) -> Option<&'static str> {
         match self {
-            Self::File(FileError::Open { .. } | FileError::Read { .. }) => Exit::Io,
-            Self::Manifest { source: ManifestError::Memory(_), .. } => Exit::Io,
-            Self::File(FileError::TooLarge { .. }) => Exit::Usage,
-            Self::Document { source, .. } => exit_of_document(source),
-            Self::Differential { .. } | Self::Full { .. } => Exit::Usage,
-            Self::EditedConfig { .. } | Self::NoMemory { .. } => Exit::Usage,
-            _ => Exit::Verification,
+            Self::TooLarge { path, .. } if path.ends_with(STATE_FILE) => Some(STATE_LIMIT),
+            _ => None,
         }
     }
 
@@ -213,81 +182,49 @@ impl Class for OpenError {
         match self {
             Self::EditedConfig { .. } => Some(TAKE_EDITED),
             Self::NoMemory { elsewhere, .. } if !elsewhere.is_empty() => Some(RESTORE_WITH_FILES),
-            _ => None,
-        }
-    }
-
-    fn option(&self) -> Option<&'static str> {
-        match self {
-            Self::File(FileError::TooLarge { path, .. }) if path.ends_with(STATE_FILE) => Some(STATE_LIMIT),
-            _ => None,
-        }
-    }
-}
-
-/// A text that is only longer than allowed is no damaged one.
-fn exit_of_document(error: &DocumentError) -> Exit {
-    if matches!(error, DocumentError::TooLarge { .. }) { Exit::Usage } else { Exit::Verification }
-}
-
-impl Class for ChainError {
-    fn exit(&self) -> Exit {
-        match self {
-            Self::Open(error) => error.exit(),
-            _ => Exit::Usage,
-        }
-    }
-
-    fn option(&self) -> Option<&'static str> {
-        if let Self::Open(error) = self { error.option() } else { None }
-    }
-
-    fn remedy(&self) -> Option<&'static str> {
-        match self {
-            Self::Open(error) => error.remedy(),
-            Self::Unnamed { source, .. } => Some(seal_unless(source.as_ref())),
-            _ => None,
-        }
-    }
-}
-
-impl Class for VerifyError {
-    fn exit(&self) -> Exit {
-        match self {
-            Self::NoManifest { .. } | Self::OverLimit(_) => Exit::Usage,
-            _ => Exit::Io,
-        }
-    }
-
-    fn option(&self) -> Option<&'static str> {
-        if let Self::OverLimit(error) = self { error.option() } else { None }
-    }
-
-    fn remedy(&self) -> Option<&'static str> {
-        match self {
+            Self::NoManifest { needed: ManifestUse::Reseal, .. } => {
+                Some("`snapshot seal` makes one, of what the snapshot is now")
+            }
             Self::NoManifest { source, .. } => Some(seal_unless(source.as_ref())),
             _ => None,
         }
     }
 }
 
-impl Class for ApplyError {
-    fn remedy(&self) -> Option<&'static str> {
-        match self {
-            Self::NoManifest { source, .. } => Some(seal_unless(source.as_ref())),
-            Self::Write(error) => error.remedy(),
-            Self::Open(error) => error.remedy(),
-            _ => None,
-        }
+/// Text that is only longer than allowed, or that this host has no memory for, is not damaged.
+fn exit_of_format(error: &FormatError) -> Exit {
+    match error {
+        FormatError::TooLarge { .. } => Exit::Usage,
+        FormatError::Memory(_) => Exit::Io,
+        _ => Exit::Verification,
     }
+}
 
+impl Class for OperationError {
     fn exit(&self) -> Exit {
         match self {
-            Self::NoManifest { .. } => Exit::Usage,
-            Self::Open(error) => error.exit(),
-            Self::Copy { source, .. } => exit_of_copy(source),
+            Self::Read(error) => error.exit(),
             Self::Write(error) => error.exit(),
+            Self::Pages { .. } | Self::Seal { .. } | Self::Elsewhere { .. } => Exit::Usage,
+            Self::Copy { source, .. }
+            | Self::CopyRange { source, .. }
+            | Self::Compare { source, .. }
+            | Self::Send { source, .. } => exit_of_copy(source),
             _ => Exit::Io,
+        }
+    }
+
+    fn option(&self) -> Option<&'static str> {
+        if let Self::Read(error) = self { error.option() } else { None }
+    }
+
+    fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::Read(error) => error.remedy(),
+            Self::Write(error) => error.remedy(),
+            Self::Pages { .. } | Self::Seal { .. } => Some(ODD),
+            Self::Elsewhere { .. } => Some(RESTORE_WITH_FILES),
+            _ => None,
         }
     }
 }
@@ -304,50 +241,6 @@ fn exit_of_line(error: &io::Error) -> Exit {
     if is_short || error.kind() == io::ErrorKind::OutOfMemory { Exit::Io } else { Exit::Peer }
 }
 
-impl Class for SubtractError {
-    fn exit(&self) -> Exit {
-        match self {
-            Self::Open(error) => error.exit(),
-            Self::Pages { .. } => Exit::Usage,
-            Self::Copy { source, .. } => exit_of_copy(source),
-            Self::Write(error) => error.exit(),
-            _ => Exit::Io,
-        }
-    }
-
-    fn remedy(&self) -> Option<&'static str> {
-        match self {
-            Self::Open(error) => error.remedy(),
-            Self::Pages { .. } => Some(ODD),
-            Self::Write(error) => error.remedy(),
-            _ => None,
-        }
-    }
-}
-
-impl Class for SealError {
-    fn exit(&self) -> Exit {
-        match self {
-            Self::Open(error) => error.exit(),
-            Self::Pages { .. } | Self::NoManifest { .. } => Exit::Usage,
-            _ => Exit::Io,
-        }
-    }
-
-    fn option(&self) -> Option<&'static str> {
-        if let Self::Open(error) = self { error.option() } else { None }
-    }
-
-    fn remedy(&self) -> Option<&'static str> {
-        match self {
-            Self::Open(error) => error.remedy(),
-            Self::NoManifest { .. } => Some("`snapshot seal` makes one, of what the snapshot is now"),
-            Self::Pages { .. } => Some(ODD),
-            _ => None,
-        }
-    }
-}
-
 impl Class for CommandError {
     fn exit(&self) -> Exit {
         match self {
@@ -360,7 +253,7 @@ impl Class for CommandError {
 impl Class for DestinationError {
     fn exit(&self) -> Exit {
         match self {
-            Self::Write(WriteError::Staging(error)) => error.exit(),
+            Self::Write(error) => exit_of_place(error).unwrap_or(Exit::Peer),
             Self::OnPaused(error) => error.downcast_ref::<CommandError>().map_or(Exit::Io, Class::exit),
             _ => Exit::Peer,
         }
@@ -421,7 +314,7 @@ impl Class for SendError {
             Self::Peer { source: PeerError::Io(error), .. } => exit_of_line(error),
             Self::Peer { .. } | Self::GivenUp(_) | Self::SwitchoverTimedOut { .. } => Exit::Peer,
             Self::OutcomeUnknown { .. } => Exit::OutcomeUnknown,
-            Self::Vm { source, .. } => source.downcast_ref::<SourceError>().map_or(Exit::Io, Class::exit),
+            Self::Vm { source, .. } => source.downcast_ref::<OperationError>().map_or(Exit::Io, Class::exit),
             _ => Exit::Io,
         }
     }

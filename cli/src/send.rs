@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use indicatif::HumanBytes;
 use vfio_migration::error::Chain;
-use vfio_migration::snapshot::{PassThrough, SnapshotDir, SnapshotSource, VmConfig, read_config};
+use vfio_migration::snapshot::{FullSnapshot, PassThrough, ReadError, SnapshotSource, VmConfig, read_config};
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::tls::ClientTls;
 use vfio_migration::transfer::{Migration, PeerError, SendError, SendOptions, SendStep, Sender, Sent};
@@ -51,15 +51,21 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Fail
 }
 
 /// Opens the snapshot, with the configuration of `--config` where there is one.
-fn open(arguments: &SendArguments) -> Result<SnapshotDir, Failure> {
+fn open(arguments: &SendArguments) -> Result<FullSnapshot, Failure> {
     let limits = arguments.sizes.of_snapshot();
-    let Some(config) = &arguments.config else { return Ok(SnapshotDir::open(&arguments.from, &limits)?) };
-    let text = read_config(config, &limits)?;
+    let Some(config) = &arguments.config else { return Ok(FullSnapshot::open(&arguments.from, &limits)?) };
+    let text = read_config(config, &limits).map_err(|error| unread_config(&error))?;
     if let Err(error) = VmConfig::parse(&text, &limits) {
         let message = format!("Cannot take {} for a config.json: {}", config.display(), Chain(&error));
         return Err(Failure { exit: Exit::Usage, message });
     }
-    Ok(SnapshotDir::open_with_config(&arguments.from, &text, &limits)?)
+    Ok(FullSnapshot::open_with_config(&arguments.from, &text, &limits)?)
+}
+
+/// A file that was named on its own is no part of a snapshot, and so never a damaged one.
+fn unread_config(error: &ReadError) -> Failure {
+    let is_io = matches!(error, ReadError::Open { .. } | ReadError::Read { .. });
+    Failure { exit: if is_io { Exit::Io } else { Exit::Usage }, message: Chain(error).to_string() }
 }
 
 /// A stored VM stays what it is: nothing is to be resumed or ended here.

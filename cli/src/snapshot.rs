@@ -10,8 +10,8 @@ use indicatif::HumanBytes;
 use serde::Serialize;
 use vfio_migration::error;
 use vfio_migration::snapshot::{
-    Chain, ChainError, Description, Differences, Digest, Elsewhere, Kind, Limits, MANIFEST_FILE, OpenError,
-    Report, SnapshotDir, apply, compare, describe, reseal, seal, subtract, verify,
+    Chain, Description, Differences, Digest, Elsewhere, FullSnapshot, Kind, Limits, MANIFEST_FILE, ReadError,
+    Report, apply, compare, describe, reseal, seal, subtract, verify,
 };
 
 use crate::args::{ApplyArguments, CreateArguments, DiffArguments, SnapshotArguments, SnapshotCommand};
@@ -137,7 +137,7 @@ fn diff(arguments: &DiffArguments, limits: &Limits, output: &mut Output) -> Resu
 /// Opens the snapshot at `path`, a differential upon `base`.
 fn open_upon(base: &[PathBuf], path: &Path, limits: &Limits) -> Result<Chain, Failure> {
     match Chain::open([path], limits) {
-        Err(ChainError::Open(OpenError::Differential { .. })) if !base.is_empty() => {
+        Err(ReadError::Differential { .. }) if !base.is_empty() => {
             Ok(Chain::open(base.iter().map(PathBuf::as_path).chain([path]), limits)?)
         }
         opened => Ok(opened?),
@@ -183,7 +183,7 @@ fn name(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Fa
         output.remark("It has had a manifest, which stays; `snapshot verify` tells whether it is true");
     }
     // The work is done: what cannot be looked at any more is only not told of.
-    match SnapshotDir::open(dir, limits) {
+    match FullSnapshot::open(dir, limits) {
         Ok(opened) => elsewhere_line(&opened.elsewhere()).iter().for_each(|line| output.remark(line)),
         Err(unopened) => {
             log::warn!("Cannot tell whether all memory is in it: {}", error::Chain(&unopened));

@@ -21,8 +21,8 @@ use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
     Announced, Base, CHANGES_FILE, CONFIG_FILE, Chain, ConfigMessage, DestinationOptions, Differential,
-    DifferentialWriter, Digest, Finding, Limits, MANIFEST_FILE, MEMORY_FILE, Placement, STATE_FILE,
-    SnapshotDestination, SnapshotDir, SnapshotWriter, WriteError, apply, compare, verify,
+    Digest, Finding, FullSnapshot, Limits, MANIFEST_FILE, MEMORY_FILE, Placement, STATE_FILE,
+    SnapshotDestination, SnapshotWriter, WriteError, apply, compare, verify,
 };
 use vfio_migration::source::KvmLogMode;
 use vfio_migration::tracker::Tracker;
@@ -129,7 +129,7 @@ impl Subject {
         let layout = self.tracker().layout().clone();
         let ram = layout.regions().iter().map(|region| region.range());
         let target = self.path(name);
-        let writer = SnapshotWriter::create(&target, self.announced(), Limits::default()).unwrap();
+        let writer = SnapshotWriter::create(&target, self.announced(), None, Limits::default()).unwrap();
         writer.copy_from(ram, self.side.machine.memory()).unwrap();
         writer.finish(&texts.config, &texts.state).unwrap()
     }
@@ -140,7 +140,7 @@ impl Subject {
         let (target, announced) = (self.path("base"), self.announced());
         let memory = self.side.machine.memory();
         let saved = self.tracker().save_pending(self.cursor, |pages| {
-            let writer = SnapshotWriter::create(&target, announced, Limits::default())?;
+            let writer = SnapshotWriter::create(&target, announced, None, Limits::default())?;
             writer.copy_from(pages.iter().copied(), memory)?;
             Ok::<_, Failure>(writer.finish(&texts.config, &texts.state)?)
         });
@@ -166,7 +166,7 @@ impl Subject {
         let memory = self.side.machine.memory();
         self.tracker().save_pending(cursor, |pages| {
             let base = Base::Named(base);
-            let writer = DifferentialWriter::create(&target, announced, base, Limits::default())?;
+            let writer = SnapshotWriter::create(&target, announced, Some(base), Limits::default())?;
             writer.copy_from(pages.iter().copied(), memory)?;
             Ok(writer.finish(&texts.config, &texts.state)?)
         })
@@ -425,7 +425,7 @@ fn c23_pages_of_a_differential_that_fails_are_in_the_next_one() {
 
     let broken = Texts { state: texts.state[1..].to_vec(), config: texts.config };
     let error = subject.save("next", &broken).unwrap_err();
-    assert!(matches!(error.downcast_ref(), Some(WriteError::Document(_))), "{error}");
+    assert!(matches!(error.downcast_ref(), Some(WriteError::Format(_))), "{error}");
     assert_eq!(pending(&subject), after_first, "all pages were read, and all are pending again");
     subject.resume();
 
@@ -487,7 +487,7 @@ fn a_flipped_bit_in_any_file_of_base_and_differential_is_found_and_named() {
     subject.save("differential", &texts).unwrap();
 
     let (base, differential) = (subject.path("base"), subject.path("differential"));
-    let opened = SnapshotDir::open(&base, &Limits::default()).unwrap();
+    let opened = FullSnapshot::open(&base, &Limits::default()).unwrap();
     assert_flips_are_found(&base, MEMORY_FILE, opened.placement());
     let opened = Differential::open(&differential, &Limits::default()).unwrap();
     assert_flips_are_found(&differential, CHANGES_FILE, opened.changed());

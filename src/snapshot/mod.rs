@@ -10,11 +10,15 @@
 //!    snapshot-manifest  a digest for each block      snapshot-manifest    runs of pages, the base's name, digests
 //! ```
 //!
-//! A full snapshot is a directory that Cloud Hypervisor restores; it ignores the manifest. [`SnapshotWriter`] and
-//! [`DifferentialWriter`] take pages from any number of threads and bring a directory under its name whole or not at
-//! all; [`SnapshotDir`] and [`Chain`] read them; [`verify`] finds altered bytes, [`apply`] turns a chain into a full
-//! snapshot, [`subtract`] a snapshot into a differential, [`compare`] lists what differs, [`seal`] names what a VMM wrote,
-//! [`reseal`] takes an edited configuration, [`describe`] says what a directory holds. `docs/snapshot-format.md` has the bytes.
+//! A full snapshot is a directory that Cloud Hypervisor restores; it ignores the manifest. [`SnapshotWriter`] takes pages from any number
+//! of threads and brings a directory under its name whole or not at all; [`FullSnapshot`], [`Differential`] and [`Chain`] read them;
+//! [`verify`] finds altered bytes, [`apply`] turns a chain into a full snapshot, [`subtract`] a snapshot into a differential, [`compare`]
+//! lists what differs, [`seal`] names what a VMM wrote, [`reseal`] takes an edited configuration, [`describe`] says what a directory
+//! holds. [`SnapshotDestination`] receives a running VM into a directory, [`SnapshotSource`] sends one to a VMM.
+//! `docs/snapshot-format.md` has the bytes.
+//!
+//! Inside, each wing uses only those before it: `format` (what the files say), `disk` (files and directories), `read`, `write`, `ops`,
+//! `migrate` (the two sides of a transfer).
 //!
 //! # One snapshot after another
 //!
@@ -35,7 +39,7 @@
 //! use vfio_migration::ledger::{CursorId, Start};
 //! use vfio_migration::tracker::Tracker;
 //! # use vfio_migration::tracker::VmMappings;
-//! use vfio_migration::snapshot::{Announced, Base, DifferentialWriter, Digest, Limits, SnapshotWriter};
+//! use vfio_migration::snapshot::{Announced, Base, Digest, Limits, SnapshotWriter};
 //!
 //! # type Memory = GuestMemoryMmap<AtomicBitmap>;
 //! # const CONFIG: &[u8] = br#"{"memory":{"size":1048576}}"#;
@@ -53,17 +57,10 @@
 //!         eprintln!("{degradation}; all it covers is saved");
 //!     }
 //!     let (ram, limits) = (Announced::all(tracker.layout().clone()), Limits::default());
-//!     tracker.save_pending(cursor, |pages| match last {
-//!         None => {
-//!             let writer = SnapshotWriter::create(target, ram, limits)?;
-//!             writer.copy_from(pages.iter().copied(), memory)?;
-//!             Ok(writer.finish(CONFIG, STATE)?)
-//!         }
-//!         Some(base) => {
-//!             let writer = DifferentialWriter::create(target, ram, Base::Named(base), limits)?;
-//!             writer.copy_from(pages.iter().copied(), memory)?;
-//!             Ok(writer.finish(CONFIG, STATE)?)
-//!         }
+//!     tracker.save_pending(cursor, |pages| {
+//!         let writer = SnapshotWriter::create(target, ram, last.map(Base::Named), limits)?;
+//!         writer.copy_from(pages.iter().copied(), memory)?;
+//!         Ok(writer.finish(CONFIG, STATE)?)
 //!     })
 //! }
 //!
@@ -99,29 +96,32 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use self::disk::files::{CHANGES_FILE, CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
-pub use self::disk::staging::StagingError;
+pub use self::disk::error::{ManifestUse, ReadError, WriteError};
+pub use self::format::config::{VmConfig, ZoneFile};
+pub use self::format::config_message::ConfigMessage;
 pub use self::format::digest::{Digest, DigestError};
-pub use self::format::document::ZoneFile;
-pub use self::format::document::{ConfigMessage, VmConfig};
-pub use self::format::document_error::DocumentError;
 pub use self::format::elsewhere::{Elsewhere, LeftOut};
+pub use self::format::error::FormatError;
 pub use self::format::limits::Limits;
-pub use self::format::manifest::{Manifest, ManifestError};
+pub use self::format::manifest::Manifest;
+pub use self::format::names::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 pub use self::format::passthrough::{Interface, PassThrough};
 pub use self::format::placement::{Extent, Placement, PlacementError};
 pub use self::format::state::VmState;
 pub use self::migrate::destination::{DestinationError, DestinationOptions, OnPaused, SnapshotDestination};
-pub use self::migrate::source::{SnapshotSource, SourceError};
-pub use self::ops::apply::{ApplyError, apply};
-pub use self::ops::compare::{CompareError, Differences, compare};
+pub use self::migrate::source::SnapshotSource;
+pub use self::ops::apply::apply;
+pub use self::ops::compare::{Differences, compare};
 pub use self::ops::describe::{Description, Kind, describe};
-pub use self::ops::seal::{SealError, reseal, seal};
-pub use self::ops::subtract::{SubtractError, subtract};
-pub use self::ops::verify::{Finding, Report, VerifyError, verify};
+pub use self::ops::error::OperationError;
+pub use self::ops::seal::{reseal, seal};
+pub use self::ops::subtract::subtract;
+pub use self::ops::verify::{Finding, Report, verify};
 pub use self::read::altered::Altered;
-pub use self::read::differential::{Chain, ChainError, Differential};
-pub use self::read::dir::{OpenError, SnapshotDir, read_config};
+pub use self::read::chain::Chain;
+pub use self::read::differential::Differential;
+pub use self::read::documents::read_config;
+pub use self::read::full::FullSnapshot;
 pub use self::read::placed::{PlacedMemory, PlacedRegion};
-pub use self::write::differential_writer::{Base, DifferentialWriter};
-pub use self::write::writer::{Announced, SnapshotWriter, WriteError};
+pub use self::write::announced::Announced;
+pub use self::write::writer::{Base, SnapshotWriter};

@@ -50,3 +50,8 @@ pub(super) fn push<T>(list: &mut Vec<T>, item: T) -> io::Result<()> {
 pub(super) fn expect_headroom() -> Result<(), TryReserveError> {
     Vec::<u8>::new().try_reserve_exact(HEADROOM_BYTES)
 }
+
+/// A number of bytes or items that are in memory, as an index.
+pub(super) fn index(number: u64) -> usize {
+    usize::try_from(number).expect("what is in memory has an index")
+}

@@ -7,13 +7,13 @@ use std::os::fd::AsRawFd;
 
 use thiserror::Error;
 
-use super::mapped::{Mapped, spans, united, zeroed};
+use super::mapped::{Mapped, spans, zeroed};
 use super::{Cover, DirtySource, Harvest, Operation, Reports, Sink, SourceError};
 use crate::bitmap::WORD_BITS;
 use crate::granule::{Granule, GranuleError};
 use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
-use crate::range::IovaRange;
+use crate::range::{IovaRange, united};
 use crate::sys::vfio::device as sys;
 use crate::units::Count;
 

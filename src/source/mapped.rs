@@ -48,13 +48,6 @@ impl Mapped {
     }
 }
 
-/// Unites ranges that touch or overlap; returns them ascending.
-pub(super) fn united<S>(ranges: impl IntoIterator<Item = Range<S>>) -> Vec<Range<S>> {
-    let mut sorted: Vec<_> = ranges.into_iter().collect();
-    sorted.sort_unstable();
-    joined(sorted, |open, next| next.start() <= open.end())
-}
-
 /// Puts ascending, disjoint ranges into as few spans as there can be without skipping more than `gap` unwanted bytes inside one, or
 /// making one longer than `limit` where each range alone is not. No span cuts a range.
 pub(super) fn spans(ranges: impl IntoIterator<Item = IovaRange>, gap: u64, limit: u64) -> Vec<IovaRange> {
@@ -135,19 +128,6 @@ mod tests {
                 prop_assert!(span.len() <= limit || held.len() == 1);
                 prop_assert!(held.windows(2).all(|pair| pair[1].start() - pair[0].end() <= gap));
                 prop_assert_eq!((span.start(), span.end()), (held[0].start(), held[held.len() - 1].end()));
-            }
-        }
-
-        #[test]
-        fn the_union_holds_the_same_bytes_in_ranges_that_do_not_touch(
-            ranges in prop::collection::vec((0..60u64, 1..12u64), 0..12),
-        ) {
-            let ranges: Vec<_> = ranges.into_iter().map(|(start, len)| range(start, len)).collect();
-            let united = united(ranges.iter().copied());
-            prop_assert!(united.windows(2).all(|pair| pair[0].end() < pair[1].start()));
-            for byte in 0..80 {
-                let inside = |ranges: &[IovaRange]| ranges.iter().any(|range| range.contains(byte));
-                prop_assert_eq!(inside(&united), inside(&ranges));
             }
         }
     }

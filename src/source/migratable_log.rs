@@ -10,11 +10,10 @@ use thiserror::Error;
 use vm_migration::protocol::{MemoryRange, MemoryRangeTable};
 use vm_migration::{Migratable, MigratableError};
 
-use super::mapped::united;
 use super::{Cover, DirtySource, Operation, Reports, Sink, SourceError};
 use crate::iova::IovaMap;
 use crate::layout::Layout;
-use crate::range::{GpaRange, RangeError};
+use crate::range::{GpaRange, RangeError, united};
 
 /// Why a component's log cannot be used.
 #[derive(Debug, Error)]

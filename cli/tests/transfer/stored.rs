@@ -100,7 +100,7 @@ impl Place {
         let message = ConfigMessage::parse(config, &Limits::default()).unwrap();
         let layout = message.layout().clone();
         let writer =
-            SnapshotWriter::create(&target, Announced::all(layout.clone()), Limits::default()).unwrap();
+            SnapshotWriter::create(&target, Announced::all(layout.clone()), None, Limits::default()).unwrap();
         let pieces = layout.regions().iter().flat_map(|region| region.range().pieces(PIECE));
         for (piece, number) in pieces.zip(0u64..) {
             let Some(whole) = is_whole(number) else { continue };

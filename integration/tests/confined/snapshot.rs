@@ -11,9 +11,8 @@ use vfio_migration::granule::Granule;
 use vfio_migration::layout::Layout;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
-    Announced, Base, Chain, DestinationOptions, DifferentialWriter, Limits, MANIFEST_FILE,
-    SnapshotDestination, SnapshotDir, SnapshotSource, SnapshotWriter, apply, compare, describe, seal,
-    subtract, verify,
+    Announced, Base, Chain, DestinationOptions, FullSnapshot, Limits, MANIFEST_FILE, SnapshotDestination,
+    SnapshotSource, SnapshotWriter, apply, compare, describe, seal, subtract, verify,
 };
 use vfio_migration::syscalls;
 use vfio_migration::tracker::Tracker;
@@ -47,7 +46,7 @@ fn pages(start: u64, count: u64) -> GpaRange {
 
 /// Memory with pages of ones, and pages that were written and read zero.
 fn write(target: &Path) {
-    let writer = SnapshotWriter::create(target, ram(), Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(target, ram(), None, Limits::default()).unwrap();
     let [ones, zeros] = [pages(0, 700), pages(300, 200)];
     writer.fill(ones, &mut std::io::repeat(1).take(ones.len())).unwrap();
     writer.fill(zeros, &mut std::io::repeat(0).take(zeros.len())).unwrap();
@@ -58,7 +57,7 @@ fn write(target: &Path) {
 
 fn write_differential(base: &Path, target: &Path) {
     let base = Base::open([base], &Limits::default()).unwrap();
-    let writer = DifferentialWriter::create(target, ram(), base, Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(target, ram(), Some(base), Limits::default()).unwrap();
     let (twos, zeros) = (pages(100, 50), pages(600, 50));
     writer.fill(twos, &mut std::io::repeat(2).take(twos.len())).unwrap();
     writer.fill(zeros, &mut std::io::repeat(0).take(zeros.len())).unwrap();
@@ -71,7 +70,7 @@ fn receive(listener: &Listener, target: &Path) {
 }
 
 fn send(directory: &Path, url: &Url) {
-    let directory = SnapshotDir::open(directory, &Limits::default()).unwrap();
+    let directory = FullSnapshot::open(directory, &Limits::default()).unwrap();
     let mut source = SnapshotSource::new(directory).unwrap();
     let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
     let sender = Sender::new(SendOptions::new(url.clone()));

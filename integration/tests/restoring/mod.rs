@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use vfio_migration::migratable::MigratableDevice;
-use vfio_migration::snapshot::{Limits as SnapshotLimits, SnapshotDir, SnapshotSource};
+use vfio_migration::snapshot::{FullSnapshot, Limits as SnapshotLimits, SnapshotSource};
 use vfio_migration::source::KvmLogMode;
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;
@@ -41,7 +41,7 @@ pub(crate) fn transfer(
 pub(crate) fn restore(setup: MachineSetup, target: &Path) -> Health {
     let (side, _) = Side::in_process(setup).unwrap();
     let mut devices = side.migratable(KvmLogMode::ManualAtRead).unwrap();
-    let directory = SnapshotDir::open(target, &SnapshotLimits::default()).unwrap();
+    let directory = FullSnapshot::open(target, &SnapshotLimits::default()).unwrap();
     let mut snapshot = SnapshotSource::new(directory).unwrap();
     let layout = snapshot.layout().clone();
     let tracker = Arc::new(Mutex::new(Tracker::builder(layout).build().unwrap()));

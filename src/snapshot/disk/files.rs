@@ -11,105 +11,37 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::snapshot::disk::error::ReadError;
 use crate::snapshot::reserve::reserve;
 use crate::units::Count;
-
-/// The VM's configuration.
-pub const CONFIG_FILE: &str = "config.json";
-/// The tree of the VM's state.
-pub const STATE_FILE: &str = "state.json";
-/// The VM's memory: its ranges, back to back.
-pub const MEMORY_FILE: &str = "memory-ranges";
-/// The pages in which a differential differs from its base, back to back.
-pub const CHANGES_FILE: &str = "memory-changes";
-/// What the other files hold, block by block.
-pub const MANIFEST_FILE: &str = "snapshot-manifest";
 
 /// Bytes of zeros written at once where a file system makes no holes.
 const ZEROS_AT_ONCE: usize = 1 << 20;
 
-/// A file of a snapshot that cannot be read.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum FileError {
-    /// The file is absent or forbidden.
-    #[error("Cannot open {path}", path = .path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A directory, device, pipe or socket bears the name of a file.
-    #[error("{path} is not a regular file", path = .path.display())]
-    NotRegular {
-        /// The file.
-        path: PathBuf,
-    },
-    /// Reading failed half way.
-    #[error("Cannot read {path}", path = .path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The file is larger than anything expected.
-    #[error("{path} has more than {}, the limit", Count(.limit, "byte"), path = .path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// The limit.
-        limit: u64,
-    },
-    /// The file is cut off or has something appended.
-    #[error("{path} has {} where {expected} are expected", Count(.bytes, "byte"), path = .path.display())]
-    Size {
-        /// The file.
-        path: PathBuf,
-        /// Bytes it has.
-        bytes: u64,
-        /// Bytes it should have.
-        expected: u64,
-    },
-}
-
-impl FileError {
-    /// Returns what keeps this host from looking at the file, which says nothing of what is in it: an error of the disk, a
-    /// right that is missing, no memory or descriptor left. A file that is absent is none of these.
-    pub fn unread(self) -> Result<(PathBuf, io::Error), Self> {
-        match self {
-            Self::Open { ref source, .. } if source.kind() == ErrorKind::NotFound => Err(self),
-            Self::Open { path, source } | Self::Read { path, source } => Ok((path, source)),
-            other => Err(other),
-        }
-    }
-}
-
 /// Opens a regular file to read. A pipe in its place does not block.
-pub(crate) fn open_regular(path: &Path) -> Result<File, FileError> {
+pub(crate) fn open_regular(path: &Path) -> Result<File, ReadError> {
     let mut options = OpenOptions::new();
     let opened = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let file = opened.map_err(|source| FileError::Open { path: path.to_owned(), source })?;
-    let metadata = file.metadata().map_err(|source| FileError::Read { path: path.to_owned(), source })?;
-    if metadata.is_file() { Ok(file) } else { Err(FileError::NotRegular { path: path.to_owned() }) }
+    let file = opened.map_err(|source| ReadError::Open { path: path.to_owned(), source })?;
+    let metadata = file.metadata().map_err(|source| ReadError::Read { path: path.to_owned(), source })?;
+    if metadata.is_file() { Ok(file) } else { Err(ReadError::NotRegular { path: path.to_owned() }) }
 }
 
 /// Opens a regular file that must have `expected` bytes.
-pub(crate) fn open_sized(path: &Path, expected: u64) -> Result<File, FileError> {
+pub(crate) fn open_sized(path: &Path, expected: u64) -> Result<File, ReadError> {
     let file = open_regular(path)?;
-    let metadata = file.metadata().map_err(|source| FileError::Read { path: path.to_owned(), source })?;
+    let metadata = file.metadata().map_err(|source| ReadError::Read { path: path.to_owned(), source })?;
     if metadata.len() == expected {
         Ok(file)
     } else {
-        Err(FileError::Size { path: path.to_owned(), bytes: metadata.len(), expected })
+        Err(ReadError::Size { path: path.to_owned(), bytes: metadata.len(), expected })
     }
 }
 
 /// Reads a whole regular file of at most `limit` bytes into as much memory as it has bytes.
 ///
 /// A file that says it is larger is not read.
-pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
+pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ReadError> {
     let file = open_regular(path)?;
     let read = || {
         let length = file.metadata()?.len();
@@ -123,8 +55,8 @@ pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError
     };
     match read() {
         Ok((length, bytes)) if length <= limit => Ok(bytes),
-        Ok(_) => Err(FileError::TooLarge { path: path.to_owned(), limit }),
-        Err(source) => Err(FileError::Read { path: path.to_owned(), source }),
+        Ok(_) => Err(ReadError::TooLarge { path: path.to_owned(), limit }),
+        Err(source) => Err(ReadError::Read { path: path.to_owned(), source }),
     }
 }
 
@@ -200,7 +132,7 @@ fn extend_by(file: &File, bytes: u64, set_len: impl FnOnce() -> io::Result<()>) 
 /// Reads the bytes at `offset` of `file`, which is called `path`.
 ///
 /// # Errors
-/// The error holds a [`FileError`], which names the file.
+/// The error holds a [`ReadError`], which names the file.
 pub(crate) fn read_named(
     file: &File,
     path: impl FnOnce() -> PathBuf,
@@ -216,9 +148,9 @@ pub(crate) fn read_named(
     read.map_err(named(path))
 }
 
-/// Has an error hold a [`FileError`] that names the file `path`.
+/// Has an error hold a [`ReadError`] that names the file `path`.
 pub(crate) fn named(path: impl FnOnce() -> PathBuf) -> impl FnOnce(io::Error) -> io::Error {
-    |source| io::Error::new(source.kind(), FileError::Read { path: path(), source })
+    |source| io::Error::new(source.kind(), ReadError::Read { path: path(), source })
 }
 
 /// A file that was cut off since it was opened.
@@ -306,14 +238,14 @@ mod tests {
         let pipe = dir.path().join("pipe");
         rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0)
             .unwrap();
-        assert!(matches!(read_bounded(&pipe, 1), Err(FileError::NotRegular { .. })));
-        assert!(matches!(read_bounded(dir.path(), 1), Err(FileError::NotRegular { .. })));
-        assert!(matches!(read_bounded(&dir.path().join("none"), 1), Err(FileError::Open { .. })));
+        assert!(matches!(read_bounded(&pipe, 1), Err(ReadError::NotRegular { .. })));
+        assert!(matches!(read_bounded(dir.path(), 1), Err(ReadError::NotRegular { .. })));
+        assert!(matches!(read_bounded(&dir.path().join("none"), 1), Err(ReadError::Open { .. })));
 
         let large = dir.path().join("large");
         std::fs::write(&large, [0; 65]).unwrap();
-        assert!(matches!(read_bounded(&large, 64), Err(FileError::TooLarge { limit: 64, .. })));
+        assert!(matches!(read_bounded(&large, 64), Err(ReadError::TooLarge { limit: 64, .. })));
         assert_eq!(read_bounded(&large, 65).unwrap().len(), 65);
-        assert!(matches!(open_sized(&large, 64), Err(FileError::Size { bytes: 65, expected: 64, .. })));
+        assert!(matches!(open_sized(&large, 64), Err(ReadError::Size { bytes: 65, expected: 64, .. })));
     }
 }

@@ -15,110 +15,18 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 
 use crate::snapshot::disk::directory::{Directory, is_mount_point};
-use crate::snapshot::disk::files::{
-    CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, is_unsupported,
-};
+use crate::snapshot::disk::error::WriteError;
+use crate::snapshot::disk::files::is_unsupported;
 use crate::snapshot::disk::partial::{self, Partial, clear_leftovers};
-
-/// Where pages of a differential wait for their order to be known.
-pub(crate) const WORK_FILE: &str = "memory-work";
+use crate::snapshot::format::names::{
+    CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, WORK_FILE,
+};
 
 /// Everything a writer may leave behind in a directory it did not finish.
 const FILES: [&str; 6] = [CONFIG_FILE, STATE_FILE, MEMORY_FILE, CHANGES_FILE, MANIFEST_FILE, WORK_FILE];
 
 /// Files that a writer has open at a time, and a connection that brings their bytes.
 const DESCRIPTORS: usize = 16;
-
-/// Why a directory or a file was not written. Nothing lies under its name, but for [`StagingError::Stands`] and
-/// [`StagingError::Unsynced`].
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum StagingError {
-    /// The path has no last component to give the directory, as `..` has not.
-    #[error("Path {path} names no directory to make", path = .path.display())]
-    Name {
-        /// The path.
-        path: PathBuf,
-    },
-    /// Something lies there that would be overwritten.
-    #[error("{path} exists and is not an empty directory", path = .path.display())]
-    Occupied {
-        /// The path.
-        path: PathBuf,
-    },
-    /// An empty directory lies there that no other can take the place of, for a file system is mounted on it.
-    #[error(
-        "{path} is a mount point, which no finished directory can take the place of; name a directory in it",
-        path = .path.display()
-    )]
-    MountPoint {
-        /// The path.
-        path: PathBuf,
-    },
-    /// This process may open too few files to write it.
-    #[error("Cannot open the {needed} files at a time that it takes to write {path}", path = .path.display())]
-    Descriptors {
-        /// The path.
-        path: PathBuf,
-        /// How many it takes.
-        needed: usize,
-        /// Why they cannot be had.
-        source: io::Error,
-    },
-    /// The directory to hold it is absent, forbidden or full.
-    #[error("Cannot make a directory beside {path}", path = .path.display())]
-    Make {
-        /// The final path.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file of the directory could not be written.
-    #[error("Cannot write {name} of {path}", path = .path.display())]
-    Write {
-        /// The file.
-        name: &'static str,
-        /// The final path of its directory.
-        path: PathBuf,
-        /// Why: as a rule, the disk is full.
-        source: io::Error,
-    },
-    /// The finished directory could not be moved to its name.
-    #[error("Cannot move the finished directory to {path}", path = .path.display())]
-    Publish {
-        /// The final path.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The directory stands under its name, whole, but perhaps not for good: it could neither be brought to disk nor taken
-    /// back.
-    #[error(
-        "{path} is whole but may be lost with the power: it could not be brought to disk, nor taken back ({taking_back})",
-        path = .path.display()
-    )]
-    Stands {
-        /// The final path.
-        path: PathBuf,
-        /// Why it was not taken back.
-        taking_back: io::Error,
-        /// Why it was not brought to disk.
-        source: io::Error,
-    },
-    /// A file took the place of an older one, but perhaps not for good: its name could not be brought to disk.
-    #[error(
-        "{name} of {path} is the new one, but a loss of power may bring back the old one: it could not be brought to disk",
-        path = .path.display()
-    )]
-    Unsynced {
-        /// The file.
-        name: &'static str,
-        /// Its directory.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-}
 
 /// A directory as its writer fills it.
 #[derive(Debug)]
@@ -203,12 +111,12 @@ impl StagedDir {
     ///
     /// # Errors
     /// `target` is taken or cannot be made.
-    pub(crate) fn create(target: &Path) -> Result<Self, StagingError> {
+    pub(crate) fn create(target: &Path) -> Result<Self, WriteError> {
         let target = resolve(target)?;
-        let name = target.file_name().ok_or_else(|| StagingError::Name { path: target.clone() })?.to_owned();
-        let make = |source| StagingError::Make { path: target.clone(), source };
+        let name = target.file_name().ok_or_else(|| WriteError::Name { path: target.clone() })?.to_owned();
+        let make = |source| WriteError::Make { path: target.clone(), source };
         let parent = Directory::open(target.parent().unwrap_or(Path::new(""))).map_err(make)?;
-        check_descriptors(&parent).map_err(|source| StagingError::Descriptors {
+        check_descriptors(&parent).map_err(|source| WriteError::Descriptors {
             path: target.clone(),
             needed: DESCRIPTORS,
             source,
@@ -220,7 +128,7 @@ impl StagedDir {
     }
 
     /// Makes an empty file, readable by its owner alone.
-    pub(crate) fn make_file(&self, name: &'static str) -> Result<File, StagingError> {
+    pub(crate) fn make_file(&self, name: &'static str) -> Result<File, WriteError> {
         let made = self.staged.0.make_file(name.as_ref()).and_then(|file| {
             self.files().insert(name, file.try_clone()?);
             Ok(file)
@@ -229,18 +137,18 @@ impl StagedDir {
     }
 
     /// Makes a file with `content`, safe on disk.
-    pub(crate) fn write_file(&self, name: &'static str, content: &[u8]) -> Result<(), StagingError> {
+    pub(crate) fn write_file(&self, name: &'static str, content: &[u8]) -> Result<(), WriteError> {
         let file = self.make_file(name)?;
         write_synced(&file, content).map_err(|source| self.write_error(name, source))
     }
 
-    pub(crate) fn remove_file(&self, name: &'static str) -> Result<(), StagingError> {
+    pub(crate) fn remove_file(&self, name: &'static str) -> Result<(), WriteError> {
         self.files().remove(name);
         self.staged.0.remove_file(name.as_ref()).map_err(|source| self.write_error(name, source))
     }
 
     /// Moves the file `from` to the place of the file `to`.
-    pub(crate) fn replace_file(&self, from: &'static str, to: &'static str) -> Result<(), StagingError> {
+    pub(crate) fn replace_file(&self, from: &'static str, to: &'static str) -> Result<(), WriteError> {
         let mut files = self.files();
         if let Some(file) = files.remove(from) {
             files.insert(to, file);
@@ -258,28 +166,28 @@ impl StagedDir {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn write_error(&self, name: &'static str, source: io::Error) -> StagingError {
-        StagingError::Write { name, path: self.target.clone(), source }
+    pub(crate) fn write_error(&self, name: &'static str, source: io::Error) -> WriteError {
+        WriteError::File { name, path: self.target.clone(), source }
     }
 
     /// Moves the directory, whose files are synced already, to its final name; safe on disk when it returns.
     ///
     /// # Errors
     /// Nothing lies under the final name: so it is, too, where somebody took away or replaced what was written.
-    pub(crate) fn publish(mut self) -> Result<(), StagingError> {
+    pub(crate) fn publish(mut self) -> Result<(), WriteError> {
         let path = || self.target.clone();
         self.rename().map_err(|source| match source.kind() {
             ErrorKind::DirectoryNotEmpty | ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
-                StagingError::Occupied { path: path() }
+                WriteError::Occupied { path: path() }
             }
-            _ => StagingError::Publish { path: path(), source },
+            _ => WriteError::Publish { path: path(), source },
         })?;
         let renamed = expect_at(&self.parent, &self.name, self.staged.file());
         let published = match renamed.and_then(|()| sync_directory(self.parent.file())) {
             Ok(()) => Ok(()),
             Err(source) => Err(match self.parent.rename(&self.name, &self.temporary) {
-                Ok(()) => return Err(StagingError::Publish { path: path(), source }),
-                Err(taking_back) => StagingError::Stands { path: path(), taking_back, source },
+                Ok(()) => return Err(WriteError::Publish { path: path(), source }),
+                Err(taking_back) => WriteError::Stands { path: path(), taking_back, source },
             }),
         };
         // Its name is the final one from here on: what is in it stays.
@@ -318,10 +226,10 @@ impl Drop for StagedDir {
 /// when it returns.
 ///
 /// # Errors
-/// [`StagingError::Unsynced`]: it has its name. Else what was there before is as it was.
-pub(crate) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result<(), StagingError> {
+/// [`WriteError::Unsynced`]: it has its name. Else what was there before is as it was.
+pub(crate) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result<(), WriteError> {
     clear_added(dir, name);
-    let failed = |source| StagingError::Write { name, path: dir.to_owned(), source };
+    let failed = |source| WriteError::File { name, path: dir.to_owned(), source };
     let directory = Directory::open(dir).map_err(failed)?;
     let replaces = directory.has(name.as_ref()).map_err(failed)?;
     let (temporary, file) = partial::make::<File>(&directory, name.as_ref()).map_err(failed)?;
@@ -330,7 +238,7 @@ pub(crate) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result
     moved.inspect_err(|_| discard(&directory, &temporary)).map_err(failed)?;
     sync_directory(directory.file()).map_err(|source| match replaces {
         // The one that was there before is gone: to have the new one is better than to have none.
-        true => StagingError::Unsynced { name, path: dir.to_owned(), source },
+        true => WriteError::Unsynced { name, path: dir.to_owned(), source },
         false => {
             discard(&directory, name.as_ref());
             failed(source)
@@ -388,13 +296,13 @@ fn check_descriptors(any: &Directory) -> io::Result<()> {
 }
 
 /// Follows `target` where it exists, as an empty directory.
-fn resolve(target: &Path) -> Result<PathBuf, StagingError> {
-    let occupied = || StagingError::Occupied { path: target.to_owned() };
-    let make = |source| StagingError::Make { path: target.to_owned(), source };
+fn resolve(target: &Path) -> Result<PathBuf, WriteError> {
+    let occupied = || WriteError::Occupied { path: target.to_owned() };
+    let make = |source| WriteError::Make { path: target.to_owned(), source };
     match fs::read_dir(target) {
         Ok(mut entries) => match entries.next() {
             None if is_mount_point(target).map_err(make)? => {
-                Err(StagingError::MountPoint { path: target.to_owned() })
+                Err(WriteError::MountPoint { path: target.to_owned() })
             }
             None => fs::canonicalize(target).map_err(make),
             Some(Ok(_)) => Err(occupied()),
@@ -454,13 +362,10 @@ mod tests {
         std::os::unix::fs::symlink("nowhere", &dangling).unwrap();
         for taken in [&full, &full.join("x"), &dangling] {
             let refused = StagedDir::create(taken).err().unwrap();
-            assert!(matches!(refused, StagingError::Occupied { .. }), "{refused}");
+            assert!(matches!(refused, WriteError::Occupied { .. }), "{refused}");
         }
-        assert!(matches!(StagedDir::create(Path::new("/")), Err(StagingError::Occupied { .. })));
-        assert!(matches!(
-            StagedDir::create(&dir.path().join("none/snapshot")),
-            Err(StagingError::Make { .. })
-        ));
+        assert!(matches!(StagedDir::create(Path::new("/")), Err(WriteError::Occupied { .. })));
+        assert!(matches!(StagedDir::create(&dir.path().join("none/snapshot")), Err(WriteError::Make { .. })));
 
         let empty = dir.path().join("empty");
         fs::create_dir(&empty).unwrap();
@@ -480,7 +385,7 @@ mod tests {
         }
         assert_eq!(names(dir.path()).len(), 3);
         let refused = StagedDir::create(&dir.path().join("n".repeat(256)));
-        assert!(matches!(refused, Err(StagingError::Make { .. })));
+        assert!(matches!(refused, Err(WriteError::Make { .. })));
     }
 
     #[test]
@@ -491,7 +396,7 @@ mod tests {
         staged.write_file(CONFIG_FILE, b"ours").unwrap();
         fs::create_dir(&target).unwrap();
         fs::write(target.join("theirs"), "theirs").unwrap();
-        assert!(matches!(staged.publish(), Err(StagingError::Occupied { .. })));
+        assert!(matches!(staged.publish(), Err(WriteError::Occupied { .. })));
         assert_eq!(names(&target), ["theirs"]);
         assert_eq!(names(dir.path()), ["snapshot"]);
     }
@@ -511,7 +416,7 @@ mod tests {
             let file = dir.path().join(&staged.temporary).join(MEMORY_FILE);
             fs::remove_file(&file).unwrap();
             plant(&file);
-            let StagingError::Publish { source, .. } = staged.publish().unwrap_err() else { panic!() };
+            let WriteError::Publish { source, .. } = staged.publish().unwrap_err() else { panic!() };
             assert!(source.to_string().contains("memory-ranges was moved, removed or replaced"), "{source}");
             assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
         }
@@ -527,7 +432,7 @@ mod tests {
         fs::rename(&temporary, dir.path().join("away")).unwrap();
         fs::create_dir(&temporary).unwrap();
         fs::write(temporary.join(CONFIG_FILE), "theirs").unwrap();
-        let StagingError::Publish { source, .. } = staged.publish().unwrap_err() else { panic!() };
+        let WriteError::Publish { source, .. } = staged.publish().unwrap_err() else { panic!() };
         assert!(source.to_string().contains("moved, removed or replaced"), "{source}");
         assert!(!target.exists());
         assert_eq!(fs::read(temporary.join(CONFIG_FILE)).unwrap(), b"theirs");
@@ -594,7 +499,7 @@ mod tests {
 
         fs::create_dir(target.join(CONFIG_FILE)).unwrap();
         let refused = add_file(&target, CONFIG_FILE, b"{}");
-        assert!(matches!(refused, Err(StagingError::Write { name: CONFIG_FILE, .. })));
+        assert!(matches!(refused, Err(WriteError::File { name: CONFIG_FILE, .. })));
         let mut expected = [planted.as_str(), MANIFEST_FILE, CONFIG_FILE];
         expected.sort();
         assert_eq!(names(&target), expected);

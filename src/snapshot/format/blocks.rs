@@ -4,6 +4,7 @@
 
 use std::{io, iter};
 
+use crate::granule::Granule;
 use crate::snapshot::format::digest::Digest;
 use crate::snapshot::reserve::list_of;
 
@@ -12,12 +13,20 @@ pub(crate) const MAX_BLOCKS: u64 = 1 << 20;
 /// The largest block.
 const MAX_BLOCK_BYTES: u64 = 1 << 30;
 
+/// The smallest block of a full snapshot that gets a digest: as little as is hashed at full speed.
+pub(crate) const LEAST_BLOCK_BYTES: u64 = 16 << 10;
+
 const ZERO_BYTES: usize = 1 << 16;
 static ZEROS: [u8; ZERO_BYTES] = [0; ZERO_BYTES];
 
 /// Whether every byte is zero.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(ZERO_BYTES).all(|chunk| chunk == &ZEROS[..chunk.len()])
+}
+
+/// Returns the bytes per block of a full snapshot with `bytes` bytes of memory in pages of `page`.
+pub(crate) fn block_bytes_of_full(bytes: u64, page: Granule) -> u64 {
+    block_bytes_for(bytes, LEAST_BLOCK_BYTES.max(page.bytes()))
 }
 
 /// Returns the bytes per block of a file of `bytes` bytes: the smallest doubling of `least_bytes` that makes at most

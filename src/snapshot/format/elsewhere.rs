@@ -11,7 +11,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::range::GpaRange;
-use crate::snapshot::format::document::{VmConfig, ZoneFile};
+use crate::snapshot::format::config::{VmConfig, ZoneFile};
 use crate::snapshot::format::placement::push_joined;
 use crate::snapshot::format::state::VmState;
 

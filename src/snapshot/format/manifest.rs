@@ -5,92 +5,28 @@
 //! `docs/snapshot-format.md` describes the bytes. Pure: no file is touched here.
 
 use std::collections::TryReserveError;
-use thiserror::Error;
+
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::granule::{Granule, GranuleError};
-use crate::range::GpaRange;
-use crate::snapshot::format::blocks::{BlockTable, block_bytes_for};
+use crate::granule::Granule;
+use crate::snapshot::format::blocks::{BlockTable, block_bytes_for, block_bytes_of_full};
+use crate::snapshot::format::config::VmConfig;
 use crate::snapshot::format::digest::{Digest, Hasher};
-use crate::snapshot::format::document::VmConfig;
+use crate::snapshot::format::error::{FormatError, MANIFEST, VERSION, lists};
 use crate::snapshot::format::limits::Limits;
-use crate::snapshot::format::placement::{Placement, PlacementError};
+use crate::snapshot::format::placement::Placement;
 use crate::snapshot::format::state::VmState;
 use crate::snapshot::reserve::reserve;
-use crate::snapshot::write::memory_file::LEAST_BLOCK_BYTES;
-use crate::units::Count;
 
 /// Begins every manifest. Its bytes 0x89, CR LF, 0x1a and LF show what a text-mode transfer does to a file.
 pub(crate) const MAGIC: [u8; 8] = *b"\x89VMS\r\n\x1a\n";
-/// The version written, and the only one read.
-pub(crate) const VERSION: u16 = 1;
 
 /// No host has larger pages; a block has at least one.
 const MOST_PAGE_BYTES: u64 = 1 << 20;
 
 const FULL: u16 = 1;
 const DIFFERENTIAL: u16 = 2;
-
-/// Why bytes are not a manifest.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum ManifestError {
-    /// The file is cut off, or something follows its end.
-    #[error("Manifest has {}, which is not what its header says", Count(.bytes, "byte"))]
-    Length {
-        /// Bytes there are.
-        bytes: usize,
-    },
-    /// The file is something else.
-    #[error("Manifest does not begin with the magic bytes of one")]
-    Magic,
-    /// A later or unknown version wrote the file.
-    #[error("Manifest is of version {version}, only version {VERSION} is known")]
-    Version {
-        /// What the header says.
-        version: u16,
-    },
-    /// Some byte was altered.
-    #[error("Manifest does not match its checksum")]
-    Checksum,
-    /// A header field holds what no writer writes.
-    #[error("Manifest field {field} holds {value:#x}")]
-    Field {
-        /// The field.
-        field: &'static str,
-        /// What it holds.
-        value: u64,
-    },
-    /// The page size is none.
-    #[error("Manifest has a page size that is none")]
-    Page(#[from] GranuleError),
-    /// The memory ranges, or the runs of a differential, are impossible.
-    #[error("Manifest lists impossible {what}")]
-    Ranges {
-        /// `memory ranges`, `runs` or `zero runs`.
-        what: &'static str,
-        /// What is wrong with them.
-        source: PlacementError,
-    },
-    /// This host has no memory for the digests: nothing is wrong with the file.
-    #[error("Manifest has more digests than there is memory for")]
-    Memory(#[from] TryReserveError),
-    /// There are more memory ranges, or more bytes in them, than are read.
-    #[error("Manifest lists more {what} than are read")]
-    OverLimit {
-        /// As for [`ManifestError::Ranges`].
-        what: &'static str,
-        /// The limit.
-        source: PlacementError,
-    },
-    /// A run that is not whole pages of the memory, or out of order.
-    #[error("Manifest lists run {run}, which is out of order or not of whole pages of the memory")]
-    Run {
-        /// The run.
-        run: GpaRange,
-    },
-}
 
 /// The header, as it stands in the file.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -244,19 +180,19 @@ impl Manifest {
     ///
     /// # Errors
     /// The bytes are not, to the last one, what [`Manifest::encode`] writes.
-    pub fn parse(bytes: &[u8], limits: &Limits) -> Result<Self, ManifestError> {
-        let length = ManifestError::Length { bytes: bytes.len() };
-        let magic = bytes.get(..MAGIC.len()).ok_or(length.clone())?;
+    pub fn parse(bytes: &[u8], limits: &Limits) -> Result<Self, FormatError> {
+        let length = || FormatError::Length { bytes: bytes.len() };
+        let magic = bytes.get(..MAGIC.len()).ok_or_else(length)?;
         if magic != MAGIC {
-            return Err(ManifestError::Magic);
+            return Err(FormatError::Magic);
         }
-        let (header, _) = Header::read_from_prefix(bytes).map_err(|_| length.clone())?;
+        let (header, _) = Header::read_from_prefix(bytes).map_err(|_| length())?;
         if header.version != VERSION {
-            return Err(ManifestError::Version { version: header.version.get() });
+            return Err(FormatError::Version { version: header.version.get() });
         }
-        let (covered, checksum) = bytes.split_last_chunk::<{ Digest::BYTES }>().ok_or(length)?;
+        let (covered, checksum) = bytes.split_last_chunk::<{ Digest::BYTES }>().ok_or_else(length)?;
         if Digest::of(covered).as_bytes() != checksum {
-            return Err(ManifestError::Checksum);
+            return Err(FormatError::Checksum);
         }
         Parser { bytes: covered, at: size_of::<Header>() }.manifest(&header, limits)
     }
@@ -280,13 +216,13 @@ struct Parser<'a> {
 }
 
 impl<'a> Parser<'a> {
-    fn manifest(mut self, header: &Header, limits: &Limits) -> Result<Manifest, ManifestError> {
+    fn manifest(mut self, header: &Header, limits: &Limits) -> Result<Manifest, FormatError> {
         let page = Granule::new(header.page_bytes.get().into())?;
         if page.bytes() > MOST_PAGE_BYTES {
-            return Err(ManifestError::Field { field: "page_bytes", value: page.bytes() });
+            return Err(FormatError::Field { field: "page_bytes", value: page.bytes() });
         }
         let memory = self.ranges(header.ranges.get().into(), "memory ranges", limits)?;
-        memory.check_pages(page).map_err(|source| ManifestError::Ranges { what: "memory ranges", source })?;
+        memory.check_pages(page).map_err(lists(MANIFEST, "memory ranges"))?;
         let changes = self.changes(header, page, &memory, limits)?;
         let content_bytes = changes.as_ref().map_or(memory.bytes(), |changes| changes.runs.bytes());
         expect_field("content_bytes", header.content_bytes.get(), content_bytes)?;
@@ -308,16 +244,16 @@ impl<'a> Parser<'a> {
             aliases,
         };
         if Digest::of(&self.bytes[..body]).as_bytes() != digest {
-            return Err(ManifestError::Checksum);
+            return Err(FormatError::Checksum);
         }
         Ok(manifest)
     }
 
-    fn length(&self) -> ManifestError {
-        ManifestError::Length { bytes: self.bytes.len() + Digest::BYTES }
+    fn length(&self) -> FormatError {
+        FormatError::Length { bytes: self.bytes.len() + Digest::BYTES }
     }
 
-    fn take(&mut self, bytes: usize) -> Result<&'a [u8], ManifestError> {
+    fn take(&mut self, bytes: usize) -> Result<&'a [u8], FormatError> {
         let end = self.at.checked_add(bytes).filter(|&end| end <= self.bytes.len());
         let end = end.ok_or_else(|| self.length())?;
         let taken = &self.bytes[self.at..end];
@@ -325,26 +261,18 @@ impl<'a> Parser<'a> {
         Ok(taken)
     }
 
-    fn take_list(&mut self, count: u64, bytes_each: usize) -> Result<&'a [u8], ManifestError> {
+    fn take_list(&mut self, count: u64, bytes_each: usize) -> Result<&'a [u8], FormatError> {
         let bytes = usize::try_from(count).ok().and_then(|count| count.checked_mul(bytes_each));
         self.take(bytes.ok_or_else(|| self.length())?)
     }
 
-    fn ranges(
-        &mut self,
-        count: u64,
-        what: &'static str,
-        limits: &Limits,
-    ) -> Result<Placement, ManifestError> {
+    fn ranges(&mut self, count: u64, what: &'static str, limits: &Limits) -> Result<Placement, FormatError> {
         let pairs = self.take_list(count, 2 * size_of::<u64>())?;
         let pairs = pairs.chunks_exact(16).map(|pair| {
             let word = |at: usize| U64::read_from_bytes(&pair[at..at + 8]).map_or(0, U64::get);
             (word(0), word(8))
         });
-        Placement::from_pairs(pairs, limits).map_err(|source| match source.is_limit() {
-            true => ManifestError::OverLimit { what, source },
-            false => ManifestError::Ranges { what, source },
-        })
+        Placement::from_pairs(pairs, limits).map_err(lists(MANIFEST, what))
     }
 
     fn changes(
@@ -353,12 +281,12 @@ impl<'a> Parser<'a> {
         page: Granule,
         memory: &Placement,
         limits: &Limits,
-    ) -> Result<Option<Changes>, ManifestError> {
+    ) -> Result<Option<Changes>, FormatError> {
         if header.kind == FULL {
             expect_field("runs", header.runs.get(), 0)?;
             expect_field("zero_runs", header.zero_runs.get(), 0)?;
             if header.base != Digest::ZERO {
-                return Err(ManifestError::Field { field: "base", value: 1 });
+                return Err(FormatError::Field { field: "base", value: 1 });
             }
             return Ok(None);
         }
@@ -372,30 +300,32 @@ impl<'a> Parser<'a> {
             for run in list.ranges() {
                 let aligned = page.is_aligned(run.start()) && page.is_aligned(run.end());
                 if !aligned || run.start() < end || !memory.holds(run) {
-                    return Err(ManifestError::Run { run });
+                    return Err(FormatError::Run { run });
                 }
                 end = run.end();
             }
         }
         if let Some(run) = zero_runs.ranges().find(|&run| runs.locate(run).next().is_some()) {
-            return Err(ManifestError::Run { run });
+            return Err(FormatError::Run { run });
         }
         Ok(Some(Changes { base: header.base, runs, zero_runs }))
     }
 
-    fn blocks(&mut self, header: &Header, page: Granule) -> Result<BlockTable, ManifestError> {
+    fn blocks(&mut self, header: &Header, page: Granule) -> Result<BlockTable, FormatError> {
         let block_bytes = u64::from(header.block_bytes.get());
         let content_bytes = header.content_bytes.get();
-        let least_bytes =
-            if header.kind == FULL { LEAST_BLOCK_BYTES.max(page.bytes()) } else { page.bytes() };
-        // A block is in memory as a whole, so its size is no file's to choose.
-        expect_field("block_bytes", block_bytes, block_bytes_for(content_bytes, least_bytes))?;
+        // A whole block is held in memory, so a file does not get to choose its size.
+        let expected = match header.kind.get() {
+            FULL => block_bytes_of_full(content_bytes, page),
+            _ => block_bytes_for(content_bytes, page.bytes()),
+        };
+        expect_field("block_bytes", block_bytes, expected)?;
         let count = content_bytes.div_ceil(block_bytes);
         let words = self.take_list(count.div_ceil(64), size_of::<u64>())?;
         let is_set = |bit: usize| words[bit / 8] >> (bit % 8) & 1 == 1;
         let count = usize::try_from(count).map_err(|_| self.length())?;
         if (count..words.len() * 8).any(is_set) {
-            return Err(ManifestError::Field { field: "block bitmap", value: count as u64 });
+            return Err(FormatError::Field { field: "block bitmap", value: count as u64 });
         }
         let set: u64 = words.iter().map(|byte| u64::from(byte.count_ones())).sum();
         let mut digests = self.take_list(set, Digest::BYTES)?.chunks_exact(Digest::BYTES);
@@ -406,13 +336,13 @@ impl<'a> Parser<'a> {
         Ok(BlockTable { block_bytes, digests })
     }
 
-    fn aliases(&mut self) -> Result<Vec<Digest>, ManifestError> {
+    fn aliases(&mut self) -> Result<Vec<Digest>, FormatError> {
         let count = U64::read_from_bytes(self.take(size_of::<u64>())?).map_or(0, U64::get);
         let aliases = self.take_list(count, Digest::BYTES)?.chunks_exact(Digest::BYTES);
         Ok(aliases.filter_map(|bytes| Digest::read_from_bytes(bytes).ok()).collect())
     }
 }
 
-fn expect_field(field: &'static str, value: u64, expected: u64) -> Result<(), ManifestError> {
-    if value == expected { Ok(()) } else { Err(ManifestError::Field { field, value }) }
+fn expect_field(field: &'static str, value: u64, expected: u64) -> Result<(), FormatError> {
+    if value == expected { Ok(()) } else { Err(FormatError::Field { field, value }) }
 }

@@ -9,7 +9,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::snapshot::format::document_error::{DocumentError, json};
+use crate::snapshot::format::error::{FormatError, json};
 use crate::snapshot::format::list::AtMost;
 
 /// Id of the component whose children are the VM's devices.
@@ -131,7 +131,7 @@ struct Data<'a> {
 ///
 /// # Errors
 /// The text is no tree of states.
-pub(crate) fn measure(devices: &mut [PassThrough], tree: &str) -> Result<(), DocumentError> {
+pub(crate) fn measure(devices: &mut [PassThrough], tree: &str) -> Result<(), FormatError> {
     if devices.is_empty() {
         return Ok(());
     }

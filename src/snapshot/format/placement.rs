@@ -2,12 +2,15 @@
 
 //! Where each byte of guest memory lies in a file that holds ranges back to back.
 
+use std::ops::Range;
+
 use thiserror::Error;
 
 use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::{GpaRange, RangeError};
 use crate::snapshot::format::limits::Limits;
+use crate::snapshot::reserve::index;
 use crate::units::Count;
 
 /// Why a list of ranges is not a placement.
@@ -204,6 +207,14 @@ impl Placement {
     pub fn locate(&self, range: GpaRange) -> impl Iterator<Item = Extent> {
         let first = self.by_gpa.partition_point(|extent| extent.range.end() <= range.start());
         self.by_gpa[first..].iter().map_while(move |extent| extent.part(range))
+    }
+
+    /// Returns the parts of `range` that the file holds, ascending by address, each with its place in a buffer that holds `range`.
+    pub(crate) fn parts_of(&self, range: GpaRange) -> impl Iterator<Item = (Extent, Range<usize>)> {
+        self.locate(range).map(move |extent| {
+            let at = |gpa: u64| index(gpa - range.start());
+            (extent, at(extent.range.start())..at(extent.range.end()))
+        })
     }
 
     /// Whether the file holds every byte of `range`.

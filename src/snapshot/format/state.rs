@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::range::GpaRange;
-use crate::snapshot::format::document::VmConfig;
-use crate::snapshot::format::document_error::{DocumentError, ENTRIES, json, ranges, within};
+use crate::snapshot::format::config::VmConfig;
+use crate::snapshot::format::error::{ENTRIES, FormatError, json, ranges, within};
 use crate::snapshot::format::limits::Limits;
 use crate::snapshot::format::list::AtMost;
 use crate::snapshot::format::passthrough::{self, PassThrough};
@@ -41,10 +41,10 @@ impl VmState {
     ///
     /// # Errors
     /// It is not the state of a VM, exceeds `limits`, or its memory ranges are impossible.
-    pub fn parse(text: Vec<u8>, limits: &Limits) -> Result<Self, DocumentError> {
+    pub fn parse(text: Vec<u8>, limits: &Limits) -> Result<Self, FormatError> {
         within("state.json", text.len(), limits.state_bytes)?;
         let text = String::from_utf8(text)
-            .map_err(|error| DocumentError::Utf8 { document: "state.json", source: error.utf8_error() })?;
+            .map_err(|error| FormatError::Utf8 { document: "state.json", source: error.utf8_error() })?;
         let tree = Tree::read(&text).map_err(json("state.json"))?;
         let memory_manager = tree.memory_manager().ok_or_else(no_state(MEMORY_MANAGER))?;
         // As in a Config message, which is made of these two.
@@ -75,7 +75,7 @@ impl VmState {
     ///
     /// # Errors
     /// The state of a device is of another shape.
-    pub fn devices(&self, config: &VmConfig) -> Result<Vec<PassThrough>, DocumentError> {
+    pub fn devices(&self, config: &VmConfig) -> Result<Vec<PassThrough>, FormatError> {
         let mut devices = config.devices().to_vec();
         passthrough::measure(&mut devices, &self.text)?;
         Ok(devices)
@@ -88,7 +88,7 @@ impl VmState {
     }
 
     /// Lists the memory ranges in the order and pieces of `memory`, whatever they were before; nothing else changes.
-    pub(crate) fn relist(mut self, memory: &Placement) -> Result<Self, DocumentError> {
+    pub(crate) fn relist(mut self, memory: &Placement) -> Result<Self, FormatError> {
         if self.memory.ranges().eq(memory.ranges()) {
             return Ok(self);
         }
@@ -118,7 +118,7 @@ impl VmState {
     ///
     /// # Errors
     /// The state lacks what the message needs.
-    pub fn config_message(&self, config: &VmConfig) -> Result<Vec<u8>, DocumentError> {
+    pub fn config_message(&self, config: &VmConfig) -> Result<Vec<u8>, FormatError> {
         let manager = self.memory_manager_listing([])?;
         let manager: &RawValue = serde_json::from_str(&manager).map_err(wrong(MEMORY_MANAGER))?;
         let own = self.own.clone().ok_or_else(no_state(VM))?;
@@ -136,7 +136,7 @@ impl VmState {
     fn memory_manager_listing(
         &self,
         ranges: impl IntoIterator<Item = GpaRange>,
-    ) -> Result<String, DocumentError> {
+    ) -> Result<String, FormatError> {
         let mut state =
             Quoted::at(&self.text, self.memory_manager.clone()).unquote().map_err(wrong(MEMORY_MANAGER))?;
         let listing: Listing<'_> = serde_json::from_str(&state).map_err(wrong(MEMORY_MANAGER))?;
@@ -159,7 +159,7 @@ impl std::fmt::Debug for VmState {
 fn listed_memory(
     memory_manager: Quoted<'_>,
     limits: &Limits,
-) -> Result<(Placement, Vec<FixedRam>), DocumentError> {
+) -> Result<(Placement, Vec<FixedRam>), FormatError> {
     let text = memory_manager.unquote().map_err(wrong(MEMORY_MANAGER))?;
     let state: MemoryManagerState = serde_json::from_str(&text).map_err(wrong(MEMORY_MANAGER))?;
     let pairs = state.memory_ranges.data.iter().map(|range| (range.gpa, range.length));
@@ -176,12 +176,12 @@ fn fixed_ram(memory_manager: &str) -> Vec<FixedRam> {
         .collect()
 }
 
-fn wrong(component: &'static str) -> impl FnOnce(serde_json::Error) -> DocumentError {
-    move |source| DocumentError::State { component, source }
+fn wrong(component: &'static str) -> impl FnOnce(serde_json::Error) -> FormatError {
+    move |source| FormatError::State { component, source }
 }
 
-fn no_state(component: &'static str) -> impl FnOnce() -> DocumentError {
-    move || DocumentError::NoState { component }
+fn no_state(component: &'static str) -> impl FnOnce() -> FormatError {
+    move || FormatError::NoState { component }
 }
 
 #[derive(Deserialize)]

@@ -6,21 +6,22 @@ use std::fmt;
 use std::io::{self, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use thiserror::Error;
 
 use crate::layout::Layout;
-use crate::snapshot::disk::staging::{StagedDir, StagingError};
+use crate::snapshot::disk::error::WriteError;
+use crate::snapshot::disk::staging::StagedDir;
+use crate::snapshot::format::config::{VmConfig, ZoneFile};
+use crate::snapshot::format::config_message::ConfigMessage;
 use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::document::ZoneFile;
-use crate::snapshot::format::document::{ConfigMessage, VmConfig};
-use crate::snapshot::format::document_error::DocumentError;
+use crate::snapshot::format::error::FormatError;
 use crate::snapshot::format::limits::Limits;
 use crate::snapshot::format::placement::PlacementError;
 use crate::snapshot::format::state::VmState;
-use crate::snapshot::write::differential_writer::{Base, DifferentialWriter};
-use crate::snapshot::write::writer::{Announced, SnapshotWriter, WriteError};
+use crate::snapshot::write::announced::Announced;
+use crate::snapshot::write::writer::{Base, SnapshotWriter};
 use crate::transfer::frame::MemoryTable;
 use crate::transfer::receive::{Destination, PageStore, Pages};
 use crate::vm::VmError;
@@ -55,7 +56,7 @@ pub enum DestinationError {
     },
     /// A message is not what it should be.
     #[error(transparent)]
-    Document(#[from] DocumentError),
+    Document(#[from] FormatError),
     /// The VM's RAM cannot be placed.
     #[error("Cannot place the VM's RAM")]
     Placement(#[from] PlacementError),
@@ -159,7 +160,7 @@ impl SnapshotDestination {
     ///
     /// # Errors
     /// `target` is there and not an empty directory, or cannot be made.
-    pub fn create(target: &Path, options: DestinationOptions) -> Result<Self, StagingError> {
+    pub fn create(target: &Path, options: DestinationOptions) -> Result<Self, WriteError> {
         let staged = StagedDir::create(target)?;
         Ok(Self { target: target.to_owned(), options, phase: Phase::Waiting(staged) })
     }
@@ -182,15 +183,9 @@ impl SnapshotDestination {
         warn_of_devices(message.vm_config());
         let layout = message.layout().clone();
         let announced = Announced::with_hotpluggable(layout.clone(), message.hotpluggable(), &limits)?;
-        let writer = match self.options.base.clone() {
-            None => Writer::Full(SnapshotWriter::begin(staged, announced, limits)?),
-            Some(base) => {
-                let writer = DifferentialWriter::begin(staged, announced, base, limits)?;
-                // A migration brings all memory, but for pages that a fresh receiver's memory has already: zeros.
-                writer.presume_zeros().map_err(WriteError::from)?;
-                Writer::Differential(writer)
-            }
-        };
+        let writer = SnapshotWriter::begin(staged, announced, self.options.base.clone(), limits)?;
+        // A migration brings all memory, but for pages that a fresh receiver's memory has already: zeros.
+        writer.presume_zeros()?;
         let store =
             Arc::new(Store { layout, writer: RwLock::new(Some(writer)), closed: AtomicBool::new(false) });
         self.phase = Phase::Receiving { config: message.vm_config().clone(), store: Arc::clone(&store) };
@@ -231,10 +226,7 @@ impl SnapshotDestination {
             return Err(DestinationError::OutOfTurn { message: "Complete" });
         };
         let writer = store.close().ok_or(DestinationError::OutOfTurn { message: "Complete" })?;
-        let digest = match writer {
-            Writer::Full(writer) => writer.complete(&config, state, Vec::new())?,
-            Writer::Differential(writer) => writer.complete(&config, state)?,
-        };
+        let digest = writer.complete(&config, state, Vec::new())?;
         self.phase = Phase::Kept(digest);
         if self.options.checkpoint {
             return Err(DestinationError::Kept { path: self.target.clone(), digest });
@@ -266,41 +258,31 @@ impl Destination for SnapshotDestination {
     }
 }
 
-#[derive(Debug)]
-enum Writer {
-    Full(SnapshotWriter),
-    Differential(DifferentialWriter),
-}
-
 /// Hands pages to the writer for as long as there is one, whoever else still holds the store.
 #[derive(Debug)]
 struct Store {
     layout: Layout,
-    writer: RwLock<Option<Writer>>,
+    writer: RwLock<Option<SnapshotWriter>>,
     /// Ends what is being written, ahead of the lock.
     closed: AtomicBool,
 }
 
 impl Store {
     fn check(&self, state: &VmState) -> Result<(), WriteError> {
-        match &*self.writer.read().unwrap_or_else(PoisonError::into_inner) {
-            Some(Writer::Full(writer)) => writer.check(state),
-            Some(Writer::Differential(writer)) => writer.check(state),
-            None => Ok(()),
-        }
+        self.writer().as_ref().map_or(Ok(()), |writer| writer.check(state))
     }
 
     /// Lets the disk work while whatever is done with the paused VM is done.
     fn hurry(&self) {
-        match &*self.writer.read().unwrap_or_else(PoisonError::into_inner) {
-            Some(Writer::Full(writer)) => writer.hurry(),
-            Some(Writer::Differential(writer)) => writer.hurry(),
-            None => {}
-        }
+        self.writer().iter().for_each(SnapshotWriter::hurry);
+    }
+
+    fn writer(&self) -> RwLockReadGuard<'_, Option<SnapshotWriter>> {
+        self.writer.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the writer away, once the ranges being written are; no other range is written any more.
-    fn close(&self) -> Option<Writer> {
+    fn close(&self) -> Option<SnapshotWriter> {
         self.closed.store(true, Ordering::Relaxed);
         self.writer.write().unwrap_or_else(PoisonError::into_inner).take()
     }
@@ -312,13 +294,11 @@ impl PageStore for Store {
     }
 
     fn fill(&self, table: &MemoryTable, pages: &mut Pages<'_>) -> io::Result<()> {
-        let writer = self.writer.read().unwrap_or_else(PoisonError::into_inner);
+        let writer = self.writer();
         let mut pages = BufReader::with_capacity(READ_BYTES, pages);
         table.ranges().try_for_each(|range| match &*writer {
-            _ if self.closed.load(Ordering::Relaxed) => Err(ended()),
-            Some(Writer::Full(writer)) => writer.fill(range, &mut pages),
-            Some(Writer::Differential(writer)) => writer.fill(range, &mut pages),
-            None => Err(ended()),
+            Some(writer) if !self.closed.load(Ordering::Relaxed) => writer.fill(range, &mut pages),
+            _ => Err(ended()),
         })
     }
 }

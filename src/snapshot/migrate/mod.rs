@@ -2,6 +2,6 @@
 
 //! The two sides of a migration: a snapshot as its source, and as its destination.
 
-pub(super) mod checking;
+mod background_check;
 pub(super) mod destination;
 pub(super) mod source;

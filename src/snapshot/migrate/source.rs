@@ -4,80 +4,18 @@
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use thiserror::Error;
-use vm_memory::GuestRegionCollectionError;
 use vm_migration::Snapshot;
 
 use crate::granule::Granule;
-use crate::layout::{Layout, LayoutError};
+use crate::layout::Layout;
 use crate::snapshot::disk::files::{expect_length, named};
-use crate::snapshot::format::elsewhere::Elsewhere;
-use crate::snapshot::format::placement::PlacementError;
-use crate::snapshot::migrate::checking::Checking;
-use crate::snapshot::read::dir::{OpenError, SnapshotDir};
+use crate::snapshot::migrate::background_check::BackgroundCheck;
+use crate::snapshot::ops::error::OperationError;
+use crate::snapshot::read::full::FullSnapshot;
 use crate::snapshot::read::placed::{PlacedMemory, regions};
 use crate::vm::{Backing, Captured, Vm, VmError};
-
-/// Why a snapshot cannot be sent.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum SourceError {
-    /// Part of the memory is not in the snapshot: a receiver would run the VM without it.
-    #[error("{path} lacks memory that the VM has: {elsewhere}", path = .path.display())]
-    Elsewhere {
-        /// The snapshot.
-        path: PathBuf,
-        /// Where the memory is.
-        elsewhere: Elsewhere,
-    },
-    /// There is no memory.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The memory is not of whole pages.
-    #[error("Cannot divide the memory of {path} into pages", path = .path.display())]
-    Pages {
-        /// The snapshot.
-        path: PathBuf,
-        /// Which part.
-        source: PlacementError,
-    },
-    /// The memory cannot be laid out on this host.
-    #[error("Cannot lay out the memory of {path}", path = .path.display())]
-    Layout {
-        /// The snapshot.
-        path: PathBuf,
-        /// Why.
-        source: LayoutError,
-    },
-    /// The file cannot be opened a second time.
-    #[error("Cannot share {path}", path = .path.display())]
-    Share {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// Its file cannot be read or was cut off, or a block of a snapshot with a manifest was altered: then the source is an
-    /// [`Altered`](crate::snapshot::Altered).
-    #[error("Cannot send {path}", path = .path.display())]
-    Check {
-        /// The snapshot.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The ranges do not make up a guest's memory.
-    #[error("Cannot gather the memory of {path}", path = .path.display())]
-    Gather {
-        /// The snapshot.
-        path: PathBuf,
-        /// Why.
-        source: GuestRegionCollectionError,
-    },
-}
 
 /// A snapshot on disk that plays the source of a migration: a VM that stands still.
 ///
@@ -88,38 +26,38 @@ pub enum SourceError {
 /// A file that is cut off while it is sent, or that the disk cannot read, ends the migration with an error that names it.
 #[derive(Debug)]
 pub struct SnapshotSource {
-    dir: Arc<SnapshotDir>,
+    snapshot: Arc<FullSnapshot>,
     /// From the first word to the receiver until the VM is paused.
-    checking: Option<Checking>,
+    checking: Option<BackgroundCheck>,
     layout: Layout,
     file: Arc<File>,
     memory: Arc<PlacedMemory>,
 }
 
 impl SnapshotSource {
-    /// Makes a VM of `dir`.
+    /// Makes a VM of `snapshot`.
     ///
     /// # Errors
     /// Memory is missing, is not of whole pages of 4 KiB, or was cut off.
-    pub fn new(dir: SnapshotDir) -> Result<Self, SourceError> {
-        let path = || dir.path().to_owned();
-        let elsewhere = dir.elsewhere();
+    pub fn new(snapshot: FullSnapshot) -> Result<Self, OperationError> {
+        let path = || snapshot.path().to_owned();
+        let elsewhere = snapshot.elsewhere();
         if !elsewhere.is_empty() {
-            return Err(SourceError::Elsewhere { path: path(), elsewhere });
+            return Err(OperationError::Elsewhere { path: path(), elsewhere });
         }
-        let file = dir.memory()?;
-        check_length(&dir)?;
-        let page = dir.placement().page(Granule::host_page());
-        let page = page.map_err(|source| SourceError::Pages { path: path(), source })?;
-        let layout = Layout::new(dir.placement().ranges(), page)
-            .map_err(|source| SourceError::Layout { path: path(), source })?;
-        let file =
-            file.try_clone().map_err(|source| SourceError::Share { path: dir.memory_path(), source })?;
+        let memory = snapshot.memory()?;
+        check_length(&snapshot)?;
+        let page = snapshot.placement().page(Granule::host_page());
+        let page = page.map_err(|source| OperationError::Pages { path: path(), source })?;
+        let layout = Layout::new(snapshot.placement().ranges(), page)
+            .map_err(|source| OperationError::Layout { path: path(), source })?;
+        let file = memory.file.try_clone();
+        let file = file.map_err(|source| OperationError::Share { path: memory.path(), source })?;
         let file = Arc::new(file);
-        let regions = regions(&file, dir.memory_path(), dir.placement());
-        let memory = PlacedMemory::from_regions(regions)
-            .map_err(|source| SourceError::Gather { path: path(), source })?;
-        Ok(Self { dir: Arc::new(dir), checking: None, layout, file, memory: Arc::new(memory) })
+        let memory = PlacedMemory::from_regions(regions(&file, memory.path(), snapshot.placement()))
+            .map_err(|source| OperationError::Gather { path: path(), source })?;
+        let memory = Arc::new(memory);
+        Ok(Self { snapshot: Arc::new(snapshot), checking: None, layout, file, memory })
     }
 
     /// The VM's RAM.
@@ -131,28 +69,28 @@ impl SnapshotSource {
     ///
     /// See [`SendOptions::receiver_reads_zero`](crate::transfer::SendOptions::receiver_reads_zero).
     pub fn receiver_reads_zero(&self) -> bool {
-        self.dir.config().file_zones().is_empty()
+        self.snapshot.config().file_zones().is_empty()
     }
 
     /// The snapshot.
-    pub fn dir(&self) -> &SnapshotDir {
-        &self.dir
+    pub fn snapshot(&self) -> &FullSnapshot {
+        &self.snapshot
     }
 
-    fn begin_check(&mut self) -> Result<(), SourceError> {
+    fn begin_check(&mut self) -> Result<(), OperationError> {
         self.give_up_check();
-        self.checking = Some(Checking::start(&self.dir).map_err(unsound(&self.dir))?);
+        self.checking = Some(BackgroundCheck::start(&self.snapshot).map_err(unsound(&self.snapshot))?);
         Ok(())
     }
 
-    fn end_check(&mut self) -> Result<(), SourceError> {
-        let checked = self.checking.take().map_or(Ok(()), Checking::finish);
-        checked.map_err(unsound(&self.dir))?;
-        check_length(&self.dir)
+    fn end_check(&mut self) -> Result<(), OperationError> {
+        let checked = self.checking.take().map_or(Ok(()), BackgroundCheck::finish);
+        checked.map_err(unsound(&self.snapshot))?;
+        check_length(&self.snapshot)
     }
 
     fn give_up_check(&self) {
-        self.checking.iter().for_each(Checking::give_up);
+        self.checking.iter().for_each(BackgroundCheck::give_up);
     }
 }
 
@@ -162,13 +100,14 @@ impl Drop for SnapshotSource {
     }
 }
 
-fn check_length(dir: &SnapshotDir) -> Result<(), SourceError> {
-    let checked = expect_length(dir.memory()?, dir.placement().bytes());
-    checked.map_err(named(|| dir.memory_path())).map_err(unsound(dir))
+fn check_length(snapshot: &FullSnapshot) -> Result<(), OperationError> {
+    let memory = snapshot.memory()?;
+    let checked = expect_length(memory.file, memory.placement.bytes());
+    checked.map_err(named(|| memory.path())).map_err(unsound(snapshot))
 }
 
-fn unsound(dir: &SnapshotDir) -> impl FnOnce(io::Error) -> SourceError {
-    |source| SourceError::Check { path: dir.path().to_owned(), source }
+fn unsound(snapshot: &FullSnapshot) -> impl FnOnce(io::Error) -> OperationError {
+    |source| OperationError::Send { path: snapshot.path().to_owned(), source }
 }
 
 impl Vm for SnapshotSource {
@@ -179,7 +118,7 @@ impl Vm for SnapshotSource {
     }
 
     fn backing(&self) -> Backing {
-        let extents = self.dir.placement().ascending().iter();
+        let extents = self.snapshot.placement().ascending().iter();
         extents.fold(Backing::default(), |backing, extent| {
             backing.shared_file(extent.range, Arc::clone(&self.file), extent.offset)
         })
@@ -188,7 +127,7 @@ impl Vm for SnapshotSource {
     /// Tells the configuration, and begins to check the memory.
     fn config(&mut self) -> Result<Vec<u8>, VmError> {
         self.begin_check()?;
-        Ok(self.dir.config_message()?)
+        Ok(self.snapshot.config_message()?)
     }
 
     /// Waits until the memory is checked. The VM stands still anyway.
@@ -203,7 +142,7 @@ impl Vm for SnapshotSource {
 
     /// Returns the text as it was stored, the state of pass-through devices in it.
     fn state(&mut self, _devices: Snapshot) -> Result<Captured, VmError> {
-        Ok(Captured::Text(self.dir.state().shared_text()))
+        Ok(Captured::Text(self.snapshot.state().shared_text()))
     }
 
     fn can_throttle(&self) -> bool {

@@ -2,61 +2,24 @@
 
 //! Turns a chain of snapshots into one full snapshot.
 
-use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
-use thiserror::Error;
-
-use crate::layout::{Layout, LayoutError};
+use crate::layout::Layout;
 use crate::range::GpaRange;
-use crate::snapshot::disk::files::{CHANGES_FILE, MEMORY_FILE};
+use crate::snapshot::disk::error::ManifestUse;
 use crate::snapshot::format::digest::Digest;
 use crate::snapshot::format::limits::Limits;
 use crate::snapshot::format::manifest::Manifest;
-use crate::snapshot::format::placement::{Placement, PlacementError};
-use crate::snapshot::ops::verify::CheckedBlocks;
-use crate::snapshot::read::differential::{Chain, Differential};
-use crate::snapshot::read::dir::OpenError;
-use crate::snapshot::write::writer::{Announced, SnapshotWriter, WriteError};
+use crate::snapshot::ops::error::OperationError;
+use crate::snapshot::read::chain::Chain;
+use crate::snapshot::read::differential::Differential;
+use crate::snapshot::read::reader::MemoryReader;
+use crate::snapshot::reserve::index;
+use crate::snapshot::write::announced::Announced;
+use crate::snapshot::write::writer::SnapshotWriter;
 use crate::units::Millis;
-
-/// Why a chain was not turned into a full snapshot. Nothing lies under the new name.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum ApplyError {
-    /// The memory is not laid out as this host needs it.
-    #[error("Cannot lay out the memory of {path}", path = .path.display())]
-    Layout {
-        /// The snapshot on top.
-        path: PathBuf,
-        /// Why.
-        source: LayoutError,
-    },
-    /// There is no memory to copy.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The snapshot that the chain begins with has no manifest, so altered bytes would pass unseen.
-    #[error("{path} has no manifest to check its memory against", path = .path.display())]
-    NoManifest {
-        /// The snapshot.
-        path: PathBuf,
-        /// Why [`seal`](crate::snapshot::seal()) gives it none, if that is so.
-        source: Option<PlacementError>,
-    },
-    /// Pages could not be read or written.
-    #[error("Cannot copy the pages of {path}", path = .path.display())]
-    Copy {
-        /// The snapshot they come from.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The new snapshot could not be made.
-    #[error(transparent)]
-    Write(#[from] WriteError),
-}
 
 /// Writes the snapshot that `chain` amounts to as a full one, the directory `target`.
 ///
@@ -65,20 +28,17 @@ pub enum ApplyError {
 ///
 /// # Errors
 /// Nothing lies under the new name.
-pub fn apply(chain: &Chain, target: &Path, limits: &Limits) -> Result<Digest, ApplyError> {
+pub fn apply(chain: &Chain, target: &Path, limits: &Limits) -> Result<Digest, OperationError> {
     let full = chain.full();
-    let manifest = full
-        .manifest()
-        .ok_or_else(|| ApplyError::NoManifest { path: full.path().to_owned(), source: full.obstacle() })?;
+    let manifest = full.expect_manifest(ManifestUse::Copy)?;
     let top = chain.differentials().last().map_or(manifest, Differential::manifest);
     let memory = full.memory()?;
     let layout = Layout::new(chain.state().memory().ranges(), top.page)
-        .map_err(|source| ApplyError::Layout { path: chain.path().to_owned(), source })?;
+        .map_err(|source| OperationError::Layout { path: chain.path().to_owned(), source })?;
     let began = Instant::now();
-    let writer = SnapshotWriter::create(target, Announced::all(layout), *limits)?;
-    let copy = |path: &Path, source| ApplyError::Copy { path: path.to_owned(), source };
-    copy_checked(&writer, memory, MEMORY_FILE, manifest, full.placement())
-        .map_err(|source| copy(full.path(), source))?;
+    let writer = SnapshotWriter::create(target, Announced::all(layout), None, *limits)?;
+    let copy = |path: &Path, source| OperationError::Copy { path: path.to_owned(), source };
+    copy_checked(&writer, memory, manifest).map_err(|source| copy(full.path(), source))?;
     log::info!("Copied {} after {}", full.path().display(), Millis(began.elapsed()));
     for differential in chain.differentials() {
         lay_over(&writer, differential).map_err(|source| copy(differential.path(), source))?;
@@ -88,18 +48,12 @@ pub fn apply(chain: &Chain, target: &Path, limits: &Limits) -> Result<Digest, Ap
     Ok(writer.complete(chain.config(), chain.state().clone(), aliases)?)
 }
 
-/// Copies what the new snapshot keeps of a file that holds memory as `placement` says.
-fn copy_checked(
-    writer: &SnapshotWriter,
-    file: &File,
-    name: &'static str,
-    manifest: &Manifest,
-    placement: &Placement,
-) -> io::Result<()> {
-    let mut blocks = CheckedBlocks::new(file, name, manifest, placement);
+/// Copies what the new snapshot keeps of a file of memory, of whose blocks `manifest` has the digests.
+fn copy_checked(writer: &SnapshotWriter, memory: MemoryReader<'_>, manifest: &Manifest) -> io::Result<()> {
+    let mut blocks = memory.blocks(manifest.blocks.block_bytes);
     while let Some(block) = blocks.next_block()? {
         let Some(mut rest) = block.bytes else { continue };
-        for range in placement.gpas(block.offset, block.length) {
+        for range in memory.placement.gpas(block.offset, block.length) {
             let (bytes, after) = rest.split_at(index(range.len()));
             write_kept(writer, range, bytes)?;
             rest = after;
@@ -126,9 +80,5 @@ fn lay_over(writer: &SnapshotWriter, differential: &Differential) -> io::Result<
             writer.fill(part, &mut io::repeat(0))?;
         }
     }
-    copy_checked(writer, differential.pages(), CHANGES_FILE, differential.manifest(), differential.changed())
-}
-
-fn index(number: u64) -> usize {
-    usize::try_from(number).expect("a block fits memory")
+    copy_checked(writer, differential.reader(), differential.manifest())
 }

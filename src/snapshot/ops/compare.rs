@@ -2,30 +2,17 @@
 
 //! Lists where two snapshots differ.
 
-use std::io;
-
 use serde::{Serialize, Serializer};
-use thiserror::Error;
 
 use crate::granule::Granule;
-use crate::range::GpaRange;
+use crate::range::{GpaRange, united};
 use crate::snapshot::format::placement::Placement;
-use crate::snapshot::read::differential::{Chain, united};
-use crate::snapshot::reserve::resize;
+use crate::snapshot::ops::error::OperationError;
+use crate::snapshot::read::chain::Chain;
+use crate::snapshot::reserve::{index, resize};
 
 /// Bytes compared at once.
 const COMPARE_BYTES: u64 = 1 << 20;
-
-/// The memory of two snapshots could not be compared.
-#[derive(Debug, Error)]
-#[error("Cannot read memory {range}")]
-#[non_exhaustive]
-pub struct CompareError {
-    /// What was being read.
-    pub range: GpaRange,
-    /// Why.
-    pub source: io::Error,
-}
 
 /// Where two snapshots differ.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -62,7 +49,7 @@ fn as_texts<S: Serializer>(ranges: &[GpaRange], serializer: S) -> Result<S::Ok, 
 ///
 /// # Errors
 /// Memory of one cannot be read.
-pub fn compare(first: &Chain, second: &Chain) -> Result<Differences, CompareError> {
+pub fn compare(first: &Chain, second: &Chain) -> Result<Differences, OperationError> {
     let (in_first, in_second) = (first.state().memory(), second.state().memory());
     Ok(Differences {
         config: first.config().text() != second.config().text(),
@@ -77,17 +64,17 @@ fn without(memory: &Placement, other: &Placement) -> Vec<GpaRange> {
     memory.ascending().iter().flat_map(|extent| other.missing(extent.range)).collect()
 }
 
-fn differing_pages(first: &Chain, second: &Chain) -> Result<Vec<GpaRange>, CompareError> {
+fn differing_pages(first: &Chain, second: &Chain) -> Result<Vec<GpaRange>, OperationError> {
     let mut populated = Vec::new();
     for chain in [first, second] {
         let ranges = chain.populated().map_err(|source| {
             let range = chain.state().memory().ranges().next();
-            CompareError { range: range.unwrap_or_else(nothing), source }
+            OperationError::Compare { range: range.unwrap_or_else(nothing), source }
         })?;
         populated.extend(ranges);
     }
     let page = Granule::host_page();
-    let populated = populated.iter().filter_map(|range| range.align_outward(page.bytes())).collect();
+    let populated = populated.iter().filter_map(|range| range.align_outward(page.bytes()));
     let mut differing = Vec::new();
     let mut buffers = (Vec::new(), Vec::new());
     for range in united(populated) {
@@ -109,16 +96,16 @@ fn compare_piece(
     page: Granule,
     (left, right): &mut (Vec<u8>, Vec<u8>),
     differing: &mut Vec<GpaRange>,
-) -> Result<(), CompareError> {
+) -> Result<(), OperationError> {
     for (chain, buffer) in [(first, &mut *left), (second, &mut *right)] {
-        let read = resize(buffer, usize::try_from(piece.len()).unwrap_or(usize::MAX));
+        let read = resize(buffer, index(piece.len()));
         read.and_then(|()| chain.read(piece, buffer))
-            .map_err(|source| CompareError { range: piece, source })?;
+            .map_err(|source| OperationError::Compare { range: piece, source })?;
     }
     if left == right {
         return Ok(());
     }
-    let page_bytes = usize::try_from(page.bytes()).unwrap_or(usize::MAX);
+    let page_bytes = index(page.bytes());
     let pages = left.chunks(page_bytes).zip(right.chunks(page_bytes)).zip(piece.pieces(page.bytes()));
     differing.extend(pages.filter(|((left, right), _)| left != right).map(|(_, page)| page));
     Ok(())

@@ -8,16 +8,17 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::range::GpaRange;
-use crate::snapshot::disk::files::FileError;
+use crate::snapshot::disk::error::ReadError;
 use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::document::VmConfig;
 use crate::snapshot::format::elsewhere::Elsewhere;
 use crate::snapshot::format::limits::Limits;
 use crate::snapshot::format::manifest::Manifest;
+use crate::snapshot::format::names::MEMORY_FILE;
 use crate::snapshot::format::passthrough::PassThrough;
-use crate::snapshot::format::state::VmState;
 use crate::snapshot::read::differential::Differential;
-use crate::snapshot::read::dir::{Configuration, OpenError, SnapshotDir, open_manifest};
+use crate::snapshot::read::documents::{Configuration, Documents};
+use crate::snapshot::read::either::Snapshot;
+use crate::snapshot::read::full::FullSnapshot;
 
 /// What a snapshot holds of the memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -78,65 +79,45 @@ pub struct Description {
 /// An edited `config.json` is described as it stands.
 ///
 /// # Errors
-/// As [`SnapshotDir::open`] and [`Differential::open`].
-pub fn describe(path: &Path, limits: &Limits) -> Result<Description, OpenError> {
-    let manifest = open_manifest(path, limits)?;
-    if manifest.is_some_and(|manifest| manifest.changes.is_some()) {
-        describe_differential(&Differential::open_as(path, Configuration::AsItStands, limits)?)
-    } else {
-        describe_full(&SnapshotDir::open_as(path, Configuration::AsItStands, limits)?)
-    }
-}
-
-/// The devices of the snapshot at `path`, with the size of the state of each.
-fn devices(path: &Path, config: &VmConfig, state: &VmState) -> Result<Vec<PassThrough>, OpenError> {
-    let wrong = |source| OpenError::Document { path: path.to_owned(), source };
-    state.devices(config).map_err(wrong)
-}
-
-fn describe_full(dir: &SnapshotDir) -> Result<Description, OpenError> {
-    let populated = dir.populated().map(|range| range.map(GpaRange::len)).sum::<io::Result<u64>>();
-    let populated_bytes = populated.map_err(|source| {
-        let unnamed = |source| FileError::Read { path: dir.memory_path(), source };
-        OpenError::File(source.downcast().unwrap_or_else(unnamed))
-    })?;
-    let manifest = dir.manifest();
+/// As [`FullSnapshot::open`] and [`Differential::open`].
+pub fn describe(path: &Path, limits: &Limits) -> Result<Description, ReadError> {
+    let snapshot = Snapshot::open(path, Configuration::AsItStands, limits)?;
+    let (kind, obstacle) = match &snapshot {
+        Snapshot::Full(full) => (kind_of_full(full)?, full.obstacle()),
+        Snapshot::Differential(differential) => (kind_of_differential(differential), None),
+    };
+    let (Documents { config, state, .. }, manifest) = (snapshot.documents(), snapshot.manifest());
+    let wrong = |source| ReadError::Format { path: path.to_owned(), source };
     Ok(Description {
-        kind: Kind::Full { populated_bytes },
-        digest: dir.digest(),
-        obstacle: dir.obstacle().map(|obstacle| obstacle.to_string()),
+        kind,
+        digest: manifest.map(Manifest::digest),
+        obstacle: obstacle.map(|obstacle| obstacle.to_string()),
         aliases: manifest.map_or_else(Vec::new, |manifest| manifest.aliases.clone()),
-        memory_bytes: dir.placement().bytes(),
-        memory_ranges: dir.placement().ascending().len(),
-        block_bytes: manifest.map(|manifest: &Manifest| manifest.blocks.block_bytes),
-        config_bytes: dir.config().text().len() as u64,
-        state_bytes: dir.state().text().len() as u64,
-        config_edited: dir.is_edited(),
-        elsewhere: dir.elsewhere(),
-        devices: devices(dir.path(), dir.config(), dir.state())?,
-    })
-}
-
-fn describe_differential(differential: &Differential) -> Result<Description, OpenError> {
-    let (config, state) = (differential.config(), differential.state());
-    let memory = state.memory();
-    Ok(Description {
-        kind: Kind::Differential {
-            base: differential.base(),
-            changed_bytes: differential.changed().bytes(),
-            zeroed_bytes: differential.zeroed().map(GpaRange::len).sum(),
-            runs: differential.changed().ascending().len() + differential.zeroed().count(),
-        },
-        digest: Some(differential.digest()),
-        obstacle: None,
-        aliases: differential.manifest().aliases.clone(),
-        memory_bytes: memory.bytes(),
-        memory_ranges: memory.ascending().len(),
-        block_bytes: Some(differential.manifest().blocks.block_bytes),
+        memory_bytes: state.memory().bytes(),
+        memory_ranges: state.memory().ascending().len(),
+        block_bytes: manifest.map(|manifest| manifest.blocks.block_bytes),
         config_bytes: config.text().len() as u64,
         state_bytes: state.text().len() as u64,
-        config_edited: differential.is_edited(),
+        config_edited: manifest.is_some_and(|manifest| snapshot.documents().is_edited(manifest)),
         elsewhere: Elsewhere::of(config, state),
-        devices: devices(differential.path(), config, state)?,
+        devices: state.devices(config).map_err(wrong)?,
     })
+}
+
+fn kind_of_full(full: &FullSnapshot) -> Result<Kind, ReadError> {
+    let populated = full.populated().map(|range| range.map(GpaRange::len)).sum::<io::Result<u64>>();
+    let populated_bytes = populated.map_err(|source| {
+        let unnamed = |source| ReadError::Read { path: full.path().join(MEMORY_FILE), source };
+        source.downcast().unwrap_or_else(unnamed)
+    })?;
+    Ok(Kind::Full { populated_bytes })
+}
+
+fn kind_of_differential(differential: &Differential) -> Kind {
+    Kind::Differential {
+        base: differential.base(),
+        changed_bytes: differential.changed().bytes(),
+        zeroed_bytes: differential.zeroed().map(GpaRange::len).sum(),
+        runs: differential.changed().ascending().len() + differential.zeroed().count(),
+    }
 }

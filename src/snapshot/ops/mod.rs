@@ -5,6 +5,7 @@
 pub(super) mod apply;
 pub(super) mod compare;
 pub(super) mod describe;
+pub(super) mod error;
 pub(super) mod seal;
 pub(super) mod subtract;
 pub(super) mod verify;

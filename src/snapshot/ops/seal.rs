@@ -3,57 +3,20 @@
 //! Gives a manifest to a snapshot that has none, and takes an edited configuration into one.
 
 use std::collections::TryReserveError;
-use std::io;
-use std::path::{Path, PathBuf};
-
-use thiserror::Error;
+use std::path::Path;
 
 use crate::granule::Granule;
-use crate::snapshot::disk::files::MANIFEST_FILE;
-use crate::snapshot::disk::staging::{StagingError, add_file, clear_added};
-use crate::snapshot::format::blocks::{BlockTable, block_bytes_for};
+use crate::snapshot::disk::error::{ManifestUse, ReadError, WriteError};
+use crate::snapshot::disk::staging::{add_file, clear_added};
+use crate::snapshot::format::blocks::{BlockTable, block_bytes_of_full};
 use crate::snapshot::format::digest::Digest;
 use crate::snapshot::format::limits::Limits;
 use crate::snapshot::format::manifest::Manifest;
-use crate::snapshot::format::placement::PlacementError;
-use crate::snapshot::read::block_reader::hash_memory;
-use crate::snapshot::read::differential::Differential;
-use crate::snapshot::read::dir::{Configuration, OpenError, SnapshotDir, open_manifest};
-use crate::snapshot::write::memory_file::LEAST_BLOCK_BYTES;
-
-/// Why a snapshot was given no manifest. It is as it was, but for [`StagingError::Unsynced`].
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum SealError {
-    /// There is no snapshot to seal.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// Its memory is not of whole pages, as every manifest's is.
-    #[error("Cannot seal the memory of {path}", path = .path.display())]
-    Pages {
-        /// The snapshot.
-        path: PathBuf,
-        /// Which part.
-        source: PlacementError,
-    },
-    /// Its memory could not be read.
-    #[error("Cannot read the memory of {path}", path = .path.display())]
-    Read {
-        /// The snapshot.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// There is no manifest to take a configuration into.
-    #[error("{path} has no manifest to take an edited configuration into", path = .path.display())]
-    NoManifest {
-        /// The snapshot.
-        path: PathBuf,
-    },
-    /// The manifest could not be written.
-    #[error(transparent)]
-    Write(#[from] StagingError),
-}
+use crate::snapshot::format::names::MANIFEST_FILE;
+use crate::snapshot::ops::error::OperationError;
+use crate::snapshot::read::documents::{Configuration, open_manifest};
+use crate::snapshot::read::either::Snapshot;
+use crate::snapshot::read::full::FullSnapshot;
 
 /// Gives the full snapshot at `path`, as a VMM wrote it, a manifest, and returns what names it from now on.
 ///
@@ -61,35 +24,29 @@ pub enum SealError {
 ///
 /// # Errors
 /// The snapshot is as it was.
-pub fn seal(path: &Path, limits: &Limits) -> Result<Digest, SealError> {
-    seal_opened(&SnapshotDir::open(path, limits)?)
+pub fn seal(path: &Path, limits: &Limits) -> Result<Digest, OperationError> {
+    seal_opened(&FullSnapshot::open(path, limits)?)
 }
 
 /// Gives a snapshot a manifest of what it was when it was opened: should a text change since, it no longer fits.
-pub(crate) fn seal_opened(dir: &SnapshotDir) -> Result<Digest, SealError> {
-    let path = dir.path();
-    if let Some(digest) = dir.digest() {
+pub(crate) fn seal_opened(full: &FullSnapshot) -> Result<Digest, OperationError> {
+    let path = full.path();
+    if let Some(digest) = full.digest() {
         clear_added(path, MANIFEST_FILE);
         return Ok(digest);
     }
-    let page = dir.placement().page(Granule::host_page());
-    let page = page.map_err(|source| SealError::Pages { path: path.to_owned(), source })?;
-    let blocks = hash(dir, page).map_err(|source| SealError::Read { path: path.to_owned(), source })?;
+    let page = full.placement().page(Granule::host_page());
+    let page = page.map_err(|source| OperationError::Seal { path: path.to_owned(), source })?;
+    let no_memory = || {
+        let block_bytes = block_bytes_of_full(full.placement().bytes(), page);
+        Ok(BlockTable { block_bytes, digests: Vec::new() })
+    };
+    let blocks = full.reader().map_or_else(no_memory, |memory| memory.hash(page));
+    let blocks = blocks.map_err(|source| OperationError::Hash { path: path.to_owned(), source })?;
     // The file, and not the configuration in it: somebody may have edited it, and left blanks around it.
-    let config = dir.config_file();
-    let manifest = Manifest { config, ..Manifest::of_full(page, dir.config(), dir.state(), blocks) };
+    let config = full.documents().config_file;
+    let manifest = Manifest { config, ..Manifest::of_full(page, full.config(), full.state(), blocks) };
     write(path, &manifest)
-}
-
-fn hash(dir: &SnapshotDir, page: Granule) -> io::Result<BlockTable> {
-    let bytes = dir.placement().bytes();
-    match dir.memory() {
-        Ok(file) => hash_memory(file, bytes, page),
-        Err(_) => {
-            let block_bytes = block_bytes_for(bytes, LEAST_BLOCK_BYTES.max(page.bytes()));
-            Ok(BlockTable { block_bytes, digests: Vec::new() })
-        }
-    }
 }
 
 /// Takes `config.json` of the snapshot at `path`, of either kind, as it stands into the manifest, and returns what names the
@@ -99,26 +56,23 @@ fn hash(dir: &SnapshotDir, page: Granule) -> io::Result<BlockTable> {
 /// fit: it answers to its old name, too.
 ///
 /// # Errors
-/// The snapshot is as it was; but it has the new manifest after [`StagingError::Unsynced`].
-pub fn reseal(path: &Path, limits: &Limits) -> Result<Digest, SealError> {
-    let sealed = open_manifest(path, limits)?;
-    let sealed = sealed.ok_or_else(|| SealError::NoManifest { path: path.to_owned() })?;
-    let as_it_stands = Configuration::AsItStands;
-    let config = match &sealed.changes {
-        Some(_) => Differential::open_as(path, as_it_stands, limits)?.config_file(),
-        None => SnapshotDir::open_as(path, as_it_stands, limits)?.config_file(),
-    };
-    let old = sealed.digest();
-    if config == sealed.config {
+/// The snapshot is as it was; but it has the new manifest after [`WriteError::Unsynced`].
+pub fn reseal(path: &Path, limits: &Limits) -> Result<Digest, OperationError> {
+    let needed = ManifestUse::Reseal;
+    let none = || ReadError::NoManifest { path: path.to_owned(), needed, source: None };
+    let mut manifest = open_manifest(path, limits)?.ok_or_else(none)?;
+    let snapshot = Snapshot::of(path, Some(manifest.clone()), Configuration::AsItStands, limits)?;
+    let (old, config) = (manifest.digest(), snapshot.documents().config_file);
+    if config == manifest.config {
         return Ok(old);
     }
-    let mut aliases = sealed.aliases.clone();
-    aliases.push(old);
-    write(path, &Manifest { config, aliases, ..sealed })
+    manifest.config = config;
+    manifest.aliases.push(old);
+    write(path, &manifest)
 }
 
-fn write(path: &Path, manifest: &Manifest) -> Result<Digest, SealError> {
-    let unwritten = |source: TryReserveError| StagingError::Write {
+fn write(path: &Path, manifest: &Manifest) -> Result<Digest, OperationError> {
+    let unwritten = |source: TryReserveError| WriteError::File {
         name: MANIFEST_FILE,
         path: path.to_owned(),
         source: source.into(),

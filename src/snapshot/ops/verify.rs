@@ -4,62 +4,37 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, ErrorKind, Read};
-use std::path::{Path, PathBuf};
+use std::io::{self, Read};
+use std::path::Path;
 use std::time::Instant;
 
 use serde::{Serialize, Serializer};
 
 use crate::error::Chain;
 use crate::range::GpaRange;
-use crate::snapshot::disk::files::{
-    CHANGES_FILE, CONFIG_FILE, FileError, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, open_sized, read_bounded,
-};
-use crate::snapshot::format::blocks::BlockTable;
-use crate::snapshot::format::document::VmConfig;
+use crate::snapshot::disk::error::{ManifestUse, ReadError};
+use crate::snapshot::disk::files::{open_sized, read_bounded};
+use crate::snapshot::format::config::VmConfig;
 use crate::snapshot::format::elsewhere::Elsewhere;
+use crate::snapshot::format::error::FormatError;
 use crate::snapshot::format::limits::Limits;
-use crate::snapshot::format::manifest::{Covered, Manifest, ManifestError};
-use crate::snapshot::format::placement::{Placement, PlacementError};
+use crate::snapshot::format::manifest::{Covered, Manifest};
+use crate::snapshot::format::names::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
+use crate::snapshot::format::placement::Placement;
 use crate::snapshot::format::state::VmState;
 use crate::snapshot::read::altered::Altered;
-use crate::snapshot::read::block_reader::{Block, BlockReader};
-use crate::snapshot::read::dir::{OpenError, SnapshotDir};
+use crate::snapshot::read::full::FullSnapshot;
+use crate::snapshot::read::reader::{CheckedBits, MemoryReader};
 use crate::units::{Bytes, Millis};
-
-/// Why a snapshot could not be checked to the end. What was found so far is not known.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum VerifyError {
-    /// A file is there, and this host cannot read it: nothing is known of what is in it.
-    #[error("Cannot read {path}", path = .path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file, or the memory, is larger than the caller allows; nobody has looked whether it is sound.
-    #[error(transparent)]
-    OverLimit(OpenError),
-    /// The snapshot has no manifest; only its structure could be checked.
-    #[error("{path} has no {MANIFEST_FILE} to check against", path = .path.display())]
-    NoManifest {
-        /// The snapshot.
-        path: PathBuf,
-        /// Why [`seal`](crate::snapshot::seal()) gives it none, if that is so.
-        source: Option<PlacementError>,
-    },
-}
 
 /// Something in a snapshot that is not as it was written.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Finding {
     /// A file is missing, is no file, or has another size.
-    File(FileError),
+    File(ReadError),
     /// The manifest is damaged; nothing else was checked.
-    Manifest(OpenError),
+    Manifest(ReadError),
     /// Bytes of `config.json` or `state.json` were altered.
     Text {
         /// The file.
@@ -124,31 +99,26 @@ impl Report {
 /// Checks every byte of the snapshot at `path`, full or differential, against its manifest.
 ///
 /// # Errors
-/// A file cannot be read to its end or exceeds `limits`, or there is no manifest.
-pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
+/// A file cannot be read to its end or exceeds `limits`, or there is no manifest. What was found so far is not known.
+pub fn verify(path: &Path, limits: &Limits) -> Result<Report, ReadError> {
     let began = Instant::now();
     let mut report = Report::default();
     let bytes = match read_bounded(&path.join(MANIFEST_FILE), limits.manifest_bytes) {
-        Err(FileError::Open { source, .. }) if source.kind() == ErrorKind::NotFound => {
-            std::fs::metadata(path).map_err(|source| VerifyError::Read { path: path.to_owned(), source })?;
-            let source = SnapshotDir::open(path, limits).ok().and_then(|dir| dir.obstacle());
-            return Err(VerifyError::NoManifest { path: path.to_owned(), source });
-        }
+        Err(error) if error.is_absent() => return Err(no_manifest(path, limits)),
         Err(error) => return report.file(error).map(|()| report),
         Ok(bytes) => bytes,
     };
     report.bytes += bytes.len() as u64;
     let manifest = match Manifest::parse(&bytes, limits) {
         Ok(manifest) => manifest,
-        Err(ManifestError::Memory(error)) => {
-            let path = path.join(MANIFEST_FILE);
-            return Err(VerifyError::Read { path, source: io::Error::from(error) });
+        Err(FormatError::Memory(error)) => {
+            return Err(ReadError::Read { path: path.join(MANIFEST_FILE), source: error.into() });
         }
         Err(source) => {
-            let is_limit = matches!(source, ManifestError::OverLimit { .. });
-            let error = OpenError::Manifest { path: path.to_owned(), source };
+            let is_limit = matches!(source, FormatError::OverLimit { .. });
+            let error = ReadError::Format { path: path.join(MANIFEST_FILE), source };
             if is_limit {
-                return Err(VerifyError::OverLimit(error));
+                return Err(error);
             }
             report.findings.push(Finding::Manifest(error));
             return Ok(report);
@@ -176,20 +146,18 @@ pub fn verify(path: &Path, limits: &Limits) -> Result<Report, VerifyError> {
 
 impl Report {
     /// Notes what is wrong with a file, unless it is this host that cannot read it, or it is only too large.
-    fn file(&mut self, error: FileError) -> Result<(), VerifyError> {
-        match error.unread() {
-            Ok((path, source)) => Err(VerifyError::Read { path, source }),
-            // It may be sound: nobody has looked.
-            Err(error @ FileError::TooLarge { .. }) => Err(VerifyError::OverLimit(error.into())),
-            Err(error) => {
-                self.findings.push(Finding::File(error));
-                Ok(())
-            }
-        }
+    fn file(&mut self, error: ReadError) -> Result<(), ReadError> {
+        let error = match error.unread() {
+            // If it is only too large, it may be sound: nobody has looked.
+            Ok(error) | Err(error @ ReadError::TooLarge { .. }) => return Err(error),
+            Err(error) => error,
+        };
+        self.findings.push(Finding::File(error));
+        Ok(())
     }
 
     /// Opens a file of the size the manifest says; a file of another size is a finding.
-    fn open(&mut self, path: &Path, expected: u64) -> Result<Option<File>, VerifyError> {
+    fn open(&mut self, path: &Path, expected: u64) -> Result<Option<File>, ReadError> {
         open_sized(path, expected).map_or_else(|error| self.file(error).map(|()| None), |file| Ok(Some(file)))
     }
 
@@ -199,7 +167,7 @@ impl Report {
         dir: &Path,
         manifest: &Manifest,
         limits: &Limits,
-    ) -> Result<Option<VmConfig>, VerifyError> {
+    ) -> Result<Option<VmConfig>, ReadError> {
         let text = match read_bounded(&dir.join(CONFIG_FILE), limits.config_bytes) {
             Err(error) => return self.file(error).map(|()| None),
             Ok(text) => text,
@@ -214,12 +182,12 @@ impl Report {
         Ok(config)
     }
 
-    fn text(&mut self, dir: &Path, name: &'static str, covered: Covered) -> Result<(), VerifyError> {
+    fn text(&mut self, dir: &Path, name: &'static str, covered: Covered) -> Result<(), ReadError> {
         let path = dir.join(name);
         let Some(file) = self.open(&path, covered.bytes)? else { return Ok(()) };
         let mut hasher = blake3::Hasher::new();
         let read = io::copy(&mut (&file).take(covered.bytes), &mut hasher);
-        self.bytes += read.map_err(|source| VerifyError::Read { path, source })?;
+        self.bytes += read.map_err(|source| ReadError::Read { path, source })?;
         if covered.digest != hasher.finalize().into() {
             self.findings.push(Finding::Text { name });
         }
@@ -232,17 +200,19 @@ impl Report {
         name: &'static str,
         manifest: &Manifest,
         placement: &Placement,
-    ) -> Result<(), VerifyError> {
+    ) -> Result<(), ReadError> {
         let path = dir.join(name);
         let Some(file) = self.open(&path, placement.bytes())? else { return Ok(()) };
-        let mut blocks = CheckedBlocks::new(&file, name, manifest, placement);
+        let (table, checked) = (&manifest.blocks, CheckedBits::none(&manifest.blocks));
+        let memory = MemoryReader { dir, name, file: &file, placement, digests: Some((table, &checked)) };
+        let mut blocks = memory.blocks(table.block_bytes);
         loop {
             match blocks.next_block() {
                 Ok(None) => break,
                 Ok(Some(block)) => self.bytes += block.length,
                 Err(error) => match Altered::of(&error) {
                     Some(altered) => altered.ranges.iter().for_each(|&range| self.altered(name, range)),
-                    None => return Err(VerifyError::Read { path, source: error }),
+                    None => return Err(ReadError::Read { path, source: error }),
                 },
             }
         }
@@ -267,7 +237,7 @@ impl Report {
         manifest: &Manifest,
         config: Option<&VmConfig>,
         limits: &Limits,
-    ) -> Result<(), VerifyError> {
+    ) -> Result<(), ReadError> {
         let text = match read_bounded(&dir.join(STATE_FILE), limits.state_bytes) {
             Err(error) => return self.file(error),
             Ok(text) => text,
@@ -283,37 +253,10 @@ impl Report {
     }
 }
 
-/// Reads the blocks of a file in order and checks each against its digest; holes are not read.
-pub(crate) struct CheckedBlocks<'a> {
-    blocks: BlockReader<'a>,
-    name: &'static str,
-    table: &'a BlockTable,
-    placement: &'a Placement,
-}
-
-impl<'a> CheckedBlocks<'a> {
-    /// Reads `file`, called `name`, which holds memory as `placement` says, against the digests of `manifest`.
-    pub(crate) fn new(
-        file: &'a File,
-        name: &'static str,
-        manifest: &'a Manifest,
-        placement: &'a Placement,
-    ) -> Self {
-        let table = &manifest.blocks;
-        let blocks = BlockReader::new(file, placement.bytes(), table.block_bytes);
-        Self { blocks, name, table, placement }
+fn no_manifest(path: &Path, limits: &Limits) -> ReadError {
+    if let Err(source) = std::fs::metadata(path) {
+        return ReadError::Read { path: path.to_owned(), source };
     }
-
-    /// Reads the next block; `None` behind the last one. Its bytes, if it is no hole, are as they were written.
-    ///
-    /// # Errors
-    /// The file cannot be read; or the block was altered, then the error holds [`Altered`] and the next call goes on behind it.
-    pub(crate) fn next_block(&mut self) -> io::Result<Option<Block<'_>>> {
-        let Some(block) = self.blocks.next_block()? else { return Ok(None) };
-        if block.bytes.and_then(BlockTable::entry) == self.table.digests[block.index] {
-            return Ok(Some(block));
-        }
-        let ranges = self.placement.gpas(block.offset, block.length);
-        Err(Altered::new(self.name.into(), ranges).into())
-    }
+    let source = FullSnapshot::open(path, limits).ok().and_then(|full| full.obstacle());
+    ReadError::NoManifest { path: path.to_owned(), needed: ManifestUse::Verify, source }
 }

@@ -21,7 +21,7 @@ fn open_with(name: &str, content: &[u8]) -> String {
     Guest::small().write_full(&target);
     fs::remove_file(target.join(MANIFEST_FILE)).unwrap();
     fs::write(target.join(name), content).unwrap();
-    chain(&SnapshotDir::open(&target, &Limits::default()).unwrap_err())
+    chain(&FullSnapshot::open(&target, &Limits::default()).unwrap_err())
 }
 
 #[test]
@@ -75,10 +75,10 @@ fn a_memory_file_of_the_wrong_size_is_refused_with_both_sizes() {
 }
 
 /// Whether `error` says that the text `name` is another than the manifest's; a configuration, that it was edited.
-pub(super) fn is_refusal_of(name: &str, error: &OpenError) -> bool {
+pub(super) fn is_refusal_of(name: &str, error: &ReadError) -> bool {
     match error {
-        OpenError::EditedConfig { .. } => name == CONFIG_FILE,
-        OpenError::Altered { name: altered, .. } => *altered == name,
+        ReadError::EditedConfig { .. } => name == CONFIG_FILE,
+        ReadError::Altered { name: altered, .. } => *altered == name,
         _ => false,
     }
 }
@@ -91,7 +91,7 @@ fn a_text_that_is_not_the_manifests_is_refused() {
     for (name, content) in [(CONFIG_FILE, config_text(1)), (STATE_FILE, state_text(&[pages(0, 64)]))] {
         guest.write_full(&target);
         fs::write(target.join(name), content).unwrap();
-        let error = SnapshotDir::open(&target, &Limits::default()).unwrap_err();
+        let error = FullSnapshot::open(&target, &Limits::default()).unwrap_err();
         assert!(is_refusal_of(name, &error), "{error}");
         fs::remove_dir_all(&target).unwrap();
     }
@@ -110,13 +110,13 @@ fn texts_over_their_limits_are_refused() {
         Limits { memory_bytes: 5, ..Limits::default() },
     ];
     for limits in tight {
-        let error = SnapshotDir::open(&target, &limits).unwrap_err();
+        let error = FullSnapshot::open(&target, &limits).unwrap_err();
         assert!(chain(&error).contains("more than") || chain(&error).contains("limit"), "{error}");
     }
     let limits = Limits { state_bytes: 5, ..Limits::default() };
-    let writer = SnapshotWriter::create(&dir.path().join("b"), guest.announced(), limits).unwrap();
+    let writer = SnapshotWriter::create(&dir.path().join("b"), guest.announced(), None, limits).unwrap();
     let error = writer.finish(&guest.config(), &guest.state()).unwrap_err();
-    assert!(matches!(error, WriteError::Document(DocumentError::TooLarge { limit: 5, .. })), "{error}");
+    assert!(matches!(error, WriteError::Format(FormatError::TooLarge { limit: 5, .. })), "{error}");
     assert_eq!(names(dir.path()), ["a"]);
 }
 
@@ -194,12 +194,12 @@ fn captured_messages_make_a_snapshot_and_the_same_config_message_again() {
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().join("a");
     let announced = Announced::all(received.layout().clone());
-    let writer = SnapshotWriter::create(&target, announced, limits).unwrap();
+    let writer = SnapshotWriter::create(&target, announced, None, limits).unwrap();
     writer.fill(range(0, 64 << 20), &mut std::io::repeat(1)).unwrap();
     writer.finish(received.vm_config().text().as_bytes(), &state).unwrap();
     assert_eq!(fs::read(target.join(STATE_FILE)).unwrap(), state, "stored as it came");
 
-    let opened = SnapshotDir::open(&target, &limits).unwrap();
+    let opened = FullSnapshot::open(&target, &limits).unwrap();
     let again: serde_json::Value = serde_json::from_slice(&opened.config_message().unwrap()).unwrap();
     assert_eq!(again, serde_json::from_slice::<serde_json::Value>(&config).unwrap());
 }
@@ -217,7 +217,7 @@ fn captures() -> Option<PathBuf> {
 
 #[test]
 fn one_byte_is_not_called_bytes() {
-    let document = DocumentError::TooLarge { document: "config.json", bytes: 1, limit: 0 };
+    let document = FormatError::TooLarge { document: "config.json", bytes: 1, limit: 0 };
     let name = CONFIG_FILE;
     let unreadable = WriteError::Unreadable { name, path: "/dir".into(), bytes: 1, limit: 0 };
     for (error, said) in [

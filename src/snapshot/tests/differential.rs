@@ -80,10 +80,11 @@ fn a_ledgers_cursor_says_what_a_differential_needs() {
         ledger.mark(range);
     }
     guest.write_full(&full);
-    let memory = SnapshotSource::new(SnapshotDir::open(&full, &Limits::default()).unwrap()).unwrap();
+    let memory = SnapshotSource::new(FullSnapshot::open(&full, &Limits::default()).unwrap()).unwrap();
     let memory = crate::vm::Vm::memory(&memory);
     let writer =
-        DifferentialWriter::create(&next, guest.announced(), Base::Named(digest), Limits::default()).unwrap();
+        SnapshotWriter::create(&next, guest.announced(), Some(Base::Named(digest)), Limits::default())
+            .unwrap();
     ledger.begin_round(cursor);
     while let Some(chunk) = ledger.take(cursor, ChunkLimits { bytes: 2 * page(), ranges: 2 }) {
         writer.copy_from(chunk.ranges().iter().copied(), &*memory).unwrap();
@@ -110,15 +111,21 @@ fn a_wrong_base_is_refused() {
     assert!(open(&["first", "middle", "top"]).is_ok());
     for wrong in [&["second", "middle"][..], &["first", "top"], &["first", "middle", "middle"]] {
         let error = open(wrong).unwrap_err();
-        assert!(matches!(error, ChainError::WrongBase { .. }), "{wrong:?}: {error}");
+        assert!(matches!(error, ReadError::WrongBase { .. }), "{wrong:?}: {error}");
     }
-    assert!(matches!(open(&[]), Err(ChainError::Empty)));
-    assert!(matches!(open(&["middle"]), Err(ChainError::Open(OpenError::Differential { .. }))));
-    assert!(matches!(open(&["first", "second"]), Err(ChainError::Open(OpenError::Full { .. }))));
+    assert!(matches!(open(&[]), Err(ReadError::Empty)));
+    assert!(matches!(open(&["middle"]), Err(ReadError::Differential { .. })));
+    assert!(matches!(open(&["first", "second"]), Err(ReadError::Full { .. })));
 
     fs::remove_file(path("first").join(MANIFEST_FILE)).unwrap();
-    assert!(matches!(open(&["first", "middle"]), Err(ChainError::Unnamed { .. })));
-    assert!(matches!(Base::open([path("first")], &Limits::default()), Err(ChainError::Unnamed { .. })));
+    assert!(matches!(
+        open(&["first", "middle"]),
+        Err(ReadError::NoManifest { needed: ManifestUse::Name, .. })
+    ));
+    assert!(matches!(
+        Base::open([path("first")], &Limits::default()),
+        Err(ReadError::NoManifest { needed: ManifestUse::Name, .. })
+    ));
 }
 
 #[test]
@@ -134,7 +141,7 @@ fn an_altered_base_is_found_while_it_is_applied() {
     memory[index(33 * page())] ^= 1;
     fs::write(base.join(MEMORY_FILE), memory).unwrap();
     let error = apply(&chain(&[base, next]), &applied, &Limits::default()).unwrap_err();
-    let ApplyError::Copy { source, .. } = error else { panic!("{error}") };
+    let OperationError::Copy { source, .. } = error else { panic!("{error}") };
     assert!(source.to_string().contains("Memory at GPA 0x20000"), "{source}");
     assert!(!applied.exists());
 }
@@ -157,7 +164,7 @@ fn a_base_altered_to_equal_what_comes_is_found_while_it_is_compared() {
 
     let bases = [base.clone()];
     let writer =
-        DifferentialWriter::create(&next, guest.announced(), compared(&bases), Limits::default()).unwrap();
+        SnapshotWriter::create(&next, guest.announced(), Some(compared(&bases)), Limits::default()).unwrap();
     let error = writer.fill(pages(33, 1), &mut page_of(9).as_slice()).unwrap_err();
     let altered = Altered::of(&error).unwrap().to_string();
     assert!(altered.contains(at) && altered.contains(base.to_str().unwrap()), "{altered}");
@@ -165,7 +172,7 @@ fn a_base_altered_to_equal_what_comes_is_found_while_it_is_compared() {
 
     let from_later = chain(&[later]);
     let error = subtract(&from_later, Arc::new(chain(&bases)), &next, &Limits::default()).unwrap_err();
-    let SubtractError::Copy { source, .. } = error else { panic!("{error}") };
+    let OperationError::CopyRange { source, .. } = error else { panic!("{error}") };
     assert!(Altered::of(&source).unwrap().to_string().contains(at), "{source}");
     assert!(!next.exists());
 }
@@ -181,7 +188,7 @@ fn an_altered_snapshot_is_found_while_its_base_is_subtracted() {
     alter(&middle.join(CHANGES_FILE), 8, &[!0]);
     let top = chain(&[base.clone(), middle.clone()]);
     let error = subtract(&top, Arc::new(chain(&[base])), &next, &Limits::default()).unwrap_err();
-    let SubtractError::Copy { source, .. } = error else { panic!("{error}") };
+    let OperationError::CopyRange { source, .. } = error else { panic!("{error}") };
     let altered = Altered::of(&source).unwrap().to_string();
     assert!(altered.contains(&pages(4, 1).to_string()), "{altered}");
     assert!(altered.contains(middle.join(CHANGES_FILE).to_str().unwrap()), "{altered}");
@@ -203,9 +210,12 @@ fn a_hole_punched_into_a_base_hides_no_page_that_became_zero() {
     let base = compared(&[base]);
     let Base::Compared(punched) = &base else { panic!("{base:?}") };
     let error = subtract(&chain(&[later]), Arc::clone(punched), &next, &Limits::default()).unwrap_err();
-    assert!(matches!(&error, SubtractError::Copy { source, .. } if Altered::of(source).is_some()), "{error}");
+    assert!(
+        matches!(&error, OperationError::CopyRange { source, .. } if Altered::of(source).is_some()),
+        "{error}"
+    );
 
-    let writer = DifferentialWriter::create(&next, guest.announced(), base, Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(&next, guest.announced(), Some(base), Limits::default()).unwrap();
     writer.presume_zeros().unwrap();
     writer.finish(&guest.config(), &guest.state()).unwrap();
     let differential = Differential::open(&next, &Limits::default()).unwrap();
@@ -223,7 +233,7 @@ fn a_base_cut_off_after_it_was_opened_is_an_error() {
     let memory = fs::OpenOptions::new().write(true).open(base.join(MEMORY_FILE)).unwrap();
     memory.set_len(33 * page()).unwrap();
     let writer =
-        DifferentialWriter::create(&dir.path().join("next"), guest.announced(), base_of, Limits::default());
+        SnapshotWriter::create(&dir.path().join("next"), guest.announced(), Some(base_of), Limits::default());
     let error = writer.unwrap().fill(pages(33, 1), &mut page_of(0).as_slice()).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof, "{error}");
 }
@@ -249,7 +259,7 @@ fn pages_in_part_are_refused() {
     let guest = Guest::small();
     let base = Base::Named(Digest::of(b"base"));
     let target = dir.path().join("a");
-    let writer = DifferentialWriter::create(&target, guest.announced(), base, Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(&target, guest.announced(), Some(base), Limits::default()).unwrap();
     let error = writer.fill(range(8, page()), &mut std::io::repeat(1)).unwrap_err();
     assert!(error.to_string().contains("not of whole pages"), "{error}");
 }

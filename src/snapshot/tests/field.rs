@@ -54,7 +54,7 @@ fn c50_memory_wholly_in_a_zones_own_file_is_named_and_the_rest_is_sealed() {
     let report = verify(&target, &limits).unwrap();
     assert!(report.is_clean() && report.elsewhere == described.elsewhere, "{report:?}");
 
-    let opened = SnapshotDir::open(&target, &limits).unwrap();
+    let opened = FullSnapshot::open(&target, &limits).unwrap();
     assert_eq!(opened.digest(), Some(digest));
     let chain = Chain::of(opened);
     let error = apply(&chain, &dir.path().join("whole"), &limits).unwrap_err();
@@ -64,9 +64,9 @@ fn c50_memory_wholly_in_a_zones_own_file_is_named_and_the_rest_is_sealed() {
     );
     let error =
         subtract(&chain, Arc::new(Chain::open([&target], &limits).unwrap()), &dir.path().join("x"), &limits);
-    assert!(matches!(error, Err(SubtractError::Open(OpenError::NoMemory { .. }))), "{error:?}");
-    let error = SnapshotSource::new(SnapshotDir::open(&target, &limits).unwrap()).unwrap_err();
-    assert!(matches!(error, SourceError::Elsewhere { .. }), "{error}");
+    assert!(matches!(error, Err(OperationError::Read(ReadError::NoMemory { .. }))), "{error:?}");
+    let error = SnapshotSource::new(FullSnapshot::open(&target, &limits).unwrap()).unwrap_err();
+    assert!(matches!(error, OperationError::Elsewhere { .. }), "{error}");
     assert_eq!(names(dir.path()), ["a"]);
 
     fs::write(target.join(STATE_FILE), b"x").unwrap();
@@ -84,13 +84,13 @@ fn c50_of_mixed_zones_only_the_anonymous_ones_are_in_the_file() {
     assert!(report.is_clean() && report.elsewhere.zones()[0].zone.as_deref() == Some("shared"), "{report:?}");
     apply(&Chain::open([&target], &limits).unwrap(), &whole, &limits).unwrap();
     assert_eq!(fs::read(whole.join(MEMORY_FILE)).unwrap(), memory);
-    let error = SnapshotSource::new(SnapshotDir::open(&target, &limits).unwrap()).unwrap_err();
+    let error = SnapshotSource::new(FullSnapshot::open(&target, &limits).unwrap()).unwrap_err();
     assert!(error.to_string().contains("lacks memory that the VM has: memory zone shared"), "{error}");
 
     // A folder, in which the VMM made a file without a name: its memory is in the snapshot.
     let both = dir.path().join("both");
     write_zoned(&both, &[pages(0, 16), pages(64, 16)], Some(&page_of(7).repeat(32)));
-    let opened = SnapshotDir::open(&both, &limits).unwrap();
+    let opened = FullSnapshot::open(&both, &limits).unwrap();
     assert!(opened.elsewhere().is_empty());
     SnapshotSource::new(opened).unwrap();
 }
@@ -109,12 +109,12 @@ fn c66_an_edited_config_is_sent_or_sealed_anew_and_differentials_still_fit() {
         fs::write(dir.join(CONFIG_FILE), config_text(99)).unwrap();
     }
     let error = Chain::open([&base, &next], &limits).unwrap_err();
-    assert!(matches!(error, ChainError::Open(OpenError::EditedConfig { .. })), "{error}");
+    assert!(matches!(error, ReadError::EditedConfig { .. }), "{error}");
 
-    let sent = SnapshotDir::open_with_config(&base, &config_text(5), &limits).unwrap();
+    let sent = FullSnapshot::open_with_config(&base, &config_text(5), &limits).unwrap();
     assert_eq!(sent.config().text().as_bytes(), config_text(5));
-    assert!(sent.checked().is_some(), "its memory is checked");
-    assert!(SnapshotDir::open_with_config(&base, b"{}", &limits).is_err());
+    assert!(sent.reader().is_some_and(|memory| memory.digests.is_some()), "its memory is checked");
+    assert!(FullSnapshot::open_with_config(&base, b"{}", &limits).is_err());
 
     let renamed = reseal(&base, &limits).unwrap();
     assert_ne!(renamed, name);
@@ -145,7 +145,7 @@ fn c66_a_seal_of_an_edited_config_hides_no_damage() {
     let state = fs::read(target.join(STATE_FILE)).unwrap();
     fs::write(target.join(STATE_FILE), [&state[..], b" "].concat()).unwrap();
     let error = reseal(&target, &limits).unwrap_err();
-    assert!(matches!(error, SealError::Open(OpenError::Altered { name: STATE_FILE, .. })), "{error}");
+    assert!(matches!(error, OperationError::Read(ReadError::Altered { name: STATE_FILE, .. })), "{error}");
     fs::write(target.join(STATE_FILE), state).unwrap();
 
     let memory = fs::OpenOptions::new().write(true).open(target.join(MEMORY_FILE)).unwrap();
@@ -154,7 +154,7 @@ fn c66_a_seal_of_an_edited_config_hides_no_damage() {
     let report = verify(&target, &limits).unwrap();
     assert!(!report.config_edited && report.is_damaged(), "{report:?}");
     fs::remove_file(target.join(MANIFEST_FILE)).unwrap();
-    assert!(matches!(reseal(&target, &limits), Err(SealError::NoManifest { .. })));
+    assert!(matches!(reseal(&target, &limits), Err(OperationError::Read(ReadError::NoManifest { .. }))));
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn c57_only_pages_that_became_zero_are_counted_as_such() {
     // Of a block's pages one becomes zero and never comes, as a source leaves it out; another comes and is zero.
     guest.write([(8, 0), (200, 0), (16, 5)]);
     let base_of = Base::open([&base], &limits).unwrap();
-    let writer = DifferentialWriter::create(&next, guest.announced(), base_of, limits).unwrap();
+    let writer = SnapshotWriter::create(&next, guest.announced(), Some(base_of), limits).unwrap();
     writer.presume_zeros().unwrap();
     for at in (0..256).step_by(8).filter(|&at| at != 8) {
         writer.fill(pages(at, 1), &mut &guest.bytes(pages(at, 1))[..]).unwrap();
@@ -226,10 +226,10 @@ proptest! {
                 assert_clean(&target);
                 let chain = Chain::open([&target], &limits).unwrap();
                 prop_assert_eq!(apply(&chain, &whole, &limits).is_ok(), !ranges.is_empty());
-                prop_assert_eq!(SnapshotSource::new(SnapshotDir::open(&target, &limits).unwrap()).is_ok(), !ranges.is_empty());
+                prop_assert_eq!(SnapshotSource::new(FullSnapshot::open(&target, &limits).unwrap()).is_ok(), !ranges.is_empty());
             }
             Err(error) => {
-                prop_assert!(!of_pages && matches!(error, SealError::Pages { .. }), "{}", error);
+                prop_assert!(!of_pages && matches!(error, OperationError::Seal { .. }), "{}", error);
                 prop_assert!(!target.join(MANIFEST_FILE).exists());
             }
         }
@@ -242,9 +242,9 @@ proptest! {
         let all = range(0, 1 << 22);
         let layout = Layout::new([all], Granule::KIB_4).unwrap();
         let announced = Announced::with_hotpluggable(layout, &[all], &limits).unwrap();
-        let full = SnapshotWriter::create(&dir.path().join("full"), announced.clone(), limits).unwrap();
+        let full = SnapshotWriter::create(&dir.path().join("full"), announced.clone(), None, limits).unwrap();
         let base = Base::Named(Digest::of(b"base"));
-        let writer = DifferentialWriter::create(&dir.path().join("next"), announced, base, limits).unwrap();
+        let writer = SnapshotWriter::create(&dir.path().join("next"), announced, Some(base), limits).unwrap();
         let listed: Vec<_> = ranges.iter().filter_map(|whole| range_less(*whole, cut * 256)).collect();
         let _ = (full.finish(&config_text(1), &state_text(&listed)), writer.finish(&config_text(1), &state_text(&listed)));
         for name in ["full", "next"] {
@@ -273,12 +273,10 @@ fn c52_a_manifest_that_nobody_would_read_is_not_written() {
         Limits { manifest_bytes: 200, ..Limits::default() },
         Limits { state_bytes: guest.state().len() as u64 - 1, ..Limits::default() },
     ] {
-        let writer = SnapshotWriter::create(&target, guest.announced(), limits).unwrap();
+        let writer = SnapshotWriter::create(&target, guest.announced(), None, limits).unwrap();
         let error = writer.finish(&guest.config(), &guest.state()).unwrap_err();
-        let is_limit = matches!(
-            error,
-            WriteError::Unreadable { .. } | WriteError::Document(DocumentError::TooLarge { .. })
-        );
+        let is_limit =
+            matches!(error, WriteError::Unreadable { .. } | WriteError::Format(FormatError::TooLarge { .. }));
         assert!(is_limit, "{error}");
         assert!(names(dir.path()).is_empty());
     }

@@ -118,7 +118,7 @@ impl Guest {
 
     /// Writes a full snapshot: page by page those that are not zero.
     pub(super) fn write_full(&self, target: &Path) -> Digest {
-        let writer = SnapshotWriter::create(target, self.announced(), Limits::default()).unwrap();
+        let writer = SnapshotWriter::create(target, self.announced(), None, Limits::default()).unwrap();
         for (&gpa, &seed) in self.seeds.iter().filter(|(gpa, _)| self.has(**gpa)) {
             writer.fill(range(gpa, page()), &mut &page_of(seed)[..]).unwrap();
         }
@@ -127,7 +127,7 @@ impl Guest {
 
     /// Writes a differential of `ranges` to `base`.
     pub(super) fn write_differential(&self, target: &Path, base: Base, ranges: &[GpaRange]) -> Digest {
-        let writer = DifferentialWriter::create(target, self.announced(), base, Limits::default()).unwrap();
+        let writer = SnapshotWriter::create(target, self.announced(), Some(base), Limits::default()).unwrap();
         for &range in ranges {
             writer.fill(range, &mut &self.bytes(range)[..]).unwrap();
         }

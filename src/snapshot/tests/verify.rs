@@ -93,7 +93,10 @@ fn files_cut_off_lengthened_missing_or_punched_are_found() {
                 let finding = report.findings[0].to_string();
                 assert!(finding.contains(name) && finding.contains(": No such file"), "{finding}");
             }
-            Err(error) => assert!(name == MANIFEST_FILE && matches!(error, VerifyError::NoManifest { .. })),
+            Err(error) => assert!(
+                name == MANIFEST_FILE
+                    && matches!(error, ReadError::NoManifest { needed: ManifestUse::Verify, .. })
+            ),
         }
         fs::write(&path, bytes).unwrap();
     }
@@ -110,7 +113,7 @@ fn files_cut_off_lengthened_missing_or_punched_are_found() {
 fn a_directory_that_is_not_there_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let error = verify(&dir.path().join("none"), &Limits::default()).unwrap_err();
-    assert!(matches!(error, VerifyError::Read { .. }), "{error}");
+    assert!(matches!(error, ReadError::Read { .. }), "{error}");
 }
 
 #[test]
@@ -132,8 +135,8 @@ fn c66_an_edited_config_is_named_and_everything_else_is_checked() {
     fs::write(target.join(CONFIG_FILE), b"{}").unwrap();
     let torn = verify(&target, &Limits::default()).unwrap();
     assert!(!torn.config_edited && torn.findings[0].to_string() == "config.json was altered", "{torn:?}");
-    let refused = SnapshotDir::open(&target, &Limits::default()).unwrap_err();
-    assert!(matches!(refused, OpenError::Altered { name: CONFIG_FILE, .. }), "{refused}");
+    let refused = FullSnapshot::open(&target, &Limits::default()).unwrap_err();
+    assert!(matches!(refused, ReadError::Altered { name: CONFIG_FILE, .. }), "{refused}");
 }
 
 #[test]
@@ -150,6 +153,12 @@ fn c51_what_is_only_too_large_is_no_damage() {
     ];
     for limits in tight {
         let error = verify(&target, &limits).unwrap_err();
-        assert!(matches!(error, VerifyError::OverLimit(_)), "{error}");
+        assert!(
+            matches!(
+                error,
+                ReadError::TooLarge { .. } | ReadError::Format { source: FormatError::OverLimit { .. }, .. }
+            ),
+            "{error}"
+        );
     }
 }

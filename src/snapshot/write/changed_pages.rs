@@ -5,23 +5,20 @@
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
 
 use thiserror::Error;
 
 use crate::granule::Granule;
 use crate::range::GpaRange;
-use crate::snapshot::disk::files::extend;
-use crate::snapshot::disk::flusher::Flusher;
 use crate::snapshot::format::blocks::{BlockHasher, BlockTable, block_bytes_for, is_zero};
 use crate::snapshot::format::limits::Limits;
 use crate::snapshot::format::placement::{Extent, Placement, PlacementError, push_joined};
 use crate::snapshot::parallel;
-use crate::snapshot::read::differential::Chain;
-use crate::snapshot::reserve::{push, resize, zeros};
-use crate::snapshot::write::feed::{Feed, FeedError};
+use crate::snapshot::read::chain::Chain;
+use crate::snapshot::reserve::{index, push, resize, zeros};
 use crate::snapshot::write::page_cells::{CELL_PAGES, Cell, Cells};
+use crate::snapshot::write::sparse_file::{FillError, SparseFile};
 use crate::threads::ThreadStart;
 
 /// A range that begins or ends inside a page.
@@ -47,16 +44,12 @@ pub(crate) enum SettleError {
 /// Pages waiting in a sparse work file, each at its place, for the last word on which of them differ.
 #[derive(Debug)]
 pub(crate) struct ChangedPages {
-    work: File,
-    feed: Feed,
+    work: SparseFile,
     page: Granule,
     cells: Cells,
     /// Compared with, if it is at hand.
     base: Option<Arc<Chain>>,
-    /// Brings the work file to disk though it is removed in the end: see [`ChangedPages::settle`].
-    flusher: Flusher,
     threads: ThreadStart,
-    failed: AtomicBool,
 }
 
 /// Runs of pages and the digests of their bytes in the file they were copied to.
@@ -76,15 +69,13 @@ impl ChangedPages {
         base: Option<Arc<Chain>>,
         threads: ThreadStart,
     ) -> io::Result<Self> {
-        extend(&work, placement.bytes())?;
-        let feed = Feed::new(placement, CELL_PAGES * page.bytes());
-        let cells = Cells::new(feed.cells())?;
-        let flusher = Flusher::start(&work, threads)?;
-        Ok(Self { work, feed, page, cells, base, flusher, threads, failed: AtomicBool::new(false) })
+        let work = SparseFile::new(work, placement, CELL_PAGES * page.bytes(), threads)?;
+        let cells = Cells::new(work.cells())?;
+        Ok(Self { work, page, cells, base, threads })
     }
 
     pub(crate) fn placement(&self) -> &Placement {
-        self.feed.placement()
+        self.work.placement()
     }
 
     /// Takes the bytes of `range`, which `read` supplies, for those of the VM; later bytes replace earlier ones.
@@ -95,18 +86,13 @@ impl ChangedPages {
         &self,
         range: GpaRange,
         read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
-    ) -> Result<(), FeedError> {
+    ) -> Result<(), FillError> {
         if !self.page.is_aligned(range.start()) || !self.page.is_aligned(range.end()) {
             let refused = io::Error::new(ErrorKind::InvalidInput, PartialPage { range });
-            return Err(FeedError::Read(refused));
+            return Err(FillError::Read(refused));
         }
         let mut before = Vec::new();
-        self.feed.run(range, read, |piece, bytes| {
-            let stored = self.store(piece, bytes, &mut before);
-            // Waiting for the disk comes after, with no cell locked.
-            let stored = stored.and_then(|written| self.flusher.wrote(written).map_err(FeedError::Write));
-            stored.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
-        })
+        self.work.fill(range, read, |piece, bytes| self.store(piece, bytes, &mut before))
     }
 
     /// Counts every page that may not be zero in the base as zero until it comes, without a look at its bytes.
@@ -119,7 +105,7 @@ impl ChangedPages {
             None => self.placement().ranges().collect(),
         };
         for range in populated.into_iter().filter_map(|range| range.align_outward(self.page.bytes())) {
-            for piece in self.placement().locate(range).flat_map(|extent| extent.cut(self.feed.cell_bytes()))
+            for piece in self.placement().locate(range).flat_map(|extent| extent.cut(self.work.cell_bytes()))
             {
                 let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
                 let pages = piece.range.len() >> self.page.shift();
@@ -131,60 +117,41 @@ impl ChangedPages {
     }
 
     fn lock(&self, piece: Extent) -> io::Result<MutexGuard<'_, Cell>> {
-        self.cells.lock(self.feed.cell_of(piece))
+        self.cells.lock(self.work.cell_of(piece))
     }
 
     /// Writes the pages that differ and are not zero; returns how many bytes that are.
-    fn store(&self, piece: Extent, bytes: &[u8], before: &mut Vec<u8>) -> Result<u64, FeedError> {
+    fn store(&self, piece: Extent, bytes: &[u8], before: &mut Vec<u8>) -> Result<u64, FillError> {
         if let Some(base) = &self.base {
-            resize(before, bytes.len()).map_err(FeedError::Read)?;
-            base.read_checked(piece.range, before).map_err(FeedError::Read)?;
+            resize(before, bytes.len()).map_err(FillError::Read)?;
+            base.read_checked(piece.range, before).map_err(FillError::Read)?;
         }
         let page_bytes = index(self.page.bytes());
-        let mut cell = self.lock(piece).map_err(FeedError::Write)?;
+        let mut cell = self.lock(piece).map_err(FillError::Write)?;
         let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
-        let mut written = 0;
-        let mut run = 0..0;
-        for (bit, at) in (first..).zip((0..bytes.len()).step_by(page_bytes)) {
+        let pages = (first..).zip((0..bytes.len()).step_by(page_bytes)).map(|(bit, at)| {
             let page = at..at + page_bytes;
             let same = self.base.is_some() && before[page.clone()] == bytes[page.clone()];
             let zero = !same && is_zero(&bytes[page.clone()]);
             cell.data = with_bit(cell.data, bit, !same && !zero);
             cell.zero = with_bit(cell.zero, bit, zero);
             cell.presumed = with_bit(cell.presumed, bit, false);
-            if same || zero {
-                written += self.write_run(piece.offset, bytes, run).map_err(FeedError::Write)?;
-                run = page.end..page.end;
-            } else {
-                run.end = page.end;
-            }
-        }
-        written += self.write_run(piece.offset, bytes, run).map_err(FeedError::Write)?;
-        Ok(written)
-    }
-
-    fn write_run(&self, offset: u64, bytes: &[u8], run: std::ops::Range<usize>) -> io::Result<u64> {
-        let length = run.len() as u64;
-        if length > 0 {
-            self.work.write_all_at(&bytes[run.clone()], offset + run.start as u64)?;
-        }
-        Ok(length)
+            (page, !same && !zero)
+        });
+        self.work.write_parts(piece.offset, bytes, pages).map_err(FillError::Write)
     }
 
     /// Begins to bring to disk what was written until now; does not wait for it.
     pub(crate) fn hurry(&self) {
-        self.flusher.hurry();
+        self.work.hurry();
     }
 
     /// Copies the pages that differ and lie in `kept` to `into`, back to back, and brings them to disk.
     ///
-    /// Pages of the work file that the disk did not take may be dropped from memory and read back as zeros, which only a sync
-    /// after the last read tells. On its own it would write all of the file while the VM stands still; since the file is
-    /// synced all along, it writes no more than writers may be ahead of the disk, and most of that while pages are copied.
+    /// The work file is brought to disk although it is removed in the end: only a sync after the last read tells that no page of it
+    /// was lost. That sync has little to write, since the file is synced all along and while pages are copied.
     pub(crate) fn settle(self, kept: &Placement, into: &File) -> Result<Settled, SettleError> {
-        if self.failed.load(Ordering::Relaxed) {
-            return Err(SettleError::Work(io::Error::other("Some pages could not be written")));
-        }
+        self.work.check_written().map_err(SettleError::Work)?;
         let limits = Limits { ranges: usize::MAX, ..Limits::default() };
         let limits = Limits { memory_bytes: self.placement().bytes(), ..limits };
         self.settle_presumed().map_err(SettleError::Work)?;
@@ -192,9 +159,9 @@ impl ChangedPages {
             Ok(Placement::new(self.runs(kept, bits).map_err(SettleError::Work)?, &limits)?)
         };
         let (runs, zero_runs) = (placed(|cell| cell.data)?, placed(|cell| cell.zero)?);
-        self.flusher.hurry();
+        self.work.hurry();
         let blocks = self.copy_runs(&runs, into)?;
-        self.flusher.finish().and_then(|()| self.work.sync_data()).map_err(SettleError::Work)?;
+        self.work.finish(File::sync_data).map_err(SettleError::Work)?;
         into.sync_all().map_err(SettleError::Copy)?;
         Ok(Settled { runs, zero_runs, blocks })
     }
@@ -231,7 +198,7 @@ impl ChangedPages {
     fn nonzero_in(&self, base: &Chain, populated: &[GpaRange], cell: usize, bits: u64) -> io::Result<u64> {
         let (mut nonzero, mut bytes) = (0, Vec::new());
         for run in set_runs(bits) {
-            let offset = cell as u64 * self.feed.cell_bytes() + (u64::from(run.start) << self.page.shift());
+            let offset = cell as u64 * self.work.cell_bytes() + (u64::from(run.start) << self.page.shift());
             let length = u64::from(run.end - run.start) << self.page.shift();
             let mut bit = run.start;
             for range in self.placement().gpas(offset, length) {
@@ -255,7 +222,7 @@ impl ChangedPages {
         for (index, cell) in self.cells.used() {
             for run in set_runs(bits(&cell)) {
                 let offset =
-                    index as u64 * self.feed.cell_bytes() + (u64::from(run.start) << self.page.shift());
+                    index as u64 * self.work.cell_bytes() + (u64::from(run.start) << self.page.shift());
                 let found =
                     self.placement().gpas(offset, u64::from(run.end - run.start) << self.page.shift());
                 for part in found.flat_map(|range| kept.locate(range)) {
@@ -270,11 +237,11 @@ impl ChangedPages {
     fn copy_runs(&self, runs: &Placement, into: &File) -> Result<BlockTable, SettleError> {
         let mut hasher = BlockHasher::new(runs.bytes(), block_bytes_for(runs.bytes(), self.page.bytes()))
             .map_err(SettleError::Copy)?;
-        let mut buffer = zeros(index(self.feed.cell_bytes())).map_err(SettleError::Copy)?;
+        let mut buffer = zeros(index(self.work.cell_bytes())).map_err(SettleError::Copy)?;
         for run in runs.ranges() {
-            for from in self.placement().locate(run).flat_map(|extent| extent.cut(self.feed.cell_bytes())) {
+            for from in self.placement().locate(run).flat_map(|extent| extent.cut(self.work.cell_bytes())) {
                 let bytes = &mut buffer[..index(from.range.len())];
-                self.work.read_exact_at(bytes, from.offset).map_err(SettleError::Work)?;
+                self.work.file().read_exact_at(bytes, from.offset).map_err(SettleError::Work)?;
                 io::Write::write_all(&mut &*into, bytes).map_err(SettleError::Copy)?;
                 hasher.update(bytes);
             }
@@ -303,16 +270,13 @@ fn with_bit(word: u64, bit: u64, set: bool) -> u64 {
     if set { word | 1 << bit } else { word & !(1 << bit) }
 }
 
-fn index(number: u64) -> usize {
-    usize::try_from(number).expect("sizes within a cell fit memory")
-}
-
 #[cfg(test)]
 mod tests {
     use rustix::io::Errno;
 
     use super::*;
-    use crate::snapshot::write::feed::from_stream;
+    use crate::snapshot::disk::write_back::WriteBack;
+    use crate::snapshot::write::sparse_file::from_stream;
 
     #[test]
     fn pages_that_the_disk_did_not_take_are_not_trusted_when_they_are_read_back() {
@@ -331,13 +295,13 @@ mod tests {
 
         let lost = || Err(io::Error::from(Errno::IO));
         let mut unsynced = written();
-        unsynced.flusher = Flusher::with(Box::new(lost), ThreadStart::NOTHING).unwrap();
+        unsynced.work.write_back = WriteBack::with(Box::new(lost), ThreadStart::NOTHING).unwrap();
         let error = settle(unsynced).unwrap_err();
         let io_error = Some(Errno::IO.raw_os_error());
         assert!(matches!(&error, SettleError::Work(source) if source.raw_os_error() == io_error), "{error}");
 
         let unwritten = written();
-        unwritten.failed.store(true, Ordering::Relaxed);
+        unwritten.work.fail();
         assert!(matches!(settle(unwritten), Err(SettleError::Work(_))));
     }
 }

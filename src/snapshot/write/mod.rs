@@ -2,9 +2,9 @@
 
 //! Writing snapshots, full and differential, from any number of threads.
 
-pub(super) mod changed_pages;
-pub(super) mod differential_writer;
-pub(super) mod feed;
-pub(super) mod memory_file;
-pub(super) mod page_cells;
+pub(super) mod announced;
+mod changed_pages;
+mod full_pages;
+mod page_cells;
+mod sparse_file;
 pub(super) mod writer;

@@ -1,215 +1,223 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Writes a full snapshot.
+//! Writes a snapshot, full or differential.
 
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
-use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
-use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::GpaRange;
-use crate::snapshot::disk::files::{CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
-use crate::snapshot::disk::staging::{StagedDir, StagingError, WORK_FILE};
+use crate::snapshot::disk::error::{ManifestUse, ReadError, WriteError};
+use crate::snapshot::disk::staging::StagedDir;
+use crate::snapshot::format::blocks::BlockTable;
+use crate::snapshot::format::config::VmConfig;
 use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::document::VmConfig;
-use crate::snapshot::format::document_error::DocumentError;
 use crate::snapshot::format::limits::Limits;
-use crate::snapshot::format::manifest::Manifest;
-use crate::snapshot::format::placement::{Placement, PlacementError};
+use crate::snapshot::format::manifest::{Changes, Manifest};
+use crate::snapshot::format::names::{
+    CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, WORK_FILE,
+};
+use crate::snapshot::format::placement::Placement;
 use crate::snapshot::format::state::VmState;
 use crate::snapshot::parallel;
-use crate::snapshot::write::feed::{FeedError, from_memory, from_stream};
-use crate::snapshot::write::memory_file::MemoryFile;
-use crate::threads::ThreadStart;
-use crate::units::{Bytes, Count, Millis};
+use crate::snapshot::read::chain::Chain;
+use crate::snapshot::write::announced::Announced;
+use crate::snapshot::write::changed_pages::{ChangedPages, SettleError};
+use crate::snapshot::write::full_pages::FullPages;
+use crate::snapshot::write::sparse_file::{FillError, from_memory, from_stream};
+use crate::units::{Bytes, Millis};
 use crate::vm::ReadableCheck;
 
-/// Why no snapshot was written. Nothing lies under its name.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum WriteError {
-    /// The directory could not be made, filled or moved to its name.
-    #[error(transparent)]
-    Staging(#[from] StagingError),
-    /// Configuration or state are not what they should be.
-    #[error(transparent)]
-    Document(#[from] DocumentError),
-    /// The VM's RAM exceeds the limits.
-    #[error("Cannot place the VM's RAM")]
-    Placement(#[from] PlacementError),
-    /// The state speaks of memory that the VM did not announce.
-    #[error("state.json lists memory {range}, which was not announced as RAM")]
-    Unannounced {
-        /// The memory.
-        range: GpaRange,
-    },
-    /// The state leaves out memory that cannot be unplugged, as the memory of a zone that shares a named file.
-    #[error("state.json leaves out memory {range}, so a snapshot would lack it")]
-    LeftOut {
-        /// The memory.
-        range: GpaRange,
-    },
-    /// A file would be larger than what is read with the same limits.
-    #[error("{name} of {path} would have {}, the limit is {limit}", Count(.bytes, "byte"), path = .path.display())]
-    Unreadable {
-        /// The file.
-        name: &'static str,
-        /// The directory to be.
-        path: PathBuf,
-        /// Bytes it would have.
-        bytes: u64,
-        /// The limit.
-        limit: u64,
-    },
-    /// Nothing names the snapshot to differ from.
-    #[error("{path} has no manifest to name it, so nothing can be a differential to it", path = .path.display())]
-    UnnamedBase {
-        /// The snapshot.
-        path: PathBuf,
-        /// Why [`seal`](crate::snapshot::seal()) gives it none, if that is so.
-        source: Option<PlacementError>,
-    },
-}
-
-/// The RAM of a VM as it is announced before its state is known.
+/// The snapshot that a differential differs from.
 #[derive(Debug, Clone)]
-pub struct Announced {
-    layout: Layout,
-    hotpluggable: Placement,
+pub enum Base {
+    /// One that is not at hand. The pages to come are those that changed since it was taken, as a ledger's cursor knows them.
+    Named(Digest),
+    /// One that is. All pages may come; those that equal it are left out.
+    Compared(Arc<Chain>),
 }
 
-impl Announced {
-    /// All of `layout` is memory of the VM.
-    pub fn all(layout: Layout) -> Self {
-        Self { layout, hotpluggable: Placement::default() }
-    }
-
-    /// All of `layout` is memory of the VM but for those parts of `hotpluggable` that its state does not list.
+impl Base {
+    /// Opens the snapshot to compare with: `paths` as for [`Chain::open`].
     ///
     /// # Errors
-    /// The parts overlap, or exceed `limits`.
-    pub fn with_hotpluggable(
-        layout: Layout,
-        hotpluggable: &[GpaRange],
+    /// The chain is none, or nothing names what is on top of it.
+    pub fn open<P: AsRef<Path>>(
+        paths: impl IntoIterator<Item = P>,
         limits: &Limits,
-    ) -> Result<Self, PlacementError> {
-        Ok(Self { layout, hotpluggable: Placement::new(hotpluggable.iter().copied(), limits)? })
+    ) -> Result<Self, ReadError> {
+        let chain = Chain::open(paths, limits)?;
+        if chain.differentials().is_empty() {
+            chain.full().expect_manifest(ManifestUse::Name)?;
+        }
+        Ok(Self::Compared(Arc::new(chain)))
     }
 
-    /// The VM's RAM.
-    pub fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    /// Returns where memory goes once the `state` is known: ascending, and only what the state lists.
-    pub(crate) fn settle(
-        &self,
-        state: &VmState,
-        placement: &Placement,
-        limits: &Limits,
-    ) -> Result<Placement, WriteError> {
-        let listed = state.memory();
-        if let Some(range) = listed.ranges().flat_map(|range| placement.missing(range)).next() {
-            return Err(WriteError::Unannounced { range });
+    /// Returns what names the base, and the base to compare with if it is at hand.
+    fn resolve(self) -> Result<(Digest, Option<Arc<Chain>>), WriteError> {
+        match self {
+            Self::Named(digest) => Ok((digest, None)),
+            Self::Compared(chain) => match chain.digest() {
+                Some(digest) => Ok((digest, Some(chain))),
+                None => {
+                    let source = chain.full().obstacle();
+                    Err(WriteError::UnnamedBase { path: chain.path().to_owned(), source })
+                }
+            },
         }
-        if placement.same_memory(listed) {
-            return Ok(placement.clone());
-        }
-        // A manifest would list them, and nobody would read it.
-        listed.check_pages(self.layout.host_page())?;
-        let mut left_out = placement.ranges().flat_map(|range| listed.missing(range));
-        if let Some(range) = left_out.find(|&range| !self.hotpluggable.holds(range)) {
-            return Err(WriteError::LeftOut { range });
-        }
-        Ok(Placement::new(listed.ascending().iter().map(|extent| extent.range), limits)?)
     }
 }
 
-/// A full snapshot being written: takes pages in any order, from any number of threads.
+/// The pages of the snapshot.
+#[derive(Debug)]
+enum PageFile {
+    /// All of them.
+    Full(FullPages),
+    /// Those that differ from the base that the digest names.
+    Differential(Digest, ChangedPages),
+}
+
+impl PageFile {
+    /// The file that holds them for now.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Full(_) => MEMORY_FILE,
+            Self::Differential(..) => WORK_FILE,
+        }
+    }
+
+    fn placement(&self) -> &Placement {
+        match self {
+            Self::Full(pages) => pages.placement(),
+            Self::Differential(_, pages) => pages.placement(),
+        }
+    }
+
+    fn fill(
+        &self,
+        range: GpaRange,
+        read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
+    ) -> Result<(), FillError> {
+        match self {
+            Self::Full(pages) => pages.fill(range, read),
+            Self::Differential(_, pages) => pages.fill(range, read),
+        }
+    }
+}
+
+/// A snapshot being written, full or a differential to a base: takes pages in any order, from any number of threads.
 ///
 /// Nothing lies under the final name before [`SnapshotWriter::finish`] returns; dropped before, it leaves nothing behind.
+///
+/// In a full snapshot, memory that never comes reads as zero and takes no space. In a differential, a page that never comes is as in
+/// the base; [`crate::snapshot`] shows how it gets every page that changed since then, whoever wrote it, and no other.
 ///
 /// ```
 /// use vfio_migration::{granule::Granule, layout::Layout, range::GpaRange, snapshot::*};
 /// let parent = tempfile::tempdir()?;
 /// let ram = GpaRange::new(0, 1 << 20)?;
 /// let layout = Layout::new([ram], Granule::host_page())?;
-/// let writer = SnapshotWriter::create(&parent.path().join("snapshot"), Announced::all(layout), Limits::default())?;
+/// let writer = SnapshotWriter::create(&parent.path().join("snapshot"), Announced::all(layout), None, Limits::default())?;
 /// writer.fill(ram, &mut [7; 1 << 20].as_slice())?;
 /// # let memory = r#"{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":1048576}]}}"#;
 /// # let child = format!(r#"{{"snapshots":{{}},"snapshot_data":{{"state":"{memory}"}}}}"#);
 /// # let state = format!(r#"{{"snapshots":{{"memory-manager":{child}}},"snapshot_data":null}}"#);
 /// let digest = writer.finish(br#"{"memory":{"size":1048576}}"#, state.as_bytes())?;
-/// assert_eq!(SnapshotDir::open(&parent.path().join("snapshot"), &Limits::default())?.digest(), Some(digest));
+/// assert_eq!(FullSnapshot::open(&parent.path().join("snapshot"), &Limits::default())?.digest(), Some(digest));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct SnapshotWriter {
     staged: StagedDir,
     announced: Announced,
-    memory: MemoryFile,
+    pages: PageFile,
     readable: ReadableCheck,
     limits: Limits,
 }
 
 impl SnapshotWriter {
-    /// Begins a snapshot that will be the directory `target`, of a VM with the RAM `announced`.
+    /// Begins a snapshot that will be the directory `target`, of a VM with the RAM `announced`: a differential to `base`, or a full
+    /// one.
     ///
     /// # Errors
-    /// `target` is there and not an empty directory, cannot be made, or the RAM exceeds `limits`.
-    pub fn create(target: &Path, announced: Announced, limits: Limits) -> Result<Self, WriteError> {
-        Self::begin(StagedDir::create(target)?, announced, limits)
+    /// `target` is there and not an empty directory, cannot be made, the RAM exceeds `limits`, or nothing names the base.
+    pub fn create(
+        target: &Path,
+        announced: Announced,
+        base: Option<Base>,
+        limits: Limits,
+    ) -> Result<Self, WriteError> {
+        Self::begin(StagedDir::create(target)?, announced, base, limits)
     }
 
-    pub(crate) fn begin(staged: StagedDir, announced: Announced, limits: Limits) -> Result<Self, WriteError> {
-        let placement = Placement::of_layout(&announced.layout, &limits)?;
-        let memory =
-            memory_file(&staged, MEMORY_FILE, placement, announced.layout.host_page(), limits.thread_start)?;
-        Ok(Self { staged, announced, memory, readable: ReadableCheck::default(), limits })
+    pub(crate) fn begin(
+        staged: StagedDir,
+        announced: Announced,
+        base: Option<Base>,
+        limits: Limits,
+    ) -> Result<Self, WriteError> {
+        let base = base.map(Base::resolve).transpose()?;
+        let placement = Placement::of_layout(announced.layout(), &limits)?;
+        let (page, threads) = (announced.layout().host_page(), limits.thread_start);
+        let (name, made) = match base {
+            None => {
+                let file = staged.make_file(MEMORY_FILE)?;
+                (MEMORY_FILE, FullPages::new(file, placement, page, threads).map(PageFile::Full))
+            }
+            Some((digest, chain)) => {
+                let work = staged.make_file(WORK_FILE)?;
+                let pages = ChangedPages::new(work, placement, page, chain, threads);
+                (WORK_FILE, pages.map(|pages| PageFile::Differential(digest, pages)))
+            }
+        };
+        let pages = made.map_err(|source| staged.write_error(name, source))?;
+        Ok(Self { staged, announced, pages, readable: ReadableCheck::default(), limits })
     }
 
     /// The VM's RAM.
     pub fn layout(&self) -> &Layout {
-        &self.announced.layout
+        self.announced.layout()
     }
 
     /// Writes the bytes of `range` that `from` supplies, one after the other; later bytes replace earlier ones.
     ///
-    /// Memory that is never filled reads as zero and takes no space.
-    ///
     /// # Errors
-    /// `range` is not all RAM, `from` fails or ends early, or the disk is full. Part of the bytes may be written.
+    /// `range` is not all RAM, or not of whole pages where that of a differential has to be; `from` fails or ends early, or the disk is
+    /// full. Part of the bytes may be written.
     pub fn fill(&self, range: GpaRange, from: &mut dyn Read) -> io::Result<()> {
-        self.memory.fill(range, from_stream(from)).map_err(|error| self.fill_error(error))
+        self.pages.fill(range, from_stream(from)).map_err(|error| self.fill_error(error))
     }
 
-    /// Writes `ranges` of guest memory, read through its own mapping: a userfaultfd registered for that fills what is missing. The first
-    /// call looks for userfaultfds that fill it elsewhere.
+    /// Writes `ranges` of guest memory, for a differential those of the chunks that a ledger's cursor for its base hands out.
+    ///
+    /// They are read through `memory`'s own mapping: a userfaultfd registered for that fills what is missing. The first call looks for
+    /// userfaultfds that fill it elsewhere.
     ///
     /// # Errors
-    /// A range is not all RAM, the disk is full, or a userfaultfd fills `memory` through another mapping of its file only, so that
-    /// what is missing would be read as zeros ([`UserfaultError`](crate::vm::UserfaultError)).
+    /// As [`SnapshotWriter::fill`], or a userfaultfd fills `memory` through another mapping of its file only, so that what is missing
+    /// would be read as zeros ([`UserfaultError`](crate::vm::UserfaultError)).
     pub fn copy_from<M: GuestMemoryBackend>(
         &self,
         ranges: impl IntoIterator<Item = GpaRange>,
         memory: &M,
     ) -> io::Result<()> {
         self.readable.check(memory).map_err(io::Error::other)?;
-        let filled = ranges.into_iter().try_for_each(|range| self.memory.fill(range, from_memory(memory)));
+        let filled = ranges.into_iter().try_for_each(|range| self.pages.fill(range, from_memory(memory)));
         filled.map_err(|error| self.fill_error(error))
     }
 
-    fn fill_error(&self, error: FeedError) -> io::Error {
-        error.into_io(|source| self.staged.write_error(MEMORY_FILE, source))
+    fn fill_error(&self, error: FillError) -> io::Error {
+        error.into_io(|source| self.staged.write_error(self.pages.name(), source))
     }
 
     /// Completes the snapshot with the texts of `config.json` and `state.json` and moves it to its name, safe on disk.
     ///
-    /// The state's list of memory ranges is put in ascending order where it is not. Returns what names the snapshot.
+    /// The state's list of memory ranges is put in ascending order where it is not. A differential takes time in proportion to the
+    /// pages that differ. Returns what names the snapshot.
     ///
     /// # Errors
     /// Nothing lies under the final name.
@@ -219,14 +227,27 @@ impl SnapshotWriter {
         self.complete(&config, state, Vec::new())
     }
 
+    /// Takes a page that never comes for zero, as a source leaves it out whose receiver's memory reads zero; before any page comes.
+    pub(crate) fn presume_zeros(&self) -> Result<(), WriteError> {
+        match &self.pages {
+            PageFile::Full(_) => Ok(()),
+            PageFile::Differential(_, pages) => {
+                pages.presume_zeros().map_err(|source| self.staged.write_error(WORK_FILE, source))
+            }
+        }
+    }
+
     /// Checks that `state` fits what was announced.
     pub(crate) fn check(&self, state: &VmState) -> Result<(), WriteError> {
-        self.announced.settle(state, self.memory.placement(), &self.limits).map(drop)
+        self.announced.settle(state, self.pages.placement(), &self.limits).map(drop)
     }
 
     /// Begins to bring to disk what was written until now; does not wait for it.
     pub(crate) fn hurry(&self) {
-        self.memory.hurry();
+        match &self.pages {
+            PageFile::Full(pages) => pages.hurry(),
+            PageFile::Differential(_, pages) => pages.hurry(),
+        }
     }
 
     /// Completes the snapshot; it also answers to the names `aliases`.
@@ -236,23 +257,73 @@ impl SnapshotWriter {
         state: VmState,
         aliases: Vec<Digest>,
     ) -> Result<Digest, WriteError> {
-        let Self { staged, announced, memory, limits, .. } = self;
-        let placement = announced.settle(&state, memory.placement(), &limits)?;
-        let state = state.relist(&placement)?;
-        let page = announced.layout.host_page();
-        let threads = limits.thread_start;
-        let same = placement == *memory.placement();
-        let memory = if same { memory } else { shrink(&staged, memory, placement, page, threads)? };
-        let (began, bytes) = (Instant::now(), memory.placement().bytes());
-        let blocks = memory.finish().map_err(|source| staged.write_error(MEMORY_FILE, source))?;
-        log::info!("Memory of {} is hashed and safe on disk after {}", Bytes(bytes), Millis(began.elapsed()));
-        let manifest = Manifest { aliases, ..Manifest::of_full(page, config, &state, blocks) };
+        let Self { staged, announced, pages, limits, .. } = self;
+        let memory = announced.settle(&state, pages.placement(), &limits)?;
+        let state = state.relist(&memory)?;
+        let page = announced.layout().host_page();
+        let began = Instant::now();
+        let (changes, blocks) = match pages {
+            PageFile::Full(mut pages) => {
+                if memory != *pages.placement() {
+                    let work = staged.make_file(WORK_FILE)?;
+                    let smaller = FullPages::new(work, memory, page, limits.thread_start)
+                        .map_err(|source| staged.write_error(WORK_FILE, source))?;
+                    pages = shrink(&staged, pages, smaller)?;
+                }
+                let bytes = pages.placement().bytes();
+                let blocks = pages.finish().map_err(|source| staged.write_error(MEMORY_FILE, source))?;
+                log::info!(
+                    "Memory of {} is hashed and safe on disk after {}",
+                    Bytes(bytes),
+                    Millis(began.elapsed())
+                );
+                (None, blocks)
+            }
+            PageFile::Differential(base, pages) => {
+                let (changes, blocks) = settle(&staged, base, pages, &memory)?;
+                log::info!(
+                    "{} that changed, of {} of memory, are hashed and safe on disk after {}",
+                    Bytes(changes.runs.bytes()),
+                    Bytes(memory.bytes()),
+                    Millis(began.elapsed()),
+                );
+                (Some(changes), blocks)
+            }
+        };
+        let manifest = Manifest { changes, aliases, ..Manifest::of_full(page, config, &state, blocks) };
         publish(staged, config, &state, &manifest, &limits)
     }
 }
 
+/// Leaves out the memory that `smaller`, the work file, has no place for.
+fn shrink(staged: &StagedDir, pages: FullPages, smaller: FullPages) -> Result<FullPages, WriteError> {
+    pages.move_to(&smaller).map_err(|error| match error {
+        FillError::Read(source) => staged.write_error(MEMORY_FILE, source),
+        FillError::Write(source) => staged.write_error(WORK_FILE, source),
+    })?;
+    staged.replace_file(WORK_FILE, MEMORY_FILE)?;
+    Ok(smaller)
+}
+
+/// Puts those of the pages that differ and lie in `memory` in their order.
+fn settle(
+    staged: &StagedDir,
+    base: Digest,
+    pages: ChangedPages,
+    memory: &Placement,
+) -> Result<(Changes, BlockTable), WriteError> {
+    let into = staged.make_file(CHANGES_FILE)?;
+    let settled = pages.settle(memory, &into).map_err(|error| match error {
+        SettleError::Work(source) => staged.write_error(WORK_FILE, source),
+        SettleError::Copy(source) => staged.write_error(CHANGES_FILE, source),
+        SettleError::Placement(source) => WriteError::Placement(source),
+    })?;
+    staged.remove_file(WORK_FILE)?;
+    Ok((Changes { base, runs: settled.runs, zero_runs: settled.zero_runs }, settled.blocks))
+}
+
 /// Adds the texts and the manifest to a directory whose pages are on disk already, and moves it to its name.
-pub(crate) fn publish(
+fn publish(
     staged: StagedDir,
     config: &VmConfig,
     state: &VmState,
@@ -277,35 +348,4 @@ pub(crate) fn publish(
     staged.publish()?;
     log::info!("Snapshot {digest} is safe under its name after {}", Millis(began.elapsed()));
     Ok(digest)
-}
-
-fn memory_file(
-    staged: &StagedDir,
-    name: &'static str,
-    placement: Placement,
-    page: Granule,
-    threads: ThreadStart,
-) -> Result<MemoryFile, StagingError> {
-    let file = staged.make_file(name)?;
-    MemoryFile::new(file, placement, page, threads).map_err(|source| staged.write_error(name, source))
-}
-
-/// Leaves out the memory that `placement` leaves out.
-fn shrink(
-    staged: &StagedDir,
-    memory: MemoryFile,
-    placement: Placement,
-    page: Granule,
-    threads: ThreadStart,
-) -> Result<MemoryFile, StagingError> {
-    let lost = |source| staged.write_error(MEMORY_FILE, source);
-    memory.check_written().map_err(lost)?;
-    let smaller = memory_file(staged, WORK_FILE, placement, page, threads)?;
-    memory.copy_to(&smaller).map_err(|error| match error {
-        FeedError::Read(source) => lost(source),
-        FeedError::Write(source) => staged.write_error(WORK_FILE, source),
-    })?;
-    memory.give_up().map_err(lost)?;
-    staged.replace_file(WORK_FILE, MEMORY_FILE)?;
-    Ok(smaller)
 }

@@ -4,8 +4,8 @@
 
 use crate::bitmap::WORD_BITS;
 use crate::granule::Granule;
-use crate::range::IovaRange;
-use crate::source::mapped::{joined, united};
+use crate::range::{IovaRange, united};
+use crate::source::mapped::joined;
 
 const GIB_4: u64 = 4 << 30;
 

@@ -7,32 +7,30 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use crate::range::united;
 use crate::snapshot::parallel;
-use crate::snapshot::read::checked::CheckedMemory;
-use crate::snapshot::read::differential::united;
-use crate::snapshot::read::dir::SnapshotDir;
-use crate::snapshot::reserve::{push, zeros};
+use crate::snapshot::read::full::FullSnapshot;
+use crate::snapshot::reserve::{index, push, zeros};
 
 /// Bytes checked at once.
 const CHECK_BYTES: u64 = 1 << 20;
 
 /// A check under way on threads of its own. Dropped, it ends early.
 #[derive(Debug)]
-pub(crate) struct Checking {
+pub(super) struct BackgroundCheck {
     given_up: Arc<AtomicBool>,
     thread: JoinHandle<io::Result<()>>,
 }
 
-impl Checking {
-    /// Begins to check every byte of the memory of `dir` against its manifest; there is nothing to do without one.
+impl BackgroundCheck {
+    /// Begins to check every byte of the memory of `snapshot` against its manifest; there is nothing to do without one.
     ///
     /// # Errors
     /// The system has no thread left.
-    pub(crate) fn start(dir: &Arc<SnapshotDir>) -> io::Result<Self> {
-        let (given_up, threads) = (Arc::<AtomicBool>::default(), dir.thread_start());
-        let (dir, of_thread) = (Arc::clone(dir), Arc::clone(&given_up));
-        let check = move || dir.checked().map_or(Ok(()), |memory| check(&dir, &memory, &of_thread));
-        let thread = threads.spawn("snapshot-check", check)?;
+    pub(super) fn start(snapshot: &Arc<FullSnapshot>) -> io::Result<Self> {
+        let (given_up, threads) = (Arc::<AtomicBool>::default(), snapshot.thread_start());
+        let (snapshot, of_thread) = (Arc::clone(snapshot), Arc::clone(&given_up));
+        let thread = threads.spawn("snapshot-check", move || check(&snapshot, &of_thread))?;
         Ok(Self { given_up, thread })
     }
 
@@ -40,30 +38,35 @@ impl Checking {
     ///
     /// # Errors
     /// The file cannot be read or was cut off; or a block was altered, then the error holds [`Altered`](crate::snapshot::Altered).
-    pub(crate) fn finish(self) -> io::Result<()> {
+    pub(super) fn finish(self) -> io::Result<()> {
         let panicked = |_| Err(io::Error::other("The checking thread panicked"));
         self.thread.join().unwrap_or_else(panicked)
     }
 
-    pub(crate) fn give_up(&self) {
+    pub(super) fn give_up(&self) {
         self.given_up.store(true, Ordering::Relaxed);
     }
 }
 
-fn check(dir: &SnapshotDir, memory: &CheckedMemory<'_>, given_up: &AtomicBool) -> io::Result<()> {
+fn check(snapshot: &FullSnapshot, given_up: &AtomicBool) -> io::Result<()> {
+    let memory = snapshot.reader();
+    let Some((memory, written)) = memory.and_then(|memory| Some((memory, memory.populated_as_written()?)))
+    else {
+        return Ok(());
+    };
     // Where the file has a hole and is to have one, there is nothing to read.
     let mut ranges = Vec::new();
-    for range in dir.populated().chain(memory.populated().map(Ok)) {
+    for range in memory.populated().chain(written.map(Ok)) {
         push(&mut ranges, range?)?;
     }
     let mut pieces = Vec::new();
     for piece in united(ranges).into_iter().flat_map(|range| range.pieces(CHECK_BYTES)) {
         push(&mut pieces, piece)?;
     }
-    parallel::for_each(&pieces, parallel::processors(), dir.thread_start(), |&piece| {
+    parallel::for_each(&pieces, parallel::processors(), snapshot.thread_start(), |&piece| {
         if given_up.load(Ordering::Relaxed) {
             return Ok(());
         }
-        memory.read(piece, &mut zeros(usize::try_from(piece.len()).unwrap_or(usize::MAX))?)
+        memory.read_checked(piece, &mut zeros(index(piece.len()))?)
     })
 }

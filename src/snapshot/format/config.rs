@@ -9,13 +9,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::layout::Layout;
-use crate::range::GpaRange;
-use crate::snapshot::format::document_error::{DocumentError, ENTRIES, json, ranges, within};
+use crate::snapshot::format::error::{ENTRIES, FormatError, json, within};
 use crate::snapshot::format::limits::Limits;
 use crate::snapshot::format::list::AtMost;
 use crate::snapshot::format::passthrough::{DeviceFields, PassThrough};
-use crate::snapshot::format::placement::Placement;
 
 #[derive(Deserialize)]
 struct VmConfigFields {
@@ -100,12 +97,12 @@ impl VmConfig {
     ///
     /// # Errors
     /// It is not the configuration of a VM, or exceeds `limits`.
-    pub fn parse(text: &[u8], limits: &Limits) -> Result<Self, DocumentError> {
+    pub fn parse(text: &[u8], limits: &Limits) -> Result<Self, FormatError> {
         within("config.json", text.len(), limits.config_bytes)?;
         Self::from_raw(serde_json::from_slice(text).map_err(json("config.json"))?)
     }
 
-    fn from_raw(text: Box<RawValue>) -> Result<Self, DocumentError> {
+    pub(super) fn from_raw(text: Box<RawValue>) -> Result<Self, FormatError> {
         let fields: VmConfigFields = serde_json::from_str(text.get()).map_err(json("config.json"))?;
         let devices: DeviceFields = serde_json::from_str(text.get()).map_err(json("config.json"))?;
         let disks = fields.disks.unwrap_or_default().into_iter().filter(|disk| !disk.readonly);
@@ -166,68 +163,5 @@ impl VmConfig {
     /// The pass-through devices; of their saved states a configuration knows nothing.
     pub fn devices(&self) -> &[PassThrough] {
         &self.devices
-    }
-}
-
-#[derive(Deserialize)]
-struct ConfigFields {
-    vm_config: Box<RawValue>,
-    memory_manager_data: MemoryManagerConfig,
-}
-
-#[derive(Deserialize)]
-struct MemoryManagerConfig {
-    guest_ram_mappings: AtMost<ENTRIES, RamMapping>,
-}
-
-#[derive(Deserialize)]
-struct RamMapping {
-    gpa: u64,
-    size: u64,
-    virtio_mem: bool,
-}
-
-/// A Config message: what a source says of its VM before any page.
-#[derive(Debug, Clone)]
-pub struct ConfigMessage {
-    vm_config: VmConfig,
-    layout: Layout,
-    hotpluggable: Vec<GpaRange>,
-}
-
-impl ConfigMessage {
-    /// Reads the payload of a Config message.
-    ///
-    /// # Errors
-    /// It is not that of Cloud Hypervisor, exceeds `limits`, or its RAM mappings are impossible.
-    pub fn parse(payload: &[u8], limits: &Limits) -> Result<Self, DocumentError> {
-        within("Config message", payload.len(), limits.config_bytes)?;
-        let fields: ConfigFields = serde_json::from_slice(payload).map_err(json("Config message"))?;
-        let mappings = fields.memory_manager_data.guest_ram_mappings;
-        let (mut ram, mut hotpluggable) = (Vec::new(), Vec::new());
-        for (index, mapping) in mappings.iter().enumerate() {
-            let range = GpaRange::new(mapping.gpa, mapping.size)
-                .map_err(|source| DocumentError::Mapping { index, source })?;
-            ram.push(range);
-            hotpluggable.extend(mapping.virtio_mem.then_some(range));
-        }
-        Placement::new(ram.iter().copied(), limits).map_err(ranges("Config message"))?;
-        let layout = Layout::new(ram, crate::granule::Granule::host_page())?;
-        Ok(Self { vm_config: VmConfig::from_raw(fields.vm_config)?, layout, hotpluggable })
-    }
-
-    /// The VM's configuration.
-    pub fn vm_config(&self) -> &VmConfig {
-        &self.vm_config
-    }
-
-    /// The VM's RAM: all that may become `memory-ranges`.
-    pub fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    /// Parts of the RAM that virtio-mem devices plug and unplug; the state lists what is plugged.
-    pub fn hotpluggable(&self) -> &[GpaRange] {
-        &self.hotpluggable
     }
 }

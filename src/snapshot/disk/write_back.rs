@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Brings a file to disk while it is being written, so that little is left to do when the VM is paused.
+//! Write-back throttle: brings a file to disk while it is being written, so that little is left to do when the VM is paused.
 //!
-//! Writers that are ahead of the disk wait here, while the VM runs, and not at the end, while it stands still. How far ahead
-//! they may be follows from how fast the disk is: so far that it catches up in [`CATCH_UP`].
+//! Back-pressure: writers that are ahead of the disk wait here while the VM runs, instead of at the end while it is paused. They may be
+//! as far ahead as the disk can catch up with in [`CATCH_UP`].
 
 use std::fs::File;
 use std::io;
@@ -113,14 +113,14 @@ impl Shared {
     }
 }
 
-/// A thread that syncs a file each time [`FLUSH_BYTES`] were written to it.
+/// The throttle: a thread that syncs a file each time [`FLUSH_BYTES`] were written to it.
 #[derive(Debug)]
-pub(crate) struct Flusher {
+pub(crate) struct WriteBack {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Flusher {
+impl WriteBack {
     /// Starts the thread.
     ///
     /// # Errors
@@ -173,7 +173,7 @@ impl Flusher {
     }
 }
 
-impl Drop for Flusher {
+impl Drop for WriteBack {
     /// Does not wait for a sync: what was written is not wanted any more.
     fn drop(&mut self) {
         self.shared.end();
@@ -194,8 +194,8 @@ mod tests {
 
     use super::*;
 
-    /// A flusher whose syncs each wait for a word from the test; counts them.
-    fn scripted() -> (Flusher, Sender<io::Result<()>>, Arc<AtomicU32>) {
+    /// A throttle whose syncs each wait for a word from the test; counts them.
+    fn scripted() -> (WriteBack, Sender<io::Result<()>>, Arc<AtomicU32>) {
         let (say, said): (_, Receiver<io::Result<()>>) = channel();
         let syncs = Arc::<AtomicU32>::default();
         let counted = Arc::clone(&syncs);
@@ -203,15 +203,15 @@ mod tests {
             counted.fetch_add(1, Ordering::SeqCst);
             said.recv().unwrap_or(Ok(()))
         };
-        (Flusher::with(Box::new(sync), ThreadStart::NOTHING).unwrap(), say, syncs)
+        (WriteBack::with(Box::new(sync), ThreadStart::NOTHING).unwrap(), say, syncs)
     }
 
     #[test]
     fn writers_ahead_of_the_disk_wait_for_it() {
-        let (flusher, say, _) = scripted();
-        flusher.wrote(MISSING_BYTES.start() - 1).unwrap();
+        let (write_back, say, _) = scripted();
+        write_back.wrote(MISSING_BYTES.start() - 1).unwrap();
         thread::scope(|scope| {
-            let writer = scope.spawn(|| flusher.wrote(1));
+            let writer = scope.spawn(|| write_back.wrote(1));
             thread::sleep(Duration::from_millis(50));
             assert!(!writer.is_finished(), "more than may be missing is not on disk");
             say.send(Ok(())).unwrap();
@@ -219,7 +219,7 @@ mod tests {
             writer.join().unwrap().unwrap();
         });
         drop(say);
-        flusher.finish().unwrap();
+        write_back.finish().unwrap();
     }
 
     #[test]
@@ -238,36 +238,36 @@ mod tests {
 
     #[test]
     fn little_is_synced_only_in_a_hurry() {
-        let (flusher, say, syncs) = scripted();
-        flusher.wrote(1).unwrap();
+        let (write_back, say, syncs) = scripted();
+        write_back.wrote(1).unwrap();
         thread::sleep(Duration::from_millis(20));
         assert_eq!(syncs.load(Ordering::SeqCst), 0);
-        flusher.hurry();
+        write_back.hurry();
         say.send(Ok(())).unwrap();
-        flusher.finish().unwrap();
+        write_back.finish().unwrap();
         assert_eq!(syncs.load(Ordering::SeqCst), 1);
     }
 
     #[test]
     fn a_sync_that_panics_lets_no_writer_wait_and_is_told_at_the_end() {
-        let flusher = Flusher::with(Box::new(|| panic!("no disk")), ThreadStart::NOTHING).unwrap();
+        let write_back = WriteBack::with(Box::new(|| panic!("no disk")), ThreadStart::NOTHING).unwrap();
         let (report, failed) = channel();
         thread::spawn(move || {
-            let error = (0..4).find_map(|_| flusher.wrote(*MISSING_BYTES.start()).err());
-            report.send((error.unwrap(), flusher)).unwrap();
+            let error = (0..4).find_map(|_| write_back.wrote(*MISSING_BYTES.start()).err());
+            report.send((error.unwrap(), write_back)).unwrap();
         });
-        let (error, flusher) =
+        let (error, write_back) =
             failed.recv_timeout(Duration::from_secs(10)).expect("nobody waits for the dead");
         assert!(error.to_string().contains("panicked"), "{error}");
-        assert!(flusher.finish().unwrap_err().to_string().contains("panicked"));
+        assert!(write_back.finish().unwrap_err().to_string().contains("panicked"));
     }
 
     #[test]
     fn a_failed_sync_lets_no_writer_wait_and_is_told_at_the_end() {
-        let (flusher, say, _) = scripted();
+        let (write_back, say, _) = scripted();
         say.send(Err(io::ErrorKind::StorageFull.into())).unwrap();
-        let failed = (0..4).find_map(|_| flusher.wrote(*MISSING_BYTES.start()).err());
+        let failed = (0..4).find_map(|_| write_back.wrote(*MISSING_BYTES.start()).err());
         assert_eq!(failed.unwrap().kind(), io::ErrorKind::StorageFull);
-        assert_eq!(flusher.finish().unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(write_back.finish().unwrap_err().kind(), io::ErrorKind::StorageFull);
     }
 }

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The Config message: what a source says of its VM before any page.
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use crate::granule::Granule;
+use crate::layout::Layout;
+use crate::range::GpaRange;
+use crate::snapshot::format::config::VmConfig;
+use crate::snapshot::format::error::{ENTRIES, FormatError, json, ranges, within};
+use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::list::AtMost;
+use crate::snapshot::format::placement::Placement;
+
+#[derive(Deserialize)]
+struct ConfigFields {
+    vm_config: Box<RawValue>,
+    memory_manager_data: MemoryManagerConfig,
+}
+
+#[derive(Deserialize)]
+struct MemoryManagerConfig {
+    guest_ram_mappings: AtMost<ENTRIES, RamMapping>,
+}
+
+#[derive(Deserialize)]
+struct RamMapping {
+    gpa: u64,
+    size: u64,
+    virtio_mem: bool,
+}
+
+/// A Config message: what a source says of its VM before any page.
+#[derive(Debug, Clone)]
+pub struct ConfigMessage {
+    vm_config: VmConfig,
+    layout: Layout,
+    hotpluggable: Vec<GpaRange>,
+}
+
+impl ConfigMessage {
+    /// Reads the payload of a Config message.
+    ///
+    /// # Errors
+    /// It is not that of Cloud Hypervisor, exceeds `limits`, or its RAM mappings are impossible.
+    pub fn parse(payload: &[u8], limits: &Limits) -> Result<Self, FormatError> {
+        within("Config message", payload.len(), limits.config_bytes)?;
+        let fields: ConfigFields = serde_json::from_slice(payload).map_err(json("Config message"))?;
+        let mappings = fields.memory_manager_data.guest_ram_mappings;
+        let (mut ram, mut hotpluggable) = (Vec::new(), Vec::new());
+        for (index, mapping) in mappings.iter().enumerate() {
+            let range = GpaRange::new(mapping.gpa, mapping.size)
+                .map_err(|source| FormatError::Mapping { index, source })?;
+            ram.push(range);
+            hotpluggable.extend(mapping.virtio_mem.then_some(range));
+        }
+        Placement::new(ram.iter().copied(), limits).map_err(ranges("Config message"))?;
+        let layout = Layout::new(ram, Granule::host_page())?;
+        Ok(Self { vm_config: VmConfig::from_raw(fields.vm_config)?, layout, hotpluggable })
+    }
+
+    /// The VM's configuration.
+    pub fn vm_config(&self) -> &VmConfig {
+        &self.vm_config
+    }
+
+    /// The VM's RAM: all that may become `memory-ranges`.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Parts of the RAM that virtio-mem devices plug and unplug; the state lists what is plugged.
+    pub fn hotpluggable(&self) -> &[GpaRange] {
+        &self.hotpluggable
+    }
+}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Reads the memory that a full snapshot and differentials on top of it make up.
+
+use std::io;
+use std::path::Path;
+
+use crate::range::{GpaRange, united};
+use crate::snapshot::disk::error::{ManifestUse, ReadError};
+use crate::snapshot::format::config::VmConfig;
+use crate::snapshot::format::digest::Digest;
+use crate::snapshot::format::elsewhere::Elsewhere;
+use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::state::VmState;
+use crate::snapshot::read::differential::Differential;
+use crate::snapshot::read::full::FullSnapshot;
+use crate::snapshot::read::reader::MemoryReader;
+
+/// A full snapshot with differentials on top, each made on what lies below it.
+#[derive(Debug)]
+pub struct Chain {
+    full: FullSnapshot,
+    differentials: Vec<Differential>,
+}
+
+impl Chain {
+    /// Opens the full snapshot that `paths` begins with and the differentials that follow it, lowest first.
+    ///
+    /// # Errors
+    /// There is none, one cannot be read, or one was made on top of something else.
+    pub fn open<P: AsRef<Path>>(
+        paths: impl IntoIterator<Item = P>,
+        limits: &Limits,
+    ) -> Result<Self, ReadError> {
+        let mut paths = paths.into_iter();
+        let first = paths.next().ok_or(ReadError::Empty)?;
+        let mut chain = Self::of(FullSnapshot::open(first.as_ref(), limits)?);
+        for path in paths {
+            chain = chain.with(Differential::open(path.as_ref(), limits)?)?;
+        }
+        Ok(chain)
+    }
+
+    /// Makes a chain of a full snapshot alone.
+    pub fn of(full: FullSnapshot) -> Self {
+        Self { full, differentials: Vec::new() }
+    }
+
+    /// Lays `differential` on top.
+    ///
+    /// # Errors
+    /// It was made on top of something else.
+    pub fn with(mut self, differential: Differential) -> Result<Self, ReadError> {
+        let below = match self.differentials.last() {
+            Some(top) => top.manifest(),
+            None => self.full.expect_manifest(ManifestUse::Name)?,
+        };
+        if !below.answers_to(differential.base()) {
+            return Err(ReadError::WrongBase {
+                path: differential.path().to_owned(),
+                base: differential.base(),
+                below: self.path().to_owned(),
+            });
+        }
+        self.differentials.push(differential);
+        Ok(self)
+    }
+
+    /// The lowest snapshot.
+    pub fn full(&self) -> &FullSnapshot {
+        &self.full
+    }
+
+    /// The differentials, lowest first.
+    pub fn differentials(&self) -> &[Differential] {
+        &self.differentials
+    }
+
+    /// The directory on top.
+    pub fn path(&self) -> &Path {
+        self.differentials.last().map_or(self.full.path(), Differential::path)
+    }
+
+    /// What names the snapshot on top; `None` for a full snapshot with no manifest.
+    pub fn digest(&self) -> Option<Digest> {
+        self.differentials.last().map_or(self.full.digest(), |top| Some(top.digest()))
+    }
+
+    /// `config.json` of the snapshot on top.
+    pub fn config(&self) -> &VmConfig {
+        self.differentials.last().map_or(self.full.config(), Differential::config)
+    }
+
+    /// `state.json` of the snapshot on top, which lists the VM's memory.
+    pub fn state(&self) -> &VmState {
+        self.differentials.last().map_or(self.full.state(), Differential::state)
+    }
+
+    /// Memory of the VM that is in none of the snapshots, because it is in files of its own.
+    pub fn elsewhere(&self) -> Elsewhere {
+        Elsewhere::of(self.config(), self.state())
+    }
+
+    /// Reads the memory of `range` as the snapshot on top has it; what the VM does not have reads as zero.
+    ///
+    /// The bytes are those on disk: [`verify`](crate::snapshot::verify()) tells whether they are as they were written.
+    ///
+    /// # Errors
+    /// A file cannot be read, or was cut off since it was opened.
+    ///
+    /// # Panics
+    /// `buffer` is shorter than `range`.
+    pub fn read(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
+        self.read_by(range, buffer, |memory, range, buffer| memory.read(range, buffer))
+    }
+
+    /// Reads as [`Chain::read`] does, bytes that are as they were written; a full snapshot with no manifest is read as it is.
+    ///
+    /// # Errors
+    /// A file cannot be read, or was cut off; or a block was altered, then the error holds [`Altered`](crate::snapshot::Altered).
+    pub(crate) fn read_checked(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
+        self.read_by(range, buffer, |memory, range, buffer| memory.read_checked(range, buffer))
+    }
+
+    fn read_by(
+        &self,
+        range: GpaRange,
+        buffer: &mut [u8],
+        read: impl Fn(&MemoryReader<'_>, GpaRange, &mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        buffer.fill(0);
+        self.full.reader().map_or(Ok(()), |memory| read(&memory, range, buffer))?;
+        self.differentials.iter().try_for_each(|differential| {
+            differential.overlay_zeros(range, buffer);
+            read(&differential.reader(), range, buffer)
+        })
+    }
+
+    /// Checks the blocks of the full snapshot that hold any of `range` and that nobody has read yet.
+    ///
+    /// # Errors
+    /// As [`Chain::read_checked`].
+    pub(crate) fn check(&self, range: GpaRange) -> io::Result<()> {
+        self.full.reader().map_or(Ok(()), |memory| memory.check_range(range))
+    }
+
+    /// Returns memory outside which everything reads as zero: sorted and disjoint.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn populated(&self) -> io::Result<Vec<GpaRange>> {
+        let ranges = self.full.populated().collect::<io::Result<Vec<_>>>()?;
+        Ok(self.with_changed(ranges))
+    }
+
+    /// Returns memory outside which everything was zero when it was written, whatever became of the files' holes since.
+    ///
+    /// # Errors
+    /// A full snapshot with no manifest cannot be read.
+    pub(crate) fn populated_as_written(&self) -> io::Result<Vec<GpaRange>> {
+        match self.full.reader().and_then(MemoryReader::populated_as_written) {
+            Some(written) => Ok(self.with_changed(written.collect())),
+            None => self.populated(),
+        }
+    }
+
+    fn with_changed(&self, mut ranges: Vec<GpaRange>) -> Vec<GpaRange> {
+        ranges.extend(self.differentials.iter().flat_map(|differential| differential.changed().ranges()));
+        united(ranges)
+    }
+}

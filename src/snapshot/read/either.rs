@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Reads a snapshot of either kind.
+
+use std::path::Path;
+
+use crate::snapshot::disk::error::ReadError;
+use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::manifest::Manifest;
+use crate::snapshot::read::differential::Differential;
+use crate::snapshot::read::documents::{Configuration, Documents, open_manifest};
+use crate::snapshot::read::full::FullSnapshot;
+
+/// A snapshot of the kind that its manifest says; without one it is a full snapshot.
+pub(crate) enum Snapshot {
+    Full(FullSnapshot),
+    Differential(Differential),
+}
+
+impl Snapshot {
+    pub(crate) fn open(
+        path: &Path,
+        configuration: Configuration<'_>,
+        limits: &Limits,
+    ) -> Result<Self, ReadError> {
+        Self::of(path, open_manifest(path, limits)?, configuration, limits)
+    }
+
+    pub(crate) fn of(
+        path: &Path,
+        manifest: Option<Manifest>,
+        configuration: Configuration<'_>,
+        limits: &Limits,
+    ) -> Result<Self, ReadError> {
+        match manifest {
+            Some(manifest) if manifest.changes.is_some() => {
+                Differential::of(path, manifest, configuration, limits).map(Self::Differential)
+            }
+            manifest => FullSnapshot::of(path, manifest, configuration, limits).map(Self::Full),
+        }
+    }
+
+    pub(crate) fn documents(&self) -> &Documents {
+        match self {
+            Self::Full(full) => full.documents(),
+            Self::Differential(differential) => differential.documents(),
+        }
+    }
+
+    pub(crate) fn manifest(&self) -> Option<&Manifest> {
+        match self {
+            Self::Full(full) => full.manifest(),
+            Self::Differential(differential) => Some(differential.manifest()),
+        }
+    }
+}

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The RAM that a VM announces, against what its state lists in the end.
+
+use crate::layout::Layout;
+use crate::range::GpaRange;
+use crate::snapshot::disk::error::WriteError;
+use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::placement::{Placement, PlacementError};
+use crate::snapshot::format::state::VmState;
+
+/// The RAM of a VM as it is announced before its state is known.
+#[derive(Debug, Clone)]
+pub struct Announced {
+    layout: Layout,
+    hotpluggable: Placement,
+}
+
+impl Announced {
+    /// All of `layout` is memory of the VM.
+    pub fn all(layout: Layout) -> Self {
+        Self { layout, hotpluggable: Placement::default() }
+    }
+
+    /// All of `layout` is memory of the VM but for those parts of `hotpluggable` that its state does not list.
+    ///
+    /// # Errors
+    /// The parts overlap, or exceed `limits`.
+    pub fn with_hotpluggable(
+        layout: Layout,
+        hotpluggable: &[GpaRange],
+        limits: &Limits,
+    ) -> Result<Self, PlacementError> {
+        Ok(Self { layout, hotpluggable: Placement::new(hotpluggable.iter().copied(), limits)? })
+    }
+
+    /// The VM's RAM.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Returns where memory goes once the `state` is known: ascending, and only what the state lists.
+    pub(crate) fn settle(
+        &self,
+        state: &VmState,
+        placement: &Placement,
+        limits: &Limits,
+    ) -> Result<Placement, WriteError> {
+        let listed = state.memory();
+        if let Some(range) = listed.ranges().flat_map(|range| placement.missing(range)).next() {
+            return Err(WriteError::Unannounced { range });
+        }
+        if placement.same_memory(listed) {
+            return Ok(placement.clone());
+        }
+        // A manifest would list them, and nobody would read it.
+        listed.check_pages(self.layout.host_page())?;
+        let mut left_out = placement.ranges().flat_map(|range| listed.missing(range));
+        if let Some(range) = left_out.find(|&range| !self.hotpluggable.holds(range)) {
+            return Err(WriteError::LeftOut { range });
+        }
+        Ok(Placement::new(listed.ascending().iter().map(|extent| extent.range), limits)?)
+    }
+}
