@@ -18,7 +18,8 @@ use vfio_migration::layout::Layout;
 use vfio_migration::ledger::{CursorId, Start};
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
-    Announced, Base, CHANGES_FILE, Chain, Digest, FullSnapshot, Limits, SnapshotWriter, apply, verify,
+    AnnouncedRam, Base, CHANGES_FILE, Digest, FullSnapshot, SnapshotChain, SnapshotLimits, SnapshotWriter,
+    apply, verify,
 };
 use vfio_migration::source::GuestMemoryLog;
 use vfio_migration::tracker::{Tracker, VmMappings};
@@ -69,15 +70,16 @@ impl Subject {
         for degradation in self.tracker.collect_final() {
             println!("{degradation}; all it covers is saved");
         }
-        let (ram, memory) = (Announced::all(self.tracker.layout().clone()), &*self.machine.memory);
+        let (ram, memory) = (AnnouncedRam::all(self.tracker.layout().clone()), &*self.machine.memory);
         self.tracker.save_pending(self.cursor, |pages| match self.last {
             None => {
-                let writer = SnapshotWriter::create(target, ram, None, Limits::default())?;
+                let writer = SnapshotWriter::create(target, ram, None, SnapshotLimits::default())?;
                 writer.copy_from(pages.iter().copied(), memory)?;
                 Ok(writer.finish(&config, &state)?)
             }
             Some(base) => {
-                let writer = SnapshotWriter::create(target, ram, Some(Base::Named(base)), Limits::default())?;
+                let writer =
+                    SnapshotWriter::create(target, ram, Some(Base::Named(base)), SnapshotLimits::default())?;
                 writer.copy_from(pages.iter().copied(), memory)?;
                 Ok(writer.finish(&config, &state)?)
             }
@@ -96,7 +98,7 @@ fn state_of(machine: &Machine) -> Result<Snapshot, Failure> {
 
 /// Makes a VM of a full snapshot.
 fn restore(path: &Path) -> Result<Machine, Failure> {
-    let directory = FullSnapshot::open(path, &Limits::default())?;
+    let directory = FullSnapshot::open(path, &SnapshotLimits::default())?;
     let mut bytes = vec![0; RAM_BYTES];
     directory.read(GpaRange::new(0, RAM_BYTES as u64)?, &mut bytes)?;
     let machine = Machine::new()?;
@@ -115,15 +117,15 @@ fn main() -> Result<(), Failure> {
     for name in names {
         subject.machine.work(300);
         subject.take(&path(name))?;
-        let checked = verify(&path(name), &Limits::default())?;
+        let checked = verify(&path(name), &SnapshotLimits::default())?;
         assert!(checked.is_clean(), "{:?}", checked.findings);
         println!("Took {name} and verified {} bytes", checked.bytes);
     }
     let changes = fs::metadata(path("tuesday").join(CHANGES_FILE))?.len();
     assert!(changes > 0 && changes < RAM_BYTES as u64 / 2, "a differential has what changed, and no more");
 
-    let chain = Chain::open(names.map(path), &Limits::default())?;
-    apply(&chain, &path("whole"), &Limits::default())?;
+    let chain = SnapshotChain::open(names.map(path), &SnapshotLimits::default())?;
+    apply(&chain, &path("whole"), &SnapshotLimits::default())?;
     let restored = restore(&path("whole"))?;
     restored.resume();
     restored.check();
@@ -131,7 +133,7 @@ fn main() -> Result<(), Failure> {
 
     let file = OpenOptions::new().write(true).open(path("monday").join(CHANGES_FILE))?;
     file.write_all_at(b"!", 5000)?;
-    let checked = verify(&path("monday"), &Limits::default())?;
+    let checked = verify(&path("monday"), &SnapshotLimits::default())?;
     assert_eq!(checked.findings.len(), 1);
     println!("One byte altered: {}", checked.findings[0]);
     Ok(())

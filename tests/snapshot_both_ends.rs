@@ -18,8 +18,8 @@ use vfio_migration::granule::Granule;
 use vfio_migration::layout::Layout;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
-    Announced, CONFIG_FILE, DestinationOptions, FullSnapshot, Limits, MANIFEST_FILE, MEMORY_FILE, STATE_FILE,
-    SnapshotDestination, SnapshotSource, SnapshotWriter, verify,
+    AnnouncedRam, CONFIG_FILE, DestinationOptions, FullSnapshot, MANIFEST_FILE, MEMORY_FILE, STATE_FILE,
+    SnapshotDestination, SnapshotLimits, SnapshotSource, SnapshotWriter, verify,
 };
 use vfio_migration::threads::ThreadStart;
 use vfio_migration::tracker::Tracker;
@@ -52,7 +52,8 @@ fn state() -> String {
 /// A guest with holes, zeros and pages of many kinds.
 fn write(target: &Path) {
     let layout = Layout::new(ram(), Granule::host_page()).unwrap();
-    let writer = SnapshotWriter::create(target, Announced::all(layout), None, Limits::default()).unwrap();
+    let writer =
+        SnapshotWriter::create(target, AnnouncedRam::all(layout), None, SnapshotLimits::default()).unwrap();
     for range in ram() {
         let pieces = range.pieces(Granule::host_page().bytes());
         for (piece, number) in pieces.zip(0u64..).filter(|(_, number)| number % 5 < 2) {
@@ -77,7 +78,7 @@ fn try_send(
     [sending, receiving]: [ThreadStart; 2],
 ) -> [Outcome; 2] {
     let listener = Listener::bind(url).unwrap();
-    let limits = |thread_start| Limits { thread_start, ..Limits::default() };
+    let limits = |thread_start| SnapshotLimits { thread_start, ..SnapshotLimits::default() };
     let destination = DestinationOptions { limits: limits(receiving), ..DestinationOptions::default() };
     let mut options = SendOptions::new(listener.url().clone());
     options.thread_start = sending;
@@ -121,7 +122,7 @@ fn a_snapshot_that_is_sent_and_received_is_the_same() {
                 "{file} over {name}"
             );
         }
-        assert!(verify(&into, &Limits::default()).unwrap().is_clean());
+        assert!(verify(&into, &SnapshotLimits::default()).unwrap().is_clean());
     }
 }
 

@@ -19,7 +19,7 @@ use vfio_migration::granule::Granule;
 use vfio_migration::layout::Layout;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
-    Announced, Base, Digest, Limits, MEMORY_FILE, SnapshotWriter, WriteError, verify,
+    AnnouncedRam, Base, Digest, MEMORY_FILE, SnapshotLimits, SnapshotWriter, WriteError, verify,
 };
 
 /// Names the directory that a child process writes to.
@@ -34,8 +34,8 @@ fn ram() -> GpaRange {
     GpaRange::new(0, MEMORY_BYTES).unwrap()
 }
 
-fn announced() -> Announced {
-    Announced::all(Layout::new([ram()], Granule::host_page()).unwrap())
+fn announced() -> AnnouncedRam {
+    AnnouncedRam::all(Layout::new([ram()], Granule::host_page()).unwrap())
 }
 
 fn state() -> String {
@@ -49,7 +49,7 @@ fn state_of(bytes: u64) -> String {
 }
 
 fn write_full(target: &Path) -> Result<Digest, WriteError> {
-    let writer = SnapshotWriter::create(target, announced(), None, Limits::default())?;
+    let writer = SnapshotWriter::create(target, announced(), None, SnapshotLimits::default())?;
     for (piece, byte) in ram().pieces(1 << 20).zip(1..) {
         writer.fill(piece, &mut io::repeat(byte)).unwrap();
     }
@@ -58,7 +58,7 @@ fn write_full(target: &Path) -> Result<Digest, WriteError> {
 
 fn write_differential(target: &Path) -> Result<Digest, WriteError> {
     let base = Base::Named(Digest::of(b"base"));
-    let writer = SnapshotWriter::create(target, announced(), Some(base), Limits::default())?;
+    let writer = SnapshotWriter::create(target, announced(), Some(base), SnapshotLimits::default())?;
     for (piece, byte) in ram().pieces(1 << 20).zip(1..) {
         writer.fill(piece, &mut io::repeat(byte)).unwrap();
     }
@@ -87,7 +87,7 @@ fn entries(dir: &Path) -> Vec<PathBuf> {
 }
 
 fn assert_whole(target: &Path) {
-    let report = verify(target, &Limits::default()).unwrap();
+    let report = verify(target, &SnapshotLimits::default()).unwrap();
     assert!(report.is_clean(), "{:?}", report.findings);
 }
 
@@ -150,21 +150,21 @@ fn child_fills_the_disk() {
     let Some(target) = env::var_os(TARGET).map(PathBuf::from) else { return };
     let parent = target.parent().unwrap().to_owned();
     let base = Base::Named(Digest::of(b"base"));
-    let writer = SnapshotWriter::create(&target, announced(), Some(base), Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(&target, announced(), Some(base), SnapshotLimits::default()).unwrap();
     writer.fill(GpaRange::new(0, 5 << 20).unwrap(), &mut io::repeat(1)).unwrap();
     let error = writer.finish(CONFIG, state().as_bytes()).unwrap_err();
     assert!(error.to_string().starts_with("Cannot write memory-changes of "), "{error}");
     assert!(entries(&parent).is_empty());
 
     let base = Base::Named(Digest::of(b"base"));
-    let writer = SnapshotWriter::create(&target, announced(), Some(base), Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(&target, announced(), Some(base), SnapshotLimits::default()).unwrap();
     assert_full(&writer.fill(ram(), &mut io::repeat(1)).unwrap_err(), "memory-work");
     let early = writer.fill(ram(), &mut io::empty()).unwrap_err();
     assert_eq!(early.kind(), io::ErrorKind::UnexpectedEof, "of what is read, not of the file: {early}");
     drop(writer);
     assert!(entries(&parent).is_empty());
 
-    let writer = SnapshotWriter::create(&target, announced(), None, Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(&target, announced(), None, SnapshotLimits::default()).unwrap();
     let error = writer.fill(ram(), &mut io::repeat(1)).unwrap_err();
     assert_full(&error, "memory-ranges");
     let error = writer.finish(CONFIG, state().as_bytes()).unwrap_err();
@@ -174,8 +174,9 @@ fn child_fills_the_disk() {
     // Of the pages that are lost the VM has unplugged some by the end; which, the error does not say.
     let layout = announced().layout().clone();
     let unplugged = GpaRange::from_bounds(1 << 20, MEMORY_BYTES).unwrap();
-    let announced = Announced::with_hotpluggable(layout, &[unplugged], &Limits::default()).unwrap();
-    let writer = SnapshotWriter::create(&target, announced, None, Limits::default()).unwrap();
+    let announced =
+        AnnouncedRam::with_hotpluggable(layout, &[unplugged], &SnapshotLimits::default()).unwrap();
+    let writer = SnapshotWriter::create(&target, announced, None, SnapshotLimits::default()).unwrap();
     writer.fill(unplugged, &mut io::repeat(1)).unwrap_err();
     let error = writer.finish(CONFIG, state_of(1 << 20).as_bytes()).unwrap_err();
     assert!(error.to_string().starts_with("Cannot write memory-ranges of "), "{error}");

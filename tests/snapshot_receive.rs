@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use vfio_migration::snapshot::{
-    Base, Chain, DestinationError, DestinationOptions, Differential, FullSnapshot, Limits, MEMORY_FILE,
-    STATE_FILE, SnapshotDestination, WriteError, apply, verify,
+    Base, DestinationError, DestinationOptions, Differential, FullSnapshot, MEMORY_FILE, STATE_FILE,
+    SnapshotChain, SnapshotDestination, SnapshotLimits, WriteError, apply, verify,
 };
 use vfio_migration::transfer;
 use vfio_migration::transfer::connection::Listener;
@@ -141,7 +141,7 @@ impl Place {
 }
 
 fn assert_clean(dir: &Path) {
-    let report = verify(dir, &Limits::default()).unwrap();
+    let report = verify(dir, &SnapshotLimits::default()).unwrap();
     assert!(report.is_clean(), "{:?}", report.findings);
 }
 
@@ -160,7 +160,7 @@ fn a_vm_is_received_into_a_snapshot_before_complete_is_answered() {
     assert!(fs::read(place.target.join(MEMORY_FILE)).unwrap() == memory_file());
     assert_eq!(fs::read(place.target.join(STATE_FILE)).unwrap(), state().as_bytes());
     assert_clean(&place.target);
-    let dir = FullSnapshot::open(&place.target, &Limits::default()).unwrap();
+    let dir = FullSnapshot::open(&place.target, &SnapshotLimits::default()).unwrap();
     assert_eq!(dir.config().text(), VM_CONFIG);
     assert_eq!(destination.kept(), dir.digest());
 }
@@ -189,16 +189,16 @@ fn a_differential_is_received_against_its_base() {
     fs::remove_file(place.dir.path().join("socket")).ok();
 
     let options = DestinationOptions {
-        base: Some(Base::open([&base], &Limits::default()).unwrap()),
+        base: Some(Base::open([&base], &SnapshotLimits::default()).unwrap()),
         checkpoint: true,
         ..Default::default()
     };
     place.receive(&mut place.destination(options), migration(VM_CONFIG)).0.unwrap_err();
-    let differential = Differential::open(&place.target, &Limits::default()).unwrap();
+    let differential = Differential::open(&place.target, &SnapshotLimits::default()).unwrap();
     assert_eq!(Some(differential.base()), first.kept());
     assert_eq!(differential.changed().bytes(), 8192);
-    let all = Chain::open([&base, &place.target], &Limits::default()).unwrap();
-    apply(&all, &applied, &Limits::default()).unwrap();
+    let all = SnapshotChain::open([&base, &place.target], &SnapshotLimits::default()).unwrap();
+    apply(&all, &applied, &SnapshotLimits::default()).unwrap();
     assert!(fs::read(applied.join(MEMORY_FILE)).unwrap() == memory_file());
 }
 
@@ -209,7 +209,7 @@ fn a_page_that_no_source_sends_is_zero_whatever_the_base_holds() {
     let mut first = SnapshotDestination::create(&base, DestinationOptions::default()).unwrap();
     place.receive(&mut first, migration(VM_CONFIG)).0.unwrap();
 
-    let base_of = Base::open([&base], &Limits::default()).unwrap();
+    let base_of = Base::open([&base], &SnapshotLimits::default()).unwrap();
     let options = DestinationOptions { base: Some(base_of), ..Default::default() };
     // One page as in the base, one that is not; a source leaves the rest out, for a receiver's memory reads zero.
     let messages = vec![
@@ -220,8 +220,8 @@ fn a_page_that_no_source_sends_is_zero_whatever_the_base_holds() {
         message(COMPLETE, b""),
     ];
     place.receive(&mut place.destination(options), messages).0.unwrap();
-    let all = Chain::open([&base, &place.target], &Limits::default()).unwrap();
-    apply(&all, &applied, &Limits::default()).unwrap();
+    let all = SnapshotChain::open([&base, &place.target], &SnapshotLimits::default()).unwrap();
+    apply(&all, &applied, &SnapshotLimits::default()).unwrap();
     let mut expected = vec![0; 2 * REGION];
     expected[8192..12288].fill(1);
     expected[REGION..REGION + 4096].fill(5);

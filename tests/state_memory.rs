@@ -15,8 +15,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vfio_migration::snapshot::{
-    Chain, DestinationOptions, FullSnapshot, Limits, SnapshotDestination, SnapshotSource, VmState, apply,
-    describe, verify,
+    DestinationOptions, FullSnapshot, SnapshotChain, SnapshotDestination, SnapshotLimits, SnapshotSource,
+    VmState, apply, describe, verify,
 };
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::{Connection, Listener};
@@ -159,7 +159,7 @@ fn send(from: &Path, to: &Path) {
     thread::scope(|scope| {
         let sender = scope.spawn(|| {
             let mut source =
-                SnapshotSource::new(FullSnapshot::open(from, &Limits::default()).unwrap()).unwrap();
+                SnapshotSource::new(FullSnapshot::open(from, &SnapshotLimits::default()).unwrap()).unwrap();
             let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
             let options = SendOptions::new(listener.url().clone());
             let sender = Sender::new(options);
@@ -183,7 +183,7 @@ fn a_state_takes_as_much_memory_as_it_is_long_wherever_it_goes() {
         assert!(most < times * BLOB_BYTES + BESIDE_BYTES, "{what} took {} MiB", most >> 20);
         assert!(most >= BLOB_BYTES / 2 || times == 0, "nothing was measured of {what}");
     };
-    let limits = Limits::default();
+    let limits = SnapshotLimits::default();
     assert_lean("receive", 1, most_of(|| receive(&received, &[(0, REGION)])));
     assert_lean("describe", 1, most_of(|| drop(describe(&received, &limits).unwrap())));
     assert_lean("verify", 1, most_of(|| assert!(verify(&received, &limits).unwrap().is_clean())));
@@ -191,7 +191,7 @@ fn a_state_takes_as_much_memory_as_it_is_long_wherever_it_goes() {
         "apply",
         1,
         most_of(|| {
-            let _digest = apply(&Chain::open([&received], &limits).unwrap(), &flat, &limits).unwrap();
+            let _digest = apply(&SnapshotChain::open([&received], &limits).unwrap(), &flat, &limits).unwrap();
         }),
     );
     // Both ends are in this process.
@@ -208,7 +208,7 @@ fn a_list_put_in_order_costs_no_second_text() {
     let unordered = [(REGION / 2, REGION / 2), (0, REGION / 2)];
     let ((), most) = most_of(|| receive(&target, &unordered));
     assert!(most < BLOB_BYTES + BESIDE_BYTES, "{} MiB", most >> 20);
-    let opened = FullSnapshot::open(&target, &Limits::default()).unwrap();
+    let opened = FullSnapshot::open(&target, &SnapshotLimits::default()).unwrap();
     assert_eq!(opened.placement().ranges().count(), 1);
     let [begin, end] = around_the_blob(&[(0, REGION)]);
     let text = opened.state().text();
@@ -238,7 +238,7 @@ fn with_manager(manager: [&str; 3]) -> Vec<u8> {
 }
 
 /// Reads `text` in at most `times` its bytes beside it, and in little time; returns what is said of it, nothing if it is sound.
-fn read(name: &str, text: Vec<u8>, limits: &Limits, times: usize) -> String {
+fn read(name: &str, text: Vec<u8>, limits: &SnapshotLimits, times: usize) -> String {
     let bytes = text.len();
     let begun = Instant::now();
     let (read, most) = most_of(|| VmState::parse(text, limits));
@@ -276,7 +276,7 @@ fn a_text_of_any_shape_takes_no_more_than_itself_again() {
         ),
     ];
     for (name, text, expected) in shapes {
-        let said = read(name, text, &Limits::default(), 1);
+        let said = read(name, text, &SnapshotLimits::default(), 1);
         assert!(said.contains(expected) && said.is_empty() == expected.is_empty(), "{name}: {said:?}");
     }
 }
@@ -288,9 +288,9 @@ fn of_the_one_state_that_is_looked_into_a_limit_is_the_config_messages() {
     let many =
         || with_manager([r#"{\"memory_ranges\":{\"data\":["#, entry, r#"{\"gpa\":9,\"length\":1}]}}"#]);
     let escapes = || with_manager([r#"{\"memory_ranges\":{\"data\":[]},\"z\":\""#, r"\\u0000", r#"\"}"#]);
-    assert_eq!(read("escapes", escapes(), &Limits::default(), 2), "");
-    assert!(read("ranges", many(), &Limits::default(), 5).contains("overlap"));
-    let tight = Limits { config_bytes: 1 << 20, ..Limits::default() };
+    assert_eq!(read("escapes", escapes(), &SnapshotLimits::default(), 2), "");
+    assert!(read("ranges", many(), &SnapshotLimits::default(), 5).contains("overlap"));
+    let tight = SnapshotLimits { config_bytes: 1 << 20, ..SnapshotLimits::default() };
     for (name, text) in [("escapes", escapes()), ("ranges", many())] {
         let said = read(name, text, &tight, 0);
         assert!(said.starts_with("Memory manager's state in state.json has 838"), "{name}: {said}");
@@ -326,7 +326,7 @@ fn a_broken_text_is_refused_for_what_it_is() {
         ),
     ];
     for (text, expected) in texts {
-        let said = read(expected, text, &Limits::default(), 5);
+        let said = read(expected, text, &SnapshotLimits::default(), 5);
         assert!(said.contains(expected), "{said}");
     }
 }

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use vfio_migration::layout::Layout;
 use vfio_migration::snapshot::{
-    CONFIG_FILE, DestinationOptions, FullSnapshot, Limits, MEMORY_FILE, STATE_FILE, SnapshotDestination,
-    SnapshotSource,
+    CONFIG_FILE, DestinationOptions, FullSnapshot, MEMORY_FILE, STATE_FILE, SnapshotDestination,
+    SnapshotLimits, SnapshotSource,
 };
 use vfio_migration::tracker::Tracker;
 
@@ -100,7 +100,8 @@ fn store(source: &Arc<Memory>, target: &Path) {
 }
 
 fn send(way: Way, from: &Path, to: &Path) -> Duration {
-    let mut source = SnapshotSource::new(FullSnapshot::open(from, &Limits::default()).unwrap()).unwrap();
+    let mut source =
+        SnapshotSource::new(FullSnapshot::open(from, &SnapshotLimits::default()).unwrap()).unwrap();
     let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
     let mut directory = SnapshotDestination::create(to, DestinationOptions::default()).unwrap();
     way.send(&mut source, &tracker, &mut directory).0

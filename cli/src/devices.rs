@@ -83,13 +83,13 @@ pub(crate) fn refusal_hint(devices: &[PassThrough]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use vfio_migration::snapshot::{Limits, VmConfig};
+    use vfio_migration::snapshot::{SnapshotLimits, VmConfig};
 
     use super::*;
 
     fn devices(fields: &str) -> Vec<PassThrough> {
         let config = format!(r#"{{"memory":{{"size":1}},{fields}}}"#);
-        VmConfig::parse(config.as_bytes(), &Limits::default()).unwrap().devices().to_vec()
+        VmConfig::parse(config.as_bytes(), &SnapshotLimits::default()).unwrap().devices().to_vec()
     }
 
     #[test]

@@ -10,8 +10,8 @@ use indicatif::HumanBytes;
 use serde::Serialize;
 use vfio_migration::error;
 use vfio_migration::snapshot::{
-    Chain, Description, Differences, Digest, Elsewhere, FullSnapshot, Kind, Limits, MANIFEST_FILE, ReadError,
-    Report, apply, compare, describe, reseal, seal, subtract, verify,
+    Description, Differences, Digest, Elsewhere, FullSnapshot, MANIFEST_FILE, ReadError, SnapshotChain,
+    SnapshotKind, SnapshotLimits, VerifyReport, apply, compare, describe, reseal, seal, subtract, verify,
 };
 
 use crate::args::{ApplyArguments, CreateArguments, DiffArguments, SnapshotArguments, SnapshotCommand};
@@ -54,7 +54,7 @@ impl Written<'_> {
     }
 }
 
-fn info(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+fn info(dir: &Path, limits: &SnapshotLimits, output: &mut Output) -> Result<ExitCode, Failure> {
     let description = describe(dir, limits)?;
     output.result(&description, || description_text(&description));
     Ok(ExitCode::SUCCESS)
@@ -62,10 +62,10 @@ fn info(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Fa
 
 fn description_text(description: &Description) -> String {
     let mut lines = match &description.kind {
-        Kind::Full { populated_bytes } => {
+        SnapshotKind::Full { populated_bytes } => {
             vec![format!("full snapshot, {} of its memory populated", HumanBytes(*populated_bytes))]
         }
-        Kind::Differential { base, changed_bytes, zeroed_bytes, runs } => vec![
+        SnapshotKind::Differential { base, changed_bytes, zeroed_bytes, runs } => vec![
             format!("differential to {base}"),
             format!(
                 "changed {}, zeroed {}, in {}",
@@ -101,7 +101,7 @@ fn elsewhere_line(elsewhere: &Elsewhere) -> Option<String> {
     (!elsewhere.is_empty()).then(line)
 }
 
-fn check(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+fn check(dir: &Path, limits: &SnapshotLimits, output: &mut Output) -> Result<ExitCode, Failure> {
     let report = verify(dir, limits)?;
     output.result(&report, || report_text(dir, &report));
     Ok(match () {
@@ -111,7 +111,7 @@ fn check(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, F
     })
 }
 
-fn report_text(dir: &Path, report: &Report) -> String {
+fn report_text(dir: &Path, report: &VerifyReport) -> String {
     let (path, checked) = (dir.display(), HumanBytes(report.bytes));
     let mut lines: Vec<_> = report.findings.iter().map(ToString::to_string).collect();
     lines.extend(report.config_edited.then(|| format!("{EDITED}; {TAKE_EDITED}")));
@@ -126,7 +126,11 @@ fn report_text(dir: &Path, report: &Report) -> String {
     lines.join("\n")
 }
 
-fn diff(arguments: &DiffArguments, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+fn diff(
+    arguments: &DiffArguments,
+    limits: &SnapshotLimits,
+    output: &mut Output,
+) -> Result<ExitCode, Failure> {
     let [first, second] =
         [&arguments.first, &arguments.second].map(|path| open_upon(&arguments.base, path, limits));
     let differences = compare(&first?, &second?)?;
@@ -135,10 +139,10 @@ fn diff(arguments: &DiffArguments, limits: &Limits, output: &mut Output) -> Resu
 }
 
 /// Opens the snapshot at `path`, a differential upon `base`.
-fn open_upon(base: &[PathBuf], path: &Path, limits: &Limits) -> Result<Chain, Failure> {
-    match Chain::open([path], limits) {
+fn open_upon(base: &[PathBuf], path: &Path, limits: &SnapshotLimits) -> Result<SnapshotChain, Failure> {
+    match SnapshotChain::open([path], limits) {
         Err(ReadError::Differential { .. }) if !base.is_empty() => {
-            Ok(Chain::open(base.iter().map(PathBuf::as_path).chain([path]), limits)?)
+            Ok(SnapshotChain::open(base.iter().map(PathBuf::as_path).chain([path]), limits)?)
         }
         opened => Ok(opened?),
     }
@@ -157,17 +161,25 @@ fn differences_text(differences: &Differences) -> String {
     if lines.is_empty() { "no difference".to_owned() } else { lines.join("\n") }
 }
 
-fn create(arguments: &CreateArguments, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+fn create(
+    arguments: &CreateArguments,
+    limits: &SnapshotLimits,
+    output: &mut Output,
+) -> Result<ExitCode, Failure> {
     output.check_name(&arguments.into)?;
-    let base = Arc::new(Chain::open(&arguments.base, limits)?);
+    let base = Arc::new(SnapshotChain::open(&arguments.base, limits)?);
     let digest =
         subtract(&open_upon(&arguments.base, &arguments.from, limits)?, base, &arguments.into, limits)?;
     Ok(Written { path: &arguments.into, digest }.tell(output))
 }
 
-fn flatten(arguments: &ApplyArguments, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+fn flatten(
+    arguments: &ApplyArguments,
+    limits: &SnapshotLimits,
+    output: &mut Output,
+) -> Result<ExitCode, Failure> {
     output.check_name(&arguments.into)?;
-    let chain = Chain::open(&arguments.chain, limits)?;
+    let chain = SnapshotChain::open(&arguments.chain, limits)?;
     let digest = apply(&chain, &arguments.into, limits)?;
     if let Some(line) = elsewhere_line(&chain.elsewhere()) {
         output.remark(&line);
@@ -175,7 +187,7 @@ fn flatten(arguments: &ApplyArguments, limits: &Limits, output: &mut Output) -> 
     Ok(Written { path: &arguments.into, digest }.tell(output))
 }
 
-fn name(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+fn name(dir: &Path, limits: &SnapshotLimits, output: &mut Output) -> Result<ExitCode, Failure> {
     output.check_name(dir)?;
     let sealed = dir.join(MANIFEST_FILE).exists();
     let digest = seal(dir, limits)?;
@@ -192,7 +204,7 @@ fn name(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Fa
     Ok(Written { path: dir, digest }.tell(output))
 }
 
-fn rename(dir: &Path, limits: &Limits, output: &mut Output) -> Result<ExitCode, Failure> {
+fn rename(dir: &Path, limits: &SnapshotLimits, output: &mut Output) -> Result<ExitCode, Failure> {
     output.check_name(dir)?;
     let digest = reseal(dir, limits)?;
     Ok(Written { path: dir, digest }.tell(output))

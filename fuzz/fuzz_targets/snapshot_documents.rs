@@ -5,10 +5,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use vfio_migration::snapshot::{ConfigMessage, Limits, VmConfig, VmState};
+use vfio_migration::snapshot::{ConfigMessage, SnapshotLimits, VmConfig, VmState};
 
 fuzz_target!(|text: &[u8]| {
-    let limits = Limits::default();
+    let limits = SnapshotLimits::default();
     let _ = ConfigMessage::parse(text, &limits);
     let config = VmConfig::parse(text, &limits);
     let Ok(state) = VmState::parse(text.to_vec(), &limits) else { return };

@@ -5,12 +5,12 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use vfio_migration::snapshot::{Limits, Manifest};
+use vfio_migration::snapshot::{Manifest, SnapshotLimits};
 
 const DIGEST_BYTES: usize = blake3::OUT_LEN;
 
 fuzz_target!(|input: &[u8]| {
-    let limits = Limits::default();
+    let limits = SnapshotLimits::default();
     let _ = Manifest::parse(input, &limits);
     // The first byte says how many aliases follow the body.
     let Some((aliases, body)) = input.split_first() else { return };

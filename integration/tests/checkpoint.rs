@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vfio_migration::migratable::MigratableDevice;
-use vfio_migration::snapshot::{DestinationOptions, Limits, SnapshotDestination, verify};
+use vfio_migration::snapshot::{DestinationOptions, SnapshotDestination, SnapshotLimits, verify};
 use vfio_migration::source::KvmLogMode;
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{SendError, SendStep, SourceVm as Left};
@@ -93,7 +93,7 @@ fn checkpoint(side: &Side, devices: &MigratableDevice, target: &Path, connection
     assert!(received.is_err());
     assert!(directory.kept().is_some(), "{received:?}");
     assert_eq!(side.machine.phase(), Phase::Running);
-    assert!(verify(target, &Limits::default()).unwrap().is_clean());
+    assert!(verify(target, &SnapshotLimits::default()).unwrap().is_clean());
     gap
 }
 

@@ -20,9 +20,9 @@ use vfio_migration::ledger::{Attribution, CursorId, Start};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
-    Announced, Base, CHANGES_FILE, CONFIG_FILE, Chain, ConfigMessage, DestinationOptions, Differential,
-    Digest, Finding, FullSnapshot, Limits, MANIFEST_FILE, MEMORY_FILE, Placement, STATE_FILE,
-    SnapshotDestination, SnapshotWriter, WriteError, apply, compare, verify,
+    AnnouncedRam, Base, CHANGES_FILE, CONFIG_FILE, ConfigMessage, DestinationOptions, Differential, Digest,
+    FullSnapshot, MANIFEST_FILE, MEMORY_FILE, Placement, STATE_FILE, SnapshotChain, SnapshotDestination,
+    SnapshotLimits, SnapshotWriter, VerifyFinding, WriteError, apply, compare, verify,
 };
 use vfio_migration::source::KvmLogMode;
 use vfio_migration::tracker::Tracker;
@@ -109,7 +109,7 @@ impl Subject {
         self.side.machine.pause().unwrap();
         self.devices.pause().unwrap();
         let mut vm = SourceVm::new(Arc::clone(&self.side.machine));
-        let message = ConfigMessage::parse(&vm.config().unwrap(), &Limits::default()).unwrap();
+        let message = ConfigMessage::parse(&vm.config().unwrap(), &SnapshotLimits::default()).unwrap();
         let state = vm.state(self.devices.snapshot().unwrap()).unwrap();
         let config = message.vm_config().text().as_bytes().to_vec();
         Texts { config, state: state.into_text().unwrap().as_bytes().to_vec() }
@@ -120,8 +120,8 @@ impl Subject {
         self.side.machine.resume().unwrap();
     }
 
-    fn announced(&self) -> Announced {
-        Announced::all(self.tracker().layout().clone())
+    fn announced(&self) -> AnnouncedRam {
+        AnnouncedRam::all(self.tracker().layout().clone())
     }
 
     /// Writes all of the standing machine's memory, whatever any cursor knows.
@@ -129,7 +129,8 @@ impl Subject {
         let layout = self.tracker().layout().clone();
         let ram = layout.regions().iter().map(|region| region.range());
         let target = self.path(name);
-        let writer = SnapshotWriter::create(&target, self.announced(), None, Limits::default()).unwrap();
+        let writer =
+            SnapshotWriter::create(&target, self.announced(), None, SnapshotLimits::default()).unwrap();
         writer.copy_from(ram, self.side.machine.memory()).unwrap();
         writer.finish(&texts.config, &texts.state).unwrap()
     }
@@ -140,7 +141,7 @@ impl Subject {
         let (target, announced) = (self.path("base"), self.announced());
         let memory = self.side.machine.memory();
         let saved = self.tracker().save_pending(self.cursor, |pages| {
-            let writer = SnapshotWriter::create(&target, announced, None, Limits::default())?;
+            let writer = SnapshotWriter::create(&target, announced, None, SnapshotLimits::default())?;
             writer.copy_from(pages.iter().copied(), memory)?;
             Ok::<_, Failure>(writer.finish(&texts.config, &texts.state)?)
         });
@@ -166,7 +167,7 @@ impl Subject {
         let memory = self.side.machine.memory();
         self.tracker().save_pending(cursor, |pages| {
             let base = Base::Named(base);
-            let writer = SnapshotWriter::create(&target, announced, Some(base), Limits::default())?;
+            let writer = SnapshotWriter::create(&target, announced, Some(base), SnapshotLimits::default())?;
             writer.copy_from(pages.iter().copied(), memory)?;
             Ok(writer.finish(&texts.config, &texts.state)?)
         })
@@ -188,13 +189,13 @@ impl Subject {
         self.resume();
     }
 
-    fn chain(&self, names: &[&str]) -> Chain {
-        Chain::open(names.iter().map(|name| self.path(name)), &Limits::default()).unwrap()
+    fn chain(&self, names: &[&str]) -> SnapshotChain {
+        SnapshotChain::open(names.iter().map(|name| self.path(name)), &SnapshotLimits::default()).unwrap()
     }
 
     /// Applies `names`, lowest first, into `into`, which must be byte for byte what `full` is.
     fn assert_amounts_to(&self, names: &[&str], into: &str, full: &str) {
-        let digest = apply(&self.chain(names), &self.path(into), &Limits::default()).unwrap();
+        let digest = apply(&self.chain(names), &self.path(into), &SnapshotLimits::default()).unwrap();
         for name in [CONFIG_FILE, STATE_FILE, MEMORY_FILE] {
             let open = |dir: &str| File::open(self.path(dir).join(name)).unwrap();
             assert!(
@@ -355,7 +356,8 @@ fn missed_without(source: &str, kvm: bool) -> Vec<GpaRange> {
     subject.begin();
     subject.work(100, 100);
     subject.save_both("differential", "full");
-    apply(&subject.chain(&["base", "differential"]), &subject.path("applied"), &Limits::default()).unwrap();
+    apply(&subject.chain(&["base", "differential"]), &subject.path("applied"), &SnapshotLimits::default())
+        .unwrap();
     let found = compare(&subject.chain(&["applied"]), &subject.chain(&["full"])).unwrap();
     assert!(!found.config && !found.state, "{found:?}");
     let map = subject.side.machine.map();
@@ -453,7 +455,7 @@ fn assert_flips_are_found(dir: &Path, memory_file: &str, placement: &Placement) 
             let mut byte = [0];
             file.read_exact_at(&mut byte, offset).unwrap();
             file.write_all_at(&[byte[0] ^ 1 << (offset % 8)], offset).unwrap();
-            let report = verify(dir, &Limits::default()).unwrap();
+            let report = verify(dir, &SnapshotLimits::default()).unwrap();
             file.write_all_at(&byte, offset).unwrap();
             if name == CONFIG_FILE && report.config_edited {
                 // Still a configuration: what somebody may have edited is told apart from damage.
@@ -469,12 +471,12 @@ fn assert_flips_are_found(dir: &Path, memory_file: &str, placement: &Placement) 
             assert!(finding.to_string().contains(name), "byte {offset} of {name}: {finding}");
             if name == memory_file {
                 let gpa = placement.gpas(offset, 1).next().unwrap();
-                let Finding::Memory { range, .. } = finding else { panic!("{finding}") };
+                let VerifyFinding::Memory { range, .. } = finding else { panic!("{finding}") };
                 assert!(range.covers(gpa) && range.len() <= 16 << 10, "{gpa} in {range}");
             }
         }
     }
-    assert!(verify(dir, &Limits::default()).unwrap().is_clean());
+    assert!(verify(dir, &SnapshotLimits::default()).unwrap().is_clean());
 }
 
 #[test]
@@ -487,8 +489,8 @@ fn a_flipped_bit_in_any_file_of_base_and_differential_is_found_and_named() {
     subject.save("differential", &texts).unwrap();
 
     let (base, differential) = (subject.path("base"), subject.path("differential"));
-    let opened = FullSnapshot::open(&base, &Limits::default()).unwrap();
+    let opened = FullSnapshot::open(&base, &SnapshotLimits::default()).unwrap();
     assert_flips_are_found(&base, MEMORY_FILE, opened.placement());
-    let opened = Differential::open(&differential, &Limits::default()).unwrap();
+    let opened = Differential::open(&differential, &SnapshotLimits::default()).unwrap();
     assert_flips_are_found(&differential, CHANGES_FILE, opened.changed());
 }

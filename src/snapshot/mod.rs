@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A full snapshot is a directory that Cloud Hypervisor restores; it ignores the manifest. [`SnapshotWriter`] takes pages from any number
-//! of threads and brings a directory under its name whole or not at all; [`FullSnapshot`], [`Differential`] and [`Chain`] read them;
+//! of threads and brings a directory under its name whole or not at all; [`FullSnapshot`], [`Differential`] and [`SnapshotChain`] read them;
 //! [`verify`] finds altered bytes, [`apply`] turns a chain into a full snapshot, [`subtract`] a snapshot into a differential, [`compare`]
 //! lists what differs, [`seal`] names what a VMM wrote, [`reseal`] takes an edited configuration, [`describe`] says what a directory
 //! holds. [`SnapshotDestination`] receives a running VM into a directory, [`SnapshotSource`] sends one to a VMM.
@@ -39,7 +39,7 @@
 //! use vfio_migration::ledger::{CursorId, Start};
 //! use vfio_migration::tracker::Tracker;
 //! # use vfio_migration::tracker::VmMappings;
-//! use vfio_migration::snapshot::{Announced, Base, Digest, Limits, SnapshotWriter};
+//! use vfio_migration::snapshot::{AnnouncedRam, Base, Digest, SnapshotLimits, SnapshotWriter};
 //!
 //! # type Memory = GuestMemoryMmap<AtomicBitmap>;
 //! # const CONFIG: &[u8] = br#"{"memory":{"size":1048576}}"#;
@@ -56,7 +56,7 @@
 //!     for degradation in tracker.collect_final() {
 //!         eprintln!("{degradation}; all it covers is saved");
 //!     }
-//!     let (ram, limits) = (Announced::all(tracker.layout().clone()), Limits::default());
+//!     let (ram, limits) = (AnnouncedRam::all(tracker.layout().clone()), SnapshotLimits::default());
 //!     tracker.save_pending(cursor, |pages| {
 //!         let writer = SnapshotWriter::create(target, ram, last.map(Base::Named), limits)?;
 //!         writer.copy_from(pages.iter().copied(), memory)?;
@@ -102,7 +102,7 @@ pub use self::format::config_message::ConfigMessage;
 pub use self::format::digest::{Digest, DigestError};
 pub use self::format::elsewhere::{Elsewhere, LeftOut};
 pub use self::format::error::FormatError;
-pub use self::format::limits::Limits;
+pub use self::format::limits::SnapshotLimits;
 pub use self::format::manifest::Manifest;
 pub use self::format::names::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 pub use self::format::passthrough::{Interface, PassThrough};
@@ -112,16 +112,16 @@ pub use self::migrate::destination::{DestinationError, DestinationOptions, OnPau
 pub use self::migrate::source::SnapshotSource;
 pub use self::ops::apply::apply;
 pub use self::ops::compare::{Differences, compare};
-pub use self::ops::describe::{Description, Kind, describe};
+pub use self::ops::describe::{Description, SnapshotKind, describe};
 pub use self::ops::error::OperationError;
 pub use self::ops::seal::{reseal, seal};
 pub use self::ops::subtract::subtract;
-pub use self::ops::verify::{Finding, Report, verify};
+pub use self::ops::verify::{VerifyFinding, VerifyReport, verify};
 pub use self::read::altered::Altered;
-pub use self::read::chain::Chain;
+pub use self::read::chain::SnapshotChain;
 pub use self::read::differential::Differential;
 pub use self::read::documents::read_config;
 pub use self::read::full::FullSnapshot;
 pub use self::read::placed::{PlacedMemory, PlacedRegion};
-pub use self::write::announced::Announced;
+pub use self::write::announced::AnnouncedRam;
 pub use self::write::writer::{Base, SnapshotWriter};

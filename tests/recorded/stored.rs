@@ -8,7 +8,7 @@ use std::{env, fs};
 
 use serde_json::{Value, json};
 use vfio_migration::snapshot::{
-    DestinationOptions, FullSnapshot, Limits, SnapshotDestination, SnapshotSource,
+    DestinationOptions, FullSnapshot, SnapshotDestination, SnapshotLimits, SnapshotSource,
 };
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::{Migration, SendOptions, Sender};
@@ -58,7 +58,8 @@ fn inner(node: &Value) -> Value {
 
 /// Sends the snapshot `from` over `way` into the snapshot `into`.
 fn send(way: Way, from: &Path, into: &Path, set: impl FnOnce(&mut SendOptions)) -> Exchange {
-    let mut source = SnapshotSource::new(FullSnapshot::open(from, &Limits::default()).unwrap()).unwrap();
+    let mut source =
+        SnapshotSource::new(FullSnapshot::open(from, &SnapshotLimits::default()).unwrap()).unwrap();
     let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
     let mut destination = SnapshotDestination::create(into, DestinationOptions::default()).unwrap();
     let mut options = way.options();

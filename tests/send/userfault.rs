@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use vfio_migration::layout::Layout;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
-    Announced, Base, Digest, FullSnapshot, Limits, SnapshotSource, SnapshotWriter,
+    AnnouncedRam, Base, Digest, FullSnapshot, SnapshotLimits, SnapshotSource, SnapshotWriter,
 };
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::{Migration, SendError, Sender, Sent, SourceVm};
@@ -171,16 +171,17 @@ fn c49_a_snapshot_of_memory_that_only_another_mapping_of_its_file_fills_is_refus
     });
     let other = Memory::from_ranges_with_files(files).unwrap();
     let directory = tempfile::tempdir().unwrap();
-    let ram = Announced::all(Layout::from_guest_memory(&memory).unwrap());
+    let ram = AnnouncedRam::all(Layout::from_guest_memory(&memory).unwrap());
     let full = |name: &str| {
-        SnapshotWriter::create(&directory.path().join(name), ram.clone(), None, Limits::default()).unwrap()
+        SnapshotWriter::create(&directory.path().join(name), ram.clone(), None, SnapshotLimits::default())
+            .unwrap()
     };
     let base = Base::Named(Digest::from_str(&"0".repeat(64)).unwrap());
     let differential = SnapshotWriter::create(
         &directory.path().join("differential"),
         ram.clone(),
         Some(base),
-        Limits::default(),
+        SnapshotLimits::default(),
     )
     .unwrap();
     let page = GpaRange::new(HIGH.0, PAGE).unwrap();
@@ -203,7 +204,8 @@ fn holes_of_a_stored_vm() -> u64 {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("stored");
     let layout = Layout::from_guest_memory(&sparse_memory()).unwrap();
-    let writer = SnapshotWriter::create(&path, Announced::all(layout), None, Limits::default()).unwrap();
+    let writer =
+        SnapshotWriter::create(&path, AnnouncedRam::all(layout), None, SnapshotLimits::default()).unwrap();
     let page = GpaRange::new(HIGH.0, PAGE).unwrap();
     writer.fill(page, &mut &[1; PAGE as usize][..]).unwrap();
     let [low, high] = [LOW, HIGH].map(|(gpa, len)| format!(r#"{{\"gpa\":{gpa},\"length\":{len}}}"#));
@@ -214,7 +216,7 @@ fn holes_of_a_stored_vm() -> u64 {
     let config = format!(r#"{{"memory":{{"size":{}}},"cpus":{{"boot_vcpus":1}}}}"#, LOW.1 + HIGH.1);
     writer.finish(config.as_bytes(), state.as_bytes()).unwrap();
 
-    let mut vm = SnapshotSource::new(FullSnapshot::open(&path, &Limits::default()).unwrap()).unwrap();
+    let mut vm = SnapshotSource::new(FullSnapshot::open(&path, &SnapshotLimits::default()).unwrap()).unwrap();
     let tracker = Mutex::new(Tracker::builder(vm.layout().clone()).build().unwrap());
     let peer = Peer::unix(Fault::None);
     let sender = Sender::new(options(&peer));

@@ -23,9 +23,9 @@ pub(crate) struct SizeLimits {
 
 impl SizeLimits {
     /// What a snapshot on disk is held to.
-    pub(crate) fn of_snapshot(&self) -> snapshot::Limits {
+    pub(crate) fn of_snapshot(&self) -> snapshot::SnapshotLimits {
         let Self { state_limit: state_bytes, memory_limit: memory_bytes } = *self;
-        snapshot::Limits { state_bytes, memory_bytes, ..snapshot::Limits::default() }
+        snapshot::SnapshotLimits { state_bytes, memory_bytes, ..snapshot::SnapshotLimits::default() }
     }
 }
 

@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
-    Announced, CONFIG_FILE, ConfigMessage, Limits, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, SnapshotWriter,
-    verify,
+    AnnouncedRam, CONFIG_FILE, ConfigMessage, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, SnapshotLimits,
+    SnapshotWriter, verify,
 };
 use vfio_migration_integration::skip;
 
@@ -97,10 +97,15 @@ impl Place {
         is_whole: impl Fn(u64) -> Option<bool>,
     ) -> PathBuf {
         let target = self.path(name);
-        let message = ConfigMessage::parse(config, &Limits::default()).unwrap();
+        let message = ConfigMessage::parse(config, &SnapshotLimits::default()).unwrap();
         let layout = message.layout().clone();
-        let writer =
-            SnapshotWriter::create(&target, Announced::all(layout.clone()), None, Limits::default()).unwrap();
+        let writer = SnapshotWriter::create(
+            &target,
+            AnnouncedRam::all(layout.clone()),
+            None,
+            SnapshotLimits::default(),
+        )
+        .unwrap();
         let pieces = layout.regions().iter().flat_map(|region| region.range().pieces(PIECE));
         for (piece, number) in pieces.zip(0u64..) {
             let Some(whole) = is_whole(number) else { continue };
@@ -236,6 +241,6 @@ fn data(file: &File) -> impl Iterator<Item = Range<u64>> {
 /// Checks that every byte of the snapshot is as its writer wrote it.
 #[track_caller]
 pub(crate) fn assert_sound(snapshot: &Path) {
-    let report = verify(snapshot, &Limits::default()).unwrap();
+    let report = verify(snapshot, &SnapshotLimits::default()).unwrap();
     assert!(report.is_clean(), "{:?}", report.findings);
 }

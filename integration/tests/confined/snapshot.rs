@@ -11,8 +11,8 @@ use vfio_migration::granule::Granule;
 use vfio_migration::layout::Layout;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
-    Announced, Base, Chain, DestinationOptions, FullSnapshot, Limits, MANIFEST_FILE, SnapshotDestination,
-    SnapshotSource, SnapshotWriter, apply, compare, describe, seal, subtract, verify,
+    AnnouncedRam, Base, DestinationOptions, FullSnapshot, MANIFEST_FILE, SnapshotChain, SnapshotDestination,
+    SnapshotLimits, SnapshotSource, SnapshotWriter, apply, compare, describe, seal, subtract, verify,
 };
 use vfio_migration::syscalls;
 use vfio_migration::tracker::Tracker;
@@ -35,8 +35,8 @@ fn state() -> String {
     format!(r#"{{"snapshots":{{"memory-manager":{child}}},"snapshot_data":{root}}}"#)
 }
 
-fn ram() -> Announced {
-    Announced::all(Layout::new([GpaRange::new(0, BYTES).unwrap()], Granule::host_page()).unwrap())
+fn ram() -> AnnouncedRam {
+    AnnouncedRam::all(Layout::new([GpaRange::new(0, BYTES).unwrap()], Granule::host_page()).unwrap())
 }
 
 fn pages(start: u64, count: u64) -> GpaRange {
@@ -46,7 +46,7 @@ fn pages(start: u64, count: u64) -> GpaRange {
 
 /// Memory with pages of ones, and pages that were written and read zero.
 fn write(target: &Path) {
-    let writer = SnapshotWriter::create(target, ram(), None, Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(target, ram(), None, SnapshotLimits::default()).unwrap();
     let [ones, zeros] = [pages(0, 700), pages(300, 200)];
     writer.fill(ones, &mut std::io::repeat(1).take(ones.len())).unwrap();
     writer.fill(zeros, &mut std::io::repeat(0).take(zeros.len())).unwrap();
@@ -56,8 +56,8 @@ fn write(target: &Path) {
 }
 
 fn write_differential(base: &Path, target: &Path) {
-    let base = Base::open([base], &Limits::default()).unwrap();
-    let writer = SnapshotWriter::create(target, ram(), Some(base), Limits::default()).unwrap();
+    let base = Base::open([base], &SnapshotLimits::default()).unwrap();
+    let writer = SnapshotWriter::create(target, ram(), Some(base), SnapshotLimits::default()).unwrap();
     let (twos, zeros) = (pages(100, 50), pages(600, 50));
     writer.fill(twos, &mut std::io::repeat(2).take(twos.len())).unwrap();
     writer.fill(zeros, &mut std::io::repeat(0).take(zeros.len())).unwrap();
@@ -70,7 +70,7 @@ fn receive(listener: &Listener, target: &Path) {
 }
 
 fn send(directory: &Path, url: &Url) {
-    let directory = FullSnapshot::open(directory, &Limits::default()).unwrap();
+    let directory = FullSnapshot::open(directory, &SnapshotLimits::default()).unwrap();
     let mut source = SnapshotSource::new(directory).unwrap();
     let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
     let sender = Sender::new(SendOptions::new(url.clone()));
@@ -86,22 +86,23 @@ fn snapshot_write() {
         confinement.run(|| {
             write(&at("full"));
             write_differential(&at("full"), &at("differential"));
-            let chain = Chain::open([at("full"), at("differential")], &Limits::default()).unwrap();
-            apply(&chain, &at("applied"), &Limits::default()).unwrap();
-            let full = Arc::new(Chain::open([at("full")], &Limits::default()).unwrap());
-            let applied = Chain::open([at("applied")], &Limits::default()).unwrap();
-            subtract(&applied, full, &at("subtracted"), &Limits::default()).unwrap();
+            let chain =
+                SnapshotChain::open([at("full"), at("differential")], &SnapshotLimits::default()).unwrap();
+            apply(&chain, &at("applied"), &SnapshotLimits::default()).unwrap();
+            let full = Arc::new(SnapshotChain::open([at("full")], &SnapshotLimits::default()).unwrap());
+            let applied = SnapshotChain::open([at("applied")], &SnapshotLimits::default()).unwrap();
+            subtract(&applied, full, &at("subtracted"), &SnapshotLimits::default()).unwrap();
         });
         // A directory that is there is followed to where it is.
         std::fs::create_dir(at("empty")).unwrap();
         confinement.run(|| write(&at("empty")));
         std::fs::remove_file(at("applied").join(MANIFEST_FILE)).unwrap();
-        confinement.run(|| seal(&at("applied"), &Limits::default()).unwrap());
+        confinement.run(|| seal(&at("applied"), &SnapshotLimits::default()).unwrap());
         thread::scope(|scope| {
             scope.spawn(|| confinement.run(|| receive(&listener, &at("received"))));
             send(&at("full"), listener.url());
         });
-        assert!(verify(&at("received"), &Limits::default()).unwrap().is_clean());
+        assert!(verify(&at("received"), &SnapshotLimits::default()).unwrap().is_clean());
     });
 }
 
@@ -114,11 +115,12 @@ fn snapshot_read() {
         write_differential(&at("full"), &at("differential"));
         let listener = Listener::bind(&Url::unix(at("socket")).unwrap()).unwrap();
         confinement.run(|| {
-            describe(&at("differential"), &Limits::default()).unwrap();
-            assert!(verify(&at("full"), &Limits::default()).unwrap().is_clean());
-            assert!(verify(&at("differential"), &Limits::default()).unwrap().is_clean());
-            let full = Chain::open([at("full")], &Limits::default()).unwrap();
-            let chain = Chain::open([at("full"), at("differential")], &Limits::default()).unwrap();
+            describe(&at("differential"), &SnapshotLimits::default()).unwrap();
+            assert!(verify(&at("full"), &SnapshotLimits::default()).unwrap().is_clean());
+            assert!(verify(&at("differential"), &SnapshotLimits::default()).unwrap().is_clean());
+            let full = SnapshotChain::open([at("full")], &SnapshotLimits::default()).unwrap();
+            let chain =
+                SnapshotChain::open([at("full"), at("differential")], &SnapshotLimits::default()).unwrap();
             assert!(!compare(&full, &chain).unwrap().is_empty());
         });
         thread::scope(|scope| {

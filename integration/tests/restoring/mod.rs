@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use vfio_migration::migratable::MigratableDevice;
-use vfio_migration::snapshot::{FullSnapshot, Limits as SnapshotLimits, SnapshotSource};
+use vfio_migration::snapshot::{FullSnapshot, SnapshotLimits, SnapshotSource};
 use vfio_migration::source::KvmLogMode;
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::snapshot::format::error::{ENTRIES, FormatError, json, within};
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::list::AtMost;
 use crate::snapshot::format::passthrough::{DeviceFields, PassThrough};
 
@@ -97,7 +97,7 @@ impl VmConfig {
     ///
     /// # Errors
     /// It is not the configuration of a VM, or exceeds `limits`.
-    pub fn parse(text: &[u8], limits: &Limits) -> Result<Self, FormatError> {
+    pub fn parse(text: &[u8], limits: &SnapshotLimits) -> Result<Self, FormatError> {
         within("config.json", text.len(), limits.config_bytes)?;
         Self::from_raw(serde_json::from_slice(text).map_err(json("config.json"))?)
     }

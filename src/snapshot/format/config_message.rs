@@ -10,7 +10,7 @@ use crate::layout::Layout;
 use crate::range::GpaRange;
 use crate::snapshot::format::config::VmConfig;
 use crate::snapshot::format::error::{ENTRIES, FormatError, json, ranges, within};
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::list::AtMost;
 use crate::snapshot::format::placement::Placement;
 
@@ -45,7 +45,7 @@ impl ConfigMessage {
     ///
     /// # Errors
     /// It is not that of Cloud Hypervisor, exceeds `limits`, or its RAM mappings are impossible.
-    pub fn parse(payload: &[u8], limits: &Limits) -> Result<Self, FormatError> {
+    pub fn parse(payload: &[u8], limits: &SnapshotLimits) -> Result<Self, FormatError> {
         within("Config message", payload.len(), limits.config_bytes)?;
         let fields: ConfigFields = serde_json::from_slice(payload).map_err(json("Config message"))?;
         let mappings = fields.memory_manager_data.guest_ram_mappings;

@@ -113,7 +113,7 @@ fn holds(joined: &[GpaRange], range: GpaRange) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::Limits;
+    use crate::snapshot::SnapshotLimits;
 
     const CONFIG: &str = r#"{"memory":{"size":0,"zones":[
         {"id":"anonymous","size":65536},
@@ -127,7 +127,7 @@ mod tests {
         let state = format!(
             r#"{{"snapshots":{{"memory-manager":{{"snapshots":{{}},"snapshot_data":{{"state":{quoted}}}}}}},"snapshot_data":null}}"#
         );
-        VmState::parse(state.into_bytes(), &Limits::default()).unwrap()
+        VmState::parse(state.into_bytes(), &SnapshotLimits::default()).unwrap()
     }
 
     fn mapping(gpa: u64, size: u64, zone: &str) -> String {
@@ -146,7 +146,7 @@ mod tests {
             mappings.join(",")
         ));
         let of = |config: &str| {
-            Elsewhere::of(&VmConfig::parse(config.as_bytes(), &Limits::default()).unwrap(), &state)
+            Elsewhere::of(&VmConfig::parse(config.as_bytes(), &SnapshotLimits::default()).unwrap(), &state)
         };
         assert_eq!(
             of(CONFIG).to_string(),
@@ -169,7 +169,7 @@ mod tests {
         let state = state(&format!(
             r#"{{"memory_ranges":{{"data":[{{"gpa":0,"length":4096}}]}},"guest_ram_mappings":[{mappings}]}}"#
         ));
-        let config = VmConfig::parse(br#"{"memory":{"size":0}}"#, &Limits::default()).unwrap();
+        let config = VmConfig::parse(br#"{"memory":{"size":0}}"#, &SnapshotLimits::default()).unwrap();
         assert_eq!(
             Elsewhere::of(&config, &state).to_string(),
             "memory of no zone is in a file that the configuration does not name, \
@@ -192,7 +192,7 @@ mod tests {
             ranges.join(","),
             mappings.join(",")
         ));
-        let config = VmConfig::parse(config.as_bytes(), &Limits::default()).unwrap();
+        let config = VmConfig::parse(config.as_bytes(), &SnapshotLimits::default()).unwrap();
         let begun = std::time::Instant::now();
         assert_eq!(Elsewhere::of(&config, &state).zones().len(), 1 << 16);
         assert!(begun.elapsed().as_secs() < 10, "{:?}", begun.elapsed());

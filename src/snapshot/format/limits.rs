@@ -6,7 +6,7 @@ use crate::threads::ThreadStart;
 
 /// The most that is read of a snapshot before it is refused, and what the threads that work on it do first.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct SnapshotLimits {
     /// Bytes of `config.json`, of a Config message, and of either state in `state.json` that such a message is made of.
     pub config_bytes: u64,
     /// Bytes of `state.json`, which holds the state of pass-through devices too. It is in memory once, as the text that it is.
@@ -21,7 +21,7 @@ pub struct Limits {
     pub thread_start: ThreadStart,
 }
 
-impl Default for Limits {
+impl Default for SnapshotLimits {
     fn default() -> Self {
         Self {
             config_bytes: 64 << 20,

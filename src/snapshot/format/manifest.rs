@@ -14,7 +14,7 @@ use crate::snapshot::format::blocks::{BlockTable, block_bytes_for, block_bytes_o
 use crate::snapshot::format::config::VmConfig;
 use crate::snapshot::format::digest::{Digest, Hasher};
 use crate::snapshot::format::error::{FormatError, MANIFEST, VERSION, lists};
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::placement::Placement;
 use crate::snapshot::format::state::VmState;
 use crate::snapshot::reserve::reserve;
@@ -180,7 +180,7 @@ impl Manifest {
     ///
     /// # Errors
     /// The bytes are not, to the last one, what [`Manifest::encode`] writes.
-    pub fn parse(bytes: &[u8], limits: &Limits) -> Result<Self, FormatError> {
+    pub fn parse(bytes: &[u8], limits: &SnapshotLimits) -> Result<Self, FormatError> {
         let length = || FormatError::Length { bytes: bytes.len() };
         let magic = bytes.get(..MAGIC.len()).ok_or_else(length)?;
         if magic != MAGIC {
@@ -216,7 +216,7 @@ struct Parser<'a> {
 }
 
 impl<'a> Parser<'a> {
-    fn manifest(mut self, header: &Header, limits: &Limits) -> Result<Manifest, FormatError> {
+    fn manifest(mut self, header: &Header, limits: &SnapshotLimits) -> Result<Manifest, FormatError> {
         let page = Granule::new(header.page_bytes.get().into())?;
         if page.bytes() > MOST_PAGE_BYTES {
             return Err(FormatError::Field { field: "page_bytes", value: page.bytes() });
@@ -266,7 +266,12 @@ impl<'a> Parser<'a> {
         self.take(bytes.ok_or_else(|| self.length())?)
     }
 
-    fn ranges(&mut self, count: u64, what: &'static str, limits: &Limits) -> Result<Placement, FormatError> {
+    fn ranges(
+        &mut self,
+        count: u64,
+        what: &'static str,
+        limits: &SnapshotLimits,
+    ) -> Result<Placement, FormatError> {
         let pairs = self.take_list(count, 2 * size_of::<u64>())?;
         let pairs = pairs.chunks_exact(16).map(|pair| {
             let word = |at: usize| U64::read_from_bytes(&pair[at..at + 8]).map_or(0, U64::get);
@@ -280,7 +285,7 @@ impl<'a> Parser<'a> {
         header: &Header,
         page: Granule,
         memory: &Placement,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Option<Changes>, FormatError> {
         if header.kind == FULL {
             expect_field("runs", header.runs.get(), 0)?;
@@ -292,7 +297,7 @@ impl<'a> Parser<'a> {
         }
         expect_field("kind", header.kind.get().into(), DIFFERENTIAL.into())?;
         // As many runs as the file holds, not as there may be ranges of memory.
-        let limits = Limits { ranges: usize::MAX, ..*limits };
+        let limits = SnapshotLimits { ranges: usize::MAX, ..*limits };
         let runs = self.ranges(header.runs.get(), "runs", &limits)?;
         let zero_runs = self.ranges(header.zero_runs.get(), "zero runs", &limits)?;
         for list in [&runs, &zero_runs] {

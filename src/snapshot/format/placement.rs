@@ -9,7 +9,7 @@ use thiserror::Error;
 use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::{GpaRange, RangeError};
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::reserve::index;
 use crate::units::Count;
 
@@ -97,9 +97,9 @@ impl Extent {
 ///
 /// ```
 /// use vfio_migration::range::GpaRange;
-/// use vfio_migration::snapshot::{Limits, Placement};
+/// use vfio_migration::snapshot::{SnapshotLimits, Placement};
 /// let (low, high) = (GpaRange::new(0, 0x4000)?, GpaRange::new(0x10000, 0x4000)?);
-/// let placement = Placement::new([high, low], &Limits::default())?;
+/// let placement = Placement::new([high, low], &SnapshotLimits::default())?;
 /// let found: Vec<_> = placement.locate(GpaRange::new(0x3000, 0x1000)?).collect();
 /// assert_eq!(found[0].offset, 0x7000);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -116,7 +116,10 @@ impl Placement {
     ///
     /// # Errors
     /// Two overlap, or they exceed `limits`.
-    pub fn new(ranges: impl IntoIterator<Item = GpaRange>, limits: &Limits) -> Result<Self, PlacementError> {
+    pub fn new(
+        ranges: impl IntoIterator<Item = GpaRange>,
+        limits: &SnapshotLimits,
+    ) -> Result<Self, PlacementError> {
         let mut placement = Self::default();
         for range in ranges {
             placement.append(range, limits)?;
@@ -136,7 +139,7 @@ impl Placement {
     /// As [`Placement::new`], or a pair is no range.
     pub fn from_pairs(
         pairs: impl IntoIterator<Item = (u64, u64)>,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Self, PlacementError> {
         let ranges: Result<Vec<_>, _> = pairs
             .into_iter()
@@ -152,11 +155,11 @@ impl Placement {
     ///
     /// # Errors
     /// They exceed `limits`.
-    pub fn of_layout(layout: &Layout, limits: &Limits) -> Result<Self, PlacementError> {
+    pub fn of_layout(layout: &Layout, limits: &SnapshotLimits) -> Result<Self, PlacementError> {
         Self::new(layout.regions().iter().map(|region| region.range()), limits)
     }
 
-    fn append(&mut self, range: GpaRange, limits: &Limits) -> Result<(), PlacementError> {
+    fn append(&mut self, range: GpaRange, limits: &SnapshotLimits) -> Result<(), PlacementError> {
         if self.by_offset.len() >= limits.ranges {
             return Err(PlacementError::TooManyRanges { limit: limits.ranges });
         }
@@ -271,7 +274,7 @@ mod tests {
 
     #[test]
     fn overlapping_wrapping_and_empty_ranges_are_refused() {
-        let limits = Limits::default();
+        let limits = SnapshotLimits::default();
         let overlap = Placement::from_pairs([(0x2000, 0x2000), (0, 0x2001)], &limits);
         assert!(matches!(overlap, Err(PlacementError::Overlap { .. })));
         let wraps = Placement::from_pairs([(0, 0x1000), (u64::MAX, 0x1000)], &limits);
@@ -281,7 +284,7 @@ mod tests {
 
     #[test]
     fn limits_hold_before_the_ranges_do() {
-        let limits = Limits { ranges: 1, memory_bytes: 0x2000, ..Limits::default() };
+        let limits = SnapshotLimits { ranges: 1, memory_bytes: 0x2000, ..SnapshotLimits::default() };
         let many = Placement::new([range(0, 1), range(4, 1)], &limits);
         assert_eq!(many, Err(PlacementError::TooManyRanges { limit: 1 }));
         let large = Placement::new([range(0, 0x2001)], &limits);
@@ -292,7 +295,7 @@ mod tests {
     fn c52_a_page_is_found_that_all_ranges_are_made_of_or_the_odd_one_named() {
         let kib_64 = Granule::new(64 << 10).unwrap();
         let page = |pairs: &[(u64, u64)]| {
-            Placement::from_pairs(pairs.iter().copied(), &Limits::default()).unwrap().page(kib_64)
+            Placement::from_pairs(pairs.iter().copied(), &SnapshotLimits::default()).unwrap().page(kib_64)
         };
         assert_eq!(page(&[(0, 1 << 20), (4 << 30, 64 << 10)]), Ok(kib_64));
         assert_eq!(page(&[(0, 1 << 20), (4 << 30, 0x3000)]), Ok(Granule::KIB_4));
@@ -321,7 +324,7 @@ mod tests {
             }).collect();
             let turn = usize::try_from(seed % 6).unwrap() % ranges.len();
             ranges.rotate_left(turn);
-            let placement = Placement::new(ranges.iter().copied(), &Limits::default()).unwrap();
+            let placement = Placement::new(ranges.iter().copied(), &SnapshotLimits::default()).unwrap();
             let file: Vec<u64> = ranges.iter().flat_map(|range| range.start()..range.end()).collect();
 
             let probe = range(probe.0, probe.1);

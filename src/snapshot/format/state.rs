@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use crate::range::GpaRange;
 use crate::snapshot::format::config::VmConfig;
 use crate::snapshot::format::error::{ENTRIES, FormatError, json, ranges, within};
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::list::AtMost;
 use crate::snapshot::format::passthrough::{self, PassThrough};
 use crate::snapshot::format::placement::Placement;
@@ -41,7 +41,7 @@ impl VmState {
     ///
     /// # Errors
     /// It is not the state of a VM, exceeds `limits`, or its memory ranges are impossible.
-    pub fn parse(text: Vec<u8>, limits: &Limits) -> Result<Self, FormatError> {
+    pub fn parse(text: Vec<u8>, limits: &SnapshotLimits) -> Result<Self, FormatError> {
         within("state.json", text.len(), limits.state_bytes)?;
         let text = String::from_utf8(text)
             .map_err(|error| FormatError::Utf8 { document: "state.json", source: error.utf8_error() })?;
@@ -158,7 +158,7 @@ impl std::fmt::Debug for VmState {
 /// Reads the memory ranges out of the memory manager's state, and the RAM that stays.
 fn listed_memory(
     memory_manager: Quoted<'_>,
-    limits: &Limits,
+    limits: &SnapshotLimits,
 ) -> Result<(Placement, Vec<FixedRam>), FormatError> {
     let text = memory_manager.unquote().map_err(wrong(MEMORY_MANAGER))?;
     let state: MemoryManagerState = serde_json::from_str(&text).map_err(wrong(MEMORY_MANAGER))?;

@@ -17,10 +17,10 @@ use crate::snapshot::format::config::{VmConfig, ZoneFile};
 use crate::snapshot::format::config_message::ConfigMessage;
 use crate::snapshot::format::digest::Digest;
 use crate::snapshot::format::error::FormatError;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::placement::PlacementError;
 use crate::snapshot::format::state::VmState;
-use crate::snapshot::write::announced::Announced;
+use crate::snapshot::write::announced::AnnouncedRam;
 use crate::snapshot::write::writer::{Base, SnapshotWriter};
 use crate::transfer::frame::MemoryTable;
 use crate::transfer::receive::{Destination, PageStore, Pages};
@@ -120,7 +120,7 @@ pub struct DestinationOptions {
     /// Done while the VM is paused.
     pub on_paused: Option<OnPaused>,
     /// How large messages and memory may be.
-    pub limits: Limits,
+    pub limits: SnapshotLimits,
 }
 
 impl fmt::Debug for DestinationOptions {
@@ -182,7 +182,7 @@ impl SnapshotDestination {
         self.check(message.vm_config())?;
         warn_of_devices(message.vm_config());
         let layout = message.layout().clone();
-        let announced = Announced::with_hotpluggable(layout.clone(), message.hotpluggable(), &limits)?;
+        let announced = AnnouncedRam::with_hotpluggable(layout.clone(), message.hotpluggable(), &limits)?;
         let writer = SnapshotWriter::begin(staged, announced, self.options.base.clone(), limits)?;
         // A migration brings all memory, but for pages that a fresh receiver's memory has already: zeros.
         writer.presume_zeros()?;

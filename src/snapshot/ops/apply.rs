@@ -10,14 +10,14 @@ use crate::layout::Layout;
 use crate::range::GpaRange;
 use crate::snapshot::disk::error::ManifestUse;
 use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::manifest::Manifest;
 use crate::snapshot::ops::error::OperationError;
-use crate::snapshot::read::chain::Chain;
+use crate::snapshot::read::chain::SnapshotChain;
 use crate::snapshot::read::differential::Differential;
 use crate::snapshot::read::reader::MemoryReader;
 use crate::snapshot::reserve::index;
-use crate::snapshot::write::announced::Announced;
+use crate::snapshot::write::announced::AnnouncedRam;
 use crate::snapshot::write::writer::SnapshotWriter;
 use crate::units::Millis;
 
@@ -28,7 +28,11 @@ use crate::units::Millis;
 ///
 /// # Errors
 /// Nothing lies under the new name.
-pub fn apply(chain: &Chain, target: &Path, limits: &Limits) -> Result<Digest, OperationError> {
+pub fn apply(
+    chain: &SnapshotChain,
+    target: &Path,
+    limits: &SnapshotLimits,
+) -> Result<Digest, OperationError> {
     let full = chain.full();
     let manifest = full.expect_manifest(ManifestUse::Copy)?;
     let top = chain.differentials().last().map_or(manifest, Differential::manifest);
@@ -36,7 +40,7 @@ pub fn apply(chain: &Chain, target: &Path, limits: &Limits) -> Result<Digest, Op
     let layout = Layout::new(chain.state().memory().ranges(), top.page)
         .map_err(|source| OperationError::Layout { path: chain.path().to_owned(), source })?;
     let began = Instant::now();
-    let writer = SnapshotWriter::create(target, Announced::all(layout), None, *limits)?;
+    let writer = SnapshotWriter::create(target, AnnouncedRam::all(layout), None, *limits)?;
     let copy = |path: &Path, source| OperationError::Copy { path: path.to_owned(), source };
     copy_checked(&writer, memory, manifest).map_err(|source| copy(full.path(), source))?;
     log::info!("Copied {} after {}", full.path().display(), Millis(began.elapsed()));

@@ -8,7 +8,7 @@ use crate::granule::Granule;
 use crate::range::{GpaRange, united};
 use crate::snapshot::format::placement::Placement;
 use crate::snapshot::ops::error::OperationError;
-use crate::snapshot::read::chain::Chain;
+use crate::snapshot::read::chain::SnapshotChain;
 use crate::snapshot::reserve::{index, resize};
 
 /// Bytes compared at once.
@@ -49,7 +49,7 @@ fn as_texts<S: Serializer>(ranges: &[GpaRange], serializer: S) -> Result<S::Ok, 
 ///
 /// # Errors
 /// Memory of one cannot be read.
-pub fn compare(first: &Chain, second: &Chain) -> Result<Differences, OperationError> {
+pub fn compare(first: &SnapshotChain, second: &SnapshotChain) -> Result<Differences, OperationError> {
     let (in_first, in_second) = (first.state().memory(), second.state().memory());
     Ok(Differences {
         config: first.config().text() != second.config().text(),
@@ -64,7 +64,7 @@ fn without(memory: &Placement, other: &Placement) -> Vec<GpaRange> {
     memory.ascending().iter().flat_map(|extent| other.missing(extent.range)).collect()
 }
 
-fn differing_pages(first: &Chain, second: &Chain) -> Result<Vec<GpaRange>, OperationError> {
+fn differing_pages(first: &SnapshotChain, second: &SnapshotChain) -> Result<Vec<GpaRange>, OperationError> {
     let mut populated = Vec::new();
     for chain in [first, second] {
         let ranges = chain.populated().map_err(|source| {
@@ -90,8 +90,8 @@ fn differing_pages(first: &Chain, second: &Chain) -> Result<Vec<GpaRange>, Opera
 }
 
 fn compare_piece(
-    first: &Chain,
-    second: &Chain,
+    first: &SnapshotChain,
+    second: &SnapshotChain,
     piece: GpaRange,
     page: Granule,
     (left, right): &mut (Vec<u8>, Vec<u8>),

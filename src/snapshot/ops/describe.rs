@@ -11,7 +11,7 @@ use crate::range::GpaRange;
 use crate::snapshot::disk::error::ReadError;
 use crate::snapshot::format::digest::Digest;
 use crate::snapshot::format::elsewhere::Elsewhere;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::manifest::Manifest;
 use crate::snapshot::format::names::MEMORY_FILE;
 use crate::snapshot::format::passthrough::PassThrough;
@@ -24,7 +24,7 @@ use crate::snapshot::read::full::FullSnapshot;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 #[non_exhaustive]
-pub enum Kind {
+pub enum SnapshotKind {
     /// All of it.
     Full {
         /// Bytes that are no hole.
@@ -49,7 +49,7 @@ pub enum Kind {
 pub struct Description {
     /// Full or differential.
     #[serde(flatten)]
-    pub kind: Kind,
+    pub kind: SnapshotKind,
     /// What names the snapshot; `None` without a manifest.
     pub digest: Option<Digest>,
     /// Why [`seal`](crate::snapshot::seal()) can give it no manifest.
@@ -80,7 +80,7 @@ pub struct Description {
 ///
 /// # Errors
 /// As [`FullSnapshot::open`] and [`Differential::open`].
-pub fn describe(path: &Path, limits: &Limits) -> Result<Description, ReadError> {
+pub fn describe(path: &Path, limits: &SnapshotLimits) -> Result<Description, ReadError> {
     let snapshot = Snapshot::open(path, Configuration::AsItStands, limits)?;
     let (kind, obstacle) = match &snapshot {
         Snapshot::Full(full) => (kind_of_full(full)?, full.obstacle()),
@@ -104,17 +104,17 @@ pub fn describe(path: &Path, limits: &Limits) -> Result<Description, ReadError> 
     })
 }
 
-fn kind_of_full(full: &FullSnapshot) -> Result<Kind, ReadError> {
+fn kind_of_full(full: &FullSnapshot) -> Result<SnapshotKind, ReadError> {
     let populated = full.populated().map(|range| range.map(GpaRange::len)).sum::<io::Result<u64>>();
     let populated_bytes = populated.map_err(|source| {
         let unnamed = |source| ReadError::Read { path: full.path().join(MEMORY_FILE), source };
         source.downcast().unwrap_or_else(unnamed)
     })?;
-    Ok(Kind::Full { populated_bytes })
+    Ok(SnapshotKind::Full { populated_bytes })
 }
 
-fn kind_of_differential(differential: &Differential) -> Kind {
-    Kind::Differential {
+fn kind_of_differential(differential: &Differential) -> SnapshotKind {
+    SnapshotKind::Differential {
         base: differential.base(),
         changed_bytes: differential.changed().bytes(),
         zeroed_bytes: differential.zeroed().map(GpaRange::len).sum(),

@@ -10,7 +10,7 @@ use crate::snapshot::disk::error::{ManifestUse, ReadError, WriteError};
 use crate::snapshot::disk::staging::{add_file, clear_added};
 use crate::snapshot::format::blocks::{BlockTable, block_bytes_of_full};
 use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::manifest::Manifest;
 use crate::snapshot::format::names::MANIFEST_FILE;
 use crate::snapshot::ops::error::OperationError;
@@ -24,7 +24,7 @@ use crate::snapshot::read::full::FullSnapshot;
 ///
 /// # Errors
 /// The snapshot is as it was.
-pub fn seal(path: &Path, limits: &Limits) -> Result<Digest, OperationError> {
+pub fn seal(path: &Path, limits: &SnapshotLimits) -> Result<Digest, OperationError> {
     seal_opened(&FullSnapshot::open(path, limits)?)
 }
 
@@ -57,7 +57,7 @@ pub(crate) fn seal_opened(full: &FullSnapshot) -> Result<Digest, OperationError>
 ///
 /// # Errors
 /// The snapshot is as it was; but it has the new manifest after [`WriteError::Unsynced`].
-pub fn reseal(path: &Path, limits: &Limits) -> Result<Digest, OperationError> {
+pub fn reseal(path: &Path, limits: &SnapshotLimits) -> Result<Digest, OperationError> {
     let needed = ManifestUse::Reseal;
     let none = || ReadError::NoManifest { path: path.to_owned(), needed, source: None };
     let mut manifest = open_manifest(path, limits)?.ok_or_else(none)?;

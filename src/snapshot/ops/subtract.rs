@@ -10,11 +10,11 @@ use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::{GpaRange, united};
 use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::ops::error::OperationError;
-use crate::snapshot::read::chain::Chain;
+use crate::snapshot::read::chain::SnapshotChain;
 use crate::snapshot::reserve::{index, resize};
-use crate::snapshot::write::announced::Announced;
+use crate::snapshot::write::announced::AnnouncedRam;
 use crate::snapshot::write::writer::{Base, SnapshotWriter};
 
 /// Bytes copied at once.
@@ -27,10 +27,10 @@ const COPY_BYTES: u64 = 1 << 20;
 /// # Errors
 /// Nothing lies under the new name.
 pub fn subtract(
-    chain: &Chain,
-    base: Arc<Chain>,
+    chain: &SnapshotChain,
+    base: Arc<SnapshotChain>,
     target: &Path,
-    limits: &Limits,
+    limits: &SnapshotLimits,
 ) -> Result<Digest, OperationError> {
     for full in [chain.full(), base.full()] {
         full.memory()?;
@@ -41,7 +41,8 @@ pub fn subtract(
         .map_err(|source| OperationError::Layout { path: chain.path().to_owned(), source })?;
     // Where both have nothing but holes, nothing differs.
     let populated = united([populated(chain, page)?, populated(&base, page)?].concat());
-    let writer = SnapshotWriter::create(target, Announced::all(layout), Some(Base::Compared(base)), *limits)?;
+    let writer =
+        SnapshotWriter::create(target, AnnouncedRam::all(layout), Some(Base::Compared(base)), *limits)?;
     let mut buffer = Vec::new();
     for range in populated {
         for (_, part) in writer.layout().parts(range) {
@@ -58,14 +59,19 @@ pub fn subtract(
 }
 
 /// Returns the whole pages of `chain` that may hold something.
-fn populated(chain: &Chain, page: Granule) -> Result<Vec<GpaRange>, OperationError> {
+fn populated(chain: &SnapshotChain, page: Granule) -> Result<Vec<GpaRange>, OperationError> {
     let ranges = chain
         .populated_as_written()
         .map_err(|source| OperationError::Find { path: chain.path().to_owned(), source })?;
     Ok(ranges.iter().filter_map(|range| range.align_outward(page.bytes())).collect())
 }
 
-fn copy(chain: &Chain, writer: &SnapshotWriter, piece: GpaRange, buffer: &mut Vec<u8>) -> io::Result<()> {
+fn copy(
+    chain: &SnapshotChain,
+    writer: &SnapshotWriter,
+    piece: GpaRange,
+    buffer: &mut Vec<u8>,
+) -> io::Result<()> {
     resize(buffer, index(piece.len()))?;
     chain.read_checked(piece, buffer)?;
     writer.fill(piece, &mut buffer.as_slice())

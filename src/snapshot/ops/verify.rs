@@ -17,7 +17,7 @@ use crate::snapshot::disk::files::{open_sized, read_bounded};
 use crate::snapshot::format::config::VmConfig;
 use crate::snapshot::format::elsewhere::Elsewhere;
 use crate::snapshot::format::error::FormatError;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::manifest::{Covered, Manifest};
 use crate::snapshot::format::names::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 use crate::snapshot::format::placement::Placement;
@@ -30,7 +30,7 @@ use crate::units::{Bytes, Millis};
 /// Something in a snapshot that is not as it was written.
 #[derive(Debug)]
 #[non_exhaustive]
-pub enum Finding {
+pub enum VerifyFinding {
     /// A file is missing, is no file, or has another size.
     File(ReadError),
     /// The manifest is damaged; nothing else was checked.
@@ -49,7 +49,7 @@ pub enum Finding {
     },
 }
 
-impl fmt::Display for Finding {
+impl fmt::Display for VerifyFinding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(error) => Chain(error).fmt(f),
@@ -63,7 +63,7 @@ impl fmt::Display for Finding {
     }
 }
 
-impl Serialize for Finding {
+impl Serialize for VerifyFinding {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
@@ -72,9 +72,9 @@ impl Serialize for Finding {
 /// What a check found.
 #[derive(Debug, Default, Serialize)]
 #[non_exhaustive]
-pub struct Report {
+pub struct VerifyReport {
     /// What is wrong; empty for a snapshot as it was written.
-    pub findings: Vec<Finding>,
+    pub findings: Vec<VerifyFinding>,
     /// Whether `config.json` is the configuration of a VM, and not the one that the manifest was made for: no damage, somebody
     /// edited it.
     pub config_edited: bool,
@@ -84,7 +84,7 @@ pub struct Report {
     pub bytes: u64,
 }
 
-impl Report {
+impl VerifyReport {
     /// Whether everything in the snapshot is as it was written.
     pub fn is_clean(&self) -> bool {
         !self.is_damaged() && !self.config_edited
@@ -100,9 +100,9 @@ impl Report {
 ///
 /// # Errors
 /// A file cannot be read to its end or exceeds `limits`, or there is no manifest. What was found so far is not known.
-pub fn verify(path: &Path, limits: &Limits) -> Result<Report, ReadError> {
+pub fn verify(path: &Path, limits: &SnapshotLimits) -> Result<VerifyReport, ReadError> {
     let began = Instant::now();
-    let mut report = Report::default();
+    let mut report = VerifyReport::default();
     let bytes = match read_bounded(&path.join(MANIFEST_FILE), limits.manifest_bytes) {
         Err(error) if error.is_absent() => return Err(no_manifest(path, limits)),
         Err(error) => return report.file(error).map(|()| report),
@@ -120,7 +120,7 @@ pub fn verify(path: &Path, limits: &Limits) -> Result<Report, ReadError> {
             if is_limit {
                 return Err(error);
             }
-            report.findings.push(Finding::Manifest(error));
+            report.findings.push(VerifyFinding::Manifest(error));
             return Ok(report);
         }
     };
@@ -144,7 +144,7 @@ pub fn verify(path: &Path, limits: &Limits) -> Result<Report, ReadError> {
     Ok(report)
 }
 
-impl Report {
+impl VerifyReport {
     /// Notes what is wrong with a file, unless it is this host that cannot read it, or it is only too large.
     fn file(&mut self, error: ReadError) -> Result<(), ReadError> {
         let error = match error.unread() {
@@ -152,7 +152,7 @@ impl Report {
             Ok(error) | Err(error @ ReadError::TooLarge { .. }) => return Err(error),
             Err(error) => error,
         };
-        self.findings.push(Finding::File(error));
+        self.findings.push(VerifyFinding::File(error));
         Ok(())
     }
 
@@ -166,7 +166,7 @@ impl Report {
         &mut self,
         dir: &Path,
         manifest: &Manifest,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Option<VmConfig>, ReadError> {
         let text = match read_bounded(&dir.join(CONFIG_FILE), limits.config_bytes) {
             Err(error) => return self.file(error).map(|()| None),
@@ -177,7 +177,7 @@ impl Report {
         match &config {
             _ if Covered::of(&text) == manifest.config => {}
             Some(_) => self.config_edited = true,
-            None => self.findings.push(Finding::Text { name: CONFIG_FILE }),
+            None => self.findings.push(VerifyFinding::Text { name: CONFIG_FILE }),
         }
         Ok(config)
     }
@@ -189,7 +189,7 @@ impl Report {
         let read = io::copy(&mut (&file).take(covered.bytes), &mut hasher);
         self.bytes += read.map_err(|source| ReadError::Read { path, source })?;
         if covered.digest != hasher.finalize().into() {
-            self.findings.push(Finding::Text { name });
+            self.findings.push(VerifyFinding::Text { name });
         }
         Ok(())
     }
@@ -221,12 +221,12 @@ impl Report {
 
     /// Notes altered memory, joined to what was noted just before where the two touch.
     fn altered(&mut self, name: &'static str, range: GpaRange) {
-        if let Some(Finding::Memory { range: last, .. }) = self.findings.last_mut()
+        if let Some(VerifyFinding::Memory { range: last, .. }) = self.findings.last_mut()
             && last.end() == range.start()
         {
             *last = GpaRange::from_bounds(last.start(), range.end()).expect("it only grows");
         } else {
-            self.findings.push(Finding::Memory { name, range });
+            self.findings.push(VerifyFinding::Memory { name, range });
         }
     }
 
@@ -236,7 +236,7 @@ impl Report {
         dir: &Path,
         manifest: &Manifest,
         config: Option<&VmConfig>,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<(), ReadError> {
         let text = match read_bounded(&dir.join(STATE_FILE), limits.state_bytes) {
             Err(error) => return self.file(error),
@@ -247,13 +247,13 @@ impl Report {
         match (fitting, config) {
             (Some(state), Some(config)) => self.elsewhere = Elsewhere::of(config, &state),
             (Some(_), None) => {}
-            (None, _) => self.findings.push(Finding::Text { name: STATE_FILE }),
+            (None, _) => self.findings.push(VerifyFinding::Text { name: STATE_FILE }),
         }
         Ok(())
     }
 }
 
-fn no_manifest(path: &Path, limits: &Limits) -> ReadError {
+fn no_manifest(path: &Path, limits: &SnapshotLimits) -> ReadError {
     if let Err(source) = std::fs::metadata(path) {
         return ReadError::Read { path: path.to_owned(), source };
     }

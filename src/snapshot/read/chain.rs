@@ -10,7 +10,7 @@ use crate::snapshot::disk::error::{ManifestUse, ReadError};
 use crate::snapshot::format::config::VmConfig;
 use crate::snapshot::format::digest::Digest;
 use crate::snapshot::format::elsewhere::Elsewhere;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::state::VmState;
 use crate::snapshot::read::differential::Differential;
 use crate::snapshot::read::full::FullSnapshot;
@@ -18,19 +18,19 @@ use crate::snapshot::read::reader::MemoryReader;
 
 /// A full snapshot with differentials on top, each made on what lies below it.
 #[derive(Debug)]
-pub struct Chain {
+pub struct SnapshotChain {
     full: FullSnapshot,
     differentials: Vec<Differential>,
 }
 
-impl Chain {
+impl SnapshotChain {
     /// Opens the full snapshot that `paths` begins with and the differentials that follow it, lowest first.
     ///
     /// # Errors
     /// There is none, one cannot be read, or one was made on top of something else.
     pub fn open<P: AsRef<Path>>(
         paths: impl IntoIterator<Item = P>,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Self, ReadError> {
         let mut paths = paths.into_iter();
         let first = paths.next().ok_or(ReadError::Empty)?;
@@ -114,7 +114,7 @@ impl Chain {
         self.read_by(range, buffer, |memory, range, buffer| memory.read(range, buffer))
     }
 
-    /// Reads as [`Chain::read`] does, bytes that are as they were written; a full snapshot with no manifest is read as it is.
+    /// Reads as [`SnapshotChain::read`] does, bytes that are as they were written; a full snapshot with no manifest is read as it is.
     ///
     /// # Errors
     /// A file cannot be read, or was cut off; or a block was altered, then the error holds [`Altered`](crate::snapshot::Altered).
@@ -139,7 +139,7 @@ impl Chain {
     /// Checks the blocks of the full snapshot that hold any of `range` and that nobody has read yet.
     ///
     /// # Errors
-    /// As [`Chain::read_checked`].
+    /// As [`SnapshotChain::read_checked`].
     pub(crate) fn check(&self, range: GpaRange) -> io::Result<()> {
         self.full.reader().map_or(Ok(()), |memory| memory.check_range(range))
     }

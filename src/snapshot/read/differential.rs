@@ -11,7 +11,7 @@ use crate::snapshot::disk::error::ReadError;
 use crate::snapshot::disk::files::open_sized;
 use crate::snapshot::format::config::VmConfig;
 use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::manifest::{Changes, Manifest};
 use crate::snapshot::format::names::{CHANGES_FILE, MANIFEST_FILE};
 use crate::snapshot::format::placement::Placement;
@@ -36,7 +36,7 @@ impl Differential {
     ///
     /// # Errors
     /// A file is missing, damaged, exceeds `limits` or is of another version, or one does not fit the others.
-    pub fn open(path: &Path, limits: &Limits) -> Result<Self, ReadError> {
+    pub fn open(path: &Path, limits: &SnapshotLimits) -> Result<Self, ReadError> {
         let manifest = open_manifest(path, limits)?.ok_or_else(|| {
             let source = io::ErrorKind::NotFound.into();
             ReadError::Open { path: path.join(MANIFEST_FILE), source }
@@ -48,7 +48,7 @@ impl Differential {
         path: &Path,
         manifest: Manifest,
         configuration: Configuration<'_>,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Self, ReadError> {
         let full = || ReadError::Full { path: path.to_owned() };
         let changes = manifest.changes.clone().ok_or_else(full)?;

@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::snapshot::disk::error::ReadError;
 use crate::snapshot::disk::files::read_bounded;
 use crate::snapshot::format::config::VmConfig;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::manifest::{Covered, Manifest};
 use crate::snapshot::format::names::{CONFIG_FILE, MANIFEST_FILE, STATE_FILE};
 use crate::snapshot::format::state::VmState;
@@ -39,7 +39,7 @@ impl Documents {
         path: &Path,
         manifest: Option<&Manifest>,
         configuration: Configuration<'_>,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Self, ReadError> {
         let text = match configuration {
             Configuration::Given(text) => Cow::Borrowed(text),
@@ -81,12 +81,12 @@ impl Documents {
 ///
 /// # Errors
 /// It is not a regular file, cannot be read, or is longer than `limits` say.
-pub fn read_config(path: &Path, limits: &Limits) -> Result<Vec<u8>, ReadError> {
+pub fn read_config(path: &Path, limits: &SnapshotLimits) -> Result<Vec<u8>, ReadError> {
     read_bounded(path, limits.config_bytes)
 }
 
 /// Reads the manifest of the snapshot at `path`, if it has one.
-pub(crate) fn open_manifest(path: &Path, limits: &Limits) -> Result<Option<Manifest>, ReadError> {
+pub(crate) fn open_manifest(path: &Path, limits: &SnapshotLimits) -> Result<Option<Manifest>, ReadError> {
     let bytes = match read_bounded(&path.join(MANIFEST_FILE), limits.manifest_bytes) {
         Err(error) if error.is_absent() => return Ok(None),
         read => read?,

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use crate::snapshot::disk::error::ReadError;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::manifest::Manifest;
 use crate::snapshot::read::differential::Differential;
 use crate::snapshot::read::documents::{Configuration, Documents, open_manifest};
@@ -21,7 +21,7 @@ impl Snapshot {
     pub(crate) fn open(
         path: &Path,
         configuration: Configuration<'_>,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Self, ReadError> {
         Self::of(path, open_manifest(path, limits)?, configuration, limits)
     }
@@ -30,7 +30,7 @@ impl Snapshot {
         path: &Path,
         manifest: Option<Manifest>,
         configuration: Configuration<'_>,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Self, ReadError> {
         match manifest {
             Some(manifest) if manifest.changes.is_some() => {

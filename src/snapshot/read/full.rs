@@ -14,7 +14,7 @@ use crate::snapshot::format::config::VmConfig;
 use crate::snapshot::format::digest::Digest;
 use crate::snapshot::format::elsewhere::Elsewhere;
 use crate::snapshot::format::error::FormatError;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::manifest::Manifest;
 use crate::snapshot::format::names::MEMORY_FILE;
 use crate::snapshot::format::placement::{Placement, PlacementError};
@@ -41,7 +41,7 @@ impl FullSnapshot {
     ///
     /// # Errors
     /// A file is missing, damaged, exceeds `limits` or is of another version, or one does not fit the others.
-    pub fn open(path: &Path, limits: &Limits) -> Result<Self, ReadError> {
+    pub fn open(path: &Path, limits: &SnapshotLimits) -> Result<Self, ReadError> {
         Self::of(path, open_manifest(path, limits)?, Configuration::AsSealed, limits)
     }
 
@@ -52,7 +52,7 @@ impl FullSnapshot {
     ///
     /// # Errors
     /// As [`FullSnapshot::open`], or `config` is not the configuration of a VM.
-    pub fn open_with_config(path: &Path, config: &[u8], limits: &Limits) -> Result<Self, ReadError> {
+    pub fn open_with_config(path: &Path, config: &[u8], limits: &SnapshotLimits) -> Result<Self, ReadError> {
         Self::of(path, open_manifest(path, limits)?, Configuration::Given(config), limits)
     }
 
@@ -60,7 +60,7 @@ impl FullSnapshot {
         path: &Path,
         manifest: Option<Manifest>,
         configuration: Configuration<'_>,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Self, ReadError> {
         if manifest.as_ref().is_some_and(|manifest| manifest.changes.is_some()) {
             return Err(ReadError::Differential { path: path.to_owned() });

@@ -159,13 +159,13 @@ mod tests {
 
     use super::*;
     use crate::range::GpaRange;
-    use crate::snapshot::Limits;
+    use crate::snapshot::SnapshotLimits;
     use crate::vm::{has_address, read_memory};
 
     #[test]
     fn c53_ranges_are_parts_of_one_file_and_end_where_they_end() {
         let pairs = [(0x10000, 0x1000), (0, 0x2000), (0x20000, 0x1000)];
-        let placement = Placement::from_pairs(pairs, &Limits::default()).unwrap();
+        let placement = Placement::from_pairs(pairs, &SnapshotLimits::default()).unwrap();
         let file = tempfile::tempfile().unwrap();
         for page in 0..4u8 {
             file.write_all_at(&[page + 1; 0x1000], u64::from(page) * 0x1000).unwrap();

@@ -249,14 +249,14 @@ impl BlockReader<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::format::limits::Limits;
+    use crate::snapshot::format::limits::SnapshotLimits;
 
     fn reader<'a>(file: &'a File, placement: &'a Placement) -> MemoryReader<'a> {
         MemoryReader { dir: Path::new(""), name: "", file, placement, digests: None }
     }
 
     fn placement(bytes: u64) -> Placement {
-        Placement::from_pairs([(0, bytes)], &Limits::default()).unwrap()
+        Placement::from_pairs([(0, bytes)], &SnapshotLimits::default()).unwrap()
     }
 
     #[test]

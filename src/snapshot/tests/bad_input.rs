@@ -21,7 +21,7 @@ fn open_with(name: &str, content: &[u8]) -> String {
     Guest::small().write_full(&target);
     fs::remove_file(target.join(MANIFEST_FILE)).unwrap();
     fs::write(target.join(name), content).unwrap();
-    chain(&FullSnapshot::open(&target, &Limits::default()).unwrap_err())
+    chain(&FullSnapshot::open(&target, &SnapshotLimits::default()).unwrap_err())
 }
 
 #[test]
@@ -91,7 +91,7 @@ fn a_text_that_is_not_the_manifests_is_refused() {
     for (name, content) in [(CONFIG_FILE, config_text(1)), (STATE_FILE, state_text(&[pages(0, 64)]))] {
         guest.write_full(&target);
         fs::write(target.join(name), content).unwrap();
-        let error = FullSnapshot::open(&target, &Limits::default()).unwrap_err();
+        let error = FullSnapshot::open(&target, &SnapshotLimits::default()).unwrap_err();
         assert!(is_refusal_of(name, &error), "{error}");
         fs::remove_dir_all(&target).unwrap();
     }
@@ -104,16 +104,16 @@ fn texts_over_their_limits_are_refused() {
     let guest = Guest::small();
     guest.write_full(&target);
     let tight = [
-        Limits { config_bytes: 5, ..Limits::default() },
-        Limits { state_bytes: 5, ..Limits::default() },
-        Limits { manifest_bytes: 5, ..Limits::default() },
-        Limits { memory_bytes: 5, ..Limits::default() },
+        SnapshotLimits { config_bytes: 5, ..SnapshotLimits::default() },
+        SnapshotLimits { state_bytes: 5, ..SnapshotLimits::default() },
+        SnapshotLimits { manifest_bytes: 5, ..SnapshotLimits::default() },
+        SnapshotLimits { memory_bytes: 5, ..SnapshotLimits::default() },
     ];
     for limits in tight {
         let error = FullSnapshot::open(&target, &limits).unwrap_err();
         assert!(chain(&error).contains("more than") || chain(&error).contains("limit"), "{error}");
     }
-    let limits = Limits { state_bytes: 5, ..Limits::default() };
+    let limits = SnapshotLimits { state_bytes: 5, ..SnapshotLimits::default() };
     let writer = SnapshotWriter::create(&dir.path().join("b"), guest.announced(), None, limits).unwrap();
     let error = writer.finish(&guest.config(), &guest.state()).unwrap_err();
     assert!(matches!(error, WriteError::Format(FormatError::TooLarge { limit: 5, .. })), "{error}");
@@ -136,7 +136,7 @@ fn a_config_message_tells_what_a_snapshot_must_know() {
         "disks":[{"path":"/a","readonly":true},{"path":"/b"},{"vhost_socket":"/s","readonly":false}],
         "pmem":[{"file":"/c"},{"file":"/d","discard_writes":true}],"vdpa":[{"path":"/dev/vdpa"}],"net":null}"#;
     let mappings = [mapping(pages(64, 8), true), mapping(pages(0, 8), false)].join(",");
-    let parsed = ConfigMessage::parse(&message(config, &mappings), &Limits::default()).unwrap();
+    let parsed = ConfigMessage::parse(&message(config, &mappings), &SnapshotLimits::default()).unwrap();
     assert_eq!(parsed.layout(), &layout(&[pages(0, 8), pages(64, 8)]));
     assert_eq!(parsed.hotpluggable(), [pages(64, 8)]);
     let vm_config = parsed.vm_config();
@@ -164,7 +164,8 @@ fn a_config_message_with_impossible_ram_is_refused() {
         (r#"{"gpa":0}"#.into(), "missing field `size`"),
     ];
     for (mappings, expected) in cases {
-        let error = ConfigMessage::parse(&message(config, &mappings), &Limits::default()).unwrap_err();
+        let error =
+            ConfigMessage::parse(&message(config, &mappings), &SnapshotLimits::default()).unwrap_err();
         assert!(chain(&error).contains(expected), "{}", chain(&error));
     }
 }
@@ -174,8 +175,8 @@ fn a_config_with_more_devices_than_any_vm_has_is_refused() {
     for (field, entry) in [("disks", "{}"), ("vdpa", r#"{"path":""}"#), ("pmem", r#"{"file":""}"#)] {
         let list = |count: usize| vec![entry; count].join(",");
         let config = |count| format!(r#"{{"memory":{{"size":1}},"{field}":[{}]}}"#, list(count)).into_bytes();
-        VmConfig::parse(&config(1 << 16), &Limits::default()).unwrap();
-        let error = VmConfig::parse(&config((1 << 16) + 1), &Limits::default()).unwrap_err();
+        VmConfig::parse(&config(1 << 16), &SnapshotLimits::default()).unwrap();
+        let error = VmConfig::parse(&config((1 << 16) + 1), &SnapshotLimits::default()).unwrap_err();
         assert!(chain(&error).contains("expected at most 65536 entries"), "{}", chain(&error));
     }
 }
@@ -186,14 +187,14 @@ fn captured_messages_make_a_snapshot_and_the_same_config_message_again() {
     let Some(captures) = captures() else { return };
     let config = fs::read(captures.join("config-message.json")).unwrap();
     let state = fs::read(captures.join("state-message.json")).unwrap();
-    let limits = Limits::default();
+    let limits = SnapshotLimits::default();
     let received = ConfigMessage::parse(&config, &limits).unwrap();
     assert_eq!(received.layout().bytes(), 64 << 20);
     assert!(received.vm_config().writable_disks().is_empty());
 
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().join("a");
-    let announced = Announced::all(received.layout().clone());
+    let announced = AnnouncedRam::all(received.layout().clone());
     let writer = SnapshotWriter::create(&target, announced, None, limits).unwrap();
     writer.fill(range(0, 64 << 20), &mut std::io::repeat(1)).unwrap();
     writer.finish(received.vm_config().text().as_bytes(), &state).unwrap();

@@ -13,8 +13,8 @@ use crate::ledger::{ChunkLimits, Ledger, Start};
 use crate::range::GpaRange;
 use crate::snapshot::*;
 
-fn chain(paths: &[PathBuf]) -> Chain {
-    Chain::open(paths, &Limits::default()).unwrap()
+fn chain(paths: &[PathBuf]) -> SnapshotChain {
+    SnapshotChain::open(paths, &SnapshotLimits::default()).unwrap()
 }
 
 fn compared(paths: &[PathBuf]) -> Base {
@@ -41,7 +41,7 @@ fn a_differential_holds_only_pages_that_differ() {
     guest.write([(3, 0), (4, 99), (5, 98), (66, 97), (6, 7), (7, 0)]);
     guest.write_differential(&next, compared(&[base]), &guest.ranges);
     assert_eq!(names(&next), [CONFIG_FILE, CHANGES_FILE, MANIFEST_FILE, STATE_FILE]);
-    let differential = Differential::open(&next, &Limits::default()).unwrap();
+    let differential = Differential::open(&next, &SnapshotLimits::default()).unwrap();
     let changed: Vec<_> = differential.changed().ranges().collect();
     assert_eq!(changed, [pages(4, 2), pages(66, 1)], "page 6 is as it was");
     assert_eq!(differential.zeroed().collect::<Vec<_>>(), [pages(3, 1)], "page 7 was zero before");
@@ -80,18 +80,22 @@ fn a_ledgers_cursor_says_what_a_differential_needs() {
         ledger.mark(range);
     }
     guest.write_full(&full);
-    let memory = SnapshotSource::new(FullSnapshot::open(&full, &Limits::default()).unwrap()).unwrap();
+    let memory = SnapshotSource::new(FullSnapshot::open(&full, &SnapshotLimits::default()).unwrap()).unwrap();
     let memory = crate::vm::Vm::memory(&memory);
-    let writer =
-        SnapshotWriter::create(&next, guest.announced(), Some(Base::Named(digest)), Limits::default())
-            .unwrap();
+    let writer = SnapshotWriter::create(
+        &next,
+        guest.announced(),
+        Some(Base::Named(digest)),
+        SnapshotLimits::default(),
+    )
+    .unwrap();
     ledger.begin_round(cursor);
     while let Some(chunk) = ledger.take(cursor, ChunkLimits { bytes: 2 * page(), ranges: 2 }) {
         writer.copy_from(chunk.ranges().iter().copied(), &*memory).unwrap();
         ledger.commit(chunk);
     }
     writer.finish(&guest.config(), &guest.state()).unwrap();
-    apply(&chain(&[base, next]), &applied, &Limits::default()).unwrap();
+    apply(&chain(&[base, next]), &applied, &SnapshotLimits::default()).unwrap();
     assert_same_files(&applied, &full);
 }
 
@@ -107,7 +111,8 @@ fn a_wrong_base_is_refused() {
     let middle = guest.write_differential(&path("middle"), Base::Named(first), &[pages(1, 2)]);
     guest.write_differential(&path("top"), Base::Named(middle), &[pages(2, 1)]);
 
-    let open = |names: &[&str]| Chain::open(names.iter().map(|name| path(name)), &Limits::default());
+    let open =
+        |names: &[&str]| SnapshotChain::open(names.iter().map(|name| path(name)), &SnapshotLimits::default());
     assert!(open(&["first", "middle", "top"]).is_ok());
     for wrong in [&["second", "middle"][..], &["first", "top"], &["first", "middle", "middle"]] {
         let error = open(wrong).unwrap_err();
@@ -123,7 +128,7 @@ fn a_wrong_base_is_refused() {
         Err(ReadError::NoManifest { needed: ManifestUse::Name, .. })
     ));
     assert!(matches!(
-        Base::open([path("first")], &Limits::default()),
+        Base::open([path("first")], &SnapshotLimits::default()),
         Err(ReadError::NoManifest { needed: ManifestUse::Name, .. })
     ));
 }
@@ -140,7 +145,7 @@ fn an_altered_base_is_found_while_it_is_applied() {
     let mut memory = fs::read(base.join(MEMORY_FILE)).unwrap();
     memory[index(33 * page())] ^= 1;
     fs::write(base.join(MEMORY_FILE), memory).unwrap();
-    let error = apply(&chain(&[base, next]), &applied, &Limits::default()).unwrap_err();
+    let error = apply(&chain(&[base, next]), &applied, &SnapshotLimits::default()).unwrap_err();
     let OperationError::Copy { source, .. } = error else { panic!("{error}") };
     assert!(source.to_string().contains("Memory at GPA 0x20000"), "{source}");
     assert!(!applied.exists());
@@ -164,14 +169,16 @@ fn a_base_altered_to_equal_what_comes_is_found_while_it_is_compared() {
 
     let bases = [base.clone()];
     let writer =
-        SnapshotWriter::create(&next, guest.announced(), Some(compared(&bases)), Limits::default()).unwrap();
+        SnapshotWriter::create(&next, guest.announced(), Some(compared(&bases)), SnapshotLimits::default())
+            .unwrap();
     let error = writer.fill(pages(33, 1), &mut page_of(9).as_slice()).unwrap_err();
     let altered = Altered::of(&error).unwrap().to_string();
     assert!(altered.contains(at) && altered.contains(base.to_str().unwrap()), "{altered}");
     drop(writer);
 
     let from_later = chain(&[later]);
-    let error = subtract(&from_later, Arc::new(chain(&bases)), &next, &Limits::default()).unwrap_err();
+    let error =
+        subtract(&from_later, Arc::new(chain(&bases)), &next, &SnapshotLimits::default()).unwrap_err();
     let OperationError::CopyRange { source, .. } = error else { panic!("{error}") };
     assert!(Altered::of(&source).unwrap().to_string().contains(at), "{source}");
     assert!(!next.exists());
@@ -187,7 +194,7 @@ fn an_altered_snapshot_is_found_while_its_base_is_subtracted() {
     guest.write_differential(&middle, Base::Named(digest), &[pages(4, 1)]);
     alter(&middle.join(CHANGES_FILE), 8, &[!0]);
     let top = chain(&[base.clone(), middle.clone()]);
-    let error = subtract(&top, Arc::new(chain(&[base])), &next, &Limits::default()).unwrap_err();
+    let error = subtract(&top, Arc::new(chain(&[base])), &next, &SnapshotLimits::default()).unwrap_err();
     let OperationError::CopyRange { source, .. } = error else { panic!("{error}") };
     let altered = Altered::of(&source).unwrap().to_string();
     assert!(altered.contains(&pages(4, 1).to_string()), "{altered}");
@@ -209,16 +216,18 @@ fn a_hole_punched_into_a_base_hides_no_page_that_became_zero() {
 
     let base = compared(&[base]);
     let Base::Compared(punched) = &base else { panic!("{base:?}") };
-    let error = subtract(&chain(&[later]), Arc::clone(punched), &next, &Limits::default()).unwrap_err();
+    let error =
+        subtract(&chain(&[later]), Arc::clone(punched), &next, &SnapshotLimits::default()).unwrap_err();
     assert!(
         matches!(&error, OperationError::CopyRange { source, .. } if Altered::of(source).is_some()),
         "{error}"
     );
 
-    let writer = SnapshotWriter::create(&next, guest.announced(), Some(base), Limits::default()).unwrap();
+    let writer =
+        SnapshotWriter::create(&next, guest.announced(), Some(base), SnapshotLimits::default()).unwrap();
     writer.presume_zeros().unwrap();
     writer.finish(&guest.config(), &guest.state()).unwrap();
-    let differential = Differential::open(&next, &Limits::default()).unwrap();
+    let differential = Differential::open(&next, &SnapshotLimits::default()).unwrap();
     assert!(differential.zeroed().any(|range| range.contains(100 * page())));
 }
 
@@ -232,8 +241,12 @@ fn a_base_cut_off_after_it_was_opened_is_an_error() {
     let base_of = compared(&bases);
     let memory = fs::OpenOptions::new().write(true).open(base.join(MEMORY_FILE)).unwrap();
     memory.set_len(33 * page()).unwrap();
-    let writer =
-        SnapshotWriter::create(&dir.path().join("next"), guest.announced(), Some(base_of), Limits::default());
+    let writer = SnapshotWriter::create(
+        &dir.path().join("next"),
+        guest.announced(),
+        Some(base_of),
+        SnapshotLimits::default(),
+    );
     let error = writer.unwrap().fill(pages(33, 1), &mut page_of(0).as_slice()).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof, "{error}");
 }
@@ -248,8 +261,8 @@ fn the_next_differential_fits_what_the_chain_below_it_was_applied_to() {
     let middle = guest.write_differential(&path("middle"), Base::Named(first), &[pages(1, 1)]);
     guest.write([(2, 51)]);
     guest.write_differential(&path("top"), Base::Named(middle), &[pages(2, 1)]);
-    apply(&chain(&[path("first"), path("middle")]), &path("applied"), &Limits::default()).unwrap();
-    apply(&chain(&[path("applied"), path("top")]), &path("last"), &Limits::default()).unwrap();
+    apply(&chain(&[path("first"), path("middle")]), &path("applied"), &SnapshotLimits::default()).unwrap();
+    apply(&chain(&[path("applied"), path("top")]), &path("last"), &SnapshotLimits::default()).unwrap();
     guest.assert_full(&path("last"));
 }
 
@@ -259,7 +272,8 @@ fn pages_in_part_are_refused() {
     let guest = Guest::small();
     let base = Base::Named(Digest::of(b"base"));
     let target = dir.path().join("a");
-    let writer = SnapshotWriter::create(&target, guest.announced(), Some(base), Limits::default()).unwrap();
+    let writer =
+        SnapshotWriter::create(&target, guest.announced(), Some(base), SnapshotLimits::default()).unwrap();
     let error = writer.fill(range(8, page()), &mut std::io::repeat(1)).unwrap_err();
     assert!(error.to_string().contains("not of whole pages"), "{error}");
 }
@@ -278,7 +292,7 @@ fn memory_that_is_plugged_in_later_begins_as_zeros() {
     let below = [path("with"), path("without")];
     guest.write_differential(&path("again"), compared(&below), &guest.ranges);
     let all = chain(&[path("with"), path("without"), path("again")]);
-    apply(&all, &path("applied"), &Limits::default()).unwrap();
+    apply(&all, &path("applied"), &SnapshotLimits::default()).unwrap();
     guest.assert_full(&path("applied"));
     let mut bytes = vec![1; index(removed.len())];
     all.read(removed, &mut bytes).unwrap();
@@ -293,11 +307,12 @@ fn a_description_says_what_is_there() {
     let digest = guest.write_full(&base);
     guest.write([(3, 0), (4, 99)]);
     let top = guest.write_differential(&next, compared(std::slice::from_ref(&base)), &guest.ranges);
-    let full = describe(&base, &Limits::default()).unwrap();
-    assert!(matches!(full.kind, Kind::Full { populated_bytes } if populated_bytes >= 16 * page()));
+    let full = describe(&base, &SnapshotLimits::default()).unwrap();
+    assert!(matches!(full.kind, SnapshotKind::Full { populated_bytes } if populated_bytes >= 16 * page()));
     assert_eq!((full.digest, full.memory_bytes, full.memory_ranges), (Some(digest), 64 * page(), 2));
-    let differential = describe(&next, &Limits::default()).unwrap();
-    let kind = Kind::Differential { base: digest, changed_bytes: page(), zeroed_bytes: page(), runs: 2 };
+    let differential = describe(&next, &SnapshotLimits::default()).unwrap();
+    let kind =
+        SnapshotKind::Differential { base: digest, changed_bytes: page(), zeroed_bytes: page(), runs: 2 };
     assert_eq!((differential.kind, differential.digest), (kind, Some(top)));
     let json = serde_json::to_value(&differential).unwrap();
     assert_eq!(json["kind"], "differential");
@@ -326,7 +341,7 @@ proptest! {
         guest.write_full(&later);
         let bases = [base.clone()];
         let expected = guest.write_differential(&written, compared(&bases), &guest.ranges);
-        let digest = subtract(&chain(&[later]), Arc::new(chain(&bases)), &made, &Limits::default()).unwrap();
+        let digest = subtract(&chain(&[later]), Arc::new(chain(&bases)), &made, &SnapshotLimits::default()).unwrap();
         prop_assert_eq!(digest, expected);
         assert_clean(&made);
     }
@@ -347,7 +362,7 @@ proptest! {
             let next = path(format!("step{step}"));
             digest = if compare {
                 let compared = guest.write_differential(&next, compared(&paths), &guest.ranges);
-                let differential = Differential::open(&next, &Limits::default()).unwrap();
+                let differential = Differential::open(&next, &SnapshotLimits::default()).unwrap();
                 let mut found: Vec<_> = differential.changed().ranges().chain(differential.zeroed()).collect();
                 found.sort_unstable();
                 prop_assert_eq!(by_page(&found), naive_differences(&before, &guest));
@@ -359,7 +374,7 @@ proptest! {
             paths.push(next);
         }
         let applied = path("applied".into());
-        let whole = apply(&chain(&paths), &applied, &Limits::default()).unwrap();
+        let whole = apply(&chain(&paths), &applied, &SnapshotLimits::default()).unwrap();
         let taken = path("taken".into());
         prop_assert_eq!(whole, guest.write_full(&taken), "one name for one content");
         guest.assert_full(&applied);

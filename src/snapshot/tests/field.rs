@@ -42,7 +42,7 @@ fn write_zoned(dir: &Path, listed: &[GpaRange], memory: Option<&[u8]>) {
 
 #[test]
 fn c50_memory_wholly_in_a_zones_own_file_is_named_and_the_rest_is_sealed() {
-    let (dir, limits) = (tempfile::tempdir().unwrap(), Limits::default());
+    let (dir, limits) = (tempfile::tempdir().unwrap(), SnapshotLimits::default());
     let target = dir.path().join("a");
     write_zoned(&target, &[], None);
     let described = describe(&target, &limits).unwrap();
@@ -56,14 +56,18 @@ fn c50_memory_wholly_in_a_zones_own_file_is_named_and_the_rest_is_sealed() {
 
     let opened = FullSnapshot::open(&target, &limits).unwrap();
     assert_eq!(opened.digest(), Some(digest));
-    let chain = Chain::of(opened);
+    let chain = SnapshotChain::of(opened);
     let error = apply(&chain, &dir.path().join("whole"), &limits).unwrap_err();
     assert!(
         error.to_string().ends_with("a holds no memory: memory zone shared is in /dev/shm/zone"),
         "{error}"
     );
-    let error =
-        subtract(&chain, Arc::new(Chain::open([&target], &limits).unwrap()), &dir.path().join("x"), &limits);
+    let error = subtract(
+        &chain,
+        Arc::new(SnapshotChain::open([&target], &limits).unwrap()),
+        &dir.path().join("x"),
+        &limits,
+    );
     assert!(matches!(error, Err(OperationError::Read(ReadError::NoMemory { .. }))), "{error:?}");
     let error = SnapshotSource::new(FullSnapshot::open(&target, &limits).unwrap()).unwrap_err();
     assert!(matches!(error, OperationError::Elsewhere { .. }), "{error}");
@@ -75,14 +79,14 @@ fn c50_memory_wholly_in_a_zones_own_file_is_named_and_the_rest_is_sealed() {
 
 #[test]
 fn c50_of_mixed_zones_only_the_anonymous_ones_are_in_the_file() {
-    let (dir, limits) = (tempfile::tempdir().unwrap(), Limits::default());
+    let (dir, limits) = (tempfile::tempdir().unwrap(), SnapshotLimits::default());
     let (target, whole) = (dir.path().join("a"), dir.path().join("whole"));
     let memory = page_of(7).repeat(16);
     write_zoned(&target, &[pages(0, 16)], Some(&memory));
     seal(&target, &limits).unwrap();
     let report = verify(&target, &limits).unwrap();
     assert!(report.is_clean() && report.elsewhere.zones()[0].zone.as_deref() == Some("shared"), "{report:?}");
-    apply(&Chain::open([&target], &limits).unwrap(), &whole, &limits).unwrap();
+    apply(&SnapshotChain::open([&target], &limits).unwrap(), &whole, &limits).unwrap();
     assert_eq!(fs::read(whole.join(MEMORY_FILE)).unwrap(), memory);
     let error = SnapshotSource::new(FullSnapshot::open(&target, &limits).unwrap()).unwrap_err();
     assert!(error.to_string().contains("lacks memory that the VM has: memory zone shared"), "{error}");
@@ -97,7 +101,7 @@ fn c50_of_mixed_zones_only_the_anonymous_ones_are_in_the_file() {
 
 #[test]
 fn c66_an_edited_config_is_sent_or_sealed_anew_and_differentials_still_fit() {
-    let (dir, limits) = (tempfile::tempdir().unwrap(), Limits::default());
+    let (dir, limits) = (tempfile::tempdir().unwrap(), SnapshotLimits::default());
     let [base, next, last, whole] = ["base", "next", "last", "whole"].map(|name| dir.path().join(name));
     let mut guest = Guest::small();
     let name = guest.write_full(&base);
@@ -108,7 +112,7 @@ fn c66_an_edited_config_is_sent_or_sealed_anew_and_differentials_still_fit() {
     for dir in [&base, &next] {
         fs::write(dir.join(CONFIG_FILE), config_text(99)).unwrap();
     }
-    let error = Chain::open([&base, &next], &limits).unwrap_err();
+    let error = SnapshotChain::open([&base, &next], &limits).unwrap_err();
     assert!(matches!(error, ReadError::EditedConfig { .. }), "{error}");
 
     let sent = FullSnapshot::open_with_config(&base, &config_text(5), &limits).unwrap();
@@ -122,22 +126,22 @@ fn c66_an_edited_config_is_sent_or_sealed_anew_and_differentials_still_fit() {
     reseal(&next, &limits).unwrap();
     assert_clean(&base);
     assert_clean(&next);
-    apply(&Chain::open([&base, &next, &last], &limits).unwrap(), &whole, &limits).unwrap();
+    apply(&SnapshotChain::open([&base, &next, &last], &limits).unwrap(), &whole, &limits).unwrap();
     assert_eq!(fs::read(whole.join(MEMORY_FILE)).unwrap(), guest.file());
 
     // So it is in two steps: what the first makes answers to every name of what it was made of.
     let [first, second, alone] = ["first", "second", "alone"].map(|name| dir.path().join(name));
-    apply(&Chain::open([&base, &next], &limits).unwrap(), &first, &limits).unwrap();
-    apply(&Chain::open([&first, &last], &limits).unwrap(), &second, &limits).unwrap();
+    apply(&SnapshotChain::open([&base, &next], &limits).unwrap(), &first, &limits).unwrap();
+    apply(&SnapshotChain::open([&first, &last], &limits).unwrap(), &second, &limits).unwrap();
     assert_eq!(fs::read(second.join(MEMORY_FILE)).unwrap(), guest.file());
-    apply(&Chain::open([&base], &limits).unwrap(), &alone, &limits).unwrap();
+    apply(&SnapshotChain::open([&base], &limits).unwrap(), &alone, &limits).unwrap();
     let manifest = |dir: &Path| fs::read(dir.join(MANIFEST_FILE)).unwrap();
     assert_eq!(manifest(&alone), manifest(&base), "no name twice");
 }
 
 #[test]
 fn c66_a_seal_of_an_edited_config_hides_no_damage() {
-    let (dir, limits) = (tempfile::tempdir().unwrap(), Limits::default());
+    let (dir, limits) = (tempfile::tempdir().unwrap(), SnapshotLimits::default());
     let target = dir.path().join("a");
     let guest = Guest::small();
     guest.write_full(&target);
@@ -159,7 +163,7 @@ fn c66_a_seal_of_an_edited_config_hides_no_damage() {
 
 #[test]
 fn c57_only_pages_that_became_zero_are_counted_as_such() {
-    let (dir, limits) = (tempfile::tempdir().unwrap(), Limits::default());
+    let (dir, limits) = (tempfile::tempdir().unwrap(), SnapshotLimits::default());
     let [base, next, whole] = ["base", "next", "whole"].map(|name| dir.path().join(name));
     let mut guest = Guest::new(&[pages(0, 256)]);
     guest.write((0..256).step_by(8).map(|at| (at, at + 1)));
@@ -175,12 +179,13 @@ fn c57_only_pages_that_became_zero_are_counted_as_such() {
     writer.finish(&guest.config(), &guest.state()).unwrap();
     let differential = Differential::open(&next, &limits).unwrap();
     assert_eq!(differential.zeroed().collect::<Vec<_>>(), [pages(8, 1), pages(200, 1)]);
-    let Kind::Differential { zeroed_bytes, changed_bytes, .. } = describe(&next, &limits).unwrap().kind
+    let SnapshotKind::Differential { zeroed_bytes, changed_bytes, .. } =
+        describe(&next, &limits).unwrap().kind
     else {
         panic!()
     };
     assert_eq!((zeroed_bytes, changed_bytes), (2 * page(), page()));
-    apply(&Chain::open([&base, &next], &limits).unwrap(), &whole, &limits).unwrap();
+    apply(&SnapshotChain::open([&base, &next], &limits).unwrap(), &whole, &limits).unwrap();
     assert_eq!(fs::read(whole.join(MEMORY_FILE)).unwrap(), guest.file());
 }
 
@@ -212,7 +217,7 @@ proptest! {
     /// A VMM's directory is sealed into one that opens, verifies and is applied, or it is refused and stays as it was.
     #[test]
     fn c52_what_is_sealed_can_be_read(ranges in any_ranges()) {
-        let (dir, limits) = (tempfile::tempdir().unwrap(), Limits::default());
+        let (dir, limits) = (tempfile::tempdir().unwrap(), SnapshotLimits::default());
         let (target, whole) = (dir.path().join("a"), dir.path().join("whole"));
         fs::create_dir(&target).unwrap();
         fs::write(target.join(CONFIG_FILE), config_text(1)).unwrap();
@@ -224,7 +229,7 @@ proptest! {
             Ok(_) => {
                 prop_assert!(of_pages);
                 assert_clean(&target);
-                let chain = Chain::open([&target], &limits).unwrap();
+                let chain = SnapshotChain::open([&target], &limits).unwrap();
                 prop_assert_eq!(apply(&chain, &whole, &limits).is_ok(), !ranges.is_empty());
                 prop_assert_eq!(SnapshotSource::new(FullSnapshot::open(&target, &limits).unwrap()).is_ok(), !ranges.is_empty());
             }
@@ -238,10 +243,10 @@ proptest! {
     /// What a writer finishes can be read, whatever part of the memory the state lists.
     #[test]
     fn c52_what_is_written_can_be_read(ranges in any_ranges(), cut in 0..3u64) {
-        let (dir, limits) = (tempfile::tempdir().unwrap(), Limits::default());
+        let (dir, limits) = (tempfile::tempdir().unwrap(), SnapshotLimits::default());
         let all = range(0, 1 << 22);
         let layout = Layout::new([all], Granule::KIB_4).unwrap();
-        let announced = Announced::with_hotpluggable(layout, &[all], &limits).unwrap();
+        let announced = AnnouncedRam::with_hotpluggable(layout, &[all], &limits).unwrap();
         let full = SnapshotWriter::create(&dir.path().join("full"), announced.clone(), None, limits).unwrap();
         let base = Base::Named(Digest::of(b"base"));
         let writer = SnapshotWriter::create(&dir.path().join("next"), announced, Some(base), limits).unwrap();
@@ -270,8 +275,8 @@ fn c52_a_manifest_that_nobody_would_read_is_not_written() {
     let dir = tempfile::tempdir().unwrap();
     let (guest, target) = (Guest::small(), dir.path().join("a"));
     for limits in [
-        Limits { manifest_bytes: 200, ..Limits::default() },
-        Limits { state_bytes: guest.state().len() as u64 - 1, ..Limits::default() },
+        SnapshotLimits { manifest_bytes: 200, ..SnapshotLimits::default() },
+        SnapshotLimits { state_bytes: guest.state().len() as u64 - 1, ..SnapshotLimits::default() },
     ] {
         let writer = SnapshotWriter::create(&target, guest.announced(), None, limits).unwrap();
         let error = writer.finish(&guest.config(), &guest.state()).unwrap_err();

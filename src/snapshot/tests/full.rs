@@ -14,7 +14,7 @@ use crate::snapshot::*;
 use crate::vm::{Captured, Vm, read_memory};
 
 fn open(dir: &std::path::Path) -> FullSnapshot {
-    FullSnapshot::open(dir, &Limits::default()).unwrap()
+    FullSnapshot::open(dir, &SnapshotLimits::default()).unwrap()
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn a_block_that_becomes_zero_is_a_hole_again() {
     let dir = tempfile::tempdir().unwrap();
     let guest = Guest::new(&[range(0, 4 << 20)]);
     let target = dir.path().join("a");
-    let writer = SnapshotWriter::create(&target, guest.announced(), None, Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(&target, guest.announced(), None, SnapshotLimits::default()).unwrap();
     writer.fill(range(0, 4 << 20), &mut std::io::repeat(9)).unwrap();
     writer.fill(range(0, 4 << 20), &mut std::io::repeat(0)).unwrap();
     writer.finish(&guest.config(), &guest.state()).unwrap();
@@ -60,7 +60,8 @@ fn bytes_outside_memory_and_a_source_that_ends_early_are_errors() {
     let dir = tempfile::tempdir().unwrap();
     let guest = Guest::small();
     let writer =
-        SnapshotWriter::create(&dir.path().join("a"), guest.announced(), None, Limits::default()).unwrap();
+        SnapshotWriter::create(&dir.path().join("a"), guest.announced(), None, SnapshotLimits::default())
+            .unwrap();
     let mut bytes = std::io::repeat(1);
     let error = writer.fill(pages(39, 2), &mut bytes).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
@@ -76,7 +77,7 @@ fn threads_that_write_the_same_pages_leave_digests_that_match() {
     let dir = tempfile::tempdir().unwrap();
     let guest = Guest::new(&[range(0, 8 << 20)]);
     let target = dir.path().join("a");
-    let writer = SnapshotWriter::create(&target, guest.announced(), None, Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(&target, guest.announced(), None, SnapshotLimits::default()).unwrap();
     std::thread::scope(|scope| {
         for thread in 1..5u64 {
             let writer = &writer;
@@ -98,7 +99,7 @@ fn a_state_that_lists_memory_in_another_order_is_put_in_order() {
     let dir = tempfile::tempdir().unwrap();
     let guest = Guest::small();
     let target = dir.path().join("a");
-    let writer = SnapshotWriter::create(&target, guest.announced(), None, Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(&target, guest.announced(), None, SnapshotLimits::default()).unwrap();
     for &range in &guest.ranges {
         writer.fill(range, &mut &guest.bytes(range)[..]).unwrap();
     }
@@ -117,8 +118,9 @@ fn unplugged_memory_is_left_out() {
     let mut guest = Guest::small();
     let target = dir.path().join("a");
     let announced =
-        Announced::with_hotpluggable(layout(&guest.ranges), &[pages(64, 24)], &Limits::default()).unwrap();
-    let writer = SnapshotWriter::create(&target, announced, None, Limits::default()).unwrap();
+        AnnouncedRam::with_hotpluggable(layout(&guest.ranges), &[pages(64, 24)], &SnapshotLimits::default())
+            .unwrap();
+    let writer = SnapshotWriter::create(&target, announced, None, SnapshotLimits::default()).unwrap();
     for &range in &guest.ranges {
         writer.fill(range, &mut &guest.bytes(range)[..]).unwrap();
     }
@@ -134,7 +136,8 @@ fn memory_that_the_state_leaves_out_or_invents_is_refused() {
     let guest = Guest::small();
     let target = dir.path().join("a");
     let finish = |ranges: &[GpaRange]| {
-        let writer = SnapshotWriter::create(&target, guest.announced(), None, Limits::default()).unwrap();
+        let writer =
+            SnapshotWriter::create(&target, guest.announced(), None, SnapshotLimits::default()).unwrap();
         writer.finish(&guest.config(), &state_text(ranges)).unwrap_err()
     };
     let left_out = finish(&[pages(0, 40), pages(64, 23)]);
@@ -151,11 +154,11 @@ fn a_text_edited_while_its_snapshot_is_sealed_does_not_fit_the_manifest() {
         let target = dir.path().join(name);
         Guest::small().write_full(&target);
         fs::remove_file(target.join(MANIFEST_FILE)).unwrap();
-        let opened = FullSnapshot::open(&target, &Limits::default()).unwrap();
+        let opened = FullSnapshot::open(&target, &SnapshotLimits::default()).unwrap();
         let edited = [fs::read(target.join(name)).unwrap(), b" ".to_vec()].concat();
         fs::write(target.join(name), edited).unwrap();
         seal_opened(&opened).unwrap();
-        let refused = FullSnapshot::open(&target, &Limits::default()).unwrap_err();
+        let refused = FullSnapshot::open(&target, &SnapshotLimits::default()).unwrap_err();
         assert!(is_refusal_of(name, &refused), "{refused}");
     }
 }
@@ -169,12 +172,12 @@ fn sealing_gives_a_vmms_own_snapshot_the_manifest_a_writer_gives() {
     fs::remove_file(target.join(MANIFEST_FILE)).unwrap();
     assert_eq!(open(&target).digest(), None);
     assert!(matches!(
-        verify(&target, &Limits::default()),
+        verify(&target, &SnapshotLimits::default()),
         Err(ReadError::NoManifest { needed: ManifestUse::Verify, .. })
     ));
-    assert_eq!(seal(&target, &Limits::default()).unwrap(), digest);
+    assert_eq!(seal(&target, &SnapshotLimits::default()).unwrap(), digest);
     assert_eq!(fs::read(target.join(MANIFEST_FILE)).unwrap(), manifest);
-    assert_eq!(seal(&target, &Limits::default()).unwrap(), digest);
+    assert_eq!(seal(&target, &SnapshotLimits::default()).unwrap(), digest);
 }
 
 #[test]
@@ -244,7 +247,7 @@ fn guest_memory_is_written_as_it_is_read() {
     let (guest, first, second) = (Guest::small(), dir.path().join("a"), dir.path().join("b"));
     let digest = guest.write_full(&first);
     let source = SnapshotSource::new(open(&first)).unwrap();
-    let writer = SnapshotWriter::create(&second, guest.announced(), None, Limits::default()).unwrap();
+    let writer = SnapshotWriter::create(&second, guest.announced(), None, SnapshotLimits::default()).unwrap();
     writer.copy_from(guest.ranges.iter().copied(), &*source.memory()).unwrap();
     assert_eq!(writer.finish(&guest.config(), &guest.state()).unwrap(), digest);
 }
@@ -261,9 +264,9 @@ proptest! {
     ) {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("a");
-        let writer = SnapshotWriter::create(&target, guest.announced(), None, Limits::default()).unwrap();
+        let writer = SnapshotWriter::create(&target, guest.announced(), None, SnapshotLimits::default()).unwrap();
         let mut model = vec![0; guest.file().len()];
-        let placement = Placement::new(guest.ranges.iter().copied(), &Limits::default()).unwrap();
+        let placement = Placement::new(guest.ranges.iter().copied(), &SnapshotLimits::default()).unwrap();
         for (at, length, byte) in fills {
             let offset = at.index(model.len());
             let Some(gpa) = placement.gpas(offset as u64, length).next() else { continue };
@@ -274,7 +277,7 @@ proptest! {
         prop_assert!(fs::read(target.join(MEMORY_FILE)).unwrap() == model);
         assert_clean(&target);
         fs::remove_file(target.join(MANIFEST_FILE)).unwrap();
-        prop_assert_eq!(seal(&target, &Limits::default()).unwrap(), digest);
+        prop_assert_eq!(seal(&target, &SnapshotLimits::default()).unwrap(), digest);
     }
 
     #[test]

@@ -112,13 +112,14 @@ impl Guest {
         state_text(&self.ranges)
     }
 
-    pub(super) fn announced(&self) -> Announced {
-        Announced::all(layout(&self.ranges))
+    pub(super) fn announced(&self) -> AnnouncedRam {
+        AnnouncedRam::all(layout(&self.ranges))
     }
 
     /// Writes a full snapshot: page by page those that are not zero.
     pub(super) fn write_full(&self, target: &Path) -> Digest {
-        let writer = SnapshotWriter::create(target, self.announced(), None, Limits::default()).unwrap();
+        let writer =
+            SnapshotWriter::create(target, self.announced(), None, SnapshotLimits::default()).unwrap();
         for (&gpa, &seed) in self.seeds.iter().filter(|(gpa, _)| self.has(**gpa)) {
             writer.fill(range(gpa, page()), &mut &page_of(seed)[..]).unwrap();
         }
@@ -127,7 +128,8 @@ impl Guest {
 
     /// Writes a differential of `ranges` to `base`.
     pub(super) fn write_differential(&self, target: &Path, base: Base, ranges: &[GpaRange]) -> Digest {
-        let writer = SnapshotWriter::create(target, self.announced(), Some(base), Limits::default()).unwrap();
+        let writer =
+            SnapshotWriter::create(target, self.announced(), Some(base), SnapshotLimits::default()).unwrap();
         for &range in ranges {
             writer.fill(range, &mut &self.bytes(range)[..]).unwrap();
         }
@@ -144,7 +146,7 @@ impl Guest {
 }
 
 pub(super) fn assert_clean(dir: &Path) {
-    let report = verify(dir, &Limits::default()).unwrap();
+    let report = verify(dir, &SnapshotLimits::default()).unwrap();
     assert!(report.is_clean(), "{:?}", report.findings);
 }
 

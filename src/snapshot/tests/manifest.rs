@@ -9,10 +9,10 @@ use crate::snapshot::format::blocks::BlockTable;
 use crate::snapshot::format::digest::Digest;
 use crate::snapshot::format::error::FormatError;
 use crate::snapshot::format::manifest::{Changes, Covered, Manifest};
-use crate::snapshot::{Limits, Placement};
+use crate::snapshot::{Placement, SnapshotLimits};
 
 fn placement(ranges: &[GpaRange]) -> Placement {
-    Placement::new(ranges.iter().copied(), &Limits::default()).unwrap()
+    Placement::new(ranges.iter().copied(), &SnapshotLimits::default()).unwrap()
 }
 
 fn covered(text: &[u8]) -> Covered {
@@ -52,7 +52,7 @@ fn full() -> Manifest {
 }
 
 fn parse(bytes: &[u8]) -> Result<Manifest, FormatError> {
-    Manifest::parse(bytes, &Limits::default())
+    Manifest::parse(bytes, &SnapshotLimits::default())
 }
 
 /// The bytes as `docs/snapshot-format.md` describes them, written down one field after the other.
@@ -194,9 +194,9 @@ fn forged_numbers_are_refused_before_they_size_anything() {
 #[test]
 fn limits_hold() {
     let (bytes, _) = full().encode().unwrap();
-    let limits = Limits { ranges: 1, ..Limits::default() };
+    let limits = SnapshotLimits { ranges: 1, ..SnapshotLimits::default() };
     assert!(matches!(Manifest::parse(&bytes, &limits), Err(FormatError::OverLimit { .. })));
-    let limits = Limits { memory_bytes: 0x17fff, ..Limits::default() };
+    let limits = SnapshotLimits { memory_bytes: 0x17fff, ..SnapshotLimits::default() };
     assert!(matches!(Manifest::parse(&bytes, &limits), Err(FormatError::OverLimit { .. })));
 }
 

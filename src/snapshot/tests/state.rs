@@ -197,7 +197,7 @@ impl Naive {
         let manager = state_of(&tree["snapshots"]["memory-manager"])?;
         let range = |range: &Value| Some((range["gpa"].as_u64()?, range["length"].as_u64()?));
         let ranges: Option<Vec<_>> = manager["memory_ranges"]["data"].as_array()?.iter().map(range).collect();
-        let memory = Placement::from_pairs(ranges?, &Limits::default()).ok()?;
+        let memory = Placement::from_pairs(ranges?, &SnapshotLimits::default()).ok()?;
         Some(Self { tree, manager, memory })
     }
 
@@ -235,7 +235,7 @@ proptest! {
     #[test]
     fn a_state_read_in_place_says_what_one_read_as_a_value_says(tree in any_tree(), style in any_style()) {
         let text = tree.write(style);
-        let limits = Limits::default();
+        let limits = SnapshotLimits::default();
         let read = VmState::parse(text.clone().into_bytes(), &limits);
         let naive = Naive::read(&text);
         prop_assert_eq!(read.is_ok(), naive.is_some(), "{}: {:?}", text, read.err());
@@ -268,8 +268,8 @@ proptest! {
         let at = at.index(text.len());
         text[at] = byte;
         text.truncate(keep.index(text.len() + 1).max(text.len() / 2));
-        if let Ok(state) = VmState::parse(text, &Limits::default()) {
-            let _ = state.config_message(&VmConfig::parse(&config_text(1), &Limits::default()).unwrap());
+        if let Ok(state) = VmState::parse(text, &SnapshotLimits::default()) {
+            let _ = state.config_message(&VmConfig::parse(&config_text(1), &SnapshotLimits::default()).unwrap());
         }
     }
 }
@@ -281,10 +281,10 @@ fn everything_but_the_list_stays_byte_for_byte_when_ranges_are_put_in_order() {
     let after = r#",\"a\":\"\\u00e9\"}"}}},"snapshot_data":{"state":"{\"common_cpuid\":[1]}"},"later":[]}"#;
     let table = |gpas: [u64; 2]| format!(r#"{{\"data\":[{},{}]}}"#, entry(gpas[0]), entry(gpas[1]));
     let text = format!("{before}{}{after}", table([8192, 0]));
-    let state = VmState::parse(text.into_bytes(), &Limits::default()).unwrap();
+    let state = VmState::parse(text.into_bytes(), &SnapshotLimits::default()).unwrap();
     let mut ranges: Vec<_> = state.memory().ranges().collect();
     ranges.sort_unstable();
-    let state = state.relist(&Placement::new(ranges, &Limits::default()).unwrap()).unwrap();
+    let state = state.relist(&Placement::new(ranges, &SnapshotLimits::default()).unwrap()).unwrap();
     assert_eq!(std::str::from_utf8(state.text()).unwrap(), format!("{before}{}{after}", table([0, 8192])));
 }
 
@@ -301,6 +301,6 @@ fn of_two_children_with_one_id_the_last_counts_as_in_any_map() {
     let state = |gpa: u64| json!({"memory_ranges": {"data": [{"gpa": gpa, "length": 4096}]}}).to_string();
     let (one, other) = (state(0), state(8192));
     let text = pair(("memory-manager", &one), (r"memory\u002dmanager", &other));
-    let read = VmState::parse(text, &Limits::default()).unwrap();
+    let read = VmState::parse(text, &SnapshotLimits::default()).unwrap();
     assert_eq!(read.memory().ranges().next(), GpaRange::new(8192, 4096).ok());
 }

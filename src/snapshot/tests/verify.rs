@@ -7,12 +7,12 @@ use super::guest::*;
 use crate::snapshot::*;
 
 /// Flips one bit of a file, hands what `verify` reports to `check`, and flips it back.
-fn flip(dir: &Path, name: &str, at: usize, check: impl FnOnce(&Report)) {
+fn flip(dir: &Path, name: &str, at: usize, check: impl FnOnce(&VerifyReport)) {
     let path = dir.join(name);
     let mut bytes = fs::read(&path).unwrap();
     bytes[at] ^= 1 << (at % 8);
     fs::write(&path, &bytes).unwrap();
-    let report = verify(dir, &Limits::default()).unwrap();
+    let report = verify(dir, &SnapshotLimits::default()).unwrap();
     assert!(!report.is_clean(), "bit in byte {at} of {name}");
     check(&report);
     bytes[at] ^= 1 << (at % 8);
@@ -20,7 +20,7 @@ fn flip(dir: &Path, name: &str, at: usize, check: impl FnOnce(&Report)) {
 }
 
 /// Whether `report` names the file `name`, and no other.
-fn blames(report: &Report, name: &str) -> bool {
+fn blames(report: &VerifyReport, name: &str) -> bool {
     let is_edited = report.config_edited && report.findings.is_empty() && name == CONFIG_FILE;
     let is_found = matches!(&report.findings[..], [finding] if finding.to_string().contains(name));
     is_edited || is_found && !report.config_edited
@@ -42,12 +42,12 @@ fn a_flipped_bit_anywhere_in_a_full_snapshot_is_found_and_named() {
     let (guest, target) = (Guest::small(), dir.path().join("a"));
     guest.write_full(&target);
     flip_texts(&target);
-    let placement = Placement::new(guest.ranges.iter().copied(), &Limits::default()).unwrap();
+    let placement = Placement::new(guest.ranges.iter().copied(), &SnapshotLimits::default()).unwrap();
     let length = index(placement.bytes());
     for at in (0..length).step_by(1999).chain([length - 1]) {
         let gpa = placement.gpas(at as u64, 1).next().unwrap();
-        flip(&target, MEMORY_FILE, at, |Report { findings, .. }| {
-            let [Finding::Memory { range, .. }] = &findings[..] else { panic!("{findings:?}") };
+        flip(&target, MEMORY_FILE, at, |VerifyReport { findings, .. }| {
+            let [VerifyFinding::Memory { range, .. }] = &findings[..] else { panic!("{findings:?}") };
             assert!(range.covers(gpa) && range.len() <= 16 << 10, "{gpa} in {range}");
         });
     }
@@ -63,11 +63,11 @@ fn a_flipped_bit_anywhere_in_a_differential_is_found_and_its_page_named() {
     let dirty = [pages(2, 5), pages(70, 2)];
     guest.write_differential(&target, Base::Named(Digest::of(b"base")), &dirty);
     flip_texts(&target);
-    let runs = Differential::open(&target, &Limits::default()).unwrap().changed().clone();
+    let runs = Differential::open(&target, &SnapshotLimits::default()).unwrap().changed().clone();
     for at in (0..index(runs.bytes())).step_by(999) {
         let gpa = runs.gpas(at as u64, 1).next().unwrap();
-        flip(&target, CHANGES_FILE, at, |Report { findings, .. }| {
-            let [Finding::Memory { range, .. }] = &findings[..] else { panic!("{findings:?}") };
+        flip(&target, CHANGES_FILE, at, |VerifyReport { findings, .. }| {
+            let [VerifyFinding::Memory { range, .. }] = &findings[..] else { panic!("{findings:?}") };
             assert!(range.covers(gpa) && range.len() == page(), "{gpa} in {range}");
         });
     }
@@ -84,11 +84,11 @@ fn files_cut_off_lengthened_missing_or_punched_are_found() {
         let bytes = fs::read(&path).unwrap();
         for wrong in [&bytes[..bytes.len() - 1], &[&bytes[..], b"\n"].concat(), b""] {
             fs::write(&path, wrong).unwrap();
-            let report = verify(&target, &Limits::default()).unwrap();
+            let report = verify(&target, &SnapshotLimits::default()).unwrap();
             assert!(blames(&report, name), "{report:?}");
         }
         fs::remove_file(&path).unwrap();
-        match verify(&target, &Limits::default()) {
+        match verify(&target, &SnapshotLimits::default()) {
             Ok(report) => {
                 let finding = report.findings[0].to_string();
                 assert!(finding.contains(name) && finding.contains(": No such file"), "{finding}");
@@ -103,7 +103,7 @@ fn files_cut_off_lengthened_missing_or_punched_are_found() {
     let memory = fs::OpenOptions::new().write(true).open(target.join(MEMORY_FILE)).unwrap();
     memory.set_len(0).unwrap();
     memory.set_len(64 * page()).unwrap();
-    let report = verify(&target, &Limits::default()).unwrap();
+    let report = verify(&target, &SnapshotLimits::default()).unwrap();
     let altered: Vec<_> = report.findings.iter().map(ToString::to_string).collect();
     assert_eq!(altered.len(), 3, "the low region, and the ends of the high one: {altered:?}");
     assert_eq!(altered[0], format!("Memory at GPA {} in memory-ranges was altered", pages(0, 40)));
@@ -112,7 +112,7 @@ fn files_cut_off_lengthened_missing_or_punched_are_found() {
 #[test]
 fn a_directory_that_is_not_there_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
-    let error = verify(&dir.path().join("none"), &Limits::default()).unwrap_err();
+    let error = verify(&dir.path().join("none"), &SnapshotLimits::default()).unwrap_err();
     assert!(matches!(error, ReadError::Read { .. }), "{error}");
 }
 
@@ -122,20 +122,20 @@ fn c66_an_edited_config_is_named_and_everything_else_is_checked() {
     let (guest, target) = (Guest::small(), dir.path().join("a"));
     guest.write_full(&target);
     fs::write(target.join(CONFIG_FILE), config_text(1)).unwrap();
-    let edited = verify(&target, &Limits::default()).unwrap();
+    let edited = verify(&target, &SnapshotLimits::default()).unwrap();
     assert!(edited.config_edited && !edited.is_damaged() && !edited.is_clean(), "{edited:?}");
-    assert!(describe(&target, &Limits::default()).unwrap().config_edited);
+    assert!(describe(&target, &SnapshotLimits::default()).unwrap().config_edited);
 
     let memory = fs::OpenOptions::new().write(true).open(target.join(MEMORY_FILE)).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&memory, b"x", 3).unwrap();
-    let damaged = verify(&target, &Limits::default()).unwrap();
+    let damaged = verify(&target, &SnapshotLimits::default()).unwrap();
     assert!(damaged.config_edited && damaged.is_damaged(), "{damaged:?}");
 
     // What is no configuration at all was not edited by anybody who meant it.
     fs::write(target.join(CONFIG_FILE), b"{}").unwrap();
-    let torn = verify(&target, &Limits::default()).unwrap();
+    let torn = verify(&target, &SnapshotLimits::default()).unwrap();
     assert!(!torn.config_edited && torn.findings[0].to_string() == "config.json was altered", "{torn:?}");
-    let refused = FullSnapshot::open(&target, &Limits::default()).unwrap_err();
+    let refused = FullSnapshot::open(&target, &SnapshotLimits::default()).unwrap_err();
     assert!(matches!(refused, ReadError::Altered { name: CONFIG_FILE, .. }), "{refused}");
 }
 
@@ -145,11 +145,11 @@ fn c51_what_is_only_too_large_is_no_damage() {
     let (guest, target) = (Guest::small(), dir.path().join("a"));
     guest.write_full(&target);
     let tight = [
-        Limits { config_bytes: 5, ..Limits::default() },
-        Limits { state_bytes: 5, ..Limits::default() },
-        Limits { manifest_bytes: 5, ..Limits::default() },
-        Limits { memory_bytes: 5, ..Limits::default() },
-        Limits { ranges: 1, ..Limits::default() },
+        SnapshotLimits { config_bytes: 5, ..SnapshotLimits::default() },
+        SnapshotLimits { state_bytes: 5, ..SnapshotLimits::default() },
+        SnapshotLimits { manifest_bytes: 5, ..SnapshotLimits::default() },
+        SnapshotLimits { memory_bytes: 5, ..SnapshotLimits::default() },
+        SnapshotLimits { ranges: 1, ..SnapshotLimits::default() },
     ];
     for limits in tight {
         let error = verify(&target, &limits).unwrap_err();

@@ -5,18 +5,18 @@
 use crate::layout::Layout;
 use crate::range::GpaRange;
 use crate::snapshot::disk::error::WriteError;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::placement::{Placement, PlacementError};
 use crate::snapshot::format::state::VmState;
 
 /// The RAM of a VM as it is announced before its state is known.
 #[derive(Debug, Clone)]
-pub struct Announced {
+pub struct AnnouncedRam {
     layout: Layout,
     hotpluggable: Placement,
 }
 
-impl Announced {
+impl AnnouncedRam {
     /// All of `layout` is memory of the VM.
     pub fn all(layout: Layout) -> Self {
         Self { layout, hotpluggable: Placement::default() }
@@ -29,7 +29,7 @@ impl Announced {
     pub fn with_hotpluggable(
         layout: Layout,
         hotpluggable: &[GpaRange],
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Self, PlacementError> {
         Ok(Self { layout, hotpluggable: Placement::new(hotpluggable.iter().copied(), limits)? })
     }
@@ -44,7 +44,7 @@ impl Announced {
         &self,
         state: &VmState,
         placement: &Placement,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Placement, WriteError> {
         let listed = state.memory();
         if let Some(range) = listed.ranges().flat_map(|range| placement.missing(range)).next() {

@@ -12,10 +12,10 @@ use thiserror::Error;
 use crate::granule::Granule;
 use crate::range::GpaRange;
 use crate::snapshot::format::blocks::{BlockHasher, BlockTable, block_bytes_for, is_zero};
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::placement::{Extent, Placement, PlacementError, push_joined};
 use crate::snapshot::parallel;
-use crate::snapshot::read::chain::Chain;
+use crate::snapshot::read::chain::SnapshotChain;
 use crate::snapshot::reserve::{index, push, resize, zeros};
 use crate::snapshot::write::page_cells::{CELL_PAGES, Cell, Cells};
 use crate::snapshot::write::sparse_file::{FillError, SparseFile};
@@ -48,7 +48,7 @@ pub(crate) struct ChangedPages {
     page: Granule,
     cells: Cells,
     /// Compared with, if it is at hand.
-    base: Option<Arc<Chain>>,
+    base: Option<Arc<SnapshotChain>>,
     threads: ThreadStart,
 }
 
@@ -66,7 +66,7 @@ impl ChangedPages {
         work: File,
         placement: Placement,
         page: Granule,
-        base: Option<Arc<Chain>>,
+        base: Option<Arc<SnapshotChain>>,
         threads: ThreadStart,
     ) -> io::Result<Self> {
         let work = SparseFile::new(work, placement, CELL_PAGES * page.bytes(), threads)?;
@@ -152,8 +152,8 @@ impl ChangedPages {
     /// was lost. That sync has little to write, since the file is synced all along and while pages are copied.
     pub(crate) fn settle(self, kept: &Placement, into: &File) -> Result<Settled, SettleError> {
         self.work.check_written().map_err(SettleError::Work)?;
-        let limits = Limits { ranges: usize::MAX, ..Limits::default() };
-        let limits = Limits { memory_bytes: self.placement().bytes(), ..limits };
+        let limits = SnapshotLimits { ranges: usize::MAX, ..SnapshotLimits::default() };
+        let limits = SnapshotLimits { memory_bytes: self.placement().bytes(), ..limits };
         self.settle_presumed().map_err(SettleError::Work)?;
         let placed = |bits: fn(&Cell) -> u64| -> Result<Placement, SettleError> {
             Ok(Placement::new(self.runs(kept, bits).map_err(SettleError::Work)?, &limits)?)
@@ -195,7 +195,13 @@ impl ChangedPages {
     }
 
     /// Returns those of the pages `bits` of a cell that are not zero in `base`, of which everything but `populated` reads as zero.
-    fn nonzero_in(&self, base: &Chain, populated: &[GpaRange], cell: usize, bits: u64) -> io::Result<u64> {
+    fn nonzero_in(
+        &self,
+        base: &SnapshotChain,
+        populated: &[GpaRange],
+        cell: usize,
+        bits: u64,
+    ) -> io::Result<u64> {
         let (mut nonzero, mut bytes) = (0, Vec::new());
         for run in set_runs(bits) {
             let offset = cell as u64 * self.work.cell_bytes() + (u64::from(run.start) << self.page.shift());
@@ -282,7 +288,7 @@ mod tests {
     fn pages_that_the_disk_did_not_take_are_not_trusted_when_they_are_read_back() {
         let page = Granule::host_page();
         let ram = GpaRange::new(0, 100 * page.bytes()).unwrap();
-        let placement = Placement::new([ram], &Limits::default()).unwrap();
+        let placement = Placement::new([ram], &SnapshotLimits::default()).unwrap();
         let written = || {
             let work = tempfile::tempfile().unwrap();
             ChangedPages::new(work, placement.clone(), page, None, ThreadStart::NOTHING).unwrap()

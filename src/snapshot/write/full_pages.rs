@@ -228,7 +228,7 @@ mod tests {
     use super::*;
     use crate::snapshot::disk::write_back::WriteBack;
     use crate::snapshot::format::blocks::LEAST_BLOCK_BYTES;
-    use crate::snapshot::format::limits::Limits;
+    use crate::snapshot::format::limits::SnapshotLimits;
     use crate::snapshot::write::sparse_file::from_stream;
 
     /// Not whole cells, and in the end not a whole block.
@@ -236,7 +236,7 @@ mod tests {
 
     fn memory_file() -> FullPages {
         let ram = GpaRange::new(0, BYTES).unwrap();
-        let placement = Placement::new([ram], &Limits::default()).unwrap();
+        let placement = Placement::new([ram], &SnapshotLimits::default()).unwrap();
         FullPages::new(tempfile::tempfile().unwrap(), placement, Granule::KIB_4, ThreadStart::NOTHING)
             .unwrap()
     }

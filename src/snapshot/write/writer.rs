@@ -16,7 +16,7 @@ use crate::snapshot::disk::staging::StagedDir;
 use crate::snapshot::format::blocks::BlockTable;
 use crate::snapshot::format::config::VmConfig;
 use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::limits::Limits;
+use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::format::manifest::{Changes, Manifest};
 use crate::snapshot::format::names::{
     CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, WORK_FILE,
@@ -24,8 +24,8 @@ use crate::snapshot::format::names::{
 use crate::snapshot::format::placement::Placement;
 use crate::snapshot::format::state::VmState;
 use crate::snapshot::parallel;
-use crate::snapshot::read::chain::Chain;
-use crate::snapshot::write::announced::Announced;
+use crate::snapshot::read::chain::SnapshotChain;
+use crate::snapshot::write::announced::AnnouncedRam;
 use crate::snapshot::write::changed_pages::{ChangedPages, SettleError};
 use crate::snapshot::write::full_pages::FullPages;
 use crate::snapshot::write::sparse_file::{FillError, from_memory, from_stream};
@@ -38,19 +38,19 @@ pub enum Base {
     /// One that is not at hand. The pages to come are those that changed since it was taken, as a ledger's cursor knows them.
     Named(Digest),
     /// One that is. All pages may come; those that equal it are left out.
-    Compared(Arc<Chain>),
+    Compared(Arc<SnapshotChain>),
 }
 
 impl Base {
-    /// Opens the snapshot to compare with: `paths` as for [`Chain::open`].
+    /// Opens the snapshot to compare with: `paths` as for [`SnapshotChain::open`].
     ///
     /// # Errors
     /// The chain is none, or nothing names what is on top of it.
     pub fn open<P: AsRef<Path>>(
         paths: impl IntoIterator<Item = P>,
-        limits: &Limits,
+        limits: &SnapshotLimits,
     ) -> Result<Self, ReadError> {
-        let chain = Chain::open(paths, limits)?;
+        let chain = SnapshotChain::open(paths, limits)?;
         if chain.differentials().is_empty() {
             chain.full().expect_manifest(ManifestUse::Name)?;
         }
@@ -58,7 +58,7 @@ impl Base {
     }
 
     /// Returns what names the base, and the base to compare with if it is at hand.
-    fn resolve(self) -> Result<(Digest, Option<Arc<Chain>>), WriteError> {
+    fn resolve(self) -> Result<(Digest, Option<Arc<SnapshotChain>>), WriteError> {
         match self {
             Self::Named(digest) => Ok((digest, None)),
             Self::Compared(chain) => match chain.digest() {
@@ -121,22 +121,22 @@ impl PageFile {
 /// let parent = tempfile::tempdir()?;
 /// let ram = GpaRange::new(0, 1 << 20)?;
 /// let layout = Layout::new([ram], Granule::host_page())?;
-/// let writer = SnapshotWriter::create(&parent.path().join("snapshot"), Announced::all(layout), None, Limits::default())?;
+/// let writer = SnapshotWriter::create(&parent.path().join("snapshot"), AnnouncedRam::all(layout), None, SnapshotLimits::default())?;
 /// writer.fill(ram, &mut [7; 1 << 20].as_slice())?;
 /// # let memory = r#"{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":1048576}]}}"#;
 /// # let child = format!(r#"{{"snapshots":{{}},"snapshot_data":{{"state":"{memory}"}}}}"#);
 /// # let state = format!(r#"{{"snapshots":{{"memory-manager":{child}}},"snapshot_data":null}}"#);
 /// let digest = writer.finish(br#"{"memory":{"size":1048576}}"#, state.as_bytes())?;
-/// assert_eq!(FullSnapshot::open(&parent.path().join("snapshot"), &Limits::default())?.digest(), Some(digest));
+/// assert_eq!(FullSnapshot::open(&parent.path().join("snapshot"), &SnapshotLimits::default())?.digest(), Some(digest));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct SnapshotWriter {
     staged: StagedDir,
-    announced: Announced,
+    announced: AnnouncedRam,
     pages: PageFile,
     readable: ReadableCheck,
-    limits: Limits,
+    limits: SnapshotLimits,
 }
 
 impl SnapshotWriter {
@@ -147,18 +147,18 @@ impl SnapshotWriter {
     /// `target` is there and not an empty directory, cannot be made, the RAM exceeds `limits`, or nothing names the base.
     pub fn create(
         target: &Path,
-        announced: Announced,
+        announced: AnnouncedRam,
         base: Option<Base>,
-        limits: Limits,
+        limits: SnapshotLimits,
     ) -> Result<Self, WriteError> {
         Self::begin(StagedDir::create(target)?, announced, base, limits)
     }
 
     pub(crate) fn begin(
         staged: StagedDir,
-        announced: Announced,
+        announced: AnnouncedRam,
         base: Option<Base>,
-        limits: Limits,
+        limits: SnapshotLimits,
     ) -> Result<Self, WriteError> {
         let base = base.map(Base::resolve).transpose()?;
         let placement = Placement::of_layout(announced.layout(), &limits)?;
@@ -328,7 +328,7 @@ fn publish(
     config: &VmConfig,
     state: &VmState,
     manifest: &Manifest,
-    limits: &Limits,
+    limits: &SnapshotLimits,
 ) -> Result<Digest, WriteError> {
     let began = Instant::now();
     let (bytes, digest) =
