@@ -2,12 +2,18 @@
 
 //! One device of a set: its moves, one at a time, and what it read of its state.
 
+mod streaming;
+
 use std::fmt;
+use std::sync::Arc;
 
 use log::{error, warn};
 use thiserror::Error;
 
+use super::incoming::Incoming;
+use super::outgoing::Outgoing;
 use super::saved::{Identity, SavedVersion, blob_to_snapshot};
+use super::shared::SharedIo;
 use super::size::StateSize;
 use super::state::{Recovery, quiescent_state, recovery};
 use super::stream::{PrecopyRead, StateStream, write_all};
@@ -72,6 +78,14 @@ pub enum DeviceFailure {
         /// Where it is.
         state: DeviceState,
     },
+    /// Its state should have come ahead of the Snapshot tree, and did not, or not all of it.
+    #[error("State of {} was to come ahead, and {came_bytes} came", Count(.bytes, "byte"))]
+    Incomplete {
+        /// Bytes that came.
+        came_bytes: u64,
+        /// Bytes that were sent.
+        bytes: u64,
+    },
     /// It holds a part of a saved state.
     #[error("Device is in RESUMING with an unfinished state")]
     Unfinished,
@@ -100,8 +114,10 @@ impl DeviceFailure {
 /// A pass-through device: who it is, and its migration interface.
 pub struct Device {
     identity: Identity,
+    firmware: String,
+    stream_version: u32,
     maps_only_ram: bool,
-    io: Box<dyn DeviceIo>,
+    io: SharedIo,
     capabilities: Capabilities,
     stream: StateStream,
     size: StateSize,
@@ -111,6 +127,10 @@ pub struct Device {
     holds_loaded: bool,
     last_state_bytes: Option<u64>,
     was_reset: bool,
+    /// Where the state goes away as a stream.
+    outgoing: Option<Outgoing>,
+    /// Where a state comes in as a stream.
+    incoming: Option<Arc<Incoming>>,
 }
 
 impl fmt::Debug for Device {
@@ -128,15 +148,19 @@ impl Device {
     pub fn new(name: impl Into<String>, io: Box<dyn DeviceIo>) -> Self {
         Self {
             identity: Identity { name: name.into(), kind: String::new() },
+            firmware: String::new(),
+            stream_version: 0,
             maps_only_ram: false,
             capabilities: io.capabilities(),
-            io,
+            io: SharedIo::new(io),
             stream: StateStream::new(STATE_LIMIT_BYTES),
             size: StateSize::default(),
             in_session: false,
             holds_loaded: false,
             last_state_bytes: None,
             was_reset: false,
+            outgoing: None,
+            incoming: None,
         }
     }
 
@@ -207,7 +231,7 @@ impl Device {
     /// # Errors
     /// The device does not answer, or lost a loaded state.
     pub(super) fn state(&mut self) -> Result<DeviceState, DeviceFailure> {
-        let state = self.io.state()?;
+        let state = self.io.lock().state()?;
         if self.in_session && !state.is_saving() {
             warn!("Device {:?} left its saving session for {state} unasked", self.identity.name);
             self.end_session();
@@ -231,10 +255,11 @@ impl Device {
         if !(now.is_saving() && target.is_saving()) {
             self.end_session();
         }
-        self.io.set_state(target)?;
+        self.io.lock().set_state(target)?;
         if target.is_saving() && !now.is_saving() {
             self.stream.restart();
             self.in_session = true;
+            self.outgoing.iter_mut().for_each(Outgoing::restart);
         }
         self.holds_loaded = target == DeviceState::Resuming || (self.holds_loaded && !target.is_running());
         Ok(())
@@ -281,7 +306,7 @@ impl Device {
             return Err(DeviceFailure::SessionLost { state });
         }
         let budget = budget.min(self.worth_reading()?);
-        let read = self.stream.read_precopy(self.io.as_mut(), budget)?;
+        let read = self.stream.read_precopy(self.io.lock().as_mut(), budget)?;
         self.size.precopy_read(read.bytes);
         Ok(PrecopyRead { drained: read.drained || self.worth_reading()? == 0, ..read })
     }
@@ -320,9 +345,11 @@ impl Device {
             self.ask_precopy()?;
         }
         let read = if self.in_session { self.state_bytes() } else { 0 };
-        let (state_bytes, known_bytes, basis) = match self.io.data_size()? {
+        let answer = self.io.lock().data_size()?;
+        let (state_bytes, known_bytes, basis) = match answer {
             Some(answer) => {
                 let told = self.size.whole(answer, read);
+                self.note_told_size(told);
                 (told, told, Basis::Told)
             }
             None => (self.guess(read), self.size.least(read), Basis::Guessed),
@@ -333,7 +360,7 @@ impl Device {
 
     /// Asks what PRE_COPY still has to bring; `None` where the interface has no such question.
     fn ask_precopy(&mut self) -> Result<Option<PrecopyInfo>, DeviceFailure> {
-        let info = self.io.precopy_info()?;
+        let info = self.io.lock().precopy_info()?;
         if let Some(info) = info {
             self.size.precopy_told(info);
         }
@@ -342,14 +369,15 @@ impl Device {
 
     /// Bytes to read before the device is stopped. One that tells nothing has some, however many, until it has paused once.
     fn initial_bytes(&self) -> u64 {
-        let untold = || self.stream.is_short_of_first_pause().into();
+        let untold = || (self.stream.is_short_of_first_pause() && !self.is_futile()).into();
         self.size.precopy().map_or_else(untold, |info| info.initial_bytes)
     }
 
     fn check_limit(&self, estimate: Estimate) -> Result<(), DeviceFailure> {
         let limit_bytes = self.limit_bytes() as u64;
         let state_bytes = estimate.known_bytes;
-        match state_bytes > limit_bytes {
+        // Of a stream nothing is held.
+        match state_bytes > limit_bytes && !self.is_streaming() {
             true => Err(DeviceFailure::StateTooLarge { state_bytes, limit_bytes }),
             false => Ok(()),
         }
@@ -433,8 +461,9 @@ impl Device {
         self.holds_loaded = false;
         // Even a reset that fails may have wiped the device.
         self.was_reset = true;
-        self.io.reset()?;
-        match self.io.state()? {
+        self.io.lock().reset()?;
+        let state = self.io.lock().state()?;
+        match state {
             DeviceState::Running => Ok(()),
             state => Err(DeviceFailure::NotReset { state }),
         }
@@ -455,8 +484,11 @@ impl Device {
             DeviceState::Stop => self.go(DeviceState::StopCopy)?,
             _ => return Err(DeviceFailure::NotStopped { state }),
         }
+        if !self.stream.is_complete() && self.is_streaming() {
+            return Err(DeviceFailure::SessionLost { state });
+        }
         if !self.stream.is_complete() {
-            let read = self.stream.read_to_end(self.io.as_mut());
+            let read = self.stream.read_to_end(self.io.lock().as_mut());
             read.inspect_err(|_| self.end_session())?;
             self.last_state_bytes = Some(self.state_bytes());
         }
@@ -469,6 +501,9 @@ impl Device {
         &mut self,
         version: SavedVersion,
     ) -> Result<vm_migration::Snapshot, DeviceFailure> {
+        if let Some(node) = self.streamed_snapshot()? {
+            return Ok(node);
+        }
         let precopy_bytes = self.precopy_bytes();
         Ok(blob_to_snapshot(&self.identity, self.stream.take(), precopy_bytes, version)?)
     }
@@ -488,7 +523,7 @@ impl Device {
     /// The state was refused, and the device holds a part of it: it has to be reset.
     pub(super) fn write_state(&mut self, state: &[u8]) -> Result<(), DeviceFailure> {
         self.go(DeviceState::Resuming)?;
-        write_all(self.io.as_mut(), state)?;
+        write_all(self.io.lock().as_mut(), state)?;
         self.go(DeviceState::Stop)?;
         self.last_state_bytes = Some(state.len() as u64);
         Ok(())

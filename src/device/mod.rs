@@ -30,13 +30,28 @@ pub use vfio_user::{VfioUserDevice, VfioUserDeviceError};
 #[cfg(feature = "device-state")]
 mod blob;
 #[cfg(feature = "device-state")]
+mod identity;
+#[cfg(feature = "device-state")]
+mod incoming;
+#[cfg(feature = "device-state")]
 mod member;
+#[cfg(feature = "device-state")]
+mod outgoing;
 #[cfg(feature = "device-state")]
 mod pace;
 #[cfg(feature = "device-state")]
+#[cfg_attr(not(feature = "transfer"), expect(dead_code, reason = "states stream in a transfer only"))]
+mod reader;
+#[cfg(feature = "device-state")]
 pub mod saved;
 #[cfg(feature = "device-state")]
+#[cfg_attr(not(feature = "transfer"), expect(dead_code, reason = "states stream in a transfer only"))]
 mod set;
+#[cfg(feature = "device-state")]
+mod shared;
+#[cfg(feature = "device-state")]
+#[cfg_attr(not(feature = "transfer"), expect(dead_code, reason = "states stream in a transfer only"))]
+mod sink;
 #[cfg(feature = "device-state")]
 mod size;
 #[cfg(feature = "device-state")]
@@ -47,10 +62,17 @@ pub(crate) mod tests;
 #[cfg(not(feature = "device-state"))]
 mod without_state;
 
+#[cfg(feature = "transfer")]
+pub(crate) use {
+    reader::{Piece, StateRead, StateReader},
+    sink::StateSink,
+};
+
 #[cfg(not(feature = "device-state"))]
 pub use without_state::{DeviceSet, DeviceSetError};
 #[cfg(feature = "device-state")]
 pub use {
+    identity::{IdentityField, IdentityMismatch, StreamIdentity, compare_identities},
     member::{Device, DeviceFailure, UNASKABLE_STATE_BYTES, UNKNOWN_STATE_BYTES},
     saved::{Identity, Nesting, SavedStateError, SavedVersion},
     set::{Attempt, DeviceSet, DeviceSetError},

@@ -22,6 +22,11 @@ impl Pace {
         Self { patience, left: patience, last: now }
     }
 
+    /// Begins to count again, after a time that was not the device's.
+    pub(super) fn go_on(&mut self, now: Instant) {
+        self.last = now;
+    }
+
     /// Counts `bytes` that were moved since the last call, and tells whether the stream is still fast enough.
     pub(super) fn keeps_up(&mut self, bytes: usize, now: Instant) -> bool {
         let earned = Duration::from_secs_f64(bytes as f64 / LEAST_BYTES_PER_SECOND as f64);

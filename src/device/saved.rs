@@ -28,6 +28,11 @@ use super::blob::{Blob, checksum};
 
 use crate::units::Count;
 
+mod streamed;
+
+pub use streamed::STREAMED_CHILD;
+pub(super) use streamed::{streamed_bytes, streamed_to_snapshot};
+
 /// Id of the child that holds the device's stream.
 pub const STATE_CHILD: &str = "vfio_migration";
 

@@ -6,12 +6,16 @@
 //! device is P2P-quiescent, and none runs without restraint while another is still stopped: so no device starts DMA to one
 //! that cannot answer.
 
+mod streaming;
+
 use log::{error, warn};
 use thiserror::Error;
 use vm_migration::{Snapshot, snapshot_from_id};
 
 use super::member::{Asking, Device, DeviceFailure};
-use super::saved::{NAME_LIMIT_BYTES, Nesting, SavedState, SavedStateError, SavedVersion, state_node};
+use super::saved::{
+    NAME_LIMIT_BYTES, Nesting, SavedState, SavedStateError, SavedVersion, state_node, streamed_bytes,
+};
 use super::{DeviceState, Estimate, PrecopyStep};
 use crate::error::Chain;
 
@@ -391,17 +395,25 @@ impl DeviceSet {
     /// that hold a part of it were reset.
     pub fn load(&mut self, tree: &Snapshot) -> Result<(), DeviceSetError> {
         let states = self.decode(tree)?;
-        self.each(Attempt::Load, Device::prepare_to_load)?;
-        self.try_stop(DeviceState::Stop)?;
+        if !self.is_loading() {
+            self.each(Attempt::Load, Device::prepare_to_load)?;
+            self.try_stop(DeviceState::Stop)?;
+        }
         self.phase = Phase::Loaded;
         for (index, state) in states.iter().enumerate() {
             let device = &mut self.devices[index];
-            if let Err(failure) = device.write_state(state).map_err(failed(device, Attempt::Load)) {
+            let loaded = match state {
+                Saved::Here(state) => device.write_state(state),
+                Saved::CameAhead => device.accept_came(),
+            };
+            if let Err(failure) = loaded.map_err(failed(device, Attempt::Load)) {
                 self.devices[..=index].iter_mut().for_each(Device::discard_loaded);
+                self.abandon_loading();
                 self.phase = Phase::Stopped;
                 return Err(failure);
             }
         }
+        self.devices.iter_mut().for_each(Device::end_loading);
         Ok(())
     }
 
@@ -467,9 +479,11 @@ impl DeviceSet {
     }
 
     /// Reads the devices' states from `tree`, in the order of the devices.
-    fn decode(&self, tree: &Snapshot) -> Result<Vec<Vec<u8>>, DeviceSetError> {
+    fn decode(&self, tree: &Snapshot) -> Result<Vec<Saved>, DeviceSetError> {
         let claimed = |name: &str| self.names().any(|own| own == name);
-        let mut with_state = tree.snapshots.iter().filter(|(_, node)| state_node(node).is_some());
+        let has_state =
+            |node: &Snapshot| state_node(node).is_some() || !matches!(streamed_bytes(node), Ok(None));
+        let mut with_state = tree.snapshots.iter().filter(|(_, node)| has_state(node));
         if let Some((name, _)) = with_state.find(|(name, _)| !claimed(name)) {
             return Err(DeviceSetError::Unclaimed { name: name.clone() });
         }
@@ -477,16 +491,28 @@ impl DeviceSet {
     }
 }
 
-fn decode(device: &Device, tree: &Snapshot) -> Result<Vec<u8>, DeviceSetError> {
+/// A device's state in a Snapshot tree.
+enum Saved {
+    Here(Vec<u8>),
+    /// It was written to the device already.
+    CameAhead,
+}
+
+fn decode(device: &Device, tree: &Snapshot) -> Result<Saved, DeviceSetError> {
     let name = &device.identity().name;
     let node =
         snapshot_from_id(Some(tree), name).ok_or_else(|| DeviceSetError::Missing { name: name.clone() })?;
+    let came = streamed_bytes(node).map_err(DeviceFailure::from);
+    let came = came.and_then(|bytes| bytes.map(|bytes| device.check_came(bytes)).transpose());
+    if came.map_err(failed(device, Attempt::Load))?.is_some() {
+        return Ok(Saved::CameAhead);
+    }
     let state = match SavedState::from_snapshot_within(node, device.limit_bytes()) {
         Err(SavedStateError::NoState) => return Err(DeviceSetError::Missing { name: name.clone() }),
         other => other.and_then(|state| state.check_identity(device.identity()).map(|()| state)),
     };
     match state {
-        Ok(state) => Ok(state.stream),
+        Ok(state) => Ok(Saved::Here(state.stream)),
         Err(failure) => Err(failed(device, Attempt::Load)(failure.into())),
     }
 }

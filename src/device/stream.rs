@@ -97,6 +97,8 @@ pub(super) struct PrecopyRead {
 pub(super) struct StateStream {
     /// What was read.
     blob: Blob,
+    /// Bytes that were read and sent away, and are not here.
+    streamed: usize,
     /// Where a read goes.
     room: Vec<u8>,
     limit: usize,
@@ -117,6 +119,7 @@ impl StateStream {
     pub(super) fn new(limit: usize) -> Self {
         Self {
             blob: Blob::new(),
+            streamed: 0,
             room: Vec::new(),
             limit,
             complete: false,
@@ -150,7 +153,7 @@ impl StateStream {
     pub(super) fn release(&mut self) {
         self.room.truncate(FIRST_CHUNK_BYTES);
         self.room.shrink_to_fit();
-        self.blob = Blob::new();
+        (self.blob, self.streamed) = (Blob::new(), 0);
         (self.complete, self.taken) = (false, false);
     }
 
@@ -161,7 +164,38 @@ impl StateStream {
     }
 
     fn filled(&self) -> usize {
-        self.blob.bytes()
+        self.blob.bytes() + self.streamed
+    }
+
+    /// Bytes that were read and sent away.
+    pub(super) fn streamed(&self) -> usize {
+        self.streamed
+    }
+
+    /// Takes in that so many bytes were read in PRE_COPY and sent away, and whether the device has no more for now.
+    pub(super) fn streamed_in_precopy(&mut self, bytes: u64, drained: bool) {
+        self.count_streamed(bytes);
+        self.precopy_bytes = self.filled();
+        self.since_pause += usize::try_from(bytes).unwrap_or(usize::MAX);
+        if drained {
+            self.batch_before = self.last_batch.replace(std::mem::take(&mut self.since_pause));
+        }
+    }
+
+    /// Takes in that so many bytes, the last ones, were read in STOP_COPY and sent away.
+    pub(super) fn streamed_to_end(&mut self, bytes: u64) {
+        self.count_streamed(bytes);
+        self.complete = true;
+    }
+
+    fn count_streamed(&mut self, bytes: u64) {
+        self.streamed = self.streamed.saturating_add(usize::try_from(bytes).unwrap_or(usize::MAX));
+        self.state_bytes = self.filled();
+    }
+
+    /// Bytes read since the device last paused in PRE_COPY.
+    pub(super) fn since_pause(&self) -> usize {
+        self.since_pause
     }
 
     /// Whether the device said that this is all.

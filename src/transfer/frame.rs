@@ -16,6 +16,7 @@
 //! four: a magic and a word of [`Features`], which the destination answers in the padding of its Response. A peer that
 //! knows nothing of it ignores the one and leaves the other zero.
 
+mod devices;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,11 @@ use thiserror::Error;
 use crate::range::{GpaRange, RangeError};
 use crate::units::Count;
 
+pub use devices::{
+    DEVICE_LIST_LIMIT_BYTES, DeviceFrameError, MOST_DEVICES, PIECE_HEAD_BYTES, check_piece, decode_devices,
+    encode_devices,
+};
+pub(crate) use devices::{open_piece, seal_piece};
 pub use table::{MemoryTable, RANGE_BYTES, encode_ranges};
 
 /// Bytes of a [`Request`] and of a [`Response`].
@@ -125,11 +131,15 @@ pub enum Command {
     CompletePaused = 8,
     /// Asks for a page, from destination to source.
     PageFault = 9,
+    /// Lists the devices whose states will stream; the answer lists the destination's. Between two ends of this crate.
+    Devices = 0x8001,
+    /// Carries a piece of a device's state. Between two ends of this crate.
+    DeviceState = 0x8002,
 }
 
 impl Command {
     /// Every command, by number.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Start,
         Self::Config,
         Self::State,
@@ -139,6 +149,8 @@ impl Command {
         Self::MemoryFd,
         Self::CompletePaused,
         Self::PageFault,
+        Self::Devices,
+        Self::DeviceState,
     ];
 }
 
@@ -166,6 +178,9 @@ pub struct Features(u16);
 impl Features {
     /// No feature: the protocol as it is.
     pub const NONE: Self = Self(0);
+
+    /// The states of devices come as streams of their own, ahead of State.
+    pub const DEVICE_STREAMS: Self = Self(1);
 
     /// Makes the set with these bits, of which this crate need not know every one.
     pub const fn from_bits(bits: u16) -> Self {
@@ -328,7 +343,13 @@ impl Response {
         self.status
     }
 
-    /// Bytes of payload, as the peer claims; zero except in an answer to a PageFault.
+    /// Announces a payload of so many bytes after the answer.
+    #[must_use]
+    pub fn with_payload(self, length: u64) -> Self {
+        Self { length, ..self }
+    }
+
+    /// Bytes of payload, as the peer claims; zero except in an answer to a PageFault or a Devices.
     pub fn length(&self) -> u64 {
         self.length
     }

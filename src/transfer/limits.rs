@@ -64,6 +64,9 @@ pub struct Pace {
     pub bytes: u64,
 }
 
+/// Pieces of one device's state that may come before one that is missing.
+pub const PIECES_AHEAD: u64 = 16;
+
 /// The smallest page that a guest has: a Memory table has at most a range for each.
 pub const GUEST_PAGE_BYTES: u64 = 4096;
 
@@ -93,6 +96,10 @@ pub struct Limits {
     pub table_bytes: u64,
     /// Bytes of guest memory a sender puts in one Memory on an additional connection; 64 MiB.
     pub chunk_bytes: u64,
+    /// Bytes of a device's state in one piece; 1 MiB.
+    pub device_piece_bytes: u64,
+    /// Bytes of device state that wait, at a receiver, for the pieces before them; 64 MiB.
+    pub device_queue_bytes: u64,
     /// Additional connections a receiver accepts; 128.
     pub connections: ConnectionCount,
     /// How long a receiver waits for a source; one day.
@@ -129,6 +136,8 @@ impl Default for Limits {
             state_bytes: 4 << 30,
             table_bytes: 1 << 30,
             chunk_bytes: 64 << 20,
+            device_piece_bytes: 1 << 20,
+            device_queue_bytes: 64 << 20,
             connections: ConnectionCount::MAX,
             source_wait: Duration::from_secs(24 * 60 * 60),
             connect_timeout: Duration::from_secs(10),

@@ -18,6 +18,7 @@ mod logs;
 mod moving;
 mod pacing;
 mod peer;
+mod pieces;
 mod plugging;
 mod polled;
 mod replugging;
@@ -28,6 +29,7 @@ mod skipping;
 mod sources;
 mod spreading;
 mod stopping;
+mod streams;
 mod userfault;
 mod vm;
 

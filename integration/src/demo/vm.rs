@@ -3,10 +3,11 @@
 //! A [`Machine`] as a sender and as a receiver see it, in Cloud Hypervisor's message shapes.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 use thiserror::Error;
+use vfio_migration::device::DeviceSet;
 use vfio_migration::layout::{Layout, LayoutError};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::{GpaRange, RangeError};
@@ -141,6 +142,10 @@ impl<'a> DestinationVm<'a> {
 }
 
 impl Destination for DestinationVm<'_> {
+    fn device_streams(&mut self) -> Option<Arc<Mutex<DeviceSet>>> {
+        Some(Arc::clone(self.devices.devices()))
+    }
+
     fn config(&mut self, config: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
         let wants_memory_now = asks_for_prefault(config);
         let config: Value = serde_json::from_slice(config)?;

@@ -7,7 +7,7 @@ use crate::granule::Granule;
 use crate::layout::Layout;
 
 /// Every message of the source: what it means, and its bytes.
-const REQUESTS: [(Command, u64, [u8; 16]); 9] = [
+const REQUESTS: [(Command, u64, [u8; 16]); 11] = [
     (Command::Start, 0, [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
     (Command::Config, 0x1857, [2, 0, 0, 0, 0, 0, 0, 0, 0x57, 0x18, 0, 0, 0, 0, 0, 0]),
     (Command::State, 0x6fb2, [3, 0, 0, 0, 0, 0, 0, 0, 0xb2, 0x6f, 0, 0, 0, 0, 0, 0]),
@@ -17,6 +17,8 @@ const REQUESTS: [(Command, u64, [u8; 16]); 9] = [
     (Command::MemoryFd, 4, [7, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]),
     (Command::CompletePaused, 0, [8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
     (Command::PageFault, 16, [9, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0]),
+    (Command::Devices, 8, [1, 0x80, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0]),
+    (Command::DeviceState, 0x20, [2, 0x80, 0, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 0, 0, 0]),
 ];
 
 const OK: [u8; 16] = [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];

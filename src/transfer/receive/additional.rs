@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::connections::Entry;
 use super::context::{Context, TICK};
 use super::error::{Part, ReceiveError, Step, in_full};
-use super::message::{answer, decode, refuse_and_close, take_memory};
+use super::message::{answer, decode, refuse_and_close, take_device_state, take_memory};
 use super::phase_gate::Ticket;
 use crate::transfer::connection::{Connection, Head};
 use crate::transfer::frame::{Command, Request, Response, Status};
@@ -84,9 +84,15 @@ fn take_all<'a>(
     let Context { gate, limits, .. } = context;
     let (mut buffer, mut next) = (Vec::new(), Some(first));
     while let Some(request) = next {
-        check_memory(request)?;
+        let devices = gate.devices();
+        check_memory(request, devices.is_some())?;
         let store = Arc::clone(&under_way.insert(gate.enter()?).store);
-        take_memory(connection, request, store.as_ref(), gate, limits, &mut buffer)?;
+        match devices {
+            Some(devices) if request.command() == Command::DeviceState => {
+                take_device_state(connection, request, &devices, limits, &mut buffer)?;
+            }
+            _ => take_memory(connection, request, store.as_ref(), gate, limits, &mut buffer)?,
+        }
         answer(connection, request.command(), Response::new(Status::Ok))?;
         under_way.take().into_iter().for_each(Ticket::done);
         next = next_request(connection, context)?;
@@ -107,9 +113,10 @@ fn next_request(connection: &mut Connection, context: Context<'_>) -> Result<Opt
     Ok(None)
 }
 
-fn check_memory(request: Request) -> Result<(), ReceiveError> {
+fn check_memory(request: Request, takes_devices: bool) -> Result<(), ReceiveError> {
     match request.command() {
         Command::Memory => Ok(()),
+        Command::DeviceState if takes_devices => Ok(()),
         Command::PageFault => Err(ReceiveError::Postcopy),
         command => Err(ReceiveError::NotMemory { command }),
     }

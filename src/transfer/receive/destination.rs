@@ -2,9 +2,10 @@
 
 //! Who takes the VM in, and what came of it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::store::PageStore;
+use crate::device::DeviceSet;
 use crate::transfer::frame::Features;
 use crate::vm::VmError;
 
@@ -13,6 +14,18 @@ use crate::vm::VmError;
 /// The calls come in this order, each at most once, on the thread that receives; an error ends the migration, and the
 /// source hears of it.
 pub trait Destination {
+    /// Returns the devices whose states may come as streams of their own, ahead of State, from a source of this crate; asked once,
+    /// before all else. They are there already, and their VM does not run.
+    ///
+    /// After [`Destination::config`] they are stopped and take in what comes, with no more than a queue's worth of it in memory. In the
+    /// tree of State something stands for each state that came, and [`DeviceSet::load`] ends it there. After a failure they are reset.
+    ///
+    /// `None`, the default: all states come in State, as from any source. A VMM that makes its devices of the Config, or that
+    /// has to restore an interrupt controller before a device takes any of its state in, stays with it.
+    fn device_streams(&mut self) -> Option<Arc<Mutex<DeviceSet>>> {
+        None
+    }
+
     /// Takes the JSON text of the Config, and tells where the pages go.
     ///
     /// # Errors
@@ -49,6 +62,8 @@ pub struct Received {
     pub memory_ranges: u64,
     /// Bytes of guest memory in them, repeated ones counted each time.
     pub memory_bytes: u64,
+    /// Bytes of device state that came as streams.
+    pub device_bytes: u64,
     /// Additional connections that brought memory.
     pub connections: usize,
     /// What a source of ours agreed to; `None` with any other.

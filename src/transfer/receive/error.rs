@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::piece_error::PieceError;
+use crate::device::{DeviceFailure, DeviceSetError, IdentityMismatch};
 use crate::transfer::connection::ConnectionError;
-use crate::transfer::frame::{Command, FrameError};
+use crate::transfer::frame::{Command, DeviceFrameError, FrameError};
 use crate::transfer::limits::ConnectionCount;
 use crate::units::Count;
 use crate::vm::VmError;
@@ -214,6 +216,41 @@ pub enum ReceiveError {
         "Source wants postcopy, which is not taken here: the DMA of pass-through devices cannot wait for a page"
     )]
     Postcopy,
+    /// The source has other devices than the destination.
+    #[error("Source does not have the same devices")]
+    OtherDevices {
+        /// The first difference.
+        #[from]
+        source: IdentityMismatch,
+    },
+    /// What the source says of devices is not the protocol's.
+    #[error("Cannot make sense of what the source says of devices")]
+    DeviceFrame {
+        /// What is wrong with it.
+        #[from]
+        source: DeviceFrameError,
+    },
+    /// A piece of a device's state has no place here.
+    #[error("Cannot take device state in")]
+    Piece {
+        /// What is wrong with it.
+        #[from]
+        source: PieceError,
+    },
+    /// A device does not take its state in.
+    #[error("Device {name:?} cannot take its state in")]
+    DeviceState {
+        /// The device.
+        name: String,
+        /// Why not.
+        source: Box<DeviceFailure>,
+    },
+    /// The destination's devices cannot be readied for their states.
+    #[error("Devices cannot be readied for their states")]
+    Devices {
+        /// Why not.
+        source: Box<DeviceSetError>,
+    },
     /// The destination did not take a message.
     #[error("Destination cannot take {command}")]
     Destination {

@@ -5,12 +5,17 @@
 use std::io::Write;
 use std::time::Duration;
 
+use super::device_streams::DeviceStreams;
 use super::error::{Part, ReceiveError};
 use super::phase_gate::PhaseGate;
 use super::store::{PageStore, Pages};
 use super::tables::kept;
+use crate::device::StreamIdentity;
 use crate::transfer::connection::Connection;
-use crate::transfer::frame::{Command, HEADER_BYTES, MemoryTable, RANGE_BYTES, Request, Response, Status};
+use crate::transfer::frame::{
+    Command, DEVICE_LIST_LIMIT_BYTES, HEADER_BYTES, MemoryTable, PIECE_HEAD_BYTES, RANGE_BYTES, Request,
+    Response, Status, decode_devices, open_piece,
+};
 use crate::transfer::limits::{GUEST_PAGE_BYTES, Limits};
 
 pub(super) fn decode(head: [u8; HEADER_BYTES]) -> Result<Request, ReceiveError> {
@@ -39,6 +44,35 @@ pub(super) fn read_text(
     let read = connection.read_payload(request.length(), &mut text);
     read.map_err(|source| ReceiveError::Read { part, source })?;
     Ok(text)
+}
+
+/// Reads the list of the source's devices.
+pub(super) fn read_devices(
+    connection: &mut Connection,
+    request: Request,
+) -> Result<Vec<StreamIdentity>, ReceiveError> {
+    check_length(request, "DEVICE_LIST_LIMIT_BYTES", DEVICE_LIST_LIMIT_BYTES)?;
+    let mut list = Vec::new();
+    let part = Part::Payload(request.command());
+    let read = connection.read_payload(request.length(), &mut list);
+    read.map_err(|source| ReceiveError::Read { part, source })?;
+    Ok(decode_devices(&list)?)
+}
+
+/// Takes one piece of a device's state, by way of `buffer`.
+pub(super) fn take_device_state(
+    connection: &mut Connection,
+    request: Request,
+    devices: &DeviceStreams,
+    limits: &Limits,
+    buffer: &mut Vec<u8>,
+) -> Result<(), ReceiveError> {
+    let limit = limits.device_piece_bytes.saturating_add(PIECE_HEAD_BYTES as u64);
+    check_length(request, "device_piece_bytes", limit)?;
+    let part = Part::Payload(request.command());
+    let read = connection.read_payload(request.length(), buffer);
+    read.map_err(|source| ReceiveError::Read { part, source })?;
+    devices.take(open_piece(buffer)?, buffer)
 }
 
 /// Takes one Memory: its table into `buffer`, its pages into `store`.

@@ -20,9 +20,11 @@ mod additional;
 mod connections;
 mod context;
 mod destination;
+mod device_streams;
 mod error;
 mod message;
 mod phase_gate;
+mod piece_error;
 mod rejections;
 mod session;
 mod store;
@@ -46,6 +48,7 @@ pub use super::prefault::asks_for_prefault;
 pub use connections::ReceiverHandle;
 pub use destination::{Destination, Received};
 pub use error::{Part, ReceiveError, Step};
+pub use piece_error::PieceError;
 pub use store::{GuestPages, PageStore, Pages};
 
 /// Receives VMs.
@@ -191,6 +194,11 @@ impl Receiver {
         let threads = self.thread_start;
         let context = Context { gate: &gate, connections: &self.connections, limits: &self.limits, threads };
         let outcome = migrate(context, destination);
+        if outcome.is_err()
+            && let Some(devices) = gate.devices()
+        {
+            devices.abandon();
+        }
         if outcome.as_ref().is_err_and(|error| !error.is_of_completing()) {
             destination.abandoned();
         }

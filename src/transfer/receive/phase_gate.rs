@@ -5,6 +5,7 @@
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use super::device_streams::DeviceStreams;
 use super::error::{ReceiveError, Step};
 use super::store::PageStore;
 use super::tables::Tables;
@@ -30,7 +31,9 @@ enum Phase {
 #[derive(Default)]
 struct State {
     phase: Phase,
-    /// Memory messages under way on additional connections.
+    /// Where the states of devices go; `None` where they come in State.
+    devices: Option<Arc<DeviceStreams>>,
+    /// Memory and DeviceState messages under way on additional connections.
     under_way: usize,
     /// Additional connections that brought Memory.
     connections: usize,
@@ -105,9 +108,15 @@ impl PhaseGate {
         first
     }
 
-    /// Lets Memory go to `store` from now on.
-    pub(super) fn open(&self, store: Arc<dyn PageStore>) {
-        self.lock().phase = Phase::Open(store);
+    /// Lets Memory go to `store` from now on, and the states of devices to `devices`.
+    pub(super) fn open(&self, store: Arc<dyn PageStore>, devices: Option<Arc<DeviceStreams>>) {
+        let mut state = self.lock();
+        (state.phase, state.devices) = (Phase::Open(store), devices);
+    }
+
+    /// Where the states of devices go; `None` where they come in State.
+    pub(super) fn devices(&self) -> Option<Arc<DeviceStreams>> {
+        self.lock().devices.clone()
     }
 
     /// Counts an additional connection in, whose first Memory has come.
@@ -279,7 +288,7 @@ mod tests {
 
     fn opened() -> PhaseGate {
         let gate = PhaseGate::default();
-        gate.open(Arc::new(NoStore));
+        gate.open(Arc::new(NoStore), None);
         gate
     }
 

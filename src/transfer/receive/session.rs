@@ -2,22 +2,27 @@
 
 //! The main connection of a migration, from Start to Complete.
 
-use std::sync::Arc;
+use std::io::Write;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::context::{Context, Source, TICK};
 use super::destination::{Destination, Received};
+use super::device_streams::DeviceStreams;
 use super::error::{Part, ReceiveError, Step, in_full};
-use super::message::{answer, check_empty, decode, read_text, refuse, take_memory};
+use super::message::{
+    answer, check_empty, decode, read_devices, read_text, refuse, take_device_state, take_memory,
+};
 use super::store::PageStore;
+use crate::device::{DeviceSet, StreamIdentity, compare_identities};
+use crate::sync::lock;
 use crate::transfer::connection::{Connection, Head};
-use crate::transfer::frame::{Command, Features, HEADER_BYTES, Request, Response, Status};
+use crate::transfer::frame::{
+    Command, Features, HEADER_BYTES, MOST_DEVICES, Request, Response, Status, encode_devices,
+};
 use crate::units::Count;
 use crate::units::{Bytes, Millis};
 use crate::vm::VmError;
-
-/// Features this side has.
-const FEATURES: Features = Features::NONE;
 
 /// Receives the VM of `source` into `destination`, and answers what fails with Error.
 pub(super) fn receive(
@@ -62,10 +67,15 @@ struct Session<'a> {
 
 impl Session<'_> {
     fn run(&mut self, first: Request, destination: &mut dyn Destination) -> Result<Received, ReceiveError> {
-        let features = self.start(first)?;
-        let store = self.config(destination)?;
+        let streams = destination.device_streams();
+        let set = streams.filter(|set| lock(set).stream_identities().len() <= MOST_DEVICES);
+        let own = if set.is_some() { Features::DEVICE_STREAMS } else { Features::NONE };
+        let features = self.start(first, own)?;
+        let agreed = features.is_some_and(|features| features.contains(Features::DEVICE_STREAMS));
+        let streams = set.filter(|_| agreed).map(|set| self.devices(set)).transpose()?;
+        let store = self.config(destination, streams)?;
         let state = self.memory(store.as_ref())?;
-        self.state(state, destination)?;
+        let device_bytes = self.state(state, destination)?;
         let (paused, confirmed) = self.complete(destination)?;
 
         let memory = self.context.gate.memory();
@@ -74,6 +84,7 @@ impl Session<'_> {
             memory_messages: memory.messages,
             memory_ranges: memory.ranges,
             memory_bytes: memory.bytes,
+            device_bytes,
             connections: self.context.gate.connections(),
             features,
             paused,
@@ -82,11 +93,11 @@ impl Session<'_> {
     }
 
     /// Takes the Start, and agrees to what both ends know.
-    fn start(&mut self, first: Request) -> Result<Option<Features>, ReceiveError> {
+    fn start(&mut self, first: Request, own: Features) -> Result<Option<Features>, ReceiveError> {
         let first = self.admit(first)?;
         first.version().map_err(|source| ReceiveError::Start { source })?;
         check_empty(first)?;
-        let features = first.offered().map(|offered| offered & FEATURES);
+        let features = first.offered().map(|offered| offered & own);
         let response = features.map_or(Response::new(Status::Ok), Response::ok_agreeing);
         self.answer(first, response)?;
         log::info!("Receiving a VM from {}", self.connection.peer());
@@ -94,13 +105,33 @@ impl Session<'_> {
         Ok(features)
     }
 
+    /// Tells the source of the destination's devices, and compares them with the source's.
+    fn devices(&mut self, set: Arc<Mutex<DeviceSet>>) -> Result<Listed, ReceiveError> {
+        let request = self.next_of(&[Command::Devices])?;
+        let listed = read_devices(&mut self.connection, request)?;
+        let own = lock(&set).stream_identities();
+        let mut list = Vec::new();
+        encode_devices(&own, &mut list)?;
+        self.answer(request, Response::new(Status::Ok).with_payload(list.len() as u64))?;
+        let told = self.connection.write_all(&list).and_then(|()| self.connection.flush());
+        told.map_err(|source| ReceiveError::Answer { command: request.command(), source })?;
+        compare_identities(&listed, &own)?;
+        Ok(Listed { set, listed })
+    }
+
     /// Hands the Config over, and lets additional connections come before the source knows.
-    fn config(&mut self, destination: &mut dyn Destination) -> Result<Arc<dyn PageStore>, ReceiveError> {
+    fn config(
+        &mut self,
+        destination: &mut dyn Destination,
+        devices: Option<Listed>,
+    ) -> Result<Arc<dyn PageStore>, ReceiveError> {
         let request = self.next_of(&[Command::Config])?;
         let text = read_text(&mut self.connection, request, self.context.limits)?;
         let store = destination.config(&text).map_err(|source| refused(request, source))?;
         log::info!("Took the VM's configuration, {}; its memory is next", Bytes(text.len() as u64));
-        self.context.gate.open(Arc::clone(&store));
+        let begin = |Listed { set, listed }| DeviceStreams::begin(set, &listed, self.context.limits);
+        let devices = devices.map(begin).transpose()?.map(Arc::new);
+        self.context.gate.open(Arc::clone(&store), devices);
         self.step = Step::Config;
         self.answer_ok(request)?;
         Ok(store)
@@ -111,21 +142,31 @@ impl Session<'_> {
     /// What came on other connections before the source sent Memory here is older, so it goes first.
     fn memory(&mut self, store: &dyn PageStore) -> Result<Request, ReceiveError> {
         let Context { gate, limits, .. } = self.context;
-        let mut buffer = Vec::new();
+        let (mut buffer, devices) = (Vec::new(), gate.devices());
+        let commands = [Command::Memory, Command::State, Command::DeviceState];
+        let commands = if devices.is_some() { &commands[..] } else { &commands[..2] };
         loop {
-            let request = self.next_of(&[Command::Memory, Command::State])?;
-            if request.command() == Command::State {
-                return Ok(request);
+            let request = self.next_of(commands)?;
+            match (request.command(), &devices) {
+                (Command::State, _) => return Ok(request),
+                (Command::DeviceState, Some(devices)) => {
+                    take_device_state(&mut self.connection, request, devices, limits, &mut buffer)?;
+                }
+                _ => {
+                    gate.drain()?;
+                    take_memory(&mut self.connection, request, store, gate, limits, &mut buffer)?;
+                }
             }
-            gate.drain()?;
-            take_memory(&mut self.connection, request, store, gate, limits, &mut buffer)?;
             self.answer_ok(request)?;
         }
     }
 
-    /// Hands the State over when the last page of every connection is in place.
-    fn state(&mut self, request: Request, destination: &mut dyn Destination) -> Result<(), ReceiveError> {
+    /// Hands the State over when the last page of every connection is in place, and the last piece of every device's state; returns the
+    /// bytes of these.
+    fn state(&mut self, request: Request, destination: &mut dyn Destination) -> Result<u64, ReceiveError> {
         self.context.gate.seal()?;
+        let devices = self.context.gate.devices();
+        let device_bytes = devices.map_or(Ok(0), |devices| devices.finish())?;
         self.log_memory();
         let began = Instant::now();
         let text = read_text(&mut self.connection, request, self.context.limits)?;
@@ -135,7 +176,8 @@ impl Session<'_> {
         drop(taking);
         log::info!("Took the VM's state, {bytes}, in {}", Millis(began.elapsed()));
         self.step = Step::State;
-        self.answer_ok(request)
+        self.answer_ok(request)?;
+        Ok(device_bytes)
     }
 
     /// Completes the VM; returns whether it stays paused, and whether the source was told.
@@ -231,6 +273,12 @@ impl Session<'_> {
         self.answered = true;
         answer(&mut self.connection, request.command(), response)
     }
+}
+
+/// The devices of both ends: the destination's, and how the source lists its own.
+struct Listed {
+    set: Arc<Mutex<DeviceSet>>,
+    listed: Vec<StreamIdentity>,
 }
 
 fn refused(request: Request, source: VmError) -> ReceiveError {

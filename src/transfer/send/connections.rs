@@ -16,21 +16,29 @@ use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryBackend;
 
-use super::exchange::{PeerError, expect_silence, read_answer, send_memory};
+use super::exchange::{PeerError, expect_silence, read_answer, send, send_memory};
+use super::piece::DevicePiece;
 use super::progress::Migration;
 use super::zero_filter::ZeroFilter;
+use crate::device::StateRead;
 use crate::ledger::Chunk;
 use crate::range::GpaRange;
 use crate::sync::lock;
 use crate::threads::ThreadStart;
 use crate::transfer::connection::{Connection, ConnectionHandle};
-use crate::transfer::frame::{HEADER_BYTES, RANGE_BYTES};
+use crate::transfer::frame::{Command, HEADER_BYTES, RANGE_BYTES, Request};
 
 /// What a worker tells the engine.
 #[derive(Debug)]
 pub(super) enum Event {
     /// The receiver holds this chunk, of which so many bytes of guest memory were sent.
     Acknowledged { chunk: Chunk, sent_bytes: u64 },
+    /// A piece of a device's state is there to be sent.
+    Piece(DevicePiece),
+    /// The receiver holds a piece of so many bytes of a device's state.
+    PieceAcknowledged { state_bytes: u64 },
+    /// A device was read as far as it goes in this turn.
+    Read(StateRead),
     /// A connection failed.
     Failed(PeerError),
     /// A worker ended without a word.
@@ -55,11 +63,12 @@ pub(super) struct Pipeline {
     pub(super) answer_timeout: Duration,
 }
 
-/// A chunk, how to send it, and the memory its bytes are in: RAM that is plugged or unplugged later changes nothing of it.
-struct Order<M> {
-    chunk: Chunk,
-    content: Content,
-    memory: Arc<M>,
+/// What a worker is to send.
+enum Order<M> {
+    /// A chunk, how to send it, and the memory its bytes are in: RAM that is plugged or unplugged later changes nothing of it.
+    Memory { chunk: Chunk, content: Content, memory: Arc<M> },
+    /// A piece of a device's state.
+    Piece(DevicePiece),
 }
 
 /// One connection and what waits for it.
@@ -67,7 +76,7 @@ struct MemoryConnection<M> {
     queue: Arc<Queue<M>>,
     worker: JoinHandle<Option<Connection>>,
     handle: ConnectionHandle,
-    /// Chunks handed in that did not come back.
+    /// Chunks and pieces handed in that did not come back.
     load: usize,
 }
 
@@ -76,6 +85,7 @@ pub(super) struct MemoryConnections<M> {
     connections: Vec<MemoryConnection<M>>,
     /// What the worker of the connection with this index tells.
     events: Receiver<(usize, Event)>,
+    report: Sender<(usize, Event)>,
     /// Chunks that one connection may hold: those on their way, and one to follow them.
     most_load: usize,
     /// The connection whose turn it is.
@@ -97,6 +107,7 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> MemoryConnections<M> {
         let mut started = Self {
             connections: Vec::with_capacity(connections.len()),
             events,
+            report: report.clone(),
             most_load: pipeline.window + 1,
             turn: 0,
         };
@@ -134,15 +145,29 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> MemoryConnections<M> {
         self.connections.iter().all(|connection| connection.load == 0)
     }
 
+    /// Where others tell the engine what happens.
+    pub(super) fn events(&self) -> &Sender<(usize, Event)> {
+        &self.report
+    }
+
     /// Hands a chunk to the connection that has the fewest.
     pub(super) fn send(&mut self, chunk: Chunk, content: Content, memory: Arc<M>) {
+        self.order(Order::Memory { chunk, content, memory });
+    }
+
+    /// Hands a piece of a device's state to the connection that has the fewest, whatever it has.
+    pub(super) fn send_piece(&mut self, piece: DevicePiece) {
+        self.order(Order::Piece(piece));
+    }
+
+    fn order(&mut self, order: Order<M>) {
         let count = self.connections.len();
         let by_turns = (self.turn..count).chain(0..self.turn);
         let index =
             by_turns.min_by_key(|&index| self.connections[index].load).expect("there is a connection");
         self.turn = (index + 1) % count;
         self.connections[index].load += 1;
-        self.connections[index].queue.push(Order { chunk, content, memory });
+        self.connections[index].queue.push(order);
     }
 
     /// Waits for the next event, but no longer than `patience`.
@@ -150,7 +175,9 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> MemoryConnections<M> {
         let ended = self.connections.iter().any(|connection| connection.worker.is_finished());
         match self.events.recv_timeout(patience) {
             Ok((index, event)) => {
-                self.connections[index].load -= usize::from(matches!(event, Event::Acknowledged { .. }));
+                if matches!(event, Event::Acknowledged { .. } | Event::PieceAcknowledged { .. }) {
+                    self.connections[index].load -= 1;
+                }
                 Some(event)
             }
             Err(_) => ended.then_some(Event::Died),
@@ -255,11 +282,15 @@ impl Report {
     }
 }
 
-/// A chunk that was written to a connection.
+/// What was written to a connection.
 struct Written {
-    chunk: Chunk,
-    sent_bytes: u64,
+    content: Sent,
     wire_bytes: u64,
+}
+
+enum Sent {
+    Chunk { chunk: Chunk, sent_bytes: u64 },
+    Piece(DevicePiece),
 }
 
 struct Worker<M> {
@@ -296,7 +327,8 @@ impl<M: GuestMemoryBackend> Worker<M> {
                 _ => None,
             };
             match next {
-                Some(order) => self.write(order)?,
+                Some(Order::Memory { chunk, content, memory }) => self.write(chunk, content, &*memory)?,
+                Some(Order::Piece(piece)) => self.write_piece(piece)?,
                 None if self.in_flight.is_empty() => return Ok(()),
                 None => self.read_acknowledgement()?,
             }
@@ -304,11 +336,10 @@ impl<M: GuestMemoryBackend> Worker<M> {
     }
 
     /// Sends a chunk, or what the zero-page filter leaves of it; nothing left needs no acknowledgement.
-    fn write(&mut self, order: Order<M>) -> Result<(), PeerError> {
-        let Order { chunk, content, memory } = order;
+    fn write(&mut self, chunk: Chunk, content: Content, memory: &M) -> Result<(), PeerError> {
         let ranges = match (&*self.zero_filter, content) {
             (Some(zero_filter), Content::NonZero) => {
-                let skipped = zero_filter.keep_nonzero(&*memory, chunk.ranges(), &mut self.kept);
+                let skipped = zero_filter.keep_nonzero(memory, chunk.ranges(), &mut self.kept);
                 self.migration.count_skipped(skipped);
                 &self.kept
             }
@@ -321,19 +352,34 @@ impl<M: GuestMemoryBackend> Worker<M> {
         if self.in_flight.is_empty() {
             expect_silence(&mut self.connection)?;
         }
-        send_memory(&mut self.connection, &*memory, ranges, &mut self.table)?;
+        send_memory(&mut self.connection, memory, ranges, &mut self.table)?;
         let wire_bytes = wire_bytes(ranges);
         let sent_bytes = ranges.iter().map(|range| range.len()).sum();
         self.migration.count_sent(wire_bytes);
-        self.in_flight.push_back(Written { chunk, sent_bytes, wire_bytes });
+        self.in_flight.push_back(Written { content: Sent::Chunk { chunk, sent_bytes }, wire_bytes });
+        Ok(())
+    }
+
+    fn write_piece(&mut self, piece: DevicePiece) -> Result<(), PeerError> {
+        if self.in_flight.is_empty() {
+            expect_silence(&mut self.connection)?;
+        }
+        let bytes = piece.payload().len() as u64;
+        send(&mut self.connection, Request::new(Command::DeviceState, bytes), piece.payload())?;
+        let wire_bytes = HEADER_BYTES as u64 + bytes;
+        self.migration.count_sent(wire_bytes);
+        self.in_flight.push_back(Written { content: Sent::Piece(piece), wire_bytes });
         Ok(())
     }
 
     fn read_acknowledgement(&mut self) -> Result<(), PeerError> {
         read_answer(&mut self.connection, self.pipeline.answer_timeout)?;
-        if let Some(Written { chunk, sent_bytes, wire_bytes }) = self.in_flight.pop_front() {
+        if let Some(Written { content, wire_bytes }) = self.in_flight.pop_front() {
             self.migration.count_acknowledged(wire_bytes);
-            self.report.tell(Event::Acknowledged { chunk, sent_bytes });
+            self.report.tell(match content {
+                Sent::Chunk { chunk, sent_bytes } => Event::Acknowledged { chunk, sent_bytes },
+                Sent::Piece(piece) => Event::PieceAcknowledged { state_bytes: piece.state_bytes() },
+            });
         }
         Ok(())
     }

@@ -11,14 +11,19 @@ use vm_memory::GuestMemoryBackend;
 use super::connections::wire_bytes;
 use super::downtime::Switchover;
 use super::error::{SendError, SendStep};
-use super::exchange::{PeerError, expect_silence, read_answer, send, send_memory, send_state};
+use super::exchange::{
+    PeerError, expect_silence, read_answer, read_devices_answer, send, send_memory, send_state,
+};
 use super::options::SendOptions;
 use super::payload::StatePayload;
 use super::progress::{Migration, Phase};
+use crate::device::StreamIdentity;
 use crate::ledger::Chunk;
 use crate::threads::ThreadStart;
 use crate::transfer::connection::Connection;
-use crate::transfer::frame::{Command, ConnectionRole, HEADER_BYTES, Request};
+use crate::transfer::frame::{
+    Command, ConnectionRole, Features, HEADER_BYTES, Request, Response, encode_devices,
+};
 use crate::transfer::limits::ConnectionCount;
 
 /// How often somebody who waits for a connection looks whether the migration was cancelled.
@@ -53,11 +58,24 @@ impl<'a> Control<'a> {
         self.switchover.map_or(Ok(()), Switchover::check)
     }
 
-    /// Agrees on the protocol.
-    pub(super) fn start(&mut self) -> Result<(), SendError> {
+    /// Agrees on the protocol, and on what of `offered` a receiver of this crate has. With nothing to offer it is any receiver.
+    pub(super) fn start(&mut self, offered: Features) -> Result<Features, SendError> {
         let within = self.options.limits.handshake_timeout;
-        let say = |connection: &mut Connection| send(connection, Request::start(), &[]);
-        self.exchange_within(SendStep::Start, HEADER_BYTES as u64, within, say)
+        let request =
+            if offered == Features::NONE { Request::start() } else { Request::start_offering(offered) };
+        let say = |connection: &mut Connection| send(connection, request, &[]);
+        let answer = self.exchange_within(SendStep::Start, HEADER_BYTES as u64, within, say)?;
+        Ok(answer.agreed().unwrap_or_default() & offered)
+    }
+
+    /// Lists the devices for the receiver, and returns its own.
+    pub(super) fn devices(&mut self, own: &[StreamIdentity]) -> Result<Vec<StreamIdentity>, SendError> {
+        let mut list = Vec::new();
+        encode_devices(own, &mut list).map_err(|error| failed(SendStep::Devices)(error.into()))?;
+        let request = Request::new(Command::Devices, list.len() as u64);
+        let (bytes, within) = ((HEADER_BYTES + list.len()) as u64, self.options.limits.answer_timeout);
+        let say = |connection: &mut Connection| send(connection, request, &list);
+        self.converse(SendStep::Devices, bytes, say, |connection| read_devices_answer(connection, within))
     }
 
     /// Describes the VM: JSON text. The receiver may take so much longer to answer than other messages.
@@ -65,7 +83,8 @@ impl<'a> Control<'a> {
         let within = self.options.limits.answer_timeout.saturating_add(longer);
         let request = Request::new(Command::Config, json.len() as u64);
         let bytes = (HEADER_BYTES + json.len()) as u64;
-        self.exchange_within(SendStep::Config, bytes, within, |connection| send(connection, request, json))
+        let say = |connection: &mut Connection| send(connection, request, json);
+        self.exchange_within(SendStep::Config, bytes, within, say).map(drop)
     }
 
     /// Hands over the stopped VM's state.
@@ -159,19 +178,30 @@ impl<'a> Control<'a> {
         bytes: u64,
         say: impl FnOnce(&mut Connection) -> Result<(), PeerError>,
     ) -> Result<(), SendError> {
-        self.exchange_within(step, bytes, self.options.limits.answer_timeout, say)
+        self.exchange_within(step, bytes, self.options.limits.answer_timeout, say).map(drop)
     }
 
-    /// Makes an exchange that a cancellation, or the end of the time for the switchover, cuts short.
-    ///
-    /// The connection is kept only if the receiver may be asked again: one that refused is done with the migration.
+    /// As [`Control::exchange`], within another time.
     fn exchange_within(
         &mut self,
         step: SendStep,
         bytes: u64,
         within: Duration,
         say: impl FnOnce(&mut Connection) -> Result<(), PeerError>,
-    ) -> Result<(), SendError> {
+    ) -> Result<Response, SendError> {
+        self.converse(step, bytes, say, |connection| read_answer(connection, within))
+    }
+
+    /// Makes an exchange that a cancellation, or the end of the time for the switchover, cuts short.
+    ///
+    /// The connection is kept only if the receiver may be asked again: one that refused is done with the migration.
+    fn converse<T>(
+        &mut self,
+        step: SendStep,
+        bytes: u64,
+        say: impl FnOnce(&mut Connection) -> Result<(), PeerError>,
+        hear: impl FnOnce(&mut Connection) -> Result<T, PeerError>,
+    ) -> Result<T, SendError> {
         self.migration.check()?;
         self.check_switchover()?;
         let mut connection = self.take(step)?;
@@ -183,7 +213,7 @@ impl<'a> Control<'a> {
                 expect_silence(&mut connection)?;
                 say(&mut connection)?;
                 self.migration.count_sent(bytes);
-                read_answer(&mut connection, within)
+                hear(&mut connection)
             },
         )?;
         if answer.is_ok() {
@@ -194,9 +224,9 @@ impl<'a> Control<'a> {
         if answer.is_err() {
             self.check_switchover()?;
         }
-        answer.map_err(failed(step))?;
+        let answer = answer.map_err(failed(step))?;
         self.migration.count_acknowledged(bytes);
-        Ok(())
+        Ok(answer)
     }
 
     fn take(&mut self, step: SendStep) -> Result<Connection, SendError> {

@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use super::connections::{Content, Event, MemoryConnections, Pipeline};
+use super::device_streams::DeviceReads;
 use super::downtime::Switchover;
 use super::error::SendError;
 use super::exchange::PeerError;
@@ -15,6 +16,7 @@ use super::rate_limit::RateLimit;
 use super::restorable_vm::RestorableVm;
 use super::tracking::Tracking;
 use super::zero_filter::ZeroFilter;
+use crate::device::{StateRead, StateReader};
 use crate::ledger::{Chunk, ChunkLimits};
 use crate::precopy::{Policy, TimeoutStrategy};
 use crate::transfer::connection::Connection;
@@ -48,6 +50,7 @@ pub(super) struct Copier<'a, V: Vm> {
     policy: Policy,
     migration: &'a Migration,
     connections: MemoryConnections<V::Memory>,
+    devices: DeviceReads,
     hole_watch: HoleWatch,
     rate_limit: Option<RateLimit>,
     /// End of the highest chunk sent so far: chunks of a round ascend, so no page from here on was sent yet.
@@ -77,6 +80,7 @@ impl<'a, V: Vm> Copier<'a, V> {
             policy,
             migration,
             connections: connections.map_err(SendError::Thread)?,
+            devices: DeviceReads::default(),
             hole_watch,
             rate_limit: options.bandwidth.map(RateLimit::new),
             unsent_from: 0,
@@ -85,12 +89,20 @@ impl<'a, V: Vm> Copier<'a, V> {
 
     /// Ends the workers, and returns the connections that can be used on.
     pub(super) fn stop(self) -> Vec<Connection> {
+        drop(self.devices);
         self.connections.stop(GRACE)
     }
 
-    /// Makes one pass: sends every page pending now, and waits for the last acknowledgement.
-    pub(super) fn round(&mut self, mut pass: Pass<'_, 'a, V>) -> Result<(), SendError> {
+    /// Makes one pass: sends every page pending now, beside it what `readers` bring of devices' states, and waits for the last
+    /// acknowledgement. Returns what the readers brought.
+    pub(super) fn round(
+        &mut self,
+        mut pass: Pass<'_, 'a, V>,
+        readers: Vec<StateReader>,
+    ) -> Result<Vec<StateRead>, SendError> {
         let pass = &mut pass;
+        let threads = self.options.thread_start;
+        self.devices.start(readers, self.connections.events(), threads).map_err(SendError::Thread)?;
         pass.meter.begin_round();
         pass.tracking.begin_round()?;
         let limits = self.chunk_limits(pass);
@@ -106,7 +118,9 @@ impl<'a, V: Vm> Copier<'a, V> {
         self.drain(pass)?;
         self.check_holes(pass)?;
         pass.meter.end_round();
-        Ok(())
+        let read = self.devices.take();
+        pass.meter.read_devices(&read);
+        Ok(read)
     }
 
     /// Waits between two passes.
@@ -115,7 +129,8 @@ impl<'a, V: Vm> Copier<'a, V> {
     }
 
     fn drain(&mut self, pass: &mut Pass<'_, 'a, V>) -> Result<(), SendError> {
-        while !self.connections.is_drained() {
+        // Devices first: what they have told before their end is in the connections' hands then.
+        while !(self.devices.are_over() && self.connections.is_drained()) {
             self.heed(pass, TICK)?;
         }
         Ok(())
@@ -183,6 +198,9 @@ impl<'a, V: Vm> Copier<'a, V> {
         while let Some(told) = event {
             match told {
                 Event::Acknowledged { chunk, sent_bytes } => self.acknowledged(chunk, sent_bytes, pass),
+                Event::Piece(piece) => self.connections.send_piece(piece),
+                Event::PieceAcknowledged { state_bytes } => pass.meter.piece_acknowledged(state_bytes),
+                Event::Read(read) => self.devices.ended(read),
                 Event::Failed(source) => return Err(self.peer_failed(source)),
                 Event::Died => return Err(SendError::ThreadDied),
             }

@@ -10,8 +10,9 @@ use super::error::SendError;
 use super::payload::StatePayload;
 use super::progress::Migration;
 use crate::device::saved::text_bytes;
-use crate::device::{DeviceSet, Estimate};
+use crate::device::{DeviceSet, DeviceSetError, Estimate, StateRead, StateReader, StreamIdentity};
 use crate::sync::lock;
+use crate::transfer::frame::MOST_DEVICES;
 
 /// Bytes of device state read in one round while the devices run.
 const DEVICE_BUDGET_BYTES: u64 = 64 << 20;
@@ -27,11 +28,13 @@ pub(super) struct DevicePrecopy<'a> {
     limit_bytes: u64,
     /// Whether they have to be set back when the migration fails.
     touched: bool,
+    /// Whether their states are streams of their own.
+    streams: bool,
 }
 
 impl<'a> DevicePrecopy<'a> {
     pub(super) fn new(devices: &'a Mutex<DeviceSet>, migration: &'a Migration, limit_bytes: u64) -> Self {
-        Self { devices, migration, limit_bytes, touched: false }
+        Self { devices, migration, limit_bytes, touched: false, streams: false }
     }
 
     fn devices(&self) -> MutexGuard<'a, DeviceSet> {
@@ -41,6 +44,65 @@ impl<'a> DevicePrecopy<'a> {
     /// Whether there are none.
     pub(super) fn is_empty(&self) -> bool {
         self.devices().is_empty()
+    }
+
+    /// Who they are to a receiver of this crate; none where their states cannot stream.
+    pub(super) fn stream_identities(&self) -> Vec<StreamIdentity> {
+        let mut own = self.devices().stream_identities();
+        own.truncate(if own.len() > MOST_DEVICES { 0 } else { own.len() });
+        own
+    }
+
+    /// Has the states of these devices go to the receiver as streams of their own; one plugged in later stays in State.
+    pub(super) fn begin_streams(&mut self, listed: &[StreamIdentity]) {
+        self.streams = true;
+        self.touched = true;
+        self.devices().begin_streaming(listed);
+    }
+
+    /// Returns what reads the running devices' states on, for one round.
+    ///
+    /// A device whose PRE_COPY fails hands out its whole state in the downtime; one that is gone ends the migration.
+    pub(super) fn readers(&self) -> Result<Vec<StateReader>, SendError> {
+        if !self.streams {
+            return Ok(Vec::new());
+        }
+        for _ in 0..MOST_DEVICES {
+            match self.devices().precopy_readers() {
+                Ok(readers) => return Ok(readers),
+                Err(error) => self.tolerate(error)?,
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    /// Returns what reads the stopped devices' states to their ends.
+    pub(super) fn final_readers(&self) -> Result<Vec<StateReader>, SendError> {
+        Ok(self.devices().final_readers()?)
+    }
+
+    /// Takes in what was read of the running devices' states in a round.
+    pub(super) fn finish_round(&self, reads: Vec<StateRead>) -> Result<(), SendError> {
+        for read in reads {
+            let finished = self.devices().finish_read(read);
+            finished.or_else(|error| self.tolerate(error))?;
+        }
+        Ok(())
+    }
+
+    /// Takes in what was read of the stopped devices' states: all there was.
+    pub(super) fn finish(&self, reads: Vec<StateRead>) -> Result<(), SendError> {
+        let mut devices = self.devices();
+        Ok(reads.into_iter().try_for_each(|read| devices.finish_read(read))?)
+    }
+
+    /// Notes that a device's PRE_COPY failed, unless the device is gone.
+    fn tolerate(&self, error: DeviceSetError) -> Result<(), SendError> {
+        if error.tells_of_lost_device() {
+            return Err(error.into());
+        }
+        self.migration.degrade(error);
+        Ok(())
     }
 
     /// Lets devices begin to hand out their state.
@@ -57,14 +119,16 @@ impl<'a> DevicePrecopy<'a> {
     ///
     /// A device whose PRE_COPY fails hands out its whole state in the downtime; one that is gone ends the migration.
     pub(super) fn step(&self) -> Result<(), SendError> {
+        if self.streams {
+            return Ok(());
+        }
         for _ in 0..DEVICE_BUDGET_BYTES / DEVICE_PIECE_BYTES {
             self.migration.check()?;
             let stepped = self.devices().precopy_step(DEVICE_PIECE_BYTES);
             match stepped {
                 Ok(step) if step.drained || step.bytes == 0 => return Ok(()),
                 Ok(_) => {}
-                Err(error) if error.tells_of_lost_device() => return Err(error.into()),
-                Err(error) => self.migration.degrade(error),
+                Err(error) => self.tolerate(error)?,
             }
         }
         Ok(())
@@ -118,6 +182,7 @@ impl<'a> DevicePrecopy<'a> {
     pub(super) fn retire(&self) -> (u64, u64) {
         let mut devices = self.devices();
         let bytes = (devices.state_bytes(), devices.precopy_bytes());
+        devices.end_streaming();
         if let Err(error) = devices.retire() {
             self.migration.degrade(error);
         }
@@ -126,6 +191,7 @@ impl<'a> DevicePrecopy<'a> {
 
     /// Makes the devices run again after a failure, or stand still where the VM `stays_paused`.
     pub(super) fn restore(&self, stays_paused: bool) -> Result<(), SendError> {
+        self.devices().end_streaming();
         match (self.touched, stays_paused) {
             (false, _) => Ok(()),
             (true, false) => Ok(self.devices().run()?),
@@ -135,6 +201,9 @@ impl<'a> DevicePrecopy<'a> {
 
     /// Compares what is known of the devices' state with what State may hold: there, four bytes of text carry three of theirs.
     fn check_fits(&self, estimate: Estimate) -> Result<Estimate, SendError> {
+        if self.streams {
+            return Ok(estimate);
+        }
         self.check_limit(text_bytes(estimate.known_bytes), estimate.known_bytes)?;
         Ok(estimate)
     }

@@ -10,7 +10,7 @@ use thiserror::Error;
 use super::exchange::PeerError;
 use super::options::SendOptionsError;
 use super::progress::Cancelled;
-use crate::device::DeviceSetError;
+use crate::device::{DeviceSetError, IdentityMismatch};
 use crate::error::Chain;
 use crate::precopy::CancelReason;
 use crate::tracker::TrackerError;
@@ -25,6 +25,8 @@ pub enum SendStep {
     Connect,
     /// Agreeing on the protocol.
     Start,
+    /// Comparing devices with the receiver's.
+    Devices,
     /// Describing the VM.
     Config,
     /// Copying guest memory.
@@ -40,6 +42,7 @@ impl fmt::Display for SendStep {
         f.write_str(match self {
             Self::Connect => "connect to the receiver",
             Self::Start => "agree with the receiver on the protocol",
+            Self::Devices => "compare devices with the receiver's",
             Self::Config => "describe VM to the receiver",
             Self::Memory => "copy memory to the receiver",
             Self::State => "hand VM state to the receiver",
@@ -126,6 +129,9 @@ pub enum SendError {
     /// A device failed.
     #[error("Devices cannot be moved")]
     Devices(#[source] Box<DeviceSetError>),
+    /// The receiver has other devices; no page was copied.
+    #[error("Receiver does not have the same devices")]
+    OtherDevices(#[from] IdentityMismatch),
     /// State is larger than it may be; where devices say so themselves, the VM was not stopped for it.
     #[error(
         "State takes {} or more, of which {} in base64 are device state, and the limit is {} (Limits::state_bytes)",

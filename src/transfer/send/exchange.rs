@@ -9,10 +9,12 @@ use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
 use super::payload::StatePayload;
+use crate::device::StreamIdentity;
 use crate::range::GpaRange;
 use crate::transfer::connection::{Connection, ConnectionError, Head, Look};
 use crate::transfer::frame::{
-    Command, FrameError, HEADER_BYTES, RANGE_BYTES, Request, Response, Status, encode_ranges,
+    Command, DEVICE_LIST_LIMIT_BYTES, DeviceFrameError, FrameError, HEADER_BYTES, RANGE_BYTES, Request,
+    Response, Status, decode_devices, encode_ranges,
 };
 use crate::units::Count;
 
@@ -44,10 +46,13 @@ pub enum PeerError {
     /// The answer is none.
     #[error("Receiver answered with something else")]
     Frame(#[from] FrameError),
+    /// What is said of devices is none.
+    #[error("List of devices makes no sense")]
+    Devices(#[from] DeviceFrameError),
     /// The receiver spoke while no request was waiting for its answer: what it says next could answer anything.
     #[error("Receiver answered what was not asked")]
     Unasked,
-    /// The answer claims a payload, which no answer to a source has.
+    /// The answer claims a payload that it cannot have.
     #[error("Receiver's answer claims a payload of {}", Count(.bytes, "byte"))]
     Payload {
         /// What it claims.
@@ -110,15 +115,40 @@ pub(super) fn expect_silence(connection: &mut Connection) -> Result<(), PeerErro
 /// # Errors
 /// [`PeerError::Refused`] is an answer, too; after any other error nobody knows what the receiver did.
 pub(super) fn read_answer(connection: &mut Connection, within: Duration) -> Result<Response, PeerError> {
+    let response = read_response(connection, within)?;
+    match response.length() {
+        0 => Ok(response),
+        bytes => Err(PeerError::Payload { bytes }),
+    }
+}
+
+/// Reads the answer to a Devices: the receiver's devices.
+///
+/// # Errors
+/// As [`read_answer`], or they are too many, or not a list.
+pub(super) fn read_devices_answer(
+    connection: &mut Connection,
+    within: Duration,
+) -> Result<Vec<StreamIdentity>, PeerError> {
+    let bytes = read_response(connection, within)?.length();
+    if bytes > DEVICE_LIST_LIMIT_BYTES {
+        return Err(PeerError::Payload { bytes });
+    }
+    let mut list = Vec::new();
+    connection.read_payload(bytes, &mut list)?;
+    Ok(decode_devices(&list)?)
+}
+
+/// Reads an answer that is no refusal; its payload, if there is one, follows.
+fn read_response(connection: &mut Connection, within: Duration) -> Result<Response, PeerError> {
     let bytes = match connection.await_head::<HEADER_BYTES>(within)? {
         Head::Bytes(bytes) => bytes,
         Head::Silence => return Err(PeerError::Silent { waited: within }),
         Head::End => return Err(PeerError::Closed),
     };
     let response = Response::from_bytes(bytes)?;
-    match (response.status(), response.length()) {
-        (Status::Error, _) => Err(PeerError::Refused),
-        (Status::Ok, 0) => Ok(response),
-        (Status::Ok, bytes) => Err(PeerError::Payload { bytes }),
+    match response.status() {
+        Status::Error => Err(PeerError::Refused),
+        Status::Ok => Ok(response),
     }
 }

@@ -8,6 +8,7 @@
 //! - `logging`: a line for each phase;
 //! - `copier`: passes over memory, chunk by chunk, held back by the rate limit (`rate_limit`) and by the back-pressure of the
 //!   `connections` that carry them, whose workers leave out what the zero-page filter (`zero_filter`) finds;
+//! - `device_streams`: devices' states, read on threads of their own and sent beside memory;
 //! - `meter`: figures (`rates`), never a deed;
 //! - `control`: the first connection, which carries all but the running VM's memory;
 //! - `restorable_vm`, `device_precopy`, `tracking`: the VM, its devices and its dirty pages, each with what sets it back after a
@@ -21,6 +22,7 @@ mod connections;
 mod control;
 mod copier;
 mod device_precopy;
+mod device_streams;
 mod downtime;
 mod error;
 mod exchange;
@@ -29,6 +31,7 @@ mod meter;
 mod options;
 mod payload;
 mod phases;
+mod piece;
 mod pinning;
 mod progress;
 mod rate_limit;

@@ -19,9 +19,10 @@ use super::progress::{Migration, Phase};
 use super::restorable_vm::RestorableVm;
 use super::sent::Sent;
 use super::tracking::Tracking;
-use crate::device::DeviceSet;
+use crate::device::{DeviceSet, compare_identities};
 use crate::precopy::{Decision, Observation, Policy};
 use crate::tracker::Tracker;
+use crate::transfer::frame::Features;
 use crate::units::Bytes;
 use crate::vm::Vm;
 
@@ -96,7 +97,7 @@ impl<'a, V: Vm> Session<'a, V> {
 
     /// The conversation with the receiver, from the first word to the last.
     fn converse(&mut self, control: &mut Control<'_>) -> Result<Sent, SendError> {
-        control.start()?;
+        self.agree(control)?;
         self.describe(control)?;
         self.arm()?;
         self.copy_memory(control)?;
@@ -104,6 +105,19 @@ impl<'a, V: Vm> Session<'a, V> {
         self.copy_rest(control)?;
         self.hand_over(&state, control)?;
         Ok(self.retire())
+    }
+
+    /// Agrees on the protocol, and with a receiver of this crate on streams for the devices' states, if it has the same devices.
+    fn agree(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
+        let own = self.devices.stream_identities();
+        let offered = if own.is_empty() { Features::NONE } else { Features::DEVICE_STREAMS };
+        if !control.start(offered)?.contains(Features::DEVICE_STREAMS) {
+            return Ok(());
+        }
+        compare_identities(&own, &control.devices(&own)?)?;
+        self.devices.begin_streams(&own);
+        self.meter.expect_streams();
+        Ok(())
     }
 
     /// Describes the VM to the receiver, which lays out its memory.
@@ -151,7 +165,10 @@ impl<'a, V: Vm> Session<'a, V> {
         loop {
             self.precopy(copier)?;
             if self.stop()? {
-                copier.round(Pass { vm: &self.vm, tracking: &self.tracking, meter: &mut self.meter })?;
+                let readers = self.devices.final_readers()?;
+                let pass = Pass { vm: &self.vm, tracking: &self.tracking, meter: &mut self.meter };
+                let reads = copier.round(pass, readers)?;
+                self.devices.finish(reads)?;
                 logging::last_round(&self.meter);
                 return Ok(());
             }
@@ -163,7 +180,10 @@ impl<'a, V: Vm> Session<'a, V> {
     fn precopy(&mut self, copier: &mut Copier<'a, V>) -> Result<(), SendError> {
         self.migration.enter(Phase::Precopy);
         loop {
-            copier.round(Pass { vm: &self.vm, tracking: &self.tracking, meter: &mut self.meter })?;
+            let readers = self.devices.readers()?;
+            let pass = Pass { vm: &self.vm, tracking: &self.tracking, meter: &mut self.meter };
+            let reads = copier.round(pass, readers)?;
+            self.devices.finish_round(reads)?;
             let seen = self.take_stock()?;
             if self.options.complete_paused {
                 return Ok(());

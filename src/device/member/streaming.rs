@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One device whose state goes away, or comes in, as a stream of its own.
+
+use std::sync::Arc;
+
+use log::error;
+
+use super::{Device, DeviceFailure};
+use crate::device::identity::StreamIdentity;
+use crate::device::incoming::Incoming;
+use crate::device::outgoing::Outgoing;
+use crate::device::reader::{Piece, StateRead, StateReader, Until};
+use crate::device::saved::streamed_to_snapshot;
+use crate::device::sink::StateSink;
+use crate::device::{DeviceState, SavedStateError};
+use crate::error::Chain;
+
+/// How often a state may be read over without a pause: a device that changes it faster than it is read gains nothing by PRE_COPY.
+const READINGS: u64 = 2;
+
+impl Device {
+    /// Declares the device's firmware: a state streams only into a device with the same.
+    #[must_use]
+    pub fn firmware(mut self, firmware: impl Into<String>) -> Self {
+        self.firmware = firmware.into();
+        self
+    }
+
+    /// Declares the version of the stream that the device's driver writes and reads; 0 unless declared. A state streams only into a device
+    /// with the same.
+    #[must_use]
+    pub fn stream_version(self, stream_version: u32) -> Self {
+        Self { stream_version, ..self }
+    }
+
+    /// Who the device is to the other end of a stream.
+    pub fn stream_identity(&self) -> StreamIdentity {
+        StreamIdentity {
+            name: self.identity.name.clone(),
+            model: self.identity.kind.clone(),
+            firmware: self.firmware.clone(),
+            stream_version: self.stream_version,
+        }
+    }
+
+    /// Whether the device's state goes away as a stream.
+    pub(in crate::device) fn is_streaming(&self) -> bool {
+        self.outgoing.is_some()
+    }
+
+    /// Whether PRE_COPY brings more than it saves.
+    pub(super) fn is_futile(&self) -> bool {
+        self.outgoing.is_some_and(|outgoing| outgoing.is_futile)
+    }
+
+    /// The number of the stream in which the device's state goes away.
+    pub(in crate::device) fn stream_number(&self) -> Option<u16> {
+        self.outgoing.map(|outgoing| outgoing.number)
+    }
+
+    /// Has the state go away as a stream from the next session on.
+    pub(in crate::device) fn begin_streaming(&mut self, number: u16) {
+        let (session, next_index) = (u32::from(self.in_session), 0);
+        self.outgoing = Some(Outgoing { number, session, next_index, told_bytes: None, is_futile: false });
+    }
+
+    /// Has the state go into the Snapshot tree again.
+    pub(in crate::device) fn end_streaming(&mut self) {
+        self.outgoing = None;
+    }
+
+    /// Returns what reads the state on while the device runs; `None` where nothing of it is worth reading now.
+    ///
+    /// What is read goes away while the device runs, so all of it is: read as long as the device changes it slower than it is read.
+    pub(in crate::device) fn precopy_reader(&mut self) -> Result<Option<StateReader>, DeviceFailure> {
+        let Some(outgoing) = self.outgoing.filter(|_| self.in_session) else { return Ok(None) };
+        let state = self.state()?;
+        if state != DeviceState::PreCopy {
+            return if self.in_session { Ok(None) } else { Err(DeviceFailure::SessionLost { state }) };
+        }
+        let budget = match self.unread_in_precopy()? {
+            _ if outgoing.is_futile => self.initial_bytes(),
+            Some(bytes) => bytes,
+            None => u64::MAX,
+        };
+        if budget == 0 {
+            return Ok(None);
+        }
+        Ok(Some(self.reader(outgoing, Until::Pause { budget })))
+    }
+
+    /// Bytes that PRE_COPY has to bring. A device that has none left is asked anew.
+    fn unread_in_precopy(&mut self) -> Result<Option<u64>, DeviceFailure> {
+        let sum = |info: crate::device::PrecopyInfo| info.initial_bytes.saturating_add(info.dirty_bytes);
+        match self.size.precopy().map(sum) {
+            Some(0) | None => Ok(self.ask_precopy()?.map(sum)),
+            told => Ok(told),
+        }
+    }
+
+    /// Returns what reads the stopped device's state to its end; `None` where the state is no stream.
+    pub(in crate::device) fn final_reader(&mut self) -> Result<Option<StateReader>, DeviceFailure> {
+        let Some(outgoing) = self.outgoing else { return Ok(None) };
+        match self.state()? {
+            DeviceState::StopCopy if self.in_session => Ok(Some(self.reader(outgoing, Until::End))),
+            state => Err(DeviceFailure::NotStopped { state }),
+        }
+    }
+
+    fn reader(&self, outgoing: Outgoing, until: Until) -> StateReader {
+        let next = Piece {
+            device: outgoing.number,
+            version: self.stream_version,
+            session: outgoing.session,
+            index: outgoing.next_index,
+            position: self.stream.streamed() as u64,
+            last: false,
+        };
+        StateReader::new(self.io.clone(), until, next)
+    }
+
+    /// Takes in what a reader brought, all of which has arrived.
+    ///
+    /// # Errors
+    /// The device failed, and so what it handed over is worth nothing. In PRE_COPY it was made to run again.
+    pub(in crate::device) fn finish_read(&mut self, read: StateRead) -> Result<(), DeviceFailure> {
+        let Some(outgoing) = self.outgoing.as_mut().filter(|outgoing| outgoing.session == read.session)
+        else {
+            return Ok(());
+        };
+        outgoing.next_index += read.pieces;
+        if let Some(failure) = read.failure {
+            return Err(self.fail_reading(failure.into()));
+        }
+        if read.complete {
+            self.stream.streamed_to_end(read.bytes);
+            self.last_state_bytes = Some(self.state_bytes());
+            return Ok(());
+        }
+        self.stream.streamed_in_precopy(read.bytes, read.drained);
+        self.size.precopy_read(read.bytes);
+        let most = self.last_state_bytes.into_iter().chain(outgoing.told_bytes).max();
+        let since_pause = self.stream.since_pause() as u64;
+        outgoing.is_futile = most.is_some_and(|most| since_pause > most.saturating_mul(READINGS));
+        Ok(())
+    }
+
+    fn fail_reading(&mut self, failure: DeviceFailure) -> DeviceFailure {
+        self.end_session();
+        let stopped = self.io.lock().state().is_ok_and(DeviceState::is_stopped);
+        if !stopped && let Err(second) = self.recover() {
+            error!("Device {:?} is not as it was: {}", self.identity.name, Chain(&second));
+        }
+        failure
+    }
+
+    /// Takes in the size of the whole state as the device told it.
+    pub(super) fn note_told_size(&mut self, bytes: u64) {
+        if let Some(outgoing) = &mut self.outgoing {
+            outgoing.told_bytes.get_or_insert(bytes);
+        }
+    }
+
+    /// Makes the node that stands for the state that went ahead; `None` where it did not.
+    pub(super) fn streamed_snapshot(&self) -> Result<Option<vm_migration::Snapshot>, SavedStateError> {
+        let went_ahead = self.is_streaming() && self.stream.is_complete() && !self.stream.is_taken();
+        let bytes = self.stream.streamed() as u64;
+        went_ahead.then(|| streamed_to_snapshot(bytes)).transpose()
+    }
+
+    /// Readies the stopped device to take a state in as it comes.
+    pub(in crate::device) fn begin_loading(&mut self) -> Result<StateSink, DeviceFailure> {
+        self.go(DeviceState::Resuming)?;
+        let incoming = Arc::new(Incoming::default());
+        self.incoming = Some(Arc::clone(&incoming));
+        let who = (self.identity.name.clone(), self.stream_version);
+        Ok(StateSink::new(who, self.io.clone(), self.capabilities, incoming))
+    }
+
+    /// Whether the device takes a state in as it comes.
+    pub(in crate::device) fn is_loading(&self) -> bool {
+        self.incoming.is_some()
+    }
+
+    /// Checks that the state that came is whole, of `bytes` bytes.
+    pub(in crate::device) fn check_came(&self, bytes: u64) -> Result<(), DeviceFailure> {
+        let came = self.incoming.as_ref().and_then(|incoming| incoming.complete_bytes());
+        match came {
+            Some(came) if came == bytes => Ok(()),
+            _ => {
+                let came_bytes = self.incoming.as_ref().map_or(0, |incoming| incoming.bytes());
+                Err(DeviceFailure::Incomplete { came_bytes, bytes })
+            }
+        }
+    }
+
+    /// Has the device accept the state that came; it is in STOP afterwards.
+    ///
+    /// # Errors
+    /// The state was refused: the device has to be reset.
+    pub(in crate::device) fn accept_came(&mut self) -> Result<(), DeviceFailure> {
+        self.go(DeviceState::Stop)?;
+        if let Some(incoming) = self.incoming.take() {
+            self.was_reset |= incoming.was_reset();
+            self.last_state_bytes = Some(incoming.bytes());
+        }
+        Ok(())
+    }
+
+    /// Ends that the device takes a state in as it comes.
+    pub(in crate::device) fn end_loading(&mut self) {
+        self.incoming = None;
+    }
+}

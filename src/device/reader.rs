@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Reads one device's state piece by piece, on a thread of its own, for whoever sends it away.
+
+use std::time::{Duration, Instant};
+
+use super::pace::{LEAST_BYTES_PER_SECOND, PATIENCE, Pace};
+use super::shared::SharedIo;
+use super::{DataRead, StreamError};
+
+/// How long a device in PRE_COPY is read in one turn; then memory has its turn, and the device goes on in the next one.
+const TURN: Duration = Duration::from_millis(250);
+
+/// How far a reader goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Until {
+    /// In PRE_COPY: to the next pause, or as far as it comes in one turn, but no more than so many bytes.
+    Pause { budget: u64 },
+    /// In STOP_COPY: to the end.
+    End,
+}
+
+/// Where a piece of a device's state belongs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Piece {
+    /// Which of the devices it is of.
+    pub(crate) device: u16,
+    /// The version of the device's stream.
+    pub(crate) version: u32,
+    /// Which of the device's saving sessions it comes from, from 1.
+    pub(crate) session: u32,
+    /// Which of the session's pieces it is, from 0.
+    pub(crate) index: u64,
+    /// Bytes of the session before it.
+    pub(crate) position: u64,
+    /// Whether it is the last one.
+    pub(crate) last: bool,
+}
+
+/// What a turn of reading brought.
+#[derive(Debug)]
+pub(crate) struct StateRead {
+    pub(super) device: u16,
+    pub(super) session: u32,
+    pub(super) pieces: u64,
+    pub(super) bytes: u64,
+    /// Whether the device has no more for now.
+    pub(super) drained: bool,
+    /// Whether the state is complete.
+    pub(super) complete: bool,
+    pub(super) failure: Option<StreamError>,
+    pub(crate) took: Duration,
+}
+
+impl StateRead {
+    /// Bytes read.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+/// Reads one device's state for one turn.
+pub(crate) struct StateReader {
+    io: SharedIo,
+    until: Until,
+    next: Piece,
+    read: StateRead,
+    begun: Instant,
+    pace: Pace,
+}
+
+impl StateReader {
+    pub(super) fn new(io: SharedIo, until: Until, next: Piece) -> Self {
+        let (begun, Piece { device, session, .. }) = (Instant::now(), next);
+        let read = StateRead {
+            device,
+            session,
+            pieces: 0,
+            bytes: 0,
+            drained: false,
+            complete: false,
+            failure: None,
+            took: Duration::ZERO,
+        };
+        Self { io, until, next, read, begun, pace: Pace::new(PATIENCE, begun) }
+    }
+
+    /// The device's number.
+    pub(crate) fn device(&self) -> u16 {
+        self.next.device
+    }
+
+    /// The index of the piece that comes next.
+    pub(crate) fn next_index(&self) -> u64 {
+        self.next.index
+    }
+
+    /// Appends up to `most` bytes, the next piece, to `buffer`; `None` at the end of the turn.
+    pub(crate) fn read(&mut self, buffer: &mut Vec<u8>, most: usize) -> Option<Piece> {
+        if self.is_over() {
+            return None;
+        }
+        let begin = buffer.len();
+        let most = usize::try_from(self.left()).unwrap_or(usize::MAX).min(most);
+        buffer.resize(begin + most, 0);
+        let filled = self.fill(&mut buffer[begin..]);
+        let filled = filled.unwrap_or_else(|failure| {
+            self.read.failure = Some(failure);
+            0
+        });
+        buffer.truncate(begin + filled);
+        if self.read.failure.is_some() || (filled == 0 && !self.read.complete) {
+            return None;
+        }
+        let piece = Piece { last: self.read.complete, ..self.next };
+        self.next.index += 1;
+        self.next.position += filled as u64;
+        self.read.pieces += 1;
+        Some(piece)
+    }
+
+    /// Ends the turn, whether all was read or not.
+    pub(crate) fn end(mut self) -> StateRead {
+        self.read.took = self.begun.elapsed();
+        let crawls = self.read.took >= TURN && (self.read.bytes as f64) < self.least_bytes();
+        // A device in PRE_COPY that hands out its state in crumbs counts as one that has no more for now.
+        self.read.drained |= crawls && self.until != Until::End;
+        self.read
+    }
+
+    fn least_bytes(&self) -> f64 {
+        self.read.took.as_secs_f64() * LEAST_BYTES_PER_SECOND as f64
+    }
+
+    fn is_over(&self) -> bool {
+        let StateRead { drained, complete, failure, .. } = &self.read;
+        let turn_is_over = self.until != Until::End && self.begun.elapsed() >= TURN;
+        *drained || *complete || failure.is_some() || self.left() == 0 || turn_is_over
+    }
+
+    fn left(&self) -> u64 {
+        match self.until {
+            Until::Pause { budget } => budget - self.read.bytes,
+            Until::End => u64::MAX,
+        }
+    }
+
+    /// Reads until `room` is full or the device has no more, and returns how much came.
+    fn fill(&mut self, room: &mut [u8]) -> Result<usize, StreamError> {
+        let mut filled = 0;
+        while filled < room.len() && !self.is_over() {
+            let read_bytes = usize::try_from(self.next.position).unwrap_or(usize::MAX).saturating_add(filled);
+            let room = &mut room[filled..];
+            let read = self.io.lock().read_data(room);
+            match read.map_err(|source| StreamError::Read { read_bytes, source })? {
+                DataRead::Bytes(count) if count == 0 || count > room.len() => {
+                    return Err(StreamError::Miscounted { claimed_bytes: count, offered_bytes: room.len() });
+                }
+                DataRead::Bytes(count) => {
+                    filled += count;
+                    self.read.bytes += count as u64;
+                    if self.until == Until::End && !self.pace.keeps_up(count, Instant::now()) {
+                        return Err(StreamError::Slow { moved_bytes: read_bytes, patience: PATIENCE });
+                    }
+                }
+                DataRead::NothingNow if self.until == Until::End => {
+                    return Err(StreamError::Pause { read_bytes });
+                }
+                DataRead::End if self.until != Until::End => {
+                    return Err(StreamError::EarlyEnd { read_bytes });
+                }
+                DataRead::NothingNow => self.read.drained = true,
+                DataRead::End => self.read.complete = true,
+            }
+        }
+        Ok(filled)
+    }
+}

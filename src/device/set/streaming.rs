@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! All devices of a VM whose states go from one end to the other as streams, several at a time, ahead of the Snapshot tree.
+
+use super::{Attempt, DeviceSet, DeviceSetError, Phase, failed};
+use crate::device::DeviceState;
+use crate::device::identity::StreamIdentity;
+use crate::device::member::Device;
+use crate::device::reader::{StateRead, StateReader};
+use crate::device::sink::StateSink;
+
+impl DeviceSet {
+    /// Who the devices are to the other end of their streams, in the order in which they were given.
+    pub fn stream_identities(&self) -> Vec<StreamIdentity> {
+        self.devices.iter().map(Device::stream_identity).collect()
+    }
+
+    /// Has the states of the devices that are `listed` go away as streams; each device's number is its place in the list.
+    pub(crate) fn begin_streaming(&mut self, listed: &[StreamIdentity]) {
+        for device in &mut self.devices {
+            let number = (0..).zip(listed).find(|(_, listed)| listed.name == device.identity().name);
+            if let Some((number, _)) = number {
+                device.begin_streaming(number);
+            }
+        }
+    }
+
+    /// Has all states go into the Snapshot tree again.
+    pub(crate) fn end_streaming(&mut self) {
+        self.devices.iter_mut().for_each(Device::end_streaming);
+    }
+
+    /// Returns what reads the running devices' states on, each on a thread of its own; none where nothing is worth reading now.
+    ///
+    /// # Errors
+    /// A device failed, or something else moved it: its whole state follows in STOP_COPY, and the next call goes on with the others.
+    pub(crate) fn precopy_readers(&mut self) -> Result<Vec<StateReader>, DeviceSetError> {
+        if self.phase != Phase::Running {
+            return Ok(Vec::new());
+        }
+        let readers = self.devices.iter_mut().map(|device| {
+            let reader = device.precopy_reader();
+            reader.map_err(failed(device, Attempt::Precopy)).transpose()
+        });
+        readers.flatten().collect()
+    }
+
+    /// Returns what reads the states of the stopped devices to their ends, each on a thread of its own.
+    ///
+    /// # Errors
+    /// A device failed, or is not stopped.
+    pub(crate) fn final_readers(&mut self) -> Result<Vec<StateReader>, DeviceSetError> {
+        let readers = self.devices.iter_mut().map(|device| {
+            let reader = device.final_reader();
+            reader.map_err(failed(device, Attempt::Save)).transpose()
+        });
+        readers.flatten().collect()
+    }
+
+    /// Takes in what the reader of a device brought, all of which has arrived.
+    ///
+    /// # Errors
+    /// The device failed, and what it handed over in this session is worth nothing.
+    pub(crate) fn finish_read(&mut self, read: StateRead) -> Result<(), DeviceSetError> {
+        let number = read.device;
+        let attempt = if self.phase == Phase::Running { Attempt::Precopy } else { Attempt::Save };
+        let device = self.devices.iter_mut().find(|device| device.stream_number() == Some(number));
+        // Unplugged meanwhile.
+        let Some(device) = device else { return Ok(()) };
+        device.finish_read(read).map_err(failed(device, attempt))
+    }
+
+    /// Readies all devices of a VM that does not run to take their states in as they come.
+    ///
+    /// # Errors
+    /// A device failed; all that had been readied were reset.
+    pub(crate) fn begin_loading(&mut self) -> Result<Vec<StateSink>, DeviceSetError> {
+        self.each(Attempt::Load, Device::prepare_to_load)?;
+        let stopped = self.try_stop(DeviceState::Stop);
+        self.or_run_on(stopped)?;
+        self.phase = Phase::Loaded;
+        let sinks = self.devices.iter_mut().map(|device| {
+            let sink = device.begin_loading();
+            sink.map_err(failed(device, Attempt::Load))
+        });
+        let sinks: Result<Vec<_>, _> = sinks.collect();
+        sinks.inspect_err(|_| self.abandon_loading())
+    }
+
+    /// Drops what came of the devices' states, unless all of it was loaded: resets every device that takes some in.
+    pub(crate) fn abandon_loading(&mut self) {
+        for device in self.devices.iter_mut().filter(|device| device.is_loading()) {
+            device.end_loading();
+            device.discard_loaded();
+            self.phase = Phase::Stopped;
+        }
+    }
+
+    /// Whether states come in.
+    pub(super) fn is_loading(&self) -> bool {
+        self.devices.iter().any(Device::is_loading)
+    }
+}

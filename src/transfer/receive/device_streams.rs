@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The states of devices as they come: pieces on any connection, in any order, written to each device in order.
+//!
+//! A piece that comes before its turn waits in a queue, which is bounded in pieces and in bytes: a source sends none that is
+//! further ahead. Pieces of several devices are written at the same time, those of one device one after the other.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::error::ReceiveError;
+use super::piece_error::PieceError;
+use crate::device::{DeviceFailure, DeviceSet, Piece, StateSink, StreamError, StreamIdentity};
+use crate::sync::lock;
+use crate::transfer::frame::PIECE_HEAD_BYTES;
+use crate::transfer::limits::{Limits, PIECES_AHEAD};
+
+/// A piece's bytes, its head before them, until its turn comes.
+struct Waiting {
+    payload: Vec<u8>,
+    position: u64,
+    last: bool,
+}
+
+/// One device's state.
+struct Stream {
+    sink: StateSink,
+    session: u32,
+    /// The piece whose turn it is.
+    next: u64,
+    waiting: BTreeMap<u64, Waiting>,
+    complete: bool,
+}
+
+/// The states of all devices, for every connection.
+pub(super) struct DeviceStreams {
+    set: Arc<Mutex<DeviceSet>>,
+    /// By the numbers the source gave them.
+    streams: Vec<Mutex<Stream>>,
+    queued_bytes: AtomicU64,
+    limit_bytes: u64,
+}
+
+impl DeviceStreams {
+    /// Readies the devices of `set`, which the source lists as `listed`, to take their states in.
+    ///
+    /// # Errors
+    /// A device fails; none is left in a session.
+    pub(super) fn begin(
+        set: Arc<Mutex<DeviceSet>>,
+        listed: &[StreamIdentity],
+        limits: &Limits,
+    ) -> Result<Self, ReceiveError> {
+        let sinks = lock(&set).begin_loading();
+        let sinks = sinks.map_err(|source| ReceiveError::Devices { source: source.into() })?;
+        let number = |sink: &StateSink| listed.iter().position(|device| device.name == sink.name());
+        let mut streams: Vec<_> = sinks.into_iter().map(|sink| (number(&sink), Stream::new(sink))).collect();
+        streams.sort_by_key(|&(number, _)| number);
+        let streams = streams.into_iter().map(|(_, stream)| Mutex::new(stream)).collect();
+        let (queued_bytes, limit_bytes) = (AtomicU64::new(0), limits.device_queue_bytes);
+        Ok(Self { set, streams, queued_bytes, limit_bytes })
+    }
+
+    /// Takes a piece in, whose bytes follow its head in `payload`; that buffer is taken away only where the piece has to wait.
+    ///
+    /// # Errors
+    /// It is not a piece that can come now, or the device refuses it.
+    pub(super) fn take(&self, piece: Piece, payload: &mut Vec<u8>) -> Result<(), ReceiveError> {
+        let missing = PieceError::NoSuchDevice { device: piece.device, devices: self.streams.len() };
+        let stream = self.streams.get(usize::from(piece.device)).ok_or(missing)?;
+        let mut stream = lock(stream);
+        stream.check(piece)?;
+        if piece.session > stream.session {
+            self.count_out(stream.begin_session(piece.session)?);
+        }
+        if piece.index > stream.next {
+            return self.queue(piece, payload, &mut stream);
+        }
+        stream.write(piece.index, piece.position, piece.last, &payload[PIECE_HEAD_BYTES..])?;
+        while let Some(waiting) = stream.take_next() {
+            self.count_out(waiting.payload.len() as u64);
+            let Waiting { payload, position, last } = &waiting;
+            let index = stream.next;
+            stream.write(index, *position, *last, &payload[PIECE_HEAD_BYTES..])?;
+        }
+        Ok(())
+    }
+
+    fn queue(&self, piece: Piece, payload: &mut Vec<u8>, stream: &mut Stream) -> Result<(), ReceiveError> {
+        let bytes = payload.len() as u64;
+        let queued = self.queued_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if queued > self.limit_bytes {
+            return Err(PieceError::QueueFull { limit_bytes: self.limit_bytes }.into());
+        }
+        let Piece { index, position, last, .. } = piece;
+        stream.waiting.insert(index, Waiting { payload: std::mem::take(payload), position, last });
+        Ok(())
+    }
+
+    fn count_out(&self, bytes: u64) {
+        self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Checks, once no piece is under way, that every state that began to come is whole; returns the bytes of all.
+    ///
+    /// # Errors
+    /// A piece never came.
+    pub(super) fn finish(&self) -> Result<u64, ReceiveError> {
+        let bytes = self.streams.iter().map(|stream| {
+            let stream = lock(stream);
+            match stream.complete || stream.session == 0 {
+                true => Ok(stream.sink.bytes()),
+                false => {
+                    Err(PieceError::Missing { name: stream.sink.name().to_owned(), next: stream.next }.into())
+                }
+            }
+        });
+        bytes.sum()
+    }
+
+    /// Drops what came, unless all of it was loaded. No piece is under way any more.
+    pub(super) fn abandon(&self) {
+        lock(&self.set).abandon_loading();
+    }
+}
+
+impl Stream {
+    fn new(sink: StateSink) -> Self {
+        Self { sink, session: 0, next: 0, waiting: BTreeMap::new(), complete: false }
+    }
+
+    /// Checks that a piece can come now.
+    fn check(&self, piece: Piece) -> Result<(), PieceError> {
+        let (name, index) = (|| self.sink.name().to_owned(), piece.index);
+        if piece.version != self.sink.version() {
+            let (version, expected) = (piece.version, self.sink.version());
+            return Err(PieceError::Version { name: name(), version, expected });
+        }
+        if piece.session < self.session || piece.session == 0 {
+            return Err(PieceError::OldSession { name: name(), session: piece.session, now: self.session });
+        }
+        let next = if piece.session > self.session { 0 } else { self.next };
+        if piece.session == self.session && (index < next || self.waiting.contains_key(&index)) {
+            return Err(PieceError::Twice { name: name(), index });
+        }
+        if piece.session == self.session && self.complete {
+            return Err(PieceError::AfterEnd { name: name(), index });
+        }
+        if index - next > PIECES_AHEAD {
+            return Err(PieceError::TooFarAhead { name: name(), index, next });
+        }
+        Ok(())
+    }
+
+    /// Begins another session, and returns the bytes that wait no longer.
+    fn begin_session(&mut self, session: u32) -> Result<u64, ReceiveError> {
+        let dropped = std::mem::take(&mut self.waiting);
+        if self.session > 0 {
+            self.sink.begin_anew().map_err(|source| self.failed(source))?;
+        }
+        (self.session, self.next, self.complete) = (session, 0, false);
+        Ok(dropped.values().map(|waiting| waiting.payload.len() as u64).sum())
+    }
+
+    fn take_next(&mut self) -> Option<Waiting> {
+        self.waiting.remove(&self.next)
+    }
+
+    fn write(&mut self, index: u64, position: u64, last: bool, data: &[u8]) -> Result<(), ReceiveError> {
+        let (name, expected) = (|| self.sink.name().to_owned(), self.sink.bytes());
+        if position != expected {
+            return Err(PieceError::Position { name: name(), index, position, expected }.into());
+        }
+        if self.complete {
+            return Err(PieceError::AfterEnd { name: name(), index }.into());
+        }
+        let written = self.sink.write(data);
+        written.map_err(|source: StreamError| self.failed(source.into()))?;
+        self.next += 1;
+        if last {
+            self.complete = true;
+            self.sink.complete();
+        }
+        Ok(())
+    }
+
+    fn failed(&self, source: DeviceFailure) -> ReceiveError {
+        ReceiveError::DeviceState { name: self.sink.name().to_owned(), source: source.into() }
+    }
+}

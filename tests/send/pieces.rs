@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Pieces of device state as a source sends them that is broken, or hostile, in bytes spelled out here.
+
+use std::error::Error;
+use std::io::{Read, Write};
+use std::iter::successors;
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use vfio_migration::device::{Device, DeviceState};
+use vfio_migration::transfer::connection::Connection;
+use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver};
+
+use crate::streams::{Taker, Vmm};
+
+const DEVICES: u16 = 0x8001;
+const DEVICE_STATE: u16 = 0x8002;
+
+/// One piece, as it should be.
+#[derive(Clone)]
+struct Piece {
+    device: u16,
+    session: u32,
+    index: u64,
+    position: u64,
+    version: u32,
+    last: bool,
+    data: &'static [u8],
+}
+
+/// Three pieces of four bytes and the end of them.
+fn pieces() -> Vec<Piece> {
+    let piece = |(index, data)| Piece {
+        device: 0,
+        session: 1,
+        index,
+        position: 4 * index,
+        version: 3,
+        last: index == 2,
+        data,
+    };
+    [(0, b"abcd".as_slice()), (1, b"efgh"), (2, b"ijkl")].map(piece).to_vec()
+}
+
+fn payload(piece: &Piece) -> Vec<u8> {
+    let mut head = Vec::new();
+    head.extend(piece.device.to_le_bytes());
+    head.extend(u16::from(piece.last).to_le_bytes());
+    head.extend(piece.session.to_le_bytes());
+    head.extend(piece.index.to_le_bytes());
+    head.extend(piece.position.to_le_bytes());
+    head.extend(piece.version.to_le_bytes());
+    let checksum = crc32c::crc32c(&[&head, piece.data].concat());
+    head.extend(checksum.to_le_bytes());
+    [&head, piece.data].concat()
+}
+
+fn message(command: u16, payload: &[u8]) -> Vec<u8> {
+    [&command.to_le_bytes()[..], &[0; 6], &(payload.len() as u64).to_le_bytes(), payload].concat()
+}
+
+/// The two devices a destination has, as a list.
+fn list() -> Vec<u8> {
+    let device = |name: &[u8]| {
+        let head = [3, 0, 0, 0, 4, 0, 4, 0, 0, 0, 0, 0];
+        [&head, name, b"fake"].concat()
+    };
+    [&[1, 0, 2, 0, 0, 0, 0, 0][..], &device(b"dev0"), &device(b"dev1")].concat()
+}
+
+/// What a source says after Start and Devices, each answered but the last.
+fn receive(
+    offers: bool,
+    said: Vec<Vec<u8>>,
+    limits: Limits,
+) -> (Result<Received, ReceiveError>, [Taker; 2], Vec<u16>) {
+    let takers = [Taker::new(), Taker::new()];
+    let device = |index: usize| {
+        let io = Box::new(takers[index].clone());
+        Device::new(format!("dev{index}"), io).kind("fake").stream_version(3)
+    };
+    let mut vmm = Vmm::new(vec![device(1), device(0)]);
+    let (near, mut far) = UnixStream::pair().unwrap();
+    let connection = Connection::from_unix(near, &limits).unwrap();
+    let (received, answers) = thread::scope(|scope| {
+        let source = scope.spawn(move || {
+            let magic = if offers { [0, 0, b'v', b'M', 1, 0] } else { [0; 6] };
+            far.write_all(&[&[1, 0][..], &magic, &[0; 8]].concat()).unwrap();
+            let mut answer = [0; 16];
+            far.read_exact(&mut answer).unwrap();
+            if offers {
+                assert_eq!(answer, [1, 0, b'v', b'M', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+                far.write_all(&message(DEVICES, &list())).unwrap();
+                far.read_exact(&mut answer).unwrap();
+                let mut theirs = vec![0; usize::from(answer[8])];
+                far.read_exact(&mut theirs).unwrap();
+                assert_eq!(theirs.len(), list().len());
+            }
+            let mut answers = Vec::new();
+            for message in said {
+                let _refused_before = far.write_all(&message);
+                if far.read_exact(&mut answer).is_err() {
+                    break;
+                }
+                answers.push(u16::from(answer[0]));
+            }
+            answers
+        });
+        let received = Receiver::new(limits, None).receive_from(connection, &mut vmm);
+        (received, source.join().unwrap())
+    });
+    (received, takers, answers)
+}
+
+fn config() -> Vec<u8> {
+    message(2, b"{}")
+}
+
+/// State and Complete of a VM whose devices' states went ahead.
+fn end(bytes: u64) -> [Vec<u8>; 2] {
+    let text = format!(r#"{{\"bytes\":{bytes}}}"#);
+    let leaf = format!(r#"{{"snapshots":{{}},"snapshot_data":{{"state":"{text}"}}}}"#);
+    let device = format!(r#"{{"snapshots":{{"vfio_migration_streamed":{leaf}}}}}"#);
+    let tree =
+        format!(r#"{{"snapshots":{{"devices":{{"snapshots":{{"dev0":{device},"dev1":{device}}}}}}}}}"#);
+    [message(3, tree.as_bytes()), message(5, b"")]
+}
+
+/// All of a VM, its second device's pieces as they should be and its first device's as `first` has them.
+fn conversation(first: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+    let of_second = |piece: Piece| message(DEVICE_STATE, &payload(&Piece { device: 1, ..piece }));
+    let mut said = vec![config()];
+    said.extend(pieces().into_iter().map(of_second));
+    said.extend(first);
+    said.extend(end(12));
+    said
+}
+
+fn state_messages(pieces: impl IntoIterator<Item = Piece>) -> Vec<Vec<u8>> {
+    pieces.into_iter().map(|piece| message(DEVICE_STATE, &payload(&piece))).collect()
+}
+
+fn text_of(error: &dyn Error) -> String {
+    let causes = successors(Some(error), |&error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// Checks that pieces are refused with these words, and that no device keeps any of a state.
+fn assert_refused(first: Vec<Vec<u8>>, words: &str) {
+    assert_refused_within(Limits::default(), first, words);
+}
+
+fn assert_refused_within(limits: Limits, first: Vec<Vec<u8>>, words: &str) {
+    let (received, takers, answers) = receive(true, conversation(first), limits);
+    let error = received.unwrap_err();
+    assert!(text_of(&error).contains(words), "{words}: {}", text_of(&error));
+    assert_eq!(answers.last(), Some(&2), "the source hears of it");
+    for taker in takers {
+        let taken = taker.look();
+        assert_eq!((taken.state, taken.loaded.as_ref()), (Some(DeviceState::Running), None));
+        assert_eq!(taken.resets, 1, "it was reset");
+    }
+}
+
+#[test]
+fn c35_pieces_in_any_order_are_written_in_theirs() {
+    for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+        let mixed = order.map(|index: usize| pieces()[index].clone());
+        let (received, takers, _) = receive(true, conversation(state_messages(mixed)), Limits::default());
+        assert_eq!(received.unwrap().device_bytes, 24);
+        for taker in takers {
+            let taken = taker.look();
+            assert_eq!(taken.loaded.as_deref(), Some(b"abcdefghijkl".as_slice()));
+            assert_eq!((taken.state, taken.resets), (Some(DeviceState::Stop), 0));
+        }
+    }
+}
+
+#[test]
+fn pieces_dropped_doubled_too_far_ahead_or_after_the_end_are_refused() {
+    let [a, b, c] = <[Piece; 3]>::try_from(pieces()).ok().unwrap();
+    let refused = |pieces: &[&Piece], words| {
+        assert_refused(state_messages(pieces.iter().map(|&piece| piece.clone())), words);
+    };
+    refused(&[&a, &c], "Piece 1 of device \"dev0\" never came");
+    refused(&[&a, &b], "Piece 2 of device \"dev0\" never came");
+    refused(&[&a, &a], "Piece 0 of device \"dev0\" came twice");
+    refused(&[&b, &b], "Piece 1 of device \"dev0\" came twice");
+    refused(
+        &[&Piece { index: 17, ..a.clone() }],
+        "Piece 17 of device \"dev0\" came while piece 0 is missing",
+    );
+    refused(&[&Piece { index: u64::MAX, ..a.clone() }], "while piece 0 is missing");
+    refused(&[&a, &b, &c, &Piece { index: 3, ..c.clone() }], "follows its last one");
+    let early_end = Piece { last: true, ..a.clone() };
+    refused(&[&b, &early_end], "Piece 1 of device \"dev0\" follows its last one");
+}
+
+#[test]
+fn pieces_of_another_device_version_session_or_place_are_refused() {
+    let [a, b, _] = <[Piece; 3]>::try_from(pieces()).ok().unwrap();
+    let refused = |pieces: &[Piece], words| assert_refused(state_messages(pieces.iter().cloned()), words);
+    refused(&[Piece { device: 2, ..a.clone() }], "Piece is of device 2, and 2 devices listed");
+    refused(&[Piece { device: 1, ..a.clone() }], "Piece 0 of device \"dev1\" came twice");
+    refused(&[Piece { version: 4, ..a.clone() }], "has stream version 4 and should have 3");
+    refused(&[Piece { session: 0, ..a.clone() }], "is of session 0");
+    refused(&[a.clone(), Piece { position: 5, ..b.clone() }], "begins at byte 5, and 4 bytes came before it");
+}
+
+#[test]
+fn pieces_cut_flipped_or_too_long_are_refused() {
+    let whole = payload(&pieces()[0]);
+    let refused = |payload: &[u8], words| assert_refused(vec![message(DEVICE_STATE, payload)], words);
+    refused(&whole[..31], "has 31 bytes, fewer than its head of 32");
+    refused(&whole[..35], "has checksum");
+    for at in [0, 5, 9, 17, 25, 29, 33] {
+        let mut flipped = whole.clone();
+        flipped[at] ^= 0x10;
+        refused(&flipped, "and should have");
+    }
+    let limits = Limits { device_piece_bytes: 3, ..Limits::default() };
+    let text = "DeviceState announces 36 bytes, more than the limit device_piece_bytes = 35";
+    let (received, ..) = receive(true, conversation(vec![]), limits);
+    assert!(text_of(&received.unwrap_err()).contains(text));
+}
+
+#[test]
+fn pieces_that_wait_are_bounded_in_bytes() {
+    let waiting = state_messages((1..10).map(|index| Piece { index, ..pieces()[0].clone() }));
+    let limits = Limits { device_queue_bytes: 4 * 36, ..Limits::default() };
+    assert_refused_within(limits, waiting, "more than 144 bytes (Limits::device_queue_bytes)");
+}
+
+#[test]
+fn another_session_begins_the_device_anew() {
+    let [a, b, _] = <[Piece; 3]>::try_from(pieces()).ok().unwrap();
+    // Pieces 0 and 2 of the first session, one of them in the queue.
+    let mut first = vec![a, Piece { index: 2, position: 8, ..b }];
+    first.extend(pieces().into_iter().rev().map(|piece| Piece { session: 3, ..piece }));
+    let (received, takers, _) = receive(true, conversation(state_messages(first)), Limits::default());
+    received.unwrap();
+    let taken = takers[0].look();
+    assert_eq!((taken.loaded.as_deref(), taken.resets), (Some(b"abcdefghijkl".as_slice()), 1));
+    let mut old = state_messages([Piece { session: 2, ..pieces()[0].clone() }]);
+    old.extend(state_messages([pieces()[1].clone()]));
+    assert_refused(old, "is of session 1, and session 2 has begun");
+}
+
+#[test]
+fn states_that_are_not_as_long_as_state_says_are_refused() {
+    let mut said = conversation(state_messages(pieces()));
+    said.truncate(said.len() - 2);
+    said.extend(end(13));
+    let (received, ..) = receive(true, said, Limits::default());
+    let text = text_of(&received.unwrap_err());
+    assert!(text.contains("State of 13 bytes was to come ahead, and 12 came"), "{text}");
+}
+
+#[test]
+fn a_plain_source_has_no_pieces() {
+    let said = [vec![config()], state_messages(pieces())].concat();
+    let (received, takers, answers) = receive(false, said, Limits::default());
+    assert_eq!(text_of(&received.unwrap_err()), "DeviceState came after Config");
+    assert_eq!(answers, [1, 2]);
+    assert!(takers[0].look().moves.is_empty(), "the device was not touched");
+}
+
+#[test]
+fn a_device_that_refuses_its_state_ends_the_migration_and_all_are_reset() {
+    let (received, takers, answers) = {
+        let said = conversation(state_messages(pieces()));
+        // The first device is the second to be written.
+        crate::streams::refuse_beyond(5, || receive(true, said, Limits::default()))
+    };
+    let text = text_of(&received.unwrap_err());
+    assert!(text.contains("cannot take its state in"), "{text}");
+    assert_eq!(answers.last(), Some(&2));
+    assert!(takers.iter().all(|taker| taker.look().state == Some(DeviceState::Running)));
+}

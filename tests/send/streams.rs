@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Devices' states as streams, from our sender to our receiver.
+
+use std::cell::Cell;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+
+use vfio_migration::device::{
+    Capabilities, DataRead, Device, DeviceError, DeviceIo, DeviceOperation, DeviceSet, DeviceState,
+    IdentityMismatch, PrecopyInfo,
+};
+use vfio_migration::migratable::MigratableDevice;
+use vfio_migration::tracker::Tracker;
+use vfio_migration::transfer::connection::Listener;
+use vfio_migration::transfer::limits::{ConnectionCount, Limits};
+use vfio_migration::transfer::receive::{
+    Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
+};
+use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+use vfio_migration::vm::VmError;
+use vm_migration::Snapshot;
+
+use crate::both_ends::loopback;
+use crate::log_of;
+use crate::vm::{FakeDevice, FakeVm, Machine, Memory, PAGES, empty_memory, read_page};
+
+const MIB: usize = 1 << 20;
+
+/// What a destination's device has been through.
+#[derive(Default)]
+pub(crate) struct Taken {
+    pub(crate) state: Option<DeviceState>,
+    written: Vec<u8>,
+    /// What it accepted.
+    pub(crate) loaded: Option<Vec<u8>>,
+    pub(crate) moves: Vec<DeviceState>,
+    pub(crate) resets: u32,
+    largest_write: usize,
+    /// Refuses what would make it more than so many bytes.
+    refuse_beyond: Option<usize>,
+}
+
+/// A device that takes a state in.
+#[derive(Clone)]
+pub(crate) struct Taker(Arc<Mutex<Taken>>);
+
+thread_local! {
+    static REFUSE_BEYOND: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Makes devices that refuse what would make their states more than so many bytes.
+pub(crate) fn refuse_beyond<T>(bytes: usize, make: impl FnOnce() -> T) -> T {
+    REFUSE_BEYOND.set(Some(bytes));
+    let made = make();
+    REFUSE_BEYOND.set(None);
+    made
+}
+
+impl Taker {
+    pub(crate) fn new() -> Self {
+        let refuse_beyond = REFUSE_BEYOND.get();
+        let state = Some(DeviceState::Running);
+        Self(Arc::new(Mutex::new(Taken { state, refuse_beyond, ..Taken::default() })))
+    }
+
+    pub(crate) fn look(&self) -> MutexGuard<'_, Taken> {
+        self.0.lock().unwrap()
+    }
+}
+
+impl DeviceIo for Taker {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { p2p: true, pre_copy: true }
+    }
+
+    fn state(&mut self) -> Result<DeviceState, DeviceError> {
+        Ok(self.0.lock().unwrap().state.unwrap())
+    }
+
+    fn set_state(&mut self, state: DeviceState) -> Result<(), DeviceError> {
+        let mut taken = self.0.lock().unwrap();
+        if taken.state == Some(DeviceState::Resuming) && state == DeviceState::Stop {
+            taken.loaded = Some(taken.written.clone());
+        }
+        if state == DeviceState::Resuming {
+            taken.written.clear();
+        }
+        taken.state = Some(state);
+        taken.moves.push(state);
+        Ok(())
+    }
+
+    fn read_data(&mut self, _buffer: &mut [u8]) -> Result<DataRead, DeviceError> {
+        unreachable!("a destination's device hands out nothing")
+    }
+
+    fn write_data(&mut self, data: &[u8]) -> Result<(), DeviceError> {
+        let mut taken = self.0.lock().unwrap();
+        assert_eq!(taken.state, Some(DeviceState::Resuming));
+        if taken.refuse_beyond.is_some_and(|most| taken.written.len() + data.len() > most) {
+            return Err(DeviceError::new(DeviceOperation::WriteData, "scripted to refuse"));
+        }
+        taken.written.extend(data);
+        taken.largest_write = taken.largest_write.max(data.len());
+        Ok(())
+    }
+
+    fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
+        Ok(None)
+    }
+
+    fn data_size(&mut self) -> Result<Option<u64>, DeviceError> {
+        Ok(None)
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        let mut taken = self.0.lock().unwrap();
+        taken.state = Some(DeviceState::Running);
+        taken.written.clear();
+        taken.loaded = None;
+        taken.resets += 1;
+        Ok(())
+    }
+}
+
+/// A VMM whose devices are there from the start.
+pub(crate) struct Vmm {
+    memory: Arc<Memory>,
+    devices: MigratableDevice,
+    /// Whether states may come as streams.
+    streams: bool,
+}
+
+impl Vmm {
+    pub(crate) fn new(devices: Vec<Device>) -> Self {
+        let memory = Arc::new(empty_memory());
+        let layout = vfio_migration::layout::Layout::from_guest_memory(&*memory).unwrap();
+        let tracker = Arc::new(Mutex::new(Tracker::builder(layout).build().unwrap()));
+        let devices = Arc::new(Mutex::new(DeviceSet::new(devices).unwrap()));
+        Self { memory, devices: MigratableDevice::new("devices", tracker, devices), streams: true }
+    }
+
+    fn assert_equals(&self, vm: &FakeVm) {
+        let wrong = (0..PAGES).filter(|&page| read_page(&self.memory, page) != vm.page(page));
+        assert_eq!(wrong.collect::<Vec<_>>(), Vec::<u64>::new(), "pages that differ");
+    }
+}
+
+impl Destination for Vmm {
+    fn device_streams(&mut self) -> Option<Arc<Mutex<DeviceSet>>> {
+        self.streams.then(|| Arc::clone(self.devices.devices()))
+    }
+
+    fn config(&mut self, _json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
+        Ok(Arc::new(GuestPages::new(Arc::clone(&self.memory))?))
+    }
+
+    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
+        let tree: Snapshot = serde_json::from_slice(&json)?;
+        Ok(self.devices.restore(&tree.snapshots["devices"])?)
+    }
+
+    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn abandoned(&mut self) {}
+}
+
+/// Bytes that tell where they belong.
+fn pattern(bytes: usize, salt: u8) -> Vec<u8> {
+    (0..bytes).map(|at| (at.wrapping_mul(0x9e37_79b1) >> 16) as u8 ^ salt).collect()
+}
+
+fn source(vm: &FakeVm, states: &[&[u8]], script: impl Fn(usize, &mut FakeDevice)) -> Machine {
+    let machine = vm.machine();
+    for (index, data) in states.iter().enumerate() {
+        let mut io = FakeDevice::new(&vm.log, data);
+        io.size = Some(data.len() as u64);
+        script(index, &mut io);
+        let device = Device::new(format!("dev{index}"), Box::new(io)).kind("fake");
+        machine.devices.lock().unwrap().add(device).unwrap();
+    }
+    machine
+}
+
+fn takers(count: usize) -> (Vec<Taker>, Vec<Device>) {
+    let takers: Vec<_> = (0..count).map(|_| Taker::new()).collect();
+    let device = |(index, taker): (usize, &Taker)| {
+        Device::new(format!("dev{index}"), Box::new(taker.clone())).kind("fake")
+    };
+    let devices = takers.iter().enumerate().map(device).collect();
+    (takers, devices)
+}
+
+fn moves(
+    vm: &mut FakeVm,
+    machine: &Machine,
+    vmm: &mut Vmm,
+    adjust: impl FnOnce(&mut SendOptions),
+) -> (Result<Sent, SendError>, Result<Received, ReceiveError>) {
+    let listener = Listener::bind(&loopback()).unwrap();
+    let mut options = SendOptions::new(listener.url().clone());
+    options.chunk_bytes = 256 << 10;
+    adjust(&mut options);
+    thread::scope(|scope| {
+        let receiver = scope.spawn(|| Receiver::new(Limits::default(), None).receive(&listener, vmm));
+        let sent = Sender::new(options).send(vm, &machine.tracker, &machine.devices, &Migration::new());
+        (sent, receiver.join().unwrap())
+    })
+}
+
+fn loaded(taker: &Taker) -> Option<Vec<u8>> {
+    taker.0.lock().unwrap().loaded.clone()
+}
+
+#[test]
+fn states_stream_over_one_and_over_four_connections_and_arrive_whole() {
+    for connections in [1, 4] {
+        let mut vm = FakeVm::new(20);
+        let states = [pattern(9 * MIB + 17, 1), pattern(5, 2), pattern(3 * MIB, 3)];
+        let machine = source(&vm, &states.each_ref().map(Vec::as_slice), |_, _| ());
+        let (takers, devices) = takers(3);
+        let mut vmm = Vmm::new(devices);
+        let (sent, received) = moves(&mut vm, &machine, &mut vmm, |options| {
+            options.connections = ConnectionCount::new(connections).unwrap();
+        });
+        let (sent, received) = (sent.unwrap(), received.unwrap());
+        vmm.assert_equals(&vm);
+        for (taker, state) in takers.iter().zip(&states) {
+            assert!(loaded(taker).as_ref() == Some(state), "the state arrived");
+            let taken = taker.0.lock().unwrap();
+            assert_eq!((taken.state, taken.resets), (Some(DeviceState::Stop), 0));
+            assert!(taken.largest_write <= MIB, "no state is held as a whole");
+        }
+        let bytes: usize = states.iter().map(Vec::len).sum();
+        assert_eq!((sent.device_state_bytes, received.device_bytes), (bytes as u64, bytes as u64));
+        assert!(sent.device_precopy_bytes > bytes as u64 * 2 / 5, "{sent:?}");
+        assert_eq!(sent.degradations.len(), 0, "{:?}", sent.degradations);
+    }
+}
+
+#[test]
+fn a_receiver_that_does_not_offer_streams_gets_the_states_in_state() {
+    let mut vm = FakeVm::new(0);
+    let state = pattern(MIB, 1);
+    let machine = source(&vm, &[&state], |_, _| ());
+    let (takers, devices) = takers(1);
+    let mut vmm = Vmm::new(devices);
+    vmm.streams = false;
+    let (sent, received) = moves(&mut vm, &machine, &mut vmm, |_| ());
+    sent.unwrap();
+    let received = received.unwrap();
+    assert_eq!((received.device_bytes, loaded(&takers[0])), (0, Some(state)));
+}
+
+#[test]
+fn a_device_of_another_kind_firmware_or_version_is_refused_before_a_page_or_a_device_is_touched() {
+    type Other = fn(Device) -> Device;
+    let others: [(&str, Other); 4] = [
+        ("model", |device| device.kind("other")),
+        ("firmware", |device| device.kind("fake").firmware("2")),
+        ("stream version", |device| device.kind("fake").stream_version(2)),
+        ("no device", |_| Device::new("other", Box::new(Taker::new()))),
+    ];
+    for (what, other) in others {
+        let mut vm = FakeVm::new(0);
+        let machine = source(&vm, &[b"a state"], |_, _| ());
+        let taker = Taker::new();
+        let mut vmm = Vmm::new(vec![other(Device::new("dev0", Box::new(taker.clone())))]);
+        let (sent, received) = moves(&mut vm, &machine, &mut vmm, |_| ());
+        let Err(SendError::OtherDevices(mismatch)) = sent else { panic!("{sent:?}") };
+        let Err(ReceiveError::OtherDevices { source }) = received else { panic!("{received:?}") };
+        assert_eq!(mismatch, source);
+        assert!(mismatch.to_string().contains(what), "{mismatch}");
+        assert!(matches!(
+            mismatch,
+            IdentityMismatch::Differs { .. } | IdentityMismatch::NotAtDestination { .. }
+        ));
+        assert!(taker.0.lock().unwrap().moves.is_empty(), "the device was not touched");
+        assert!(log_of(&vm.log).is_empty(), "nor the source's, nor its VM");
+    }
+}
