@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 pub struct DeviceConfig {
     /// Size of the internal state that migrates, in bytes.
     pub state_bytes: u64,
+    /// Bytes of that state that change in each second while the device is on.
+    pub state_changes_per_second: u64,
     /// Whether the state can be read while the device runs.
     pub pre_copy: bool,
     /// Whether the device can be migrated at all.
@@ -32,6 +34,7 @@ impl Default for DeviceConfig {
     fn default() -> Self {
         DeviceConfig {
             state_bytes: 256 << 10,
+            state_changes_per_second: 0,
             pre_copy: true,
             migration: true,
             dma_logging: true,

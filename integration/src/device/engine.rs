@@ -10,7 +10,7 @@ use vfio_migration::vfio_user::message::DmaMap;
 use super::Errno;
 use super::config::{Behaviour, DeviceConfig, Fault};
 use super::image::{Loader, Saver};
-use super::internals::{Blocks, Registers};
+use super::internals::{BLOCK_BYTES, Blocks, Registers};
 use super::log::DirtyLog;
 use super::memory::DmaMemory;
 use super::registers;
@@ -32,6 +32,8 @@ pub(super) struct Engine {
     session: Session,
     page: Box<[u8; PAGE_BYTES]>,
     writes: u64,
+    /// The block that changes next beside those that follow from the pages.
+    next_churned: usize,
 }
 
 #[derive(Debug)]
@@ -62,12 +64,31 @@ impl Engine {
             session: Session::None,
             page: Box::new([0; PAGE_BYTES]),
             writes: 0,
+            next_churned: 0,
         }
     }
 
     /// Returns the pages to write each second: zero while the device is off or stopped.
     pub(super) fn pages_per_second(&self) -> u64 {
         if self.registers.run && self.state.runs() { self.registers.rate } else { 0 }
+    }
+
+    /// Returns the blocks to change each second beside those that follow from the pages: zero while the device is off or stopped.
+    pub(super) fn changes_per_second(&self) -> u64 {
+        let runs = self.registers.run && self.state.runs();
+        if runs { self.config.state_changes_per_second.div_ceil(BLOCK_BYTES as u64) } else { 0 }
+    }
+
+    /// Changes so many blocks, one after the other around.
+    pub(super) fn churn(&mut self, blocks: u64) {
+        debug_assert!(self.state.runs());
+        for _ in 0..blocks.min(self.blocks.count() as u64) {
+            self.blocks.churn(self.next_churned);
+            if let Session::Saving(saver) = &mut self.session {
+                saver.changed(self.next_churned);
+            }
+            self.next_churned = (self.next_churned + 1) % self.blocks.count();
+        }
     }
 
     /// Passes `positions` positions of the stream, each written and logged.

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! HEAD  version, state size          once, first
-//! BLOCK index in the header, bytes   each block at least once; again when it changed meanwhile
+//! BLOCK index in the header, generation and bytes   each block at least once; again when it changed meanwhile
 //! CORE  the registers                once, after the device stopped
 //! END   digest over all of it        once, last
 //! ```
@@ -14,9 +14,9 @@ use std::collections::{BTreeSet, VecDeque};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::internals::{BLOCK_BYTES, Blocks, REGISTER_WORDS, Registers, digest};
+use super::internals::{BLOCK_BYTES, Blocks, GENERATION_BYTES, REGISTER_WORDS, Registers, digest};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEAD: u32 = 1;
 const BLOCK: u32 = 2;
 const CORE: u32 = 3;
@@ -95,7 +95,7 @@ impl Saver {
         while self.ready.len() < size {
             if let Some(block) = self.pending.pop_first() {
                 let index = u32::try_from(block).expect("blocks are counted in u32");
-                self.record(BLOCK, index, blocks.block(block));
+                self.record(BLOCK, index, &blocks.block(block));
             } else if stopped && !self.finished {
                 self.record(CORE, 0, registers.to_words().map(U64::new).as_bytes());
                 self.record(END, 0, &blocks.digest_with(registers).to_le_bytes());
@@ -148,7 +148,7 @@ pub(super) struct Loader {
 impl Loader {
     /// Begins to load into a device with `state_bytes` of internal state.
     pub(super) fn new(state_bytes: usize) -> Self {
-        let blocks = Blocks::blank(state_bytes);
+        let blocks = Blocks::new(state_bytes);
         let missing = (0..blocks.count()).collect();
         Loader {
             unparsed: Vec::new(),
@@ -187,19 +187,18 @@ impl Loader {
         let Ok((header, rest)) = RecordHeader::ref_from_prefix(stream) else { return Ok(None) };
         let (kind, index) = (header.kind.get(), header.index.get());
         let length = header.length.get() as usize;
-        if length > BLOCK_BYTES || header.reserved.get() != 0 {
+        if length > GENERATION_BYTES + BLOCK_BYTES || header.reserved.get() != 0 {
             return Err(BadImage::Record);
         }
         let Some((payload, rest)) = rest.split_at_checked(length) else { return Ok(None) };
-        let digest = digest(payload);
-        if check(kind, index, digest) != header.check.get() {
+        if check(kind, index, digest(payload)) != header.check.get() {
             return Err(BadImage::Record);
         }
-        self.apply(kind, index, payload, digest)?;
+        self.apply(kind, index, payload)?;
         Ok(Some(rest))
     }
 
-    fn apply(&mut self, kind: u32, index: u32, payload: &[u8], digest: u64) -> Result<(), BadImage> {
+    fn apply(&mut self, kind: u32, index: u32, payload: &[u8]) -> Result<(), BadImage> {
         if self.head == (kind == HEAD) {
             return Err(BadImage::Head);
         }
@@ -216,7 +215,7 @@ impl Loader {
             }
             BLOCK => {
                 let block = index as usize;
-                if !self.blocks.replace(block, payload, digest) {
+                if !self.blocks.replace(block, payload) {
                     return Err(BadImage::Record);
                 }
                 self.missing.remove(&block);

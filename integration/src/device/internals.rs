@@ -6,6 +6,8 @@ use super::stream::{MAX_WINDOWS, Window, scramble, stream_word};
 
 /// Bytes of internal state that change at once.
 pub(super) const BLOCK_BYTES: usize = 4096;
+/// Bytes of a block's generation, before its bytes when it is saved.
+pub(super) const GENERATION_BYTES: usize = 8;
 /// Words of the encoded registers.
 pub(super) const REGISTER_WORDS: usize = 6 + 2 * MAX_WINDOWS;
 
@@ -62,47 +64,56 @@ impl Registers {
     }
 }
 
-/// Holds the internal state: bytes that follow from the positions passed, and a digest of each block.
+/// Is the internal state: blocks of bytes that are made up when they are asked for, each from its number and its generation.
 #[derive(Debug)]
 pub(super) struct Blocks {
-    bytes: Vec<u8>,
-    digests: Vec<u64>,
+    state_bytes: usize,
+    /// By block; 0 after a reset.
+    generations: Vec<u64>,
 }
+
+/// What one change beside the stream of positions adds to a generation.
+const CHURN: u64 = 1 << 40;
 
 impl Blocks {
     /// Returns `state_bytes` of internal state as it is after a reset.
     pub(super) fn new(state_bytes: usize) -> Self {
-        let mut blocks = Blocks::blank(state_bytes);
-        (0..blocks.count()).for_each(|block| blocks.change(block, 0));
-        blocks
-    }
-
-    /// Returns room for `state_bytes` of internal state, each block of which is to be replaced.
-    pub(super) fn blank(state_bytes: usize) -> Self {
-        Blocks { bytes: vec![0; state_bytes], digests: vec![0; state_bytes.div_ceil(BLOCK_BYTES)] }
+        Blocks { state_bytes, generations: vec![0; state_bytes.div_ceil(BLOCK_BYTES)] }
     }
 
     pub(super) fn count(&self) -> usize {
-        self.digests.len()
+        self.generations.len()
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.bytes.len()
+        self.state_bytes
     }
 
-    pub(super) fn block(&self, block: usize) -> &[u8] {
-        let start = block * BLOCK_BYTES;
-        &self.bytes[start..self.bytes.len().min(start + BLOCK_BYTES)]
+    /// Returns a block as it is saved: its generation, then its bytes.
+    pub(super) fn block(&self, block: usize) -> Vec<u8> {
+        let generation = self.generations[block];
+        let bytes = self.bytes_of(block);
+        let mut saved = Vec::with_capacity(GENERATION_BYTES + bytes + 8);
+        saved.extend(generation.to_le_bytes());
+        let key = stream_word(BLOCK_SALT ^ block as u64, generation);
+        (0..bytes.div_ceil(8) as u64).for_each(|word| saved.extend(stream_word(key, word).to_le_bytes()));
+        saved.truncate(GENERATION_BYTES + bytes);
+        saved
     }
 
-    /// Replaces a block by bytes with the digest `digest`; `false` when there is no such block or it has another size.
-    pub(super) fn replace(&mut self, block: usize, bytes: &[u8], digest: u64) -> bool {
-        if block >= self.count() || self.block(block).len() != bytes.len() {
-            return false;
+    fn bytes_of(&self, block: usize) -> usize {
+        (self.state_bytes - block * BLOCK_BYTES).min(BLOCK_BYTES)
+    }
+
+    /// Replaces a block by one that was saved; `false` when there is no such block or its bytes are not those of its generation.
+    pub(super) fn replace(&mut self, block: usize, saved: &[u8]) -> bool {
+        let Some(generation) = saved.first_chunk().filter(|_| block < self.count()) else { return false };
+        let before = std::mem::replace(&mut self.generations[block], u64::from_le_bytes(*generation));
+        let same = self.block(block) == saved;
+        if !same {
+            self.generations[block] = before;
         }
-        self.bytes[block * BLOCK_BYTES..][..bytes.len()].copy_from_slice(bytes);
-        self.digests[block] = digest;
-        true
+        same
     }
 
     /// Changes what passing `position` of the stream of `seed` changes and returns which block that was.
@@ -112,25 +123,19 @@ impl Blocks {
         }
         let pick = stream_word(seed ^ BLOCK_SALT, position).checked_rem(self.count() as u64)?;
         let block = usize::try_from(pick).ok()?;
-        self.change(block, position + 1);
+        self.generations[block] = position + 1;
         Some(block)
     }
 
-    fn change(&mut self, block: usize, generation: u64) {
-        let key = stream_word(BLOCK_SALT ^ block as u64, generation);
-        let start = block * BLOCK_BYTES;
-        let end = self.bytes.len().min(start + BLOCK_BYTES);
-        for (number, word) in self.bytes[start..end].chunks_mut(8).enumerate() {
-            let bytes = stream_word(key, number as u64).to_le_bytes();
-            word.copy_from_slice(&bytes[..word.len()]);
-        }
-        self.digests[block] = digest(&self.bytes[start..end]);
+    /// Changes a block beside that.
+    pub(super) fn churn(&mut self, block: usize) {
+        self.generations[block] = self.generations[block].wrapping_add(CHURN);
     }
 
     /// Returns one number for all of `registers` and the blocks.
     pub(super) fn digest_with(&self, registers: &Registers) -> u64 {
         let words = registers.to_words();
-        words.iter().chain(&self.digests).fold(0, |digest, word| scramble(digest ^ word).wrapping_add(1))
+        words.iter().chain(&self.generations).fold(0, |digest, word| scramble(digest ^ word).wrapping_add(1))
     }
 }
 
@@ -179,7 +184,9 @@ mod tests {
         let again: Vec<_> = (0..320).filter_map(|position| other.pass(9, position)).collect();
         assert_eq!(again, changed);
         assert_eq!(one.digest_with(&registers), other.digest_with(&registers));
-        assert_eq!(one.block(2).len(), 10_000 - 2 * BLOCK_BYTES);
+        assert_eq!(one.block(2).len(), GENERATION_BYTES + 10_000 - 2 * BLOCK_BYTES);
+        assert_eq!(one.block(2), other.block(2));
+        assert_ne!(one.block(0)[GENERATION_BYTES..], one.block(1)[GENERATION_BYTES..]);
     }
 
     #[test]

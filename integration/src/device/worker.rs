@@ -42,18 +42,27 @@ impl Shared {
 
     /// Writes pages at the engine's rate until [`Shared::end`].
     pub(super) fn drive(&self) {
-        let mut pace = Pace::new(0, Instant::now());
+        let (mut pace, mut churn) = (Pace::new(0, Instant::now()), Pace::new(0, Instant::now()));
         let mut engine = self.lock();
         while !*self.ended.lock().expect("no thread panics with this lock") {
             let (rate, now) = (engine.pages_per_second(), Instant::now());
             if rate != pace.rate {
                 pace = Pace::new(rate, now);
             }
-            if rate == 0 {
+            let changes = engine.changes_per_second();
+            if changes != churn.rate {
+                churn = Pace::new(changes, now);
+            }
+            if rate == 0 && changes == 0 {
                 engine = self.changed.wait(engine).expect(UNPOISONED);
                 continue;
             }
-            engine.advance(pace.due(now).min(PAGES_PER_TICK));
+            if rate > 0 {
+                engine.advance(pace.due(now).min(PAGES_PER_TICK));
+            }
+            if changes > 0 {
+                engine.churn(churn.due(now));
+            }
             drop(engine);
             std::thread::sleep(TICK);
             engine = self.lock();
