@@ -19,7 +19,7 @@ use vfio_migration::source::GuestMemoryLog;
 use vfio_migration::tracker::{Tracker, VmMappings};
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
-use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver};
+use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, Receiver};
 use vfio_migration::transfer::url::Url;
 use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent, SourceVm};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
@@ -96,11 +96,11 @@ impl Destination for Arrival {
         Ok(())
     }
 
-    fn complete(&mut self, paused: bool) -> Result<(), VmError> {
+    fn complete(&mut self, paused: bool) -> Result<Completion, VmError> {
         if !paused {
             self.machine()?.resume();
         }
-        Ok(())
+        Ok(Completion::Moved)
     }
 
     fn abandoned(&mut self) {

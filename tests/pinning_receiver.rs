@@ -26,7 +26,9 @@ use vfio_migration::source::GuestMemoryLog;
 use vfio_migration::tracker::{Tracker, VmMappings};
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
-use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver, asks_for_prefault};
+use vfio_migration::transfer::receive::{
+    Completion, Destination, GuestPages, PageStore, Receiver, asks_for_prefault,
+};
 use vfio_migration::transfer::url::Url;
 use vfio_migration::transfer::{Migration, PinningReceiver, Populated, SendOptions, Sender, Sent};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
@@ -158,8 +160,8 @@ impl Destination for Pinning {
         Ok(lock(&self.memory)?)
     }
 
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
-        Ok(())
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
+        Ok(Completion::Moved)
     }
 
     fn abandoned(&mut self) {}

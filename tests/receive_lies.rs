@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vfio_migration::transfer::limits::{Limits, Pace};
-use vfio_migration::transfer::receive::{Destination, PageStore, ReceiveError, Received};
+use vfio_migration::transfer::receive::{Completion, Destination, PageStore, ReceiveError, Received};
 use vfio_migration::vm::VmError;
 use vm_migration::{Snapshot, snapshot_from_id};
 
@@ -54,7 +54,7 @@ impl Destination for Careful {
         self.0.state(json)
     }
 
-    fn complete(&mut self, paused: bool) -> Result<(), VmError> {
+    fn complete(&mut self, paused: bool) -> Result<Completion, VmError> {
         self.0.complete(paused)
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::{Value, json};
-use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore};
+use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
@@ -131,8 +131,8 @@ impl Destination for Vmm {
         Ok(())
     }
 
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
-        Ok(())
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
+        Ok(Completion::Moved)
     }
 
     fn abandoned(&mut self) {}

@@ -77,9 +77,6 @@ fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept
     let received_bytes = receiver.handle().received_bytes();
     match (received, destination.kept()) {
         (Ok(received), Some(digest)) => Ok(Kept { digest, confirmed: received.confirmed, received_bytes }),
-        (Err(_), Some(digest)) if arguments.checkpoint => {
-            Ok(Kept { digest, confirmed: false, received_bytes })
-        }
         (Err(error), _) => Err(error.into()),
         (Ok(_), None) => unreachable!("a destination that completed has kept the snapshot"),
     }

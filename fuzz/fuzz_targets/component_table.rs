@@ -45,7 +45,8 @@ fn table(input: &[u8]) -> MemoryRangeTable {
 
 fuzz_target!(|input: &[u8]| {
     let table = table(input);
-    let ranges: Vec<_> = table.ranges().iter().map(|range| (range.gpa, range.gpa.checked_add(range.length))).collect();
+    let ranges: Vec<_> =
+        table.ranges().iter().map(|range| (range.gpa, range.gpa.checked_add(range.length))).collect();
     let regions = RAM.map(|(page, pages)| GpaRange::new(page * PAGE, pages * PAGE).expect("RAM"));
     let layout = Layout::new(regions, Granule::KIB_4).expect("a layout");
     let mut log = MigratableLog::new("component", Arc::new(Mutex::new(Component(table))));
@@ -53,16 +54,23 @@ fuzz_target!(|input: &[u8]| {
     let mut ledger = Ledger::new(layout, 1);
     let cursor = ledger.open(Start::Copied);
     let answer = log.collect(&mut ledger.sink(0, &IovaMap::Identity));
-    assert_eq!(answer.is_err(), ranges.iter().any(|(_, end)| end.is_none()), "a table is refused if a range wraps");
+    assert_eq!(
+        answer.is_err(),
+        ranges.iter().any(|(_, end)| end.is_none()),
+        "a table is refused if a range wraps"
+    );
     if answer.is_err() {
         return;
     }
     ledger.absorb();
     let chunk = ledger.take(cursor, ChunkLimits::NONE);
-    let marked = |page: u64| chunk.as_ref().is_some_and(|chunk| chunk.ranges().iter().any(|range| range.contains(page * PAGE)));
+    let marked = |page: u64| {
+        chunk.as_ref().is_some_and(|chunk| chunk.ranges().iter().any(|range| range.contains(page * PAGE)))
+    };
     for page in RAM.into_iter().flat_map(|(first, pages)| first..first + pages) {
         let (start, last) = (page * PAGE, page * PAGE + (PAGE - 1));
-        let named = ranges.iter().any(|&(gpa, end)| end.is_some_and(|end| end > gpa && gpa <= last && start < end));
+        let named =
+            ranges.iter().any(|&(gpa, end)| end.is_some_and(|end| end > gpa && gpa <= last && start < end));
         assert_eq!(marked(page), named, "page {page:#x}");
     }
 });

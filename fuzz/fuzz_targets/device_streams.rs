@@ -17,7 +17,7 @@ use vfio_migration::device::{
 use vfio_migration::transfer::connection::Connection;
 use vfio_migration::transfer::frame::{check_piece, decode_devices, encode_devices};
 use vfio_migration::transfer::limits::Limits;
-use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver};
+use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, Receiver};
 use vfio_migration::vm::VmError;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -87,8 +87,8 @@ impl Destination for Vmm {
         Ok(())
     }
 
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
-        Ok(())
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
+        Ok(Completion::Moved)
     }
 
     fn abandoned(&mut self) {}

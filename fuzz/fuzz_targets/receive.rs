@@ -13,7 +13,7 @@ use std::sync::Arc;
 use libfuzzer_sys::fuzz_target;
 use vfio_migration::transfer::connection::Connection;
 use vfio_migration::transfer::limits::Limits;
-use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver};
+use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, Receiver};
 use vfio_migration::vm::VmError;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -38,9 +38,9 @@ impl Destination for Vmm {
         Ok(())
     }
 
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
         self.completed = true;
-        Ok(())
+        Ok(Completion::Moved)
     }
 
     fn abandoned(&mut self) {

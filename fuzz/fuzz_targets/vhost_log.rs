@@ -45,7 +45,11 @@ impl VhostUserBackEnd for Shared {
             return Err("refused".into());
         }
         model.logs.push(File::from(log.fd().try_clone_to_owned()?));
-        if std::mem::take(&mut model.loses_the_answer) { Err("no answer".into()) } else { Ok(LogBaseAnswer::Taken) }
+        if std::mem::take(&mut model.loses_the_answer) {
+            Err("no answer".into())
+        } else {
+            Ok(LogBaseAnswer::Taken)
+        }
     }
 
     fn log_all(&mut self, _on: bool) -> Result<(), VhostUserError> {

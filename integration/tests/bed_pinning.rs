@@ -21,7 +21,9 @@ use vfio_migration::source::GuestMemoryLog;
 use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, VmMappings};
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
-use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver, asks_for_prefault};
+use vfio_migration::transfer::receive::{
+    Completion, Destination, GuestPages, PageStore, Receiver, asks_for_prefault,
+};
 use vfio_migration::transfer::{Migration, PinningReceiver, Populated, SendOptions, Sender, Sent};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vfio_migration_integration::bed::{Bed, Bus, Engine, EngineStream, PassThrough, differing};
@@ -152,8 +154,8 @@ impl Destination for Pinning<'_> {
         Ok(self.machine.devices.lock().unwrap().load(devices)?)
     }
 
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
-        Ok(())
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
+        Ok(Completion::Moved)
     }
 
     fn abandoned(&mut self) {}

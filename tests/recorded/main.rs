@@ -31,7 +31,7 @@ use vfio_migration::precopy::TimeoutStrategy;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::{ConnectionCount, Limits};
 use vfio_migration::transfer::receive::{
-    Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
+    Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
 };
 use vfio_migration::transfer::tls::{ClientTls, ServerTls};
 use vfio_migration::transfer::url::{Endpoint, Url};
@@ -76,9 +76,10 @@ impl Destination for Vmm {
         self.take(STATE)
     }
 
-    fn complete(&mut self, paused: bool) -> Result<(), VmError> {
+    fn complete(&mut self, paused: bool) -> Result<Completion, VmError> {
         self.paused = Some(paused);
-        self.take(COMPLETE)
+        self.take(COMPLETE)?;
+        Ok(Completion::Moved)
     }
 
     fn abandoned(&mut self) {}

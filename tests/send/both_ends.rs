@@ -8,7 +8,7 @@ use std::thread;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::{ConnectionCount, Limits};
 use vfio_migration::transfer::receive::{
-    Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
+    Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
 };
 use vfio_migration::transfer::tls::{ClientTls, ServerTls};
 use vfio_migration::transfer::url::Url;
@@ -46,8 +46,8 @@ impl Destination for Vmm {
         Ok(())
     }
 
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
-        if self.runs_on_complete { Ok(()) } else { Err("kept, not run".into()) }
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
+        if self.runs_on_complete { Ok(Completion::Moved) } else { Err("kept, not run".into()) }
     }
 
     fn abandoned(&mut self) {}

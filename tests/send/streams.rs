@@ -15,7 +15,7 @@ use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::{ConnectionCount, Limits};
 use vfio_migration::transfer::receive::{
-    Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
+    Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
 };
 use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
 use vfio_migration::vm::VmError;
@@ -161,8 +161,8 @@ impl Destination for Vmm {
         Ok(self.devices.restore(&tree.snapshots["devices"])?)
     }
 
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
-        Ok(())
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
+        Ok(Completion::Moved)
     }
 
     fn abandoned(&mut self) {}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::{env, fs};
 
 use serde_json::Value;
-use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore};
+use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore};
 use vfio_migration::vm::VmError;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vm_migration::Snapshot;
@@ -59,9 +59,9 @@ impl Destination for Vmm {
         Ok(())
     }
 
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
         self.completed = true;
-        Ok(())
+        Ok(Completion::Moved)
     }
 
     fn abandoned(&mut self) {}

@@ -12,7 +12,7 @@ use std::time::Duration;
 use vfio_migration::transfer::connection::{Connection, Listener};
 use vfio_migration::transfer::limits::Limits;
 use vfio_migration::transfer::receive::{
-    Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
+    Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
 };
 use vfio_migration::transfer::url::Endpoint;
 use vfio_migration::vm::VmError;
@@ -156,8 +156,8 @@ impl Destination for Vmm {
         self.call("state", std::str::from_utf8(&json)?)
     }
 
-    fn complete(&mut self, paused: bool) -> Result<(), VmError> {
-        self.call("complete", if paused { "paused" } else { "" })
+    fn complete(&mut self, paused: bool) -> Result<Completion, VmError> {
+        self.call("complete", if paused { "paused" } else { "" }).map(|()| Completion::Moved)
     }
 
     fn abandoned(&mut self) {

@@ -16,7 +16,7 @@ use vfio_migration::transfer::connection::{Connection, Listener};
 use vfio_migration::transfer::frame::{Features, MemoryTable};
 use vfio_migration::transfer::limits::{ConnectionCount, Limits, Pace};
 use vfio_migration::transfer::receive::{
-    Destination, PageStore, Pages, ReceiveError, Received, Receiver, ReceiverHandle, Step,
+    Completion, Destination, PageStore, Pages, ReceiveError, Received, Receiver, ReceiverHandle, Step,
 };
 use vfio_migration::transfer::tls::ServerTls;
 use vfio_migration::vm::VmError;
@@ -782,9 +782,9 @@ impl Destination for Patient {
         Ok(())
     }
 
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
         self.call("complete");
-        Ok(())
+        Ok(Completion::Moved)
     }
 
     fn abandoned(&mut self) {}

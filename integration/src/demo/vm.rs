@@ -12,7 +12,7 @@ use vfio_migration::layout::{Layout, LayoutError};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::{GpaRange, RangeError};
 use vfio_migration::tracker::{DeviceMappings, VmMappings};
-use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, asks_for_prefault};
+use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, asks_for_prefault};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -177,8 +177,8 @@ impl Destination for DestinationVm<'_> {
         Ok(())
     }
 
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
-        if self.restored { Ok(()) } else { Err(VmMessageError::NoState.into()) }
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
+        if self.restored { Ok(Completion::Moved) } else { Err(VmMessageError::NoState.into()) }
     }
 
     fn abandoned(&mut self) {}

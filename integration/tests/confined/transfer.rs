@@ -18,7 +18,9 @@ use vfio_migration::syscalls;
 use vfio_migration::tracker::{Tracker, VmMappings};
 use vfio_migration::transfer::connection::{Connection, Listener};
 use vfio_migration::transfer::limits::{ConnectionCount, Limits};
-use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, Receiver, ReceiverHandle};
+use vfio_migration::transfer::receive::{
+    Completion, Destination, GuestPages, PageStore, Receiver, ReceiverHandle,
+};
 use vfio_migration::transfer::url::Url;
 use vfio_migration::transfer::{Migration, SendOptions, Sender};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
@@ -105,8 +107,8 @@ impl Destination for Vmm {
         if self.receiver.source_has_gone() { Err("The source has gone".into()) } else { Ok(()) }
     }
 
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
-        Ok(())
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
+        Ok(Completion::Moved)
     }
 
     fn abandoned(&mut self) {}

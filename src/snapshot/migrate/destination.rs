@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::io::{self, BufReader, ErrorKind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
@@ -23,13 +23,13 @@ use crate::snapshot::format::state::VmState;
 use crate::snapshot::write::announced::AnnouncedRam;
 use crate::snapshot::write::writer::{Base, SnapshotWriter};
 use crate::transfer::frame::MemoryTable;
-use crate::transfer::receive::{Destination, PageStore, Pages};
+use crate::transfer::receive::{Completion, Destination, PageStore, Pages};
 use crate::vm::VmError;
 
 /// Bytes read ahead, so that tables of single pages do not take a system call each.
 const READ_BYTES: usize = 256 << 10;
 
-/// Why a VM is not received into a directory. Nothing lies under the directory's name, but for [`DestinationError::Kept`].
+/// Why a VM is not received into a directory. Nothing lies under the directory's name, but for what [`WriteError`] says.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum DestinationError {
@@ -71,14 +71,6 @@ pub enum DestinationError {
     OutOfTurn {
         /// The message.
         message: &'static str,
-    },
-    /// No failure: the checkpoint is whole and safe on disk, and its source is to run on.
-    #[error("Checkpoint {digest} is kept in {path}; its VM is to run on", path = .path.display())]
-    Kept {
-        /// The directory.
-        path: PathBuf,
-        /// What names the snapshot.
-        digest: Digest,
     },
 }
 
@@ -141,7 +133,6 @@ impl fmt::Debug for DestinationOptions {
 /// whatever fails before, nothing appears.
 #[derive(Debug)]
 pub struct SnapshotDestination {
-    target: PathBuf,
     options: DestinationOptions,
     phase: Phase,
 }
@@ -162,7 +153,7 @@ impl SnapshotDestination {
     /// `target` is there and not an empty directory, or cannot be made.
     pub fn create(target: &Path, options: DestinationOptions) -> Result<Self, WriteError> {
         let staged = StagedDir::create(target)?;
-        Ok(Self { target: target.to_owned(), options, phase: Phase::Waiting(staged) })
+        Ok(Self { options, phase: Phase::Waiting(staged) })
     }
 
     /// What names the snapshot, once it is whole and safe on disk.
@@ -221,17 +212,14 @@ impl SnapshotDestination {
         Ok(())
     }
 
-    fn keep(&mut self) -> Result<(), DestinationError> {
+    fn keep(&mut self) -> Result<Completion, DestinationError> {
         let Phase::Paused { config, state, store } = std::mem::replace(&mut self.phase, Phase::Over) else {
             return Err(DestinationError::OutOfTurn { message: "Complete" });
         };
         let writer = store.close().ok_or(DestinationError::OutOfTurn { message: "Complete" })?;
         let digest = writer.complete(&config, state, Vec::new())?;
         self.phase = Phase::Kept(digest);
-        if self.options.checkpoint {
-            return Err(DestinationError::Kept { path: self.target.clone(), digest });
-        }
-        Ok(())
+        Ok(if self.options.checkpoint { Completion::Checkpointed } else { Completion::Moved })
     }
 }
 
@@ -244,9 +232,8 @@ impl Destination for SnapshotDestination {
         Ok(self.pause(json)?)
     }
 
-    /// Keeps the snapshot, of a running VM and a paused one alike. [`SnapshotDestination::kept`] tells a checkpoint's
-    /// error from a failure.
-    fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
+    /// Keeps the snapshot, of a running VM and a paused one alike.
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
         Ok(self.keep()?)
     }
 

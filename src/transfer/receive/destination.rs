@@ -38,15 +38,23 @@ pub trait Destination {
     /// The state does not fit.
     fn state(&mut self, json: Vec<u8>) -> Result<(), VmError>;
 
-    /// Runs the VM, or keeps it paused as it was at its source. The source gives its VM up when this succeeds, and runs it
-    /// again when it does not.
+    /// Runs the VM, or keeps it paused as it was at its source; returns which side has the VM from here on.
     ///
     /// # Errors
-    /// The VM does not run here. A checkpoint that wants the source to run on fails here, with everything kept.
-    fn complete(&mut self, paused: bool) -> Result<(), VmError>;
+    /// The VM does not run here: the source is told so, and runs it again.
+    fn complete(&mut self, paused: bool) -> Result<Completion, VmError>;
 
     /// Learns that the migration ended before [`Destination::complete`]: no more is coming.
     fn abandoned(&mut self);
+}
+
+/// Which side has the VM once its migration is complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Completion {
+    /// This one: the source gives its VM up.
+    Moved,
+    /// The source: what arrived is a checkpoint, which is kept. The source is told that the migration failed, and runs its VM again.
+    Checkpointed,
 }
 
 /// A VM that was received.
@@ -70,7 +78,9 @@ pub struct Received {
     pub features: Option<Features>,
     /// Whether the VM stays paused.
     pub paused: bool,
-    /// Whether the source was told that the VM is here. Where it was not, it stays paused, and the VM here is the one to
-    /// keep.
+    /// Which side has the VM.
+    pub completion: Completion,
+    /// Whether the source was told that the VM is here. Where it was not, and the VM has moved, the source stays paused, and the VM here
+    /// is the one to keep.
     pub confirmed: bool,
 }

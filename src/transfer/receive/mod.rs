@@ -46,7 +46,7 @@ use rejections::Rejections;
 
 pub use super::prefault::asks_for_prefault;
 pub use connections::ReceiverHandle;
-pub use destination::{Destination, Received};
+pub use destination::{Completion, Destination, Received};
 pub use error::{Part, ReceiveError, Step};
 pub use piece_error::PieceError;
 pub use store::{GuestPages, PageStore, Pages};
@@ -59,7 +59,7 @@ pub use store::{GuestPages, PageStore, Pages};
 /// use vfio_migration::transfer::connection::{Connection, Listener};
 /// use vfio_migration::transfer::frame::{Command, Request, Response};
 /// use vfio_migration::transfer::limits::Limits;
-/// use vfio_migration::transfer::receive::{Destination, GuestPages, PageStore, ReceiveError, Receiver};
+/// use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, ReceiveError, Receiver};
 /// use vfio_migration::vm::VmError;
 /// use vm_memory::{GuestAddress, GuestMemoryMmap};
 ///
@@ -72,8 +72,8 @@ pub use store::{GuestPages, PageStore, Pages};
 ///     fn state(&mut self, _json: Vec<u8>) -> Result<(), VmError> {
 ///         Ok(())
 ///     }
-///     fn complete(&mut self, _paused: bool) -> Result<(), VmError> {
-///         Ok(())
+///     fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
+///         Ok(Completion::Moved)
 ///     }
 ///     fn abandoned(&mut self) {}
 /// }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::context::{Context, Source, TICK};
-use super::destination::{Destination, Received};
+use super::destination::{Completion, Destination, Received};
 use super::device_streams::DeviceStreams;
 use super::error::{Part, ReceiveError, Step, in_full};
 use super::message::{
@@ -76,7 +76,7 @@ impl Session<'_> {
         let store = self.config(destination, streams)?;
         let state = self.memory(store.as_ref())?;
         let device_bytes = self.state(state, destination)?;
-        let (paused, confirmed) = self.complete(destination)?;
+        let (paused, completion, confirmed) = self.complete(destination)?;
 
         let memory = self.context.gate.memory();
         Ok(Received {
@@ -88,6 +88,7 @@ impl Session<'_> {
             connections: self.context.gate.connections(),
             features,
             paused,
+            completion,
             confirmed,
         })
     }
@@ -180,8 +181,11 @@ impl Session<'_> {
         Ok(device_bytes)
     }
 
-    /// Completes the VM; returns whether it stays paused, and whether the source was told.
-    fn complete(&mut self, destination: &mut dyn Destination) -> Result<(bool, bool), ReceiveError> {
+    /// Completes the VM; returns whether it stays paused, which side has it, and whether the source was told that it has moved.
+    fn complete(
+        &mut self,
+        destination: &mut dyn Destination,
+    ) -> Result<(bool, Completion, bool), ReceiveError> {
         let request = self.next_of(&[Command::Complete, Command::CompletePaused])?;
         check_empty(request)?;
         // The last look: what fails on another connection from here on fails too late.
@@ -191,15 +195,19 @@ impl Session<'_> {
         }
         let paused = request.command() == Command::CompletePaused;
         let began = Instant::now();
-        destination.complete(paused).map_err(|source| refused(request, source))?;
+        let completion = destination.complete(paused).map_err(|source| refused(request, source))?;
         log::info!("Completed the VM in {}", Millis(began.elapsed()));
+        self.answered = true;
+        if completion == Completion::Checkpointed {
+            refuse(&mut self.connection, self.context.limits.linger);
+            return Ok((paused, completion, false));
+        }
         // Even where another connection has failed meanwhile: the VM is here.
         let told = answer(&mut self.connection, request.command(), Response::new(Status::Ok));
         if let Err(error) = &told {
             log::warn!("The VM runs here, but its source may not know: {}", in_full(error));
         }
-        self.answered = true;
-        Ok((paused, told.is_ok()))
+        Ok((paused, completion, told.is_ok()))
     }
 
     /// Waits for the next request, which has to be one of `commands`.
