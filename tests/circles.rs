@@ -3,7 +3,7 @@
 //! No files of the library use each other in a circle.
 //!
 //! A file uses another where a `use` names something in it. That a module hands its children's items on (`pub use`) does not count, and
-//! tests do not either.
+//! tests do not either. Of the wings of `snapshot`, each uses only those below it.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -121,6 +121,44 @@ fn no_files_use_each_other_in_a_circle() {
     assert!(files.len() > 100);
     let found = circles(&files);
     assert!(found.is_empty(), "{found:#?}");
+}
+
+/// The wings of `snapshot`, the lowest first.
+const WINGS: [&str; 6] = ["format", "disk", "read", "write", "ops", "migrate"];
+
+/// The uses of a higher wing of `snapshot` by a lower one: the file, and what it names.
+fn upward_uses(files: &BTreeMap<Module, String>) -> Vec<(Module, String)> {
+    let wing_of = |name: &str| WINGS.iter().position(|wing| *wing == name);
+    let mut upward = Vec::new();
+    for (module, text) in files {
+        let Some(own) = module.strip_prefix("snapshot::").and_then(|rest| wing_of(rest.split("::").next()?))
+        else {
+            continue;
+        };
+        for path in uses_of(text) {
+            let used = path.strip_prefix("crate::snapshot::");
+            if used.and_then(|rest| wing_of(rest.split("::").next()?)).is_some_and(|used| used > own) {
+                upward.push((module.clone(), path));
+            }
+        }
+    }
+    upward
+}
+
+#[test]
+fn no_wing_of_snapshots_uses_one_above_it() {
+    let mut files = BTreeMap::new();
+    files_below(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), "", &mut files);
+    for wing in WINGS {
+        assert!(files.contains_key(&format!("snapshot::{wing}")), "{wing}");
+    }
+    assert_eq!(upward_uses(&files), []);
+
+    let reader =
+        "use crate::snapshot::disk::Directory;\nuse crate::snapshot::write::{Base, SnapshotWriter};\n";
+    files.insert("snapshot::read::full".to_owned(), reader.to_owned());
+    let found: Vec<_> = upward_uses(&files).into_iter().map(|(_, path)| path).collect();
+    assert_eq!(found, ["crate::snapshot::write::Base", "crate::snapshot::write::SnapshotWriter"]);
 }
 
 #[test]

@@ -96,32 +96,20 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use self::disk::error::{ManifestUse, ReadError, WriteError};
-pub use self::format::config::{VmConfig, ZoneFile};
-pub use self::format::config_message::ConfigMessage;
-pub use self::format::digest::{Digest, DigestError};
-pub use self::format::elsewhere::{Elsewhere, LeftOut};
-pub use self::format::error::FormatError;
-pub use self::format::limits::SnapshotLimits;
-pub use self::format::manifest::Manifest;
-pub use self::format::names::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
-pub use self::format::passthrough::{Interface, PassThrough};
-pub use self::format::placement::{Extent, Placement, PlacementError};
-pub use self::format::state::VmState;
-pub use self::migrate::destination::{DestinationError, DestinationOptions, OnPaused, SnapshotDestination};
-pub use self::migrate::source::SnapshotSource;
-pub use self::ops::apply::apply;
-pub use self::ops::compare::{Differences, compare};
-pub use self::ops::describe::{Description, SnapshotKind, describe};
-pub use self::ops::error::OperationError;
-pub use self::ops::seal::{reseal, seal};
-pub use self::ops::subtract::subtract;
-pub use self::ops::verify::{VerifyFinding, VerifyReport, verify};
-pub use self::read::altered::Altered;
-pub use self::read::chain::SnapshotChain;
-pub use self::read::differential::Differential;
-pub use self::read::documents::read_config;
-pub use self::read::full::FullSnapshot;
-pub use self::read::placed::{PlacedMemory, PlacedRegion};
-pub use self::write::announced::AnnouncedRam;
-pub use self::write::writer::{Base, SnapshotWriter};
+pub use self::disk::{ManifestUse, ReadError, WriteError};
+pub use self::format::{
+    CHANGES_FILE, CONFIG_FILE, ConfigMessage, Digest, DigestError, Elsewhere, Extent, FormatError, Interface,
+    LeftOut, MANIFEST_FILE, MEMORY_FILE, Manifest, PassThrough, Placement, PlacementError, STATE_FILE,
+    SnapshotLimits, VmConfig, VmState, ZoneFile,
+};
+pub use self::migrate::{
+    DestinationError, DestinationOptions, OnPaused, SnapshotDestination, SnapshotSource,
+};
+pub use self::ops::{
+    Description, Differences, OperationError, SnapshotKind, VerifyFinding, VerifyReport, apply, compare,
+    describe, reseal, seal, subtract, verify,
+};
+pub use self::read::{
+    Altered, Differential, FullSnapshot, PlacedMemory, PlacedRegion, SnapshotChain, read_config,
+};
+pub use self::write::{AnnouncedRam, Base, SnapshotWriter};

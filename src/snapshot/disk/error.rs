@@ -8,11 +8,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::range::GpaRange;
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::elsewhere::Elsewhere;
-use crate::snapshot::format::error::FormatError;
-use crate::snapshot::format::names::CONFIG_FILE;
-use crate::snapshot::format::placement::PlacementError;
+use crate::snapshot::format::{CONFIG_FILE, Digest, Elsewhere, FormatError, PlacementError};
 use crate::units::Count;
 
 /// What a manifest is needed for.

@@ -11,7 +11,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::snapshot::disk::error::ReadError;
+use super::error::ReadError;
 use crate::snapshot::reserve::reserve;
 use crate::units::Count;
 

@@ -2,9 +2,16 @@
 
 //! Files and directories on disk: opened without trust, filled under another name, synced while they are written.
 
-pub(super) mod directory;
-pub(super) mod error;
-pub(super) mod files;
-pub(super) mod partial;
-pub(super) mod staging;
-pub(super) mod write_back;
+mod directory;
+mod error;
+mod files;
+mod partial;
+mod staging;
+mod write_back;
+
+pub use self::error::{ManifestUse, ReadError, WriteError};
+pub(crate) use self::files::{
+    data_parts, expect_length, extend, is_unsupported, named, next_data, open_sized, read_bounded, read_named,
+};
+pub(crate) use self::staging::{StagedDir, add_file, clear_added};
+pub(crate) use self::write_back::WriteBack;

@@ -11,7 +11,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 
-use crate::snapshot::disk::directory::Directory;
+use super::directory::Directory;
 
 /// Attempts to make something that no one clears up before it is locked.
 const ATTEMPTS: u32 = 8;

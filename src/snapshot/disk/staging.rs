@@ -14,13 +14,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
-use crate::snapshot::disk::directory::{Directory, is_mount_point};
-use crate::snapshot::disk::error::WriteError;
-use crate::snapshot::disk::files::is_unsupported;
-use crate::snapshot::disk::partial::{self, Partial, clear_leftovers};
-use crate::snapshot::format::names::{
-    CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, WORK_FILE,
-};
+use super::directory::{Directory, is_mount_point};
+use super::error::WriteError;
+use super::files::is_unsupported;
+use super::partial::{self, Partial, clear_leftovers};
+use crate::snapshot::format::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, WORK_FILE};
 
 /// Everything a writer may leave behind in a directory it did not finish.
 const FILES: [&str; 6] = [CONFIG_FILE, STATE_FILE, MEMORY_FILE, CHANGES_FILE, MANIFEST_FILE, WORK_FILE];

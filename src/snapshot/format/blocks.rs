@@ -4,8 +4,8 @@
 
 use std::{io, iter};
 
+use super::digest::Digest;
 use crate::granule::Granule;
-use crate::snapshot::format::digest::Digest;
 use crate::snapshot::reserve::list_of;
 
 /// The most blocks a file is cut into: beyond that, blocks grow.

@@ -9,10 +9,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::snapshot::format::error::{ENTRIES, FormatError, json, within};
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::list::AtMost;
-use crate::snapshot::format::passthrough::{DeviceFields, PassThrough};
+use super::error::{ENTRIES, FormatError, json, within};
+use super::limits::SnapshotLimits;
+use super::list::AtMost;
+use super::passthrough::{DeviceFields, PassThrough};
 
 #[derive(Deserialize)]
 struct VmConfigFields {

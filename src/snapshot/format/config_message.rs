@@ -5,14 +5,14 @@
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::config::VmConfig;
+use super::error::{ENTRIES, FormatError, json, ranges, within};
+use super::limits::SnapshotLimits;
+use super::list::AtMost;
+use super::placement::Placement;
 use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::GpaRange;
-use crate::snapshot::format::config::VmConfig;
-use crate::snapshot::format::error::{ENTRIES, FormatError, json, ranges, within};
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::list::AtMost;
-use crate::snapshot::format::placement::Placement;
 
 #[derive(Deserialize)]
 struct ConfigFields {

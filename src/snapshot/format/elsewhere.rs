@@ -10,10 +10,10 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::config::{VmConfig, ZoneFile};
+use super::placement::push_joined;
+use super::state::VmState;
 use crate::range::GpaRange;
-use crate::snapshot::format::config::{VmConfig, ZoneFile};
-use crate::snapshot::format::placement::push_joined;
-use crate::snapshot::format::state::VmState;
 
 /// A memory zone that a snapshot leaves out, or part of one; prints as a [`ZoneFile`] does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

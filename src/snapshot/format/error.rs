@@ -7,10 +7,10 @@ use std::str::Utf8Error;
 
 use thiserror::Error;
 
+use super::placement::PlacementError;
 use crate::granule::GranuleError;
 use crate::layout::LayoutError;
 use crate::range::{GpaRange, RangeError};
-use crate::snapshot::format::placement::PlacementError;
 use crate::units::Count;
 
 /// The version of a manifest that is written, and the only one read.

@@ -9,14 +9,14 @@ use std::collections::TryReserveError;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::blocks::{BlockTable, block_bytes_for, block_bytes_of_full};
+use super::config::VmConfig;
+use super::digest::{Digest, Hasher};
+use super::error::{FormatError, MANIFEST, VERSION, lists};
+use super::limits::SnapshotLimits;
+use super::placement::Placement;
+use super::state::VmState;
 use crate::granule::Granule;
-use crate::snapshot::format::blocks::{BlockTable, block_bytes_for, block_bytes_of_full};
-use crate::snapshot::format::config::VmConfig;
-use crate::snapshot::format::digest::{Digest, Hasher};
-use crate::snapshot::format::error::{FormatError, MANIFEST, VERSION, lists};
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::placement::Placement;
-use crate::snapshot::format::state::VmState;
 use crate::snapshot::reserve::reserve;
 
 /// Begins every manifest. Its bytes 0x89, CR LF, 0x1a and LF show what a text-mode transfer does to a file.

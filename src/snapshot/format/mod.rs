@@ -2,17 +2,35 @@
 
 //! What a snapshot's files say: Cloud Hypervisor's documents, the manifest and its digests. Pure: no file is touched here.
 
-pub(super) mod blocks;
-pub(super) mod config;
-pub(super) mod config_message;
-pub(super) mod digest;
-pub(super) mod elsewhere;
-pub(super) mod error;
-pub(super) mod limits;
-pub(super) mod list;
-pub(super) mod manifest;
-pub(super) mod names;
-pub(super) mod passthrough;
-pub(super) mod placement;
-pub(super) mod state;
-pub(super) mod tree;
+mod blocks;
+mod config;
+mod config_message;
+mod digest;
+mod elsewhere;
+mod error;
+mod limits;
+mod list;
+mod manifest;
+mod names;
+mod passthrough;
+mod placement;
+mod state;
+mod tree;
+
+#[cfg(test)]
+pub(crate) use self::blocks::LEAST_BLOCK_BYTES;
+pub(crate) use self::blocks::{BlockHasher, BlockTable, block_bytes_for, block_bytes_of_full, is_zero};
+pub use self::config::{VmConfig, ZoneFile};
+pub use self::config_message::ConfigMessage;
+pub use self::digest::{Digest, DigestError};
+pub use self::elsewhere::{Elsewhere, LeftOut};
+pub use self::error::FormatError;
+pub use self::limits::SnapshotLimits;
+pub use self::manifest::Manifest;
+pub(crate) use self::manifest::{Changes, Covered};
+pub(crate) use self::names::WORK_FILE;
+pub use self::names::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
+pub use self::passthrough::{Interface, PassThrough};
+pub(crate) use self::placement::push_joined;
+pub use self::placement::{Extent, Placement, PlacementError};
+pub use self::state::VmState;

@@ -9,8 +9,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::snapshot::format::error::{FormatError, json};
-use crate::snapshot::format::list::AtMost;
+use super::error::{FormatError, json};
+use super::list::AtMost;
 
 /// Id of the component whose children are the VM's devices.
 const DEVICE_MANAGER: &str = "device-manager";

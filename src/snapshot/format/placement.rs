@@ -6,10 +6,10 @@ use std::ops::Range;
 
 use thiserror::Error;
 
+use super::limits::SnapshotLimits;
 use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::{GpaRange, RangeError};
-use crate::snapshot::format::limits::SnapshotLimits;
 use crate::snapshot::reserve::index;
 use crate::units::Count;
 

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::config::VmConfig;
+use super::error::{ENTRIES, FormatError, json, ranges, within};
+use super::limits::SnapshotLimits;
+use super::list::AtMost;
+use super::passthrough::{self, PassThrough};
+use super::placement::Placement;
+use super::tree::{MEMORY_MANAGER, Quoted, Tree, place};
 use crate::range::GpaRange;
-use crate::snapshot::format::config::VmConfig;
-use crate::snapshot::format::error::{ENTRIES, FormatError, json, ranges, within};
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::list::AtMost;
-use crate::snapshot::format::passthrough::{self, PassThrough};
-use crate::snapshot::format::placement::Placement;
-use crate::snapshot::format::tree::{MEMORY_MANAGER, Quoted, Tree, place};
 
 /// The root of the tree, as errors call it.
 const VM: &str = "the VM";

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use crate::range::united;
 use crate::snapshot::parallel;
-use crate::snapshot::read::full::FullSnapshot;
+use crate::snapshot::read::FullSnapshot;
 use crate::snapshot::reserve::{index, push, zeros};
 
 /// Bytes checked at once.

@@ -11,17 +11,11 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use thiserror::Error;
 
 use crate::layout::Layout;
-use crate::snapshot::disk::error::WriteError;
-use crate::snapshot::disk::staging::StagedDir;
-use crate::snapshot::format::config::{VmConfig, ZoneFile};
-use crate::snapshot::format::config_message::ConfigMessage;
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::error::FormatError;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::placement::PlacementError;
-use crate::snapshot::format::state::VmState;
-use crate::snapshot::write::announced::AnnouncedRam;
-use crate::snapshot::write::writer::{Base, SnapshotWriter};
+use crate::snapshot::disk::{StagedDir, WriteError};
+use crate::snapshot::format::{
+    ConfigMessage, Digest, FormatError, PlacementError, SnapshotLimits, VmConfig, VmState, ZoneFile,
+};
+use crate::snapshot::write::{AnnouncedRam, Base, SnapshotWriter};
 use crate::transfer::frame::MemoryTable;
 use crate::transfer::receive::{Completion, Destination, PageStore, Pages};
 use crate::vm::VmError;

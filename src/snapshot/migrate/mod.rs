@@ -3,5 +3,8 @@
 //! The two sides of a migration: a snapshot as its source, and as its destination.
 
 mod background_check;
-pub(super) mod destination;
-pub(super) mod source;
+mod destination;
+mod source;
+
+pub use self::destination::{DestinationError, DestinationOptions, OnPaused, SnapshotDestination};
+pub use self::source::SnapshotSource;

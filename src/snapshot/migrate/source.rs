@@ -8,13 +8,12 @@ use std::sync::Arc;
 
 use vm_migration::Snapshot;
 
+use super::background_check::BackgroundCheck;
 use crate::granule::Granule;
 use crate::layout::Layout;
-use crate::snapshot::disk::files::{expect_length, named};
-use crate::snapshot::migrate::background_check::BackgroundCheck;
-use crate::snapshot::ops::error::OperationError;
-use crate::snapshot::read::full::FullSnapshot;
-use crate::snapshot::read::placed::{PlacedMemory, regions};
+use crate::snapshot::disk::{expect_length, named};
+use crate::snapshot::ops::OperationError;
+use crate::snapshot::read::{FullSnapshot, PlacedMemory, regions};
 use crate::vm::{Backing, Captured, Vm, VmError};
 
 /// A snapshot on disk that plays the source of a migration: a VM that stands still.

@@ -6,19 +6,14 @@ use std::io;
 use std::path::Path;
 use std::time::Instant;
 
+use super::error::OperationError;
 use crate::layout::Layout;
 use crate::range::GpaRange;
-use crate::snapshot::disk::error::ManifestUse;
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::manifest::Manifest;
-use crate::snapshot::ops::error::OperationError;
-use crate::snapshot::read::chain::SnapshotChain;
-use crate::snapshot::read::differential::Differential;
-use crate::snapshot::read::reader::MemoryReader;
+use crate::snapshot::disk::ManifestUse;
+use crate::snapshot::format::{Digest, Manifest, SnapshotLimits};
+use crate::snapshot::read::{Differential, MemoryReader, SnapshotChain};
 use crate::snapshot::reserve::index;
-use crate::snapshot::write::announced::AnnouncedRam;
-use crate::snapshot::write::writer::SnapshotWriter;
+use crate::snapshot::write::{AnnouncedRam, SnapshotWriter};
 use crate::units::Millis;
 
 /// Writes the snapshot that `chain` amounts to as a full one, the directory `target`.

@@ -4,11 +4,11 @@
 
 use serde::{Serialize, Serializer};
 
+use super::error::OperationError;
 use crate::granule::Granule;
 use crate::range::{GpaRange, united};
-use crate::snapshot::format::placement::Placement;
-use crate::snapshot::ops::error::OperationError;
-use crate::snapshot::read::chain::SnapshotChain;
+use crate::snapshot::format::Placement;
+use crate::snapshot::read::SnapshotChain;
 use crate::snapshot::reserve::{index, resize};
 
 /// Bytes compared at once.

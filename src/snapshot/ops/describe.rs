@@ -8,17 +8,9 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::range::GpaRange;
-use crate::snapshot::disk::error::ReadError;
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::elsewhere::Elsewhere;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::manifest::Manifest;
-use crate::snapshot::format::names::MEMORY_FILE;
-use crate::snapshot::format::passthrough::PassThrough;
-use crate::snapshot::read::differential::Differential;
-use crate::snapshot::read::documents::{Configuration, Documents};
-use crate::snapshot::read::either::Snapshot;
-use crate::snapshot::read::full::FullSnapshot;
+use crate::snapshot::disk::ReadError;
+use crate::snapshot::format::{Digest, Elsewhere, MEMORY_FILE, Manifest, PassThrough, SnapshotLimits};
+use crate::snapshot::read::{Configuration, Differential, Documents, FullSnapshot, Snapshot};
 
 /// What a snapshot holds of the memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

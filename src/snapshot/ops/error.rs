@@ -10,9 +10,8 @@ use vm_memory::GuestRegionCollectionError;
 
 use crate::layout::LayoutError;
 use crate::range::GpaRange;
-use crate::snapshot::disk::error::{ReadError, WriteError};
-use crate::snapshot::format::elsewhere::Elsewhere;
-use crate::snapshot::format::placement::PlacementError;
+use crate::snapshot::disk::{ReadError, WriteError};
+use crate::snapshot::format::{Elsewhere, PlacementError};
 
 /// Why a snapshot was not applied, subtracted, compared, sealed or sent.
 ///

@@ -2,10 +2,20 @@
 
 //! What is done with snapshots that lie on disk.
 
-pub(super) mod apply;
-pub(super) mod compare;
-pub(super) mod describe;
-pub(super) mod error;
-pub(super) mod seal;
-pub(super) mod subtract;
-pub(super) mod verify;
+mod apply;
+mod compare;
+mod describe;
+mod error;
+mod seal;
+mod subtract;
+mod verify;
+
+pub use self::apply::apply;
+pub use self::compare::{Differences, compare};
+pub use self::describe::{Description, SnapshotKind, describe};
+pub use self::error::OperationError;
+#[cfg(test)]
+pub(crate) use self::seal::seal_opened;
+pub use self::seal::{reseal, seal};
+pub use self::subtract::subtract;
+pub use self::verify::{VerifyFinding, VerifyReport, verify};

@@ -5,18 +5,13 @@
 use std::collections::TryReserveError;
 use std::path::Path;
 
+use super::error::OperationError;
 use crate::granule::Granule;
-use crate::snapshot::disk::error::{ManifestUse, ReadError, WriteError};
-use crate::snapshot::disk::staging::{add_file, clear_added};
-use crate::snapshot::format::blocks::{BlockTable, block_bytes_of_full};
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::manifest::Manifest;
-use crate::snapshot::format::names::MANIFEST_FILE;
-use crate::snapshot::ops::error::OperationError;
-use crate::snapshot::read::documents::{Configuration, open_manifest};
-use crate::snapshot::read::either::Snapshot;
-use crate::snapshot::read::full::FullSnapshot;
+use crate::snapshot::disk::{ManifestUse, ReadError, WriteError, add_file, clear_added};
+use crate::snapshot::format::{
+    BlockTable, Digest, MANIFEST_FILE, Manifest, SnapshotLimits, block_bytes_of_full,
+};
+use crate::snapshot::read::{Configuration, FullSnapshot, Snapshot, open_manifest};
 
 /// Gives the full snapshot at `path`, as a VMM wrote it, a manifest, and returns what names it from now on.
 ///

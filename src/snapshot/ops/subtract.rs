@@ -6,16 +6,14 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::error::OperationError;
 use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::range::{GpaRange, united};
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::ops::error::OperationError;
-use crate::snapshot::read::chain::SnapshotChain;
+use crate::snapshot::format::{Digest, SnapshotLimits};
+use crate::snapshot::read::SnapshotChain;
 use crate::snapshot::reserve::{index, resize};
-use crate::snapshot::write::announced::AnnouncedRam;
-use crate::snapshot::write::writer::{Base, SnapshotWriter};
+use crate::snapshot::write::{AnnouncedRam, Base, SnapshotWriter};
 
 /// Bytes copied at once.
 const COPY_BYTES: u64 = 1 << 20;

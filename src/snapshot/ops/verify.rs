@@ -12,19 +12,12 @@ use serde::{Serialize, Serializer};
 
 use crate::error::Chain;
 use crate::range::GpaRange;
-use crate::snapshot::disk::error::{ManifestUse, ReadError};
-use crate::snapshot::disk::files::{open_sized, read_bounded};
-use crate::snapshot::format::config::VmConfig;
-use crate::snapshot::format::elsewhere::Elsewhere;
-use crate::snapshot::format::error::FormatError;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::manifest::{Covered, Manifest};
-use crate::snapshot::format::names::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
-use crate::snapshot::format::placement::Placement;
-use crate::snapshot::format::state::VmState;
-use crate::snapshot::read::altered::Altered;
-use crate::snapshot::read::full::FullSnapshot;
-use crate::snapshot::read::reader::{CheckedBits, MemoryReader};
+use crate::snapshot::disk::{ManifestUse, ReadError, open_sized, read_bounded};
+use crate::snapshot::format::{
+    CHANGES_FILE, CONFIG_FILE, Covered, Elsewhere, FormatError, MANIFEST_FILE, MEMORY_FILE, Manifest,
+    Placement, STATE_FILE, SnapshotLimits, VmConfig, VmState,
+};
+use crate::snapshot::read::{Altered, CheckedBits, FullSnapshot, MemoryReader};
 use crate::units::{Bytes, Millis};
 
 /// Something in a snapshot that is not as it was written.

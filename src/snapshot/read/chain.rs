@@ -5,16 +5,12 @@
 use std::io;
 use std::path::Path;
 
+use super::differential::Differential;
+use super::full::FullSnapshot;
+use super::reader::MemoryReader;
 use crate::range::{GpaRange, united};
-use crate::snapshot::disk::error::{ManifestUse, ReadError};
-use crate::snapshot::format::config::VmConfig;
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::elsewhere::Elsewhere;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::state::VmState;
-use crate::snapshot::read::differential::Differential;
-use crate::snapshot::read::full::FullSnapshot;
-use crate::snapshot::read::reader::MemoryReader;
+use crate::snapshot::disk::{ManifestUse, ReadError};
+use crate::snapshot::format::{Digest, Elsewhere, SnapshotLimits, VmConfig, VmState};
 
 /// A full snapshot with differentials on top, each made on what lies below it.
 #[derive(Debug)]

@@ -6,18 +6,13 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::documents::{Configuration, Documents, open_manifest};
+use super::reader::{CheckedBits, MemoryReader};
 use crate::range::GpaRange;
-use crate::snapshot::disk::error::ReadError;
-use crate::snapshot::disk::files::open_sized;
-use crate::snapshot::format::config::VmConfig;
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::manifest::{Changes, Manifest};
-use crate::snapshot::format::names::{CHANGES_FILE, MANIFEST_FILE};
-use crate::snapshot::format::placement::Placement;
-use crate::snapshot::format::state::VmState;
-use crate::snapshot::read::documents::{Configuration, Documents, open_manifest};
-use crate::snapshot::read::reader::{CheckedBits, MemoryReader};
+use crate::snapshot::disk::{ReadError, open_sized};
+use crate::snapshot::format::{
+    CHANGES_FILE, Changes, Digest, MANIFEST_FILE, Manifest, Placement, SnapshotLimits, VmConfig, VmState,
+};
 use crate::snapshot::reserve::index;
 
 /// A differential on disk: configuration, state, and the pages that differ from its base.

@@ -5,13 +5,10 @@
 use std::borrow::Cow;
 use std::path::Path;
 
-use crate::snapshot::disk::error::ReadError;
-use crate::snapshot::disk::files::read_bounded;
-use crate::snapshot::format::config::VmConfig;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::manifest::{Covered, Manifest};
-use crate::snapshot::format::names::{CONFIG_FILE, MANIFEST_FILE, STATE_FILE};
-use crate::snapshot::format::state::VmState;
+use crate::snapshot::disk::{ReadError, read_bounded};
+use crate::snapshot::format::{
+    CONFIG_FILE, Covered, MANIFEST_FILE, Manifest, STATE_FILE, SnapshotLimits, VmConfig, VmState,
+};
 
 /// Which configuration a snapshot is read with.
 #[derive(Debug, Clone, Copy)]

@@ -4,12 +4,11 @@
 
 use std::path::Path;
 
-use crate::snapshot::disk::error::ReadError;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::manifest::Manifest;
-use crate::snapshot::read::differential::Differential;
-use crate::snapshot::read::documents::{Configuration, Documents, open_manifest};
-use crate::snapshot::read::full::FullSnapshot;
+use super::differential::Differential;
+use super::documents::{Configuration, Documents, open_manifest};
+use super::full::FullSnapshot;
+use crate::snapshot::disk::ReadError;
+use crate::snapshot::format::{Manifest, SnapshotLimits};
 
 /// A snapshot of the kind that its manifest says; without one it is a full snapshot.
 pub(crate) enum Snapshot {

@@ -6,21 +6,15 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::documents::{Configuration, Documents, open_manifest};
+use super::reader::{CheckedBits, MemoryReader};
 use crate::granule::Granule;
 use crate::range::GpaRange;
-use crate::snapshot::disk::error::{ManifestUse, ReadError};
-use crate::snapshot::disk::files::open_sized;
-use crate::snapshot::format::config::VmConfig;
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::elsewhere::Elsewhere;
-use crate::snapshot::format::error::FormatError;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::manifest::Manifest;
-use crate::snapshot::format::names::MEMORY_FILE;
-use crate::snapshot::format::placement::{Placement, PlacementError};
-use crate::snapshot::format::state::VmState;
-use crate::snapshot::read::documents::{Configuration, Documents, open_manifest};
-use crate::snapshot::read::reader::{CheckedBits, MemoryReader};
+use crate::snapshot::disk::{ManifestUse, ReadError, open_sized};
+use crate::snapshot::format::{
+    Digest, Elsewhere, FormatError, MEMORY_FILE, Manifest, Placement, PlacementError, SnapshotLimits,
+    VmConfig, VmState,
+};
 use crate::threads::ThreadStart;
 
 /// A full snapshot on disk: a directory that Cloud Hypervisor restores, with or without a manifest.

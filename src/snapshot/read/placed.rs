@@ -18,8 +18,8 @@ use vm_memory::{
     MemoryRegionAddress, ReadVolatile, VolatileSlice, WriteVolatile,
 };
 
-use crate::snapshot::disk::files::read_named;
-use crate::snapshot::format::placement::{Extent, Placement};
+use crate::snapshot::disk::read_named;
+use crate::snapshot::format::{Extent, Placement};
 
 /// The memory of a snapshot, to be read.
 pub type PlacedMemory = GuestRegionCollection<PlacedRegion>;

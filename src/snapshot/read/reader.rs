@@ -9,12 +9,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::altered::Altered;
 use crate::granule::Granule;
 use crate::range::GpaRange;
-use crate::snapshot::disk::files::{data_parts, expect_length, named, next_data, read_named};
-use crate::snapshot::format::blocks::{BlockTable, block_bytes_of_full};
-use crate::snapshot::format::placement::{Extent, Placement};
-use crate::snapshot::read::altered::Altered;
+use crate::snapshot::disk::{data_parts, expect_length, named, next_data, read_named};
+use crate::snapshot::format::{BlockTable, Extent, Placement, block_bytes_of_full};
 use crate::snapshot::reserve::{index, list_of, resize};
 
 /// Bytes read at once where blocks are read in order.
@@ -249,7 +248,7 @@ impl BlockReader<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::format::limits::SnapshotLimits;
+    use crate::snapshot::format::SnapshotLimits;
 
     fn reader<'a>(file: &'a File, placement: &'a Placement) -> MemoryReader<'a> {
         MemoryReader { dir: Path::new(""), name: "", file, placement, digests: None }

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use super::bad_input::is_refusal_of;
 use super::guest::*;
 use crate::range::GpaRange;
-use crate::snapshot::ops::seal::seal_opened;
+use crate::snapshot::ops::seal_opened;
 use crate::snapshot::*;
 use crate::vm::{Captured, Vm, read_memory};
 

@@ -5,10 +5,7 @@ use proptest::prelude::*;
 use super::guest::{range, state_text};
 use crate::granule::Granule;
 use crate::range::GpaRange;
-use crate::snapshot::format::blocks::BlockTable;
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::error::FormatError;
-use crate::snapshot::format::manifest::{Changes, Covered, Manifest};
+use crate::snapshot::format::{BlockTable, Changes, Covered, Digest, FormatError, Manifest};
 use crate::snapshot::{Placement, SnapshotLimits};
 
 fn placement(ranges: &[GpaRange]) -> Placement {

@@ -4,10 +4,8 @@
 
 use crate::layout::Layout;
 use crate::range::GpaRange;
-use crate::snapshot::disk::error::WriteError;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::placement::{Placement, PlacementError};
-use crate::snapshot::format::state::VmState;
+use crate::snapshot::disk::WriteError;
+use crate::snapshot::format::{Placement, PlacementError, SnapshotLimits, VmState};
 
 /// The RAM of a VM as it is announced before its state is known.
 #[derive(Debug, Clone)]

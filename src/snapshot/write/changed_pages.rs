@@ -9,16 +9,17 @@ use std::sync::{Arc, MutexGuard};
 
 use thiserror::Error;
 
+use super::page_cells::{CELL_PAGES, Cell, Cells};
+use super::sparse_file::{FillError, SparseFile};
 use crate::granule::Granule;
 use crate::range::GpaRange;
-use crate::snapshot::format::blocks::{BlockHasher, BlockTable, block_bytes_for, is_zero};
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::placement::{Extent, Placement, PlacementError, push_joined};
+use crate::snapshot::format::{
+    BlockHasher, BlockTable, Extent, Placement, PlacementError, SnapshotLimits, block_bytes_for, is_zero,
+    push_joined,
+};
 use crate::snapshot::parallel;
-use crate::snapshot::read::chain::SnapshotChain;
+use crate::snapshot::read::SnapshotChain;
 use crate::snapshot::reserve::{index, push, resize, zeros};
-use crate::snapshot::write::page_cells::{CELL_PAGES, Cell, Cells};
-use crate::snapshot::write::sparse_file::{FillError, SparseFile};
 use crate::threads::ThreadStart;
 
 /// A range that begins or ends inside a page.
@@ -281,7 +282,7 @@ mod tests {
     use rustix::io::Errno;
 
     use super::*;
-    use crate::snapshot::disk::write_back::WriteBack;
+    use crate::snapshot::disk::WriteBack;
     use crate::snapshot::write::sparse_file::from_stream;
 
     #[test]

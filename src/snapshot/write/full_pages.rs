@@ -10,15 +10,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FallocateFlags;
 
+use super::sparse_file::{FillError, SparseFile};
 use crate::granule::Granule;
 use crate::range::GpaRange;
-use crate::snapshot::disk::files::{data_parts, is_unsupported};
-use crate::snapshot::format::blocks::{BlockTable, block_bytes_of_full, is_zero};
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::placement::{Extent, Placement};
+use crate::snapshot::disk::{data_parts, is_unsupported};
+use crate::snapshot::format::{BlockTable, Digest, Extent, Placement, block_bytes_of_full, is_zero};
 use crate::snapshot::parallel;
 use crate::snapshot::reserve::{index, list_of, zeros};
-use crate::snapshot::write::sparse_file::{FillError, SparseFile};
 use crate::threads::ThreadStart;
 
 /// Smallest part of the file that one thread writes at a time.
@@ -226,9 +224,9 @@ mod tests {
     use rustix::io::Errno;
 
     use super::*;
-    use crate::snapshot::disk::write_back::WriteBack;
-    use crate::snapshot::format::blocks::LEAST_BLOCK_BYTES;
-    use crate::snapshot::format::limits::SnapshotLimits;
+    use crate::snapshot::disk::WriteBack;
+    use crate::snapshot::format::LEAST_BLOCK_BYTES;
+    use crate::snapshot::format::SnapshotLimits;
     use crate::snapshot::write::sparse_file::from_stream;
 
     /// Not whole cells, and in the end not a whole block.

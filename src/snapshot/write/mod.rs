@@ -2,9 +2,12 @@
 
 //! Writing snapshots, full and differential, from any number of threads.
 
-pub(super) mod announced;
+mod announced;
 mod changed_pages;
 mod full_pages;
 mod page_cells;
 mod sparse_file;
-pub(super) mod writer;
+mod writer;
+
+pub use self::announced::AnnouncedRam;
+pub use self::writer::{Base, SnapshotWriter};

@@ -13,10 +13,8 @@ use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
 use crate::range::GpaRange;
-use crate::snapshot::disk::error::WriteError;
-use crate::snapshot::disk::files::extend;
-use crate::snapshot::disk::write_back::WriteBack;
-use crate::snapshot::format::placement::{Extent, Placement};
+use crate::snapshot::disk::{WriteBack, WriteError, extend};
+use crate::snapshot::format::{Extent, Placement};
 use crate::snapshot::reserve::{index, resize};
 use crate::threads::ThreadStart;
 use crate::vm::read_memory;

@@ -9,26 +9,19 @@ use std::time::Instant;
 
 use vm_memory::GuestMemoryBackend;
 
+use super::announced::AnnouncedRam;
+use super::changed_pages::{ChangedPages, SettleError};
+use super::full_pages::FullPages;
+use super::sparse_file::{FillError, from_memory, from_stream};
 use crate::layout::Layout;
 use crate::range::GpaRange;
-use crate::snapshot::disk::error::{ManifestUse, ReadError, WriteError};
-use crate::snapshot::disk::staging::StagedDir;
-use crate::snapshot::format::blocks::BlockTable;
-use crate::snapshot::format::config::VmConfig;
-use crate::snapshot::format::digest::Digest;
-use crate::snapshot::format::limits::SnapshotLimits;
-use crate::snapshot::format::manifest::{Changes, Manifest};
-use crate::snapshot::format::names::{
-    CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, WORK_FILE,
+use crate::snapshot::disk::{ManifestUse, ReadError, StagedDir, WriteError};
+use crate::snapshot::format::{
+    BlockTable, CHANGES_FILE, CONFIG_FILE, Changes, Digest, MANIFEST_FILE, MEMORY_FILE, Manifest, Placement,
+    STATE_FILE, SnapshotLimits, VmConfig, VmState, WORK_FILE,
 };
-use crate::snapshot::format::placement::Placement;
-use crate::snapshot::format::state::VmState;
 use crate::snapshot::parallel;
-use crate::snapshot::read::chain::SnapshotChain;
-use crate::snapshot::write::announced::AnnouncedRam;
-use crate::snapshot::write::changed_pages::{ChangedPages, SettleError};
-use crate::snapshot::write::full_pages::FullPages;
-use crate::snapshot::write::sparse_file::{FillError, from_memory, from_stream};
+use crate::snapshot::read::SnapshotChain;
 use crate::units::{Bytes, Millis};
 use crate::vm::ReadableCheck;
 
