@@ -191,6 +191,7 @@ pub const RECEIVER: &[Syscall] = &[
     Syscall::new(libc::SYS_shutdown),
     Syscall::new(libc::SYS_close),
     Syscall::new(libc::SYS_prlimit64),
+    Syscall::new(libc::SYS_madvise),
 ];
 
 /// Writing snapshots: [`SnapshotWriter`](crate::snapshot::SnapshotWriter),

@@ -44,7 +44,7 @@ pub(crate) fn holds() -> bool {
         fs::remove_dir_all(to).unwrap();
         took
     };
-    Race { bytes: BYTES, plain: &plain, ours: &ours }.is_won()
+    Race { bytes: BYTES, plain: &plain, ours: &ours, encrypts: false }.is_won()
 }
 
 /// Sends a snapshot with holes each way, and compares every file with its original.

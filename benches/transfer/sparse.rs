@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use crate::throughput::migrate;
-use crate::vm::{Memory, PAGE, Random, memory, populated};
+use crate::vm::{Memory, PAGE, Random, Vmm, memory, populated, ranges_of};
 use crate::way::Way;
 use crate::{RUNS, median};
 
@@ -25,8 +25,9 @@ pub(crate) fn holds() -> bool {
 }
 
 fn ratio(way: Way, sparse: &Arc<Memory>, full: &Arc<Memory>) -> f64 {
-    let (little, sent) = migrate(way, sparse);
-    let (all, _) = migrate(way, full);
+    let fresh = || Vmm::new(memory(&ranges_of(sparse)));
+    let (little, sent) = migrate(way, sparse, &mut fresh());
+    let (all, _) = migrate(way, full, &mut fresh());
     let ratio = little.as_secs_f64() / all.as_secs_f64();
     println!(
         "  {way:<7}  sparse {little:.1?} ({} MiB of holes left out)  full {all:.1?}  ratio {ratio:.4}",

@@ -120,11 +120,26 @@ impl Vm for StillVm {
 }
 
 /// Memory that takes a VM in.
-pub(crate) struct Vmm(pub(crate) Arc<Memory>);
+pub(crate) struct Vmm {
+    memory: Arc<Memory>,
+    by_faults: bool,
+}
+
+impl Vmm {
+    pub(crate) fn new(memory: Arc<Memory>) -> Self {
+        Self { memory, by_faults: false }
+    }
+
+    /// As [`Vmm::new`], with nothing allocated ahead of its bytes.
+    pub(crate) fn by_faults(memory: Arc<Memory>) -> Self {
+        Self { memory, by_faults: true }
+    }
+}
 
 impl Destination for Vmm {
     fn config(&mut self, _json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
-        Ok(Arc::new(GuestPages::new(Arc::clone(&self.0))?))
+        let pages = GuestPages::new(Arc::clone(&self.memory))?;
+        Ok(Arc::new(if self.by_faults { pages.by_faults() } else { pages }))
     }
 
     fn state(&mut self, _json: Vec<u8>) -> Result<(), VmError> {

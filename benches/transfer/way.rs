@@ -91,23 +91,37 @@ impl Way {
         write: impl Fn(&mut File, Range<u64>, &mut [u8]) + Sync,
         read: impl Fn(&mut File, Range<u64>, &mut [u8]) + Sync,
     ) {
+        self.stream_plainly(bytes, |socket| socket, |socket| socket, write, read);
+    }
+
+    /// As [`Way::copy_plainly`], through what `near` and `far` make of the ends of a socket, on the threads that use them.
+    pub(crate) fn stream_plainly<N: Read + Write, F: Read + Write>(
+        self,
+        bytes: u64,
+        near: impl Fn(File) -> N + Sync,
+        far: impl Fn(File) -> F + Sync,
+        write: impl Fn(&mut N, Range<u64>, &mut [u8]) + Sync,
+        read: impl Fn(&mut F, Range<u64>, &mut [u8]) + Sync,
+    ) {
         let stretch = bytes / self.connections();
-        let (write, read) = (&write, &read);
+        let (make_near, make_far, write, read) = (&near, &far, &write, &read);
         thread::scope(|scope| {
-            for (index, (mut near, mut far)) in (0..).zip(self.plain_sockets()) {
+            for (index, (near, far)) in (0..).zip(self.plain_sockets()) {
                 let pieces = move || {
                     let starts = (index * stretch..(index + 1) * stretch).step_by(PLAIN_BYTES as usize);
                     starts.map(move |start| start..(start + PLAIN_BYTES).min((index + 1) * stretch))
                 };
                 scope.spawn(move || {
-                    let mut buffer = vec![0; PLAIN_BYTES as usize];
+                    let (mut near, mut buffer) = (make_near(near), vec![0; PLAIN_BYTES as usize]);
                     pieces().for_each(|piece| write(&mut near, piece, &mut buffer));
+                    near.flush().unwrap();
                     near.read_exact(&mut [0]).unwrap();
                 });
                 scope.spawn(move || {
-                    let mut buffer = vec![0; PLAIN_BYTES as usize];
+                    let (mut far, mut buffer) = (make_far(far), vec![0; PLAIN_BYTES as usize]);
                     pieces().for_each(|piece| read(&mut far, piece, &mut buffer));
                     far.write_all(&[1]).unwrap();
+                    far.flush().unwrap();
                 });
             }
         });

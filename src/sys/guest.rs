@@ -59,6 +59,15 @@ pub(crate) fn populate<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, page_bytes:
     Ok(())
 }
 
+/// Has the kernel allocate every page of `slice` in one call; changes no byte.
+///
+/// # Errors
+/// As [`populate`], or the kernel does not know how: before Linux 5.14. Part of the pages may be allocated.
+pub(crate) fn allocate<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) -> io::Result<()> {
+    let guard = slice.ptr_guard_mut();
+    advise_populate(guard.as_ptr(), guard.len())
+}
+
 fn advise_populate(start: *mut u8, bytes: usize) -> io::Result<()> {
     // SAFETY: the advice changes no byte of a mapping, and fails where there is none.
     match unsafe { libc::madvise(start.cast(), bytes, libc::MADV_POPULATE_WRITE) } {

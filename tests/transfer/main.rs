@@ -3,6 +3,7 @@
 //! The transfer over real sockets: connections, TLS, and a receiver with sources of every kind.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod ahead;
 mod bare_source;
 mod bare_tls;
 mod captures;

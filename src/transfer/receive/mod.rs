@@ -17,6 +17,7 @@
 
 mod acceptor;
 mod additional;
+mod ahead;
 mod connections;
 mod context;
 mod destination;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::ahead::{Ahead, pieces};
 use crate::layout::{Layout, LayoutError};
 use crate::range::GpaRange;
 use crate::sys::guest::populate;
@@ -91,10 +92,15 @@ impl Read for Pages<'_> {
 }
 
 /// Keeps the pages in a VMM's guest memory.
+///
+/// Long ranges are allocated a piece ahead of their bytes, which costs the kernel half of what a fault for each page does. What
+/// the source leaves out stays a hole.
 #[derive(Debug, Clone)]
 pub struct GuestPages<M> {
     memory: Arc<M>,
     layout: Layout,
+    /// `None` where page faults allocate the memory, or all of it was allocated.
+    ahead: Option<Arc<Ahead>>,
 }
 
 impl<M: GuestMemoryBackend> GuestPages<M> {
@@ -104,7 +110,19 @@ impl<M: GuestMemoryBackend> GuestPages<M> {
     /// `memory` has no region, or one that is not aligned to this host's pages.
     pub fn new(memory: Arc<M>) -> Result<Self, LayoutError> {
         let layout = Layout::from_guest_memory(memory.as_ref())?;
-        Ok(Self { memory, layout })
+        let ahead = Some(Arc::new(Ahead::new(&layout)));
+        Ok(Self { memory, layout, ahead })
+    }
+
+    /// Leaves it to page faults to allocate the memory, as bytes arrive in it.
+    #[must_use]
+    pub fn by_faults(self) -> Self {
+        Self { ahead: None, ..self }
+    }
+
+    /// Bytes that were allocated ahead of what came for them.
+    pub fn allocated_ahead_bytes(&self) -> u64 {
+        self.ahead.as_ref().map_or(0, |ahead| ahead.bytes())
     }
 
     /// Has the kernel allocate all of the memory now, before the first page comes.
@@ -120,7 +138,7 @@ impl<M: GuestMemoryBackend> GuestPages<M> {
             let slice = region.as_volatile_slice().map_err(io::Error::other)?;
             populate(&slice, page_bytes)?;
         }
-        Ok(self)
+        Ok(self.by_faults())
     }
 }
 
@@ -130,6 +148,12 @@ impl<M: GuestMemoryBackend + Send + Sync> PageStore for GuestPages<M> {
     }
 
     fn fill(&self, table: &MemoryTable, pages: &mut Pages<'_>) -> io::Result<()> {
-        pages.read_guest(self.memory.as_ref(), table.ranges())
+        let memory = self.memory.as_ref();
+        let Some(ahead) = &self.ahead else { return pages.read_guest(memory, table.ranges()) };
+        for piece in pieces(table.ranges()) {
+            ahead.allocate(memory, &piece);
+            pages.read_guest(memory, piece.into_iter())?;
+        }
+        Ok(())
     }
 }
