@@ -50,6 +50,7 @@ fn try_demo(arguments: DemoArguments, stop: &AtomicBool, output: &mut Output) ->
         program: std::env::current_exe().map_err(DemoError::Spawn)?,
         log_level: log::max_level().to_string(),
         memory_bytes: arguments.memory,
+        sparse: arguments.sparse,
         guest_dirty_rate: arguments.guest_dirty_rate,
         device_dirty_rate: arguments.device_dirty_rate,
         device_state_bytes: arguments.device_state,

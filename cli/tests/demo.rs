@@ -292,3 +292,27 @@ fn more_memory_than_the_host_has_is_named_before_anything_starts() {
     assert_eq!(json["verified"], false);
     assert!(json["error"].as_str().unwrap().contains("need"));
 }
+
+#[test]
+fn a_sparse_vm_larger_than_the_host_moves_and_is_refused_without_the_flag() {
+    let refused = demo(&["--no-kvm", "--memory", "256G"]);
+    assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
+    let with_kvm = demo(&["--memory", "256G", "--sparse"]);
+    assert_eq!(with_kvm.status.code(), Some(2), "{}", stderr(&with_kvm));
+    assert!(stderr(&with_kvm).contains("needs --no-kvm"), "{}", stderr(&with_kvm));
+    let report = report(&demo(&["--no-kvm", "--memory", "256G", "--sparse", "--json"]));
+    assert_eq!(report["verified"], true);
+    assert_eq!(report["ram_bytes"], 256_u64 << 30);
+    assert_eq!(report["pages_compared"], (256_u64 << 30) / 4096);
+    assert_eq!(report["source_digest"], report["destination_digest"]);
+    assert!(report["skipped_hole_bytes"].as_u64().unwrap() > 255 << 30);
+    let parts = report["downtime"].as_object().unwrap();
+    let sum: f64 = parts.values().map(|part| part.as_f64().unwrap()).sum();
+    assert!((sum - report["downtime_ms"].as_f64().unwrap()).abs() < 0.1, "{parts:?} add up to the downtime");
+}
+
+#[test]
+fn a_flipped_bit_in_a_sparse_vm_is_found() {
+    let output = demo(&["--no-kvm", "--memory", "8G", "--sparse", "--inject", "corrupt-page"]);
+    assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
+}

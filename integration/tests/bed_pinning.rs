@@ -18,6 +18,7 @@ use serde_json::json;
 use vfio_migration::device::DeviceSet;
 use vfio_migration::layout::Layout;
 use vfio_migration::source::GuestMemoryLog;
+use vfio_migration::source::SummaryBitmap;
 use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, VmMappings};
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
@@ -28,7 +29,6 @@ use vfio_migration::transfer::{Migration, PinningReceiver, Populated, SendOption
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vfio_migration_integration::bed::{Bed, Bus, Engine, EngineStream, PassThrough, differing};
 use vfio_migration_integration::vmm::{Memory, PAGE_LEN, RamLayout, Split};
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vm_migration::{Snapshot, snapshot_from_id};
 
@@ -98,7 +98,7 @@ impl Machine {
 struct Source<'a>(&'a Machine);
 
 impl Vm for Source<'_> {
-    type Memory = GuestMemoryMmap<AtomicBitmap>;
+    type Memory = GuestMemoryMmap<SummaryBitmap>;
 
     fn memory(&self) -> Arc<Self::Memory> {
         Arc::new(self.0.memory.guest().clone())

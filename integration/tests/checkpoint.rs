@@ -34,6 +34,7 @@ const ATTEMPTS: u32 = 5;
 fn setup(kvm: bool) -> MachineSetup {
     MachineSetup {
         memory_bytes: MEMORY_BYTES,
+        sparse: false,
         kvm,
         guest_rate: 20_000,
         device_rate: 5_000,

@@ -33,6 +33,7 @@ const SHARER: &str = "sharer";
 fn machine(kvm: bool, device_rate: u32) -> (Side, Memory) {
     let setup = MachineSetup {
         memory_bytes: MEMORY_BYTES,
+        sparse: false,
         kvm,
         guest_rate: 20_000,
         device_rate,

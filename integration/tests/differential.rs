@@ -221,7 +221,15 @@ impl Subject {
 }
 
 fn setup(memory_bytes: u64, kvm: bool) -> MachineSetup {
-    MachineSetup { memory_bytes, kvm, guest_rate: 2_000, device_rate: 100, seed: 23, forget: None }
+    MachineSetup {
+        memory_bytes,
+        sparse: false,
+        kvm,
+        guest_rate: 2_000,
+        device_rate: 100,
+        seed: 23,
+        forget: None,
+    }
 }
 
 /// Whether there is KVM; says so loudly when a test has to do with a software vCPU.

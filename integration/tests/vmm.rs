@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use proptest::prelude::*;
+use vfio_migration::source::TakeDirtyWords;
 use vfio_migration_integration::skip;
 use vfio_migration_integration::vmm::{
     AreaKind, CpuKind, HOLE_END, HOLE_START, KvmError, Machine, MachineConfig, MachineError, MachineState,
     Map, Memory, MemoryError, PAGE_BYTES, PAGE_LEN, Phase, RamLayout, Rate, SHARED_BYTES, Split,
     VcpuExitKind, probe_kvm,
 };
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 const MIB: u64 = 1 << 20;
@@ -298,7 +300,7 @@ fn sizes_that_no_machine_can_have_are_refused() {
     for total_bytes in [0, 15 * MIB, 16 * MIB + 1, 129 << 30] {
         assert!(matches!(
             RamLayout::new(total_bytes, Split::default()),
-            Err(MemoryError::Size { total_bytes: named }) if named == total_bytes
+            Err(MemoryError::Size { total_bytes: named, .. }) if named == total_bytes
         ));
     }
 }
@@ -420,10 +422,10 @@ fn what_the_vmm_writes_is_in_the_bitmap_and_what_kvm_writes_is_not() {
     let dirty = |gpa: u64| {
         let region = machine.memory().find_region(GuestAddress(gpa)).unwrap();
         let offset = usize::try_from(gpa - region.start_addr().0).unwrap();
-        region.get_mmap().bitmap().is_addr_set(offset)
+        region.get_mmap().bitmap().dirty_at(offset)
     };
     for region in machine.memory().iter() {
-        region.get_mmap().bitmap().reset();
+        region.get_mmap().bitmap().take_dirty_words(&mut |_, _| {});
     }
     machine.start().unwrap();
     wait_for_pass(&machine, 2);

@@ -9,9 +9,14 @@ use super::{seconds, size};
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArguments {
-    /// Guest RAM, 16M to 128G: a number of bytes with K, M or G behind it.
+    /// Guest RAM, 16M to 128G, or to 16T with --sparse: a number of bytes with K, M, G or T behind it.
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = size)]
     pub(crate) memory: u64,
+    /// Leave most of the RAM unpopulated, so that there may be more than the host has: of each of the two regions, only what
+    /// guest, device and VMM write (38 MiB at most) and 16 MiB that nobody does are there. The device
+    /// reaches what is below 4 GiB. More than 128G needs --no-kvm.
+    #[arg(long)]
+    pub(crate) sparse: bool,
     /// Pages a second that the guest writes.
     #[arg(long, default_value_t = 2000, value_name = "PAGES")]
     pub(crate) guest_dirty_rate: u32,

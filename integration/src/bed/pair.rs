@@ -45,7 +45,7 @@ pub fn process_main() -> anyhow::Result<()> {
     let mut control = Control::new(UnixStream::from(stdin));
     let Role { party, setup } = control.receive()?.context("The parent is gone")?;
     Child::be(party, control, |control| {
-        let files = receive_ram(setup.memory_bytes, control)?;
+        let files = receive_ram(&RamLayout::new(setup.memory_bytes, Split::default())?, control)?;
         let side = BedSide::new(setup, files)?;
         let devices = side.migratable()?;
         Ok((side, devices))
@@ -140,6 +140,7 @@ impl Pair {
             timeout_s: 90,
             bandwidth_bytes_per_s,
             insist: false,
+            sparse: false,
         })?;
         let figures = self.wait(Who::Source, |event| match event {
             Event::Migrated(figures) => Some(figures),

@@ -13,13 +13,13 @@ use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
 use vfio_migration::device::{Device, KernelDevice};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::GpaRange;
+use vfio_migration::source::SummaryBitmap;
 use vfio_migration::source::{
     ContainerLog, DeviceLog, DirtySource, GuestMemoryLog, Harvester, HwptLog, KvmLog, KvmLogMode, KvmRing,
     Meaning, RingSize,
 };
 use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, TrackerBuilder};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vm_migration::Snapshot;
 
@@ -433,7 +433,7 @@ struct BedVm<'a> {
 }
 
 impl Vm for BedVm<'_> {
-    type Memory = GuestMemoryMmap<AtomicBitmap>;
+    type Memory = GuestMemoryMmap<SummaryBitmap>;
 
     fn memory(&self) -> Arc<Self::Memory> {
         self.vm.memory()

@@ -22,7 +22,7 @@ use vfio_migration::source::KvmLogMode;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Limits;
 use vfio_migration::transfer::receive::Receiver as MigrationReceiver;
-use vfio_migration::transfer::{DowntimeParts, Migration, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{DowntimeParts, Migration, PinningReceiver, SendOptions, Sender, Sent};
 use vfio_migration::vm::Vm;
 use vm_migration::Pausable;
 
@@ -32,7 +32,7 @@ use super::run::millis;
 use super::side::Side;
 use super::vm::DestinationVm;
 use crate::device::{DeviceConfig, DmaDevice};
-use crate::vmm::{Machine, Phase, RamLayout, Split};
+use crate::vmm::{Machine, Phase, RamLayout};
 
 /// How often a source tells how far it is.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(10);
@@ -138,13 +138,16 @@ impl<S: Hosted> Child<S> {
         self.answer(|child| child.side.start().map(|()| Event::Ready))?;
         while let Ok(command) = self.commands.recv() {
             self.answer(|child| match command {
-                Command::Migrate { url, downtime_ms, timeout_s, bandwidth_bytes_per_s, insist } => {
+                Command::Migrate { url, downtime_ms, timeout_s, bandwidth_bytes_per_s, insist, sparse } => {
                     let mut options = SendOptions::new(url.parse()?);
                     options.downtime_ms = downtime_ms;
                     options.timeout_s = timeout_s;
                     options.bandwidth = bandwidth_bytes_per_s;
                     if insist {
                         options.timeout_strategy = TimeoutStrategy::Ignore;
+                    }
+                    if sparse {
+                        options.pinning_receiver = PinningReceiver::Unheeded;
                     }
                     child.migrate(options)
                 }
@@ -216,7 +219,8 @@ impl<S: Hosted> Child<S> {
         self.tell(&Event::Listening { url: listener.url().to_string() })?;
         let mut vm = DestinationVm::new(self.side.machine(), &mut self.devices);
         let received = MigrationReceiver::new(Limits::default(), None).receive(&listener, &mut vm)?;
-        Ok(Event::Received { socket_bytes: received.received_bytes })
+        let devices_load_us = micros(vm.devices_load());
+        Ok(Event::Received { socket_bytes: received.received_bytes, devices_load_us })
     }
 
     fn run(&mut self) -> anyhow::Result<Event> {
@@ -232,16 +236,15 @@ impl<S: Hosted> Child<S> {
 /// Makes the VM of a process from the descriptors that follow its role: the device's socket, then RAM.
 fn host(setup: MachineSetup, control: &mut Control) -> anyhow::Result<(Side, MigratableDevice)> {
     let socket = control.receive_descriptor().context("Cannot receive the device's socket")?;
-    let files = receive_ram(setup.memory_bytes, control)?;
+    let files = receive_ram(&setup.layout()?, control)?;
     let side = Side::new(setup, UnixStream::from(OwnedFd::from(socket)), files)?;
     let devices = side.migratable(KvmLogMode::ManualAtRead)?;
     Ok((side, devices))
 }
 
 /// Takes a memfd for each region of the guest's RAM.
-pub(crate) fn receive_ram(memory_bytes: u64, control: &mut Control) -> anyhow::Result<Vec<File>> {
-    let regions = RamLayout::new(memory_bytes, Split::default())?.regions().len();
-    let files = (0..regions).map(|_| control.receive_descriptor()).collect::<Result<_, _>>();
+pub(crate) fn receive_ram(layout: &RamLayout, control: &mut Control) -> anyhow::Result<Vec<File>> {
+    let files = layout.regions().iter().map(|_| control.receive_descriptor()).collect::<Result<_, _>>();
     files.context("Cannot receive the guest's RAM")
 }
 
@@ -320,8 +323,10 @@ fn downtime_of(parts: &DowntimeParts) -> DowntimeReport {
         devices_stop_ms: ms(parts.devices_stop),
         last_collect_ms: ms(parts.last_collect),
         last_pages_ms: ms(parts.last_pages),
+        devices_save_ms: ms(parts.devices_save),
         capture_ms: ms(parts.capture),
         state_ms: ms(parts.state),
+        devices_load_ms: 0.0,
         complete_ms: ms(parts.complete),
         resume_ms: 0.0,
     }

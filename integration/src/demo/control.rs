@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::report::{MigrationFigures, Progress};
+use crate::vmm::{MemoryError, RamLayout, Split};
 
 /// What a child process is to be. Descriptors follow: the devices' sockets first, then a memfd for each RAM region.
 #[derive(Debug, Serialize, Deserialize)]
@@ -37,6 +38,8 @@ impl Role {
 pub struct MachineSetup {
     /// Guest RAM.
     pub memory_bytes: u64,
+    /// Whether most of it stays unpopulated, and the device reaches the region below 4 GiB only.
+    pub sparse: bool,
     /// Whether KVM runs the guest, or a software vCPU.
     pub kvm: bool,
     /// Pages a second that the guest stamps.
@@ -49,6 +52,17 @@ pub struct MachineSetup {
     pub forget: Option<String>,
 }
 
+impl MachineSetup {
+    /// Where its RAM lies.
+    ///
+    /// # Errors
+    /// No machine has that much, or that little.
+    pub fn layout(&self) -> Result<RamLayout, MemoryError> {
+        let lay_out = if self.sparse { RamLayout::sparse } else { RamLayout::new };
+        lay_out(self.memory_bytes, Split::default())
+    }
+}
+
 /// The device of a device process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct DeviceSetup {
@@ -58,13 +72,15 @@ pub(super) struct DeviceSetup {
 /// What the parent asks of a child.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Command {
-    /// Source: migrate to `url`; `insist` on it even where the downtime limit cannot be kept.
+    /// Source: migrate to `url`; `insist` on it even where the downtime limit cannot be kept; `sparse` memory is not to be
+    /// populated by the destination.
     Migrate {
         url: String,
         downtime_ms: u64,
         timeout_s: u64,
         bandwidth_bytes_per_s: Option<u64>,
         insist: bool,
+        sparse: bool,
     },
     /// Source: give up the migration under way.
     Cancel,
@@ -89,8 +105,8 @@ pub(crate) enum Event {
     Migrated(MigrationFigures),
     /// The command failed; `guest_runs` tells whether the VM of this process runs.
     Failed { error: String, guest_runs: bool },
-    /// Destination: all has arrived and the VM is ready to run, but paused.
-    Received { socket_bytes: u64 },
+    /// Destination: all has arrived and the VM is ready to run, but paused; its devices took so long to load their state.
+    Received { socket_bytes: u64, devices_load_us: u64 },
     /// Destination: the VM runs; resuming it took so long.
     Running { resume_us: u64 },
     /// How the guest, the VMM's writer and the device fare.

@@ -30,14 +30,17 @@ pub enum DemoError {
     Memory(#[from] MemoryError),
     /// Source and destination do not fit the host together.
     #[error(
-        "Source and destination need {} MiB together, but this host has {} MiB available",
-        .needed_bytes >> 20, .available_bytes >> 20
+        "Source and destination need {} MiB together, but this host has {} MiB available{}",
+        .needed_bytes >> 20, .available_bytes >> 20,
+        if *.sparse { "" } else { "; with --sparse most of it stays unpopulated" }
     )]
     HostTooSmall {
         /// RAM and device state of both.
         needed_bytes: u64,
         /// What the host can give.
         available_bytes: u64,
+        /// Whether most of the RAM stays unpopulated.
+        sparse: bool,
     },
     /// No folder for sockets.
     #[error("Cannot make a temporary folder")]

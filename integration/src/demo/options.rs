@@ -95,6 +95,8 @@ pub struct DemoOptions {
     pub log_level: String,
     /// Guest RAM in bytes.
     pub memory_bytes: u64,
+    /// Whether most of it stays unpopulated: it may be more than the host has.
+    pub sparse: bool,
     /// Pages a second that the guest stamps.
     pub guest_dirty_rate: u32,
     /// Pages a second that the device writes.

@@ -81,10 +81,14 @@ pub struct DowntimeReport {
     pub last_collect_ms: f64,
     /// Sending the last pages.
     pub last_pages_ms: f64,
-    /// Capturing the state.
+    /// Reading what is left of the devices' state.
+    pub devices_save_ms: f64,
+    /// Capturing the VM's state.
     pub capture_ms: f64,
-    /// Sending the state, and the destination taking it.
+    /// Sending all state, and the destination taking it, but for what follows.
     pub state_ms: f64,
+    /// The destination loading the devices' state.
+    pub devices_load_ms: f64,
     /// Telling the destination to take over.
     pub complete_ms: f64,
     /// Running the destination's devices and vCPUs.
@@ -93,14 +97,16 @@ pub struct DowntimeReport {
 
 impl DowntimeReport {
     /// Their names and milliseconds, in the order they come.
-    pub fn parts(&self) -> [(&'static str, f64); 8] {
+    pub fn parts(&self) -> [(&'static str, f64); 10] {
         [
             ("pause", self.pause_ms),
             ("devices stop", self.devices_stop_ms),
             ("last collect", self.last_collect_ms),
             ("last pages", self.last_pages_ms),
+            ("devices save", self.devices_save_ms),
             ("capture", self.capture_ms),
             ("state", self.state_ms),
+            ("devices load", self.devices_load_ms),
             ("complete", self.complete_ms),
             ("resume", self.resume_ms),
         ]

@@ -20,7 +20,7 @@ use super::proxy::flip_a_bit;
 use super::report::{MigrationFigures, Progress, Report};
 use super::side::{DEVICE_LOG, KVM_LOG, source_names};
 use super::{LOG_VARIABLE, PROCESS_ARGUMENT};
-use crate::vmm::{AreaKind, Map, Memory, PAGE_BYTES, RamLayout, Split, probe_kvm};
+use crate::vmm::{AreaKind, MAX_RAM_BYTES, Map, Memory, PAGE_BYTES, RamLayout, Split, probe_kvm};
 
 /// Passes the guest makes over its pages, after it moved, before it is believed to be well.
 const CHECKED_PASSES: u64 = 2;
@@ -30,6 +30,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long a migration may overrun its own timeout before the demo gives up on the source.
 const GRACE: Duration = Duration::from_secs(30);
+
+/// Bytes of sparse RAM for which a machine and its device keep a byte of bitmaps: eight bits a page.
+const BITMAPS_SHARE: u64 = PAGE_BYTES;
 
 /// What the demo tells while it runs.
 #[derive(Debug, Clone)]
@@ -67,7 +70,14 @@ struct Demo<'a> {
 struct Switchover {
     destination: Side,
     figures: MigrationFigures,
+    arrived: Arrived,
+}
+
+/// What the destination's receiver measured.
+#[derive(Clone, Copy)]
+struct Arrived {
     socket_bytes: u64,
+    devices_load_us: u64,
 }
 
 /// Runs the demo. Raising `stop` abandons the migration; the source's guest runs on, then everything ends.
@@ -103,8 +113,9 @@ impl<'a> Demo<'a> {
         notify: &'a mut dyn FnMut(Note),
     ) -> Result<Self, DemoError> {
         check_fault(options)?;
-        let layout = RamLayout::new(options.memory_bytes, Split::default())?;
-        check_host_memory(options)?;
+        let lay_out = if options.sparse { RamLayout::sparse } else { RamLayout::new };
+        let layout = lay_out(options.memory_bytes, Split::default())?;
+        check_host_memory(options, &layout)?;
         let kvm = !options.no_kvm && kvm_or_why_not(notify);
         if let Some(Inject::Forget(source)) = &options.inject
             && !source_names(kvm).contains(&source.as_str())
@@ -133,7 +144,11 @@ impl<'a> Demo<'a> {
 
     fn start_source(&mut self) -> Result<(), DemoError> {
         let guest = if self.kvm { "a KVM guest" } else { "a guest on a software vCPU" };
-        self.say(format!("Starting {guest} with {} MiB of RAM", self.options.memory_bytes >> 20));
+        let populated = match self.options.sparse {
+            true => format!(", {} MiB of it populated", Map::new(&self.layout).populated_bytes() >> 20),
+            false => String::new(),
+        };
+        self.say(format!("Starting {guest} with {} MiB of RAM{populated}", self.options.memory_bytes >> 20));
         self.source = Some(self.start(Role::Source, Who::Source)?);
         self.wait_for("the source to boot", Who::Source, |event| {
             matches!(event, Event::Ready).then_some(())
@@ -170,6 +185,7 @@ impl<'a> Demo<'a> {
         };
         MachineSetup {
             memory_bytes: self.options.memory_bytes,
+            sparse: self.options.sparse,
             kvm: self.kvm,
             guest_rate: self.options.guest_dirty_rate,
             device_rate: self.options.device_dirty_rate,
@@ -218,14 +234,15 @@ impl<'a> Demo<'a> {
             timeout_s: self.options.timeout_s,
             bandwidth_bytes_per_s: self.slow_enough(kill_in_round.is_some()),
             insist: kill_in_round.is_none(),
+            sparse: self.options.sparse,
         })?;
         let deadline = started + Duration::from_secs(self.options.timeout_s) + GRACE;
-        let (figures, socket_bytes) = self.follow(who, &mut destination, kill_in_round, deadline)?;
+        let (figures, arrived) = self.follow(who, &mut destination, kill_in_round, deadline)?;
         (self.notify)(Note::Moved);
         if let Some(remark) = &figures.remark {
             self.say(remark.clone());
         }
-        Ok(Switchover { destination, figures, socket_bytes })
+        Ok(Switchover { destination, figures, arrived })
     }
 
     /// Caps the bandwidth where a fault needs time to show: a round to be killed in, a source's writes to be forgotten.
@@ -271,14 +288,14 @@ impl<'a> Demo<'a> {
         unreachable!("the page was picked among these")
     }
 
-    /// Follows a migration to its end: what the source measured, and what the destination's sockets carried.
+    /// Follows a migration to its end: what the source measured, and the destination.
     fn follow(
         &mut self,
         who: Who,
         destination: &mut Side,
         mut kill_in_round: Option<u32>,
         deadline: Instant,
-    ) -> Result<(MigrationFigures, u64), DemoError> {
+    ) -> Result<(MigrationFigures, Arrived), DemoError> {
         let (mut figures, mut received, mut refusal, mut cancelled) = (None, None, None, false);
         loop {
             if self.stop.load(Ordering::SeqCst) && !cancelled {
@@ -304,8 +321,8 @@ impl<'a> Demo<'a> {
                     });
                 }
                 Some((Who::Source, None)) => return Err(DemoError::Died { who: "source" }),
-                Some((from, Some(Event::Received { socket_bytes }))) if from == who => {
-                    received = Some(socket_bytes);
+                Some((from, Some(Event::Received { socket_bytes, devices_load_us }))) if from == who => {
+                    received = Some(Arrived { socket_bytes, devices_load_us });
                 }
                 Some((from, Some(Event::Failed { error, .. }))) if from == who => refusal = Some(error),
                 Some((from, None)) if from == who && figures.is_some() => {
@@ -313,10 +330,9 @@ impl<'a> Demo<'a> {
                 }
                 Some(_) => {}
             }
-            if let (Some(_), Some(socket_bytes)) = (&figures, received) {
-                return figures
-                    .map(|figures| (figures, socket_bytes))
-                    .ok_or(DemoError::Died { who: "source" });
+            match (figures.take(), received) {
+                (Some(moved), Some(arrived)) => return Ok((moved, arrived)),
+                (moved, _) => figures = moved,
             }
         }
     }
@@ -339,7 +355,9 @@ impl<'a> Demo<'a> {
     fn compare(&mut self, moved: &Switchover) -> Result<Report, DemoError> {
         let source = self.source.as_ref().ok_or(DemoError::Died { who: "source" })?;
         let found = compare(&source.memory, &moved.destination.memory).map_err(DemoError::Compare)?;
-        let figures = moved.figures.clone();
+        let (mut figures, arrived) = (moved.figures.clone(), moved.arrived);
+        figures.downtime.devices_load_ms = millis(arrived.devices_load_us);
+        figures.downtime.state_ms = to_micros(figures.downtime.state_ms - figures.downtime.devices_load_ms);
         Ok(Report {
             kvm: self.kvm,
             verified: false,
@@ -348,7 +366,7 @@ impl<'a> Demo<'a> {
             destination_digest: found.second_digest,
             ram_bytes: self.options.memory_bytes,
             rounds: figures.rounds,
-            bytes_sent: moved.socket_bytes,
+            bytes_sent: arrived.socket_bytes,
             unique_dirty_bytes: figures.unique_dirty_bytes,
             skipped_hole_bytes: figures.skipped_hole_bytes,
             skipped_zero_bytes: figures.skipped_zero_bytes,
@@ -449,6 +467,9 @@ fn to_micros(millis: f64) -> f64 {
 /// Refuses a fault that could not show.
 fn check_fault(options: &DemoOptions) -> Result<(), DemoError> {
     let contradiction = match &options.inject {
+        _ if options.sparse && !options.no_kvm && options.memory_bytes > MAX_RAM_BYTES => {
+            "more than 128 GiB needs --no-kvm: a KVM guest's page tables map no more"
+        }
         Some(Inject::CorruptPage) if options.transport == Transport::Unix => {
             "corrupt-page needs --transport tcp"
         }
@@ -463,12 +484,16 @@ fn check_fault(options: &DemoOptions) -> Result<(), DemoError> {
     Err(DemoError::Contradiction(contradiction))
 }
 
-/// Both machines' RAM and both devices' state must fit the host at once.
-fn check_host_memory(options: &DemoOptions) -> Result<(), DemoError> {
-    let needed_bytes = options.memory_bytes.saturating_add(options.device_state_bytes).saturating_mul(2);
+/// What both machines populate and both devices' state must fit the host at once, with the bitmaps of all processes.
+fn check_host_memory(options: &DemoOptions, layout: &RamLayout) -> Result<(), DemoError> {
+    let ram_bytes = match options.sparse {
+        true => Map::new(layout).populated_bytes() + options.memory_bytes / BITMAPS_SHARE,
+        false => options.memory_bytes,
+    };
+    let needed_bytes = ram_bytes.saturating_add(options.device_state_bytes).saturating_mul(2);
     match crate::vmm::host_available_bytes() {
         Some(available_bytes) if needed_bytes > available_bytes => {
-            Err(DemoError::HostTooSmall { needed_bytes, available_bytes })
+            Err(DemoError::HostTooSmall { needed_bytes, available_bytes, sparse: options.sparse })
         }
         _ => Ok(()),
     }

@@ -3,6 +3,7 @@
 //! What a source and a destination process have in common: a machine, its device, and the library over both.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
@@ -27,7 +28,7 @@ use super::forget::Forgetful;
 use super::vm::{PASS_THROUGH, SourceVm, layout_of, mappings_of};
 use crate::device::control as device;
 use crate::device::{DeviceConfig, DmaDevice, PAGE_BYTES as STREAM_PAGE_BYTES, Stream, Window};
-use crate::vmm::{AreaKind, CpuKind, Machine, MachineConfig, Memory, RamLayout, Rate, Split};
+use crate::vmm::{AreaKind, CpuKind, Machine, MachineConfig, Memory, Rate, RegionBacking};
 
 /// Name of the one device.
 const DEVICE: &str = "dma0";
@@ -64,16 +65,20 @@ impl Side {
     /// # Errors
     /// RAM, KVM or the device refuse.
     pub fn new(setup: MachineSetup, socket: UnixStream, files: Vec<File>) -> anyhow::Result<Self> {
-        let layout = RamLayout::new(setup.memory_bytes, Split::default())?;
+        let layout = setup.layout()?;
         let cpu = if setup.kvm { CpuKind::Kvm { dirty_ring_bytes: None } } else { CpuKind::Software };
         let mut config = MachineConfig::new(Memory::adopt(&layout, files)?, cpu);
         config.guest_rate = Rate::PagesPerSecond(setup.guest_rate);
         config.seed = setup.seed;
         let machine = Arc::new(Machine::new(config)?);
-        let client = connect(socket, &machine).context("Cannot connect the device")?;
+        let reached = if setup.sparse { &machine.regions()[..1] } else { machine.regions() };
+        let client = connect(socket, reached).context("Cannot connect the device")?;
+        let is_reached =
+            |range: &Range<u64>| reached.iter().any(|region| range.end <= region.gpa + region.len);
         let windows: Option<Vec<_>> = machine
             .map()
             .ranges(AreaKind::Device)
+            .filter(is_reached)
             .map(|range| Window::new(range.start, range.end - range.start))
             .collect();
         let stream = Stream { seed: setup.seed, windows: windows.context("Device areas are whole pages")? };
@@ -87,7 +92,7 @@ impl Side {
     /// # Errors
     /// RAM, KVM or the device refuse.
     pub fn in_process(setup: MachineSetup) -> anyhow::Result<(Self, Memory)> {
-        let memory = Memory::create(&RamLayout::new(setup.memory_bytes, Split::default())?)?;
+        let memory = Memory::create(&setup.layout()?)?;
         let (ours, theirs) = UnixStream::pair()?;
         Builder::new()
             .name("device".into())
@@ -249,9 +254,10 @@ pub(crate) fn make_passes(machine: &Machine, passes: u64) -> anyhow::Result<()> 
     Ok(())
 }
 
-fn connect(socket: UnixStream, machine: &Machine) -> anyhow::Result<SharedClient> {
+/// Connects a device that reaches `regions`.
+fn connect(socket: UnixStream, regions: &[RegionBacking]) -> anyhow::Result<SharedClient> {
     let mut client = Client::connect(socket, DEVICE, &Options::default())?;
-    for region in machine.regions() {
+    for region in regions {
         let iova = IovaRange::new(region.gpa, region.len)?;
         let dma = DmaRegion { iova, file_offset: region.offset, writeable: true };
         client.dma_map(&dma, Some(region.as_fd()))?;

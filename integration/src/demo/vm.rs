@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -11,10 +12,10 @@ use vfio_migration::device::DeviceSet;
 use vfio_migration::layout::{Layout, LayoutError};
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::range::{GpaRange, RangeError};
+use vfio_migration::source::SummaryBitmap;
 use vfio_migration::tracker::{DeviceMappings, VmMappings};
 use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, asks_for_prefault};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vm_migration::{Snapshot, snapshot_from_id, state_from_id};
 
@@ -41,7 +42,7 @@ pub(super) enum VmMessageError {
 /// The machine as its sender sees it.
 pub struct SourceVm {
     machine: Arc<Machine>,
-    memory: Arc<GuestMemoryMmap<AtomicBitmap>>,
+    memory: Arc<GuestMemoryMmap<SummaryBitmap>>,
 }
 
 impl SourceVm {
@@ -53,7 +54,7 @@ impl SourceVm {
 }
 
 impl Vm for SourceVm {
-    type Memory = GuestMemoryMmap<AtomicBitmap>;
+    type Memory = GuestMemoryMmap<SummaryBitmap>;
 
     fn memory(&self) -> Arc<Self::Memory> {
         Arc::clone(&self.memory)
@@ -131,13 +132,19 @@ fn ram_bytes(regions: &[RegionBacking]) -> u64 {
 pub struct DestinationVm<'a> {
     machine: &'a Machine,
     devices: &'a mut MigratableDevice,
+    devices_load: Duration,
     restored: bool,
 }
 
 impl<'a> DestinationVm<'a> {
     /// Makes the receiver's view of an empty `machine` and its pass-through devices.
     pub fn new(machine: &'a Machine, devices: &'a mut MigratableDevice) -> Self {
-        Self { machine, devices, restored: false }
+        Self { machine, devices, devices_load: Duration::ZERO, restored: false }
+    }
+
+    /// How long the devices took to load their state.
+    pub fn devices_load(&self) -> Duration {
+        self.devices_load
     }
 }
 
@@ -171,7 +178,9 @@ impl Destination for DestinationVm<'_> {
             state_from_id(Some(&root), CPU_MANAGER)?.ok_or(VmMessageError::Missing(CPU_MANAGER))?;
         let device_manager =
             snapshot_from_id(Some(&root), DEVICE_MANAGER).ok_or(VmMessageError::Missing(DEVICE_MANAGER))?;
+        let began = Instant::now();
         self.devices.restore_child(device_manager)?;
+        self.devices_load = began.elapsed();
         self.machine.restore(&machine)?;
         self.restored = true;
         Ok(())

@@ -4,11 +4,11 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use vm_memory::bitmap::AtomicBitmap;
+use vfio_migration::source::SummaryBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use super::map::{AreaKind, CODE_GPA, Map, PD_GPA, PDPT_GPA, PML4_GPA, PROGRESS_GPA, WALK_GPA};
-use super::memory::{Memory, PAGE_BYTES, PAGE_LEN};
+use super::memory::{MAX_RAM_BYTES, Memory, PAGE_BYTES, PAGE_LEN};
 
 /// The guest reads from here how many pages it may stamp.
 pub(super) const PORT_GRANT: u16 = 0x600;
@@ -33,7 +33,7 @@ const ENTRY_FLAGS: u64 = 1 | 1 << 1 | 1 << 5 | 1 << 6;
 /// In an entry of the third level: maps 2 MiB.
 const ENTRY_LARGE: u64 = 1 << 7;
 
-type Ram = GuestMemoryMmap<AtomicBitmap>;
+type Ram = GuestMemoryMmap<SummaryBitmap>;
 
 /// Returns the check word of a page that was stamped on `pass`.
 pub(super) fn stamp_check(pass: u64, page_number: u64, seed: u64) -> u64 {
@@ -69,11 +69,13 @@ pub(super) fn cold_page(seed: u64, page_number: u64) -> [u8; PAGE_LEN] {
 }
 
 /// Puts everything into zeroed RAM that the guest needs before its first instruction: its code, an identity map,
-/// the walk table, the stamps of pass 0, and the cold content.
+/// the walk table, the stamps of pass 0, and the cold content. RAM that no page tables can map gets none.
 pub(super) fn write_image(memory: &Memory, map: &Map, seed: u64) -> Result<(), GuestMemoryError> {
     let ram = memory.guest();
     ram.write_slice(payload::code(), GuestAddress(CODE_GPA))?;
-    write_page_tables(ram, memory.layout().regions())?;
+    if memory.layout().total_bytes() <= MAX_RAM_BYTES {
+        write_page_tables(ram, memory.layout().regions())?;
+    }
     let walk = map.guest_walk();
     write_walk(ram, &walk)?;
     for gpa in walk.into_iter().flat_map(pages) {

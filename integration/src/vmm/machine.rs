@@ -9,7 +9,7 @@ use std::time::Duration;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use vm_memory::bitmap::AtomicBitmap;
+use vfio_migration::source::SummaryBitmap;
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
 use super::cpu::{CpuError, CpuLink, CpuState, ExitHook, Vcpu};
@@ -18,7 +18,7 @@ use super::kick::ImmediateExit;
 use super::kvm_cpu::KvmCpu;
 use super::kvm_vm::{KvmError, KvmVm, request};
 use super::map::Map;
-use super::memory::{Memory, RegionBacking};
+use super::memory::{MAX_RAM_BYTES, Memory, RegionBacking};
 use super::pace::{Pace, Rate};
 use super::software_cpu::SoftwareCpu;
 use super::worker::{Kick, Worker, lock};
@@ -34,6 +34,12 @@ pub enum MachineError {
     /// There is no VM to be had.
     #[error("Cannot make a KVM machine")]
     Kvm(#[from] KvmError),
+    /// There is more RAM than the guest's page tables can map.
+    #[error("A KVM guest's page tables map {} GiB at most, not {} GiB", MAX_RAM_BYTES >> 30, .total_bytes >> 30)]
+    TooLarge {
+        /// Bytes of RAM.
+        total_bytes: u64,
+    },
     /// A thread of the machine could not be started.
     #[error("Cannot start the machine's {name} thread")]
     Thread {
@@ -182,6 +188,9 @@ impl Machine {
         let map = Map::new(memory.layout());
         let cpu_link = Arc::new(CpuLink::new(Pace::new(guest_rate)));
         let (kvm, vcpu, kick): (_, Box<dyn Vcpu>, Kick) = match cpu {
+            CpuKind::Kvm { .. } if memory.layout().total_bytes() > MAX_RAM_BYTES => {
+                return Err(MachineError::TooLarge { total_bytes: memory.layout().total_bytes() });
+            }
             CpuKind::Kvm { dirty_ring_bytes } => {
                 let (parts, vcpu, kick) = kvm_cpu(&memory, dirty_ring_bytes, &cpu_link, exit_hook)?;
                 (Some(parts), Box::new(vcpu), kick)
@@ -306,7 +315,7 @@ impl Machine {
     }
 
     /// The memory as vm-memory sees it.
-    pub fn memory(&self) -> &GuestMemoryMmap<AtomicBitmap> {
+    pub fn memory(&self) -> &GuestMemoryMmap<SummaryBitmap> {
         self.memory.guest()
     }
 

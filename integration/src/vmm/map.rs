@@ -56,7 +56,7 @@ pub enum AreaKind {
     GuestAndVmm,
     /// Only the VMM.
     Vmm,
-    /// Filled at boot with pseudo-random content, never written again.
+    /// Filled at boot with pseudo-random content, never written again: half of what is left, or 16 MiB of it at most in a sparse layout.
     Cold,
     /// Never written at all: reads zero.
     Untouched,
@@ -84,6 +84,9 @@ struct Share {
     most: u64,
 }
 
+/// Most pages of a region's cold area in a sparse layout.
+const SPARSE_COLD_PAGES: u64 = 4096;
+
 /// Shares in the order in which the areas lie. The caps keep a pass over a large machine short: it is the size of
 /// the written areas, not of RAM, that decides how long the guest needs to look at all its pages again.
 const SHARES: [Share; 5] = [
@@ -105,7 +108,8 @@ impl Map {
                 areas.push(Area { kind: AreaKind::Control, range: BOOT_END..CONTROL_END });
                 start = CONTROL_END;
             }
-            push_shares(&mut areas, start..region.end);
+            let most_cold = if layout.is_sparse() { SPARSE_COLD_PAGES } else { u64::MAX };
+            push_shares(&mut areas, start..region.end, most_cold);
         }
         Self { areas }
     }
@@ -118,6 +122,12 @@ impl Map {
     /// The ranges of one kind, one a region at most.
     pub fn ranges(&self, kind: AreaKind) -> impl Iterator<Item = Range<u64>> + '_ {
         self.areas.iter().filter(move |area| area.kind == kind).map(|area| area.range.clone())
+    }
+
+    /// Bytes that are not left untouched.
+    pub fn populated_bytes(&self) -> u64 {
+        let written = self.areas.iter().filter(|area| area.kind != AreaKind::Untouched);
+        written.map(|area| area.range.end - area.range.start).sum()
     }
 
     /// What the guest stamps and checks on every pass, one range a region.
@@ -148,8 +158,8 @@ impl Map {
     }
 }
 
-/// Cuts one region's free part: the shares, then half of the rest cold, the other half untouched.
-fn push_shares(areas: &mut Vec<Area>, free: Range<u64>) {
+/// Cuts one region's free part: the shares, then half of the rest cold, `most_cold` pages at most, and what is left untouched.
+fn push_shares(areas: &mut Vec<Area>, free: Range<u64>, most_cold: u64) {
     let free_pages = (free.end - free.start) / PAGE_BYTES;
     let mut start = free.start;
     let mut push = |kind, pages: u64| {
@@ -162,6 +172,6 @@ fn push_shares(areas: &mut Vec<Area>, free: Range<u64>) {
     for Share { kind, divisor, most } in SHARES {
         rest_pages -= push(kind, (free_pages / divisor).min(most));
     }
-    rest_pages -= push(AreaKind::Cold, rest_pages / 2);
+    rest_pages -= push(AreaKind::Cold, (rest_pages / 2).min(most_cold));
     push(AreaKind::Untouched, rest_pages);
 }

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::bitmap::AtomicBitmap;
+use vfio_migration::source::SummaryBitmap;
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap};
 
@@ -25,6 +25,9 @@ pub const MIN_RAM_BYTES: u64 = 16 << 20;
 /// Most RAM of a machine: what the page tables that fit below 1 MiB can map.
 pub const MAX_RAM_BYTES: u64 = 128 << 30;
 
+/// Most RAM of a machine that leaves most of it unpopulated, for which no guest's page tables have to be made.
+pub const MAX_SPARSE_BYTES: u64 = 16 << 40;
+
 /// What the guest page tables map with one entry; regions start at a multiple of it.
 const LARGE_PAGE_BYTES: u64 = 2 << 20;
 
@@ -35,11 +38,13 @@ pub enum MemoryError {
     /// The size is no whole number of pages, or outside the limits.
     #[error(
         "RAM of {total_bytes} bytes is not a whole number of {PAGE_BYTES}-byte pages between {} MiB and {} GiB",
-        MIN_RAM_BYTES >> 20, MAX_RAM_BYTES >> 30
+        MIN_RAM_BYTES >> 20, .most_bytes >> 30
     )]
     Size {
         /// The size that was asked for.
         total_bytes: u64,
+        /// The most that there can be.
+        most_bytes: u64,
     },
     /// The host has less memory to give than was asked for.
     #[error(
@@ -114,6 +119,7 @@ pub enum Split {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RamLayout {
     regions: Vec<Range<u64>>,
+    sparse: bool,
 }
 
 impl RamLayout {
@@ -123,9 +129,22 @@ impl RamLayout {
     /// [`MemoryError::Size`] for a size that is no multiple of a page or outside
     /// [`MIN_RAM_BYTES`]`..=`[`MAX_RAM_BYTES`].
     pub fn new(total_bytes: u64, split: Split) -> Result<Self, MemoryError> {
-        if !(MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(&total_bytes) || !total_bytes.is_multiple_of(PAGE_BYTES)
-        {
-            return Err(MemoryError::Size { total_bytes });
+        Self::lay_out(total_bytes, split, false)
+    }
+
+    /// Lays out `total_bytes` of RAM that stays unpopulated but for the pages that somebody writes, and a few MiB that nobody does:
+    /// it may be more than the host has.
+    ///
+    /// # Errors
+    /// As [`RamLayout::new`], with the most at [`MAX_SPARSE_BYTES`].
+    pub fn sparse(total_bytes: u64, split: Split) -> Result<Self, MemoryError> {
+        Self::lay_out(total_bytes, split, true)
+    }
+
+    fn lay_out(total_bytes: u64, split: Split, sparse: bool) -> Result<Self, MemoryError> {
+        let most_bytes = if sparse { MAX_SPARSE_BYTES } else { MAX_RAM_BYTES };
+        if !(MIN_RAM_BYTES..=most_bytes).contains(&total_bytes) || !total_bytes.is_multiple_of(PAGE_BYTES) {
+            return Err(MemoryError::Size { total_bytes, most_bytes });
         }
         let wanted_below = match split {
             Split::QuarterAbove => (total_bytes - total_bytes / 4).next_multiple_of(LARGE_PAGE_BYTES),
@@ -138,7 +157,12 @@ impl RamLayout {
         if above > 0 {
             regions.push(HOLE_END..HOLE_END + above);
         }
-        Ok(Self { regions })
+        Ok(Self { regions, sparse })
+    }
+
+    /// Whether most of it stays unpopulated.
+    pub fn is_sparse(&self) -> bool {
+        self.sparse
     }
 
     /// The regions in ascending order.
@@ -181,7 +205,7 @@ impl AsFd for RegionBacking {
 #[derive(Debug, Clone)]
 pub struct Memory {
     layout: RamLayout,
-    guest: GuestMemoryMmap<AtomicBitmap>,
+    guest: GuestMemoryMmap<SummaryBitmap>,
     regions: Vec<RegionBacking>,
 }
 
@@ -194,6 +218,7 @@ impl Memory {
         let total_bytes = layout.total_bytes();
         if let Some(available_bytes) = host_available_bytes()
             && total_bytes > available_bytes
+            && !layout.sparse
         {
             return Err(MemoryError::HostTooSmall { total_bytes, available_bytes });
         }
@@ -230,7 +255,7 @@ impl Memory {
     }
 
     /// The memory as vm-memory sees it. Writes through it are recorded in its bitmap.
-    pub fn guest(&self) -> &GuestMemoryMmap<AtomicBitmap> {
+    pub fn guest(&self) -> &GuestMemoryMmap<SummaryBitmap> {
         &self.guest
     }
 
@@ -245,7 +270,7 @@ fn host_len(range: &Range<u64>) -> usize {
 }
 
 fn describe_region(
-    guest: &GuestMemoryMmap<AtomicBitmap>,
+    guest: &GuestMemoryMmap<SummaryBitmap>,
     slot: u32,
     range: &Range<u64>,
     file: Arc<File>,

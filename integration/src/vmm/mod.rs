@@ -40,8 +40,8 @@ pub use machine::{CpuKind, Machine, MachineConfig, MachineError, MachineState, P
 pub use map::{Area, AreaKind, Map, SHARED_BYTES};
 pub(crate) use memory::host_available_bytes;
 pub use memory::{
-    HOLE_END, HOLE_START, MAX_RAM_BYTES, MIN_RAM_BYTES, Memory, MemoryError, PAGE_BYTES, PAGE_LEN, RamLayout,
-    RegionBacking, Split,
+    HOLE_END, HOLE_START, MAX_RAM_BYTES, MAX_SPARSE_BYTES, MIN_RAM_BYTES, Memory, MemoryError, PAGE_BYTES,
+    PAGE_LEN, RamLayout, RegionBacking, Split,
 };
 pub use pace::Rate;
 pub use software_cpu::SoftwareState;

@@ -20,7 +20,9 @@ pub struct DowntimeParts {
     pub last_collect: Duration,
     /// Sending the pages that were dirty then, and those that the capture wrote, to the last acknowledgement.
     pub last_pages: Duration,
-    /// Capturing the state of the devices and the VM.
+    /// Reading what is left of the devices' state.
+    pub devices_save: Duration,
+    /// Capturing the state of the VM.
     pub capture: Duration,
     /// Letting go of what the receiver takes, sending that state, and the receiver taking it.
     pub state: Duration,
@@ -34,14 +36,15 @@ impl DowntimeParts {
     /// ```
     /// use vfio_migration::transfer::DowntimeParts;
     /// let names: Vec<_> = DowntimeParts::default().parts().into_iter().map(|(name, _)| name).collect();
-    /// assert_eq!(names, ["pause", "devices_stop", "last_collect", "last_pages", "capture", "state", "complete"]);
+    /// assert_eq!(names, ["pause", "devices_stop", "last_collect", "last_pages", "devices_save", "capture", "state", "complete"]);
     /// ```
-    pub fn parts(&self) -> [(&'static str, Duration); 7] {
+    pub fn parts(&self) -> [(&'static str, Duration); 8] {
         [
             ("pause", self.pause),
             ("devices_stop", self.devices_stop),
             ("last_collect", self.last_collect),
             ("last_pages", self.last_pages),
+            ("devices_save", self.devices_save),
             ("capture", self.capture),
             ("state", self.state),
             ("complete", self.complete),

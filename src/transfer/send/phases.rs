@@ -260,6 +260,7 @@ impl<'a, V: Vm> Session<'a, V> {
     fn capture(&mut self, control: &mut Control<'_>) -> Result<StatePayload, SendError> {
         control.hurry(self.vm.switchover(self.options.switchover_timeout()));
         let devices = self.devices.save()?;
+        self.clock.end_part(|parts| &mut parts.devices_save);
         let state = self.vm.state(devices)?;
         let payload = self.devices.check_captured(StatePayload::new(state)?)?;
         log::debug!("Captured a state of {}", Bytes(payload.bytes()));
