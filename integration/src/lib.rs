@@ -7,6 +7,7 @@ pub mod bed;
 pub mod confined;
 pub mod demo;
 pub mod device;
+pub mod kvm_modes;
 pub mod model;
 mod skip;
 pub mod vmm;
