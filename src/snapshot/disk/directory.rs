@@ -15,61 +15,61 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 /// Whether a file system is mounted on the directory `path`; `false` where the kernel is too old to say.
-pub(crate) fn is_mount_point(path: &Path) -> io::Result<bool> {
+pub(super) fn is_mount_point(path: &Path) -> io::Result<bool> {
     let facts = statx(CWD, path, AtFlags::empty(), StatxFlags::TYPE)?;
     Ok(facts.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
 /// An open directory. No name in it is followed where it is a link.
 #[derive(Debug)]
-pub(crate) struct Directory(File);
+pub(super) struct Directory(File);
 
 impl Directory {
     /// Opens the directory that `path` leads to.
-    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         Ok(Self(open(path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?.into()))
     }
 
     /// Opens the directory `name` in this one.
-    pub(crate) fn open_directory(&self, name: &OsStr) -> io::Result<Self> {
+    pub(super) fn open_directory(&self, name: &OsStr) -> io::Result<Self> {
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(Self(openat(&self.0, name, flags, Mode::empty())?.into()))
     }
 
     /// Opens the file `name` to read; a pipe in its place does not block.
-    pub(crate) fn open_file(&self, name: &OsStr) -> io::Result<File> {
+    pub(super) fn open_file(&self, name: &OsStr) -> io::Result<File> {
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(openat(&self.0, name, flags, Mode::empty())?.into())
     }
 
     /// Makes the directory `name`, for its owner alone.
-    pub(crate) fn make_directory(&self, name: &OsStr) -> io::Result<()> {
+    pub(super) fn make_directory(&self, name: &OsStr) -> io::Result<()> {
         Ok(mkdirat(&self.0, name, Mode::RWXU)?)
     }
 
     /// Makes the file `name`, for its owner alone, to read and write.
-    pub(crate) fn make_file(&self, name: &OsStr) -> io::Result<File> {
+    pub(super) fn make_file(&self, name: &OsStr) -> io::Result<File> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(openat(&self.0, name, flags, Mode::RUSR | Mode::WUSR)?.into())
     }
 
     /// Moves `from` to `to`, which it takes the place of.
-    pub(crate) fn rename(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
+    pub(super) fn rename(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
         Ok(renameat(&self.0, from, &self.0, to)?)
     }
 
-    pub(crate) fn remove_file(&self, name: &OsStr) -> io::Result<()> {
+    pub(super) fn remove_file(&self, name: &OsStr) -> io::Result<()> {
         Ok(unlinkat(&self.0, name, AtFlags::empty())?)
     }
 
     /// Removes the directory `name`, which has to be empty.
-    pub(crate) fn remove_directory(&self, name: &OsStr) -> io::Result<()> {
+    pub(super) fn remove_directory(&self, name: &OsStr) -> io::Result<()> {
         Ok(unlinkat(&self.0, name, AtFlags::REMOVEDIR)?)
     }
 
     /// Whether anything has the name `name`, be it a link that leads nowhere.
-    pub(crate) fn has(&self, name: &OsStr) -> io::Result<bool> {
+    pub(super) fn has(&self, name: &OsStr) -> io::Result<bool> {
         match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => Ok(false),
             found => Ok(found.map(|_| true)?),
@@ -77,7 +77,7 @@ impl Directory {
     }
 
     /// Whether `name` leads to `file` and not to something else.
-    pub(crate) fn leads_to(&self, name: &OsStr, file: &File) -> io::Result<bool> {
+    pub(super) fn leads_to(&self, name: &OsStr, file: &File) -> io::Result<bool> {
         let named = match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => return Ok(false),
             named => named?,
@@ -87,7 +87,7 @@ impl Directory {
     }
 
     /// Names of what is in it.
-    pub(crate) fn names(&self) -> io::Result<Vec<OsString>> {
+    pub(super) fn names(&self) -> io::Result<Vec<OsString>> {
         let entries = Dir::read_from(&self.0)?;
         let name = |entry: rustix::fs::DirEntry| OsStr::from_bytes(entry.file_name().to_bytes()).to_owned();
         let names: Result<Vec<_>, _> = entries.map(|entry| entry.map(name)).collect();
@@ -95,23 +95,13 @@ impl Directory {
     }
 
     /// Whether `name` is a regular file.
-    pub(crate) fn is_file(&self, name: &OsStr) -> io::Result<bool> {
+    pub(super) fn is_file(&self, name: &OsStr) -> io::Result<bool> {
         let named = statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW)?;
         Ok(FileType::from_raw_mode(named.st_mode) == FileType::RegularFile)
     }
 
-    /// Whether `name` is `file`, and not something else or nothing.
-    pub(crate) fn is_named(&self, file: &File, name: &OsStr) -> io::Result<bool> {
-        let file = fstat(file)?;
-        match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(named) => Ok((named.st_dev, named.st_ino) == (file.st_dev, file.st_ino)),
-            Err(Errno::NOENT) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
-    }
-
     /// What locks and syncs it.
-    pub(crate) fn file(&self) -> &File {
+    pub(super) fn file(&self) -> &File {
         &self.0
     }
 }

@@ -17,7 +17,7 @@ use super::directory::Directory;
 const ATTEMPTS: u32 = 8;
 
 /// What can be written in part.
-pub(crate) trait Partial: Sized {
+pub(super) trait Partial: Sized {
     /// Makes it as `name` in `parent`; `None` when somebody cleared it up before it was open.
     fn make(parent: &Directory, name: &OsStr) -> io::Result<Option<Self>>;
 
@@ -64,7 +64,7 @@ fn prefix(name: &OsStr) -> String {
 }
 
 /// Makes and locks what will have the name `name` in `parent`; returns the name it has until then.
-pub(crate) fn make<T: Partial>(parent: &Directory, name: &OsStr) -> io::Result<(OsString, T)> {
+pub(super) fn make<T: Partial>(parent: &Directory, name: &OsStr) -> io::Result<(OsString, T)> {
     for _ in 0..ATTEMPTS {
         // A name nobody can foresee: a link that waits under it is refused, and never followed.
         let random = RandomState::new().hash_one(std::process::id());
@@ -95,7 +95,7 @@ fn make_locked<T: Partial>(parent: &Directory, name: &OsStr) -> io::Result<Optio
 }
 
 /// Removes what dead writers of `name` in `parent` left behind. What cannot be removed is left.
-pub(crate) fn clear_leftovers<T: Partial>(parent: &Directory, name: &OsStr) {
+pub(super) fn clear_leftovers<T: Partial>(parent: &Directory, name: &OsStr) {
     let prefix = prefix(name);
     let is_ours = |name: &OsStr| {
         let tail = name.to_str().and_then(|name| name.strip_prefix(&prefix));
@@ -117,7 +117,7 @@ pub(crate) fn clear_leftovers<T: Partial>(parent: &Directory, name: &OsStr) {
 /// Removes `opened`, which had the name `name` in `parent` when it was opened, if its writer is dead.
 ///
 /// Returns whether it was removed: what is still being written or has another name by now is left whole.
-pub(crate) fn remove_dead<T: Partial>(opened: &T, parent: &Directory, name: &OsStr) -> io::Result<bool> {
+pub(super) fn remove_dead<T: Partial>(opened: &T, parent: &Directory, name: &OsStr) -> io::Result<bool> {
     match opened.file().try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Ok(false),
@@ -125,7 +125,7 @@ pub(crate) fn remove_dead<T: Partial>(opened: &T, parent: &Directory, name: &OsS
     }
     // Its writer may have finished since it was opened: then the lock is that of something whole, under its final name.
     // A writer moves it only while it holds the lock, so that what has the name now keeps it.
-    if !parent.is_named(opened.file(), name)? {
+    if !parent.leads_to(name, opened.file())? {
         return Ok(false);
     }
     opened.remove_leftover(parent, name)?;

@@ -11,9 +11,8 @@ use std::fmt;
 use serde::Serialize;
 
 use super::config::{VmConfig, ZoneFile};
-use super::placement::push_joined;
 use super::state::VmState;
-use crate::range::GpaRange;
+use crate::range::{GpaRange, united};
 
 /// A memory zone that a snapshot leaves out, or part of one; prints as a [`ZoneFile`] does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -52,7 +51,8 @@ impl Elsewhere {
     /// A zone that shares a file, by `config`, and that the state says nothing of counts as left out: so does who writes the
     /// state.
     pub fn of(config: &VmConfig, state: &VmState) -> Self {
-        let listed = joined(state);
+        // Ranges that touch are one, so that memory that is listed is in one of them.
+        let listed = united(state.memory().ranges());
         let mut is_listed = BTreeMap::new();
         for (zone, range) in state.fixed_ram() {
             *is_listed.entry(zone).or_insert(true) &= holds(&listed, range);
@@ -95,19 +95,10 @@ impl fmt::Display for Elsewhere {
     }
 }
 
-/// The memory that `state` lists, ascending; ranges that touch are one, so that what lies in the list lies in one of it.
-fn joined(state: &VmState) -> Vec<GpaRange> {
-    let mut joined = Vec::new();
-    for extent in state.memory().ascending() {
-        push_joined(&mut joined, extent.range);
-    }
-    joined
-}
-
-/// Whether one of `joined` has all of `range`.
-fn holds(joined: &[GpaRange], range: GpaRange) -> bool {
-    let last = joined.partition_point(|other| other.start() <= range.start());
-    last.checked_sub(1).is_some_and(|last| joined[last].end() >= range.end())
+/// Whether one of `united`, ascending, has all of `range`.
+fn holds(united: &[GpaRange], range: GpaRange) -> bool {
+    let last = united.partition_point(|other| other.start() <= range.start());
+    last.checked_sub(1).is_some_and(|last| united[last].end() >= range.end())
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 
 /// At most `N` entries; reading stops at one more, so that short entries do not make much memory of a long text.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct AtMost<const N: usize, T>(Vec<T>);
+pub(super) struct AtMost<const N: usize, T>(Vec<T>);
 
 impl<const N: usize, T> Default for AtMost<N, T> {
     fn default() -> Self {

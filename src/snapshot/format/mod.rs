@@ -31,6 +31,5 @@ pub(crate) use self::manifest::{Changes, Covered};
 pub(crate) use self::names::WORK_FILE;
 pub use self::names::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE};
 pub use self::passthrough::{Interface, PassThrough};
-pub(crate) use self::placement::push_joined;
 pub use self::placement::{Extent, Placement, PlacementError};
 pub use self::state::VmState;

@@ -255,13 +255,6 @@ impl Placement {
     }
 }
 
-/// Appends a range that is behind those in `ranges`, to the last one where they touch.
-pub(crate) fn push_joined(ranges: &mut Vec<GpaRange>, range: GpaRange) {
-    let joined = ranges.pop_if(|last| last.end() == range.start());
-    let start = joined.map_or(range.start(), GpaRange::start);
-    ranges.push(GpaRange::from_bounds(start, range.end()).expect("it only grows"));
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -13,11 +13,11 @@ use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 /// Id of the component whose state lists the VM's memory.
-pub(crate) const MEMORY_MANAGER: &str = "memory-manager";
+pub(super) const MEMORY_MANAGER: &str = "memory-manager";
 
 /// The states that are needed, each as it stands in the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-pub(crate) struct Tree<'a> {
+pub(super) struct Tree<'a> {
     #[serde(borrow, rename = "snapshots")]
     children: Children<'a>,
     #[serde(borrow, rename = "snapshot_data")]
@@ -29,17 +29,17 @@ impl<'a> Tree<'a> {
     ///
     /// # Errors
     /// It is no JSON, or no tree.
-    pub(crate) fn read(text: &'a str) -> serde_json::Result<Self> {
+    pub(super) fn read(text: &'a str) -> serde_json::Result<Self> {
         serde_json::from_str(text)
     }
 
     /// The state of the VM itself.
-    pub(crate) fn own(self) -> Option<Quoted<'a>> {
+    pub(super) fn own(self) -> Option<Quoted<'a>> {
         self.data.map(|data| data.state)
     }
 
     /// The state of the memory manager.
-    pub(crate) fn memory_manager(self) -> Option<Quoted<'a>> {
+    pub(super) fn memory_manager(self) -> Option<Quoted<'a>> {
         self.children.memory_manager
     }
 }
@@ -95,29 +95,29 @@ enum Id {
 
 /// A JSON string as it stands in a text, with its quotes and escapes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Quoted<'a>(&'a str);
+pub(super) struct Quoted<'a>(&'a str);
 
 impl<'a> Quoted<'a> {
     /// What the string says.
     ///
     /// # Errors
     /// An escape stands for nothing, as half of a surrogate pair does.
-    pub(crate) fn unquote(self) -> serde_json::Result<String> {
+    pub(super) fn unquote(self) -> serde_json::Result<String> {
         serde_json::from_str(self.0)
     }
 
     /// Bytes of the string as it stands.
-    pub(crate) fn len(self) -> usize {
+    pub(super) fn len(self) -> usize {
         self.0.len()
     }
 
     /// Where in `text`, of which it is a part, the string stands.
-    pub(crate) fn place_in(self, text: &str) -> Range<usize> {
+    pub(super) fn place_in(self, text: &str) -> Range<usize> {
         place(self.0, text)
     }
 
     /// Returns the string that stands at `place` of `text`.
-    pub(crate) fn at(text: &'a str, place: Range<usize>) -> Self {
+    pub(super) fn at(text: &'a str, place: Range<usize>) -> Self {
         Self(&text[place])
     }
 }
@@ -132,7 +132,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Quoted<'a> {
 }
 
 /// Returns where `part` stands in `text`, of which it is a part.
-pub(crate) fn place(part: &str, text: &str) -> Range<usize> {
+pub(super) fn place(part: &str, text: &str) -> Range<usize> {
     let start = part.as_ptr().addr() - text.as_ptr().addr();
     start..start + part.len()
 }

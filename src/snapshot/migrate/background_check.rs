@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use crate::range::united;
 use crate::snapshot::parallel;
-use crate::snapshot::read::FullSnapshot;
+use crate::snapshot::read::{FullSnapshot, Stored};
 use crate::snapshot::reserve::{index, push, zeros};
 
 /// Bytes checked at once.
@@ -28,9 +28,9 @@ impl BackgroundCheck {
     /// # Errors
     /// The system has no thread left.
     pub(super) fn start(snapshot: &Arc<FullSnapshot>) -> io::Result<Self> {
-        let (given_up, threads) = (Arc::<AtomicBool>::default(), snapshot.thread_start());
+        let (given_up, threads) = (Arc::<AtomicBool>::default(), snapshot.stored().thread_start);
         let (snapshot, of_thread) = (Arc::clone(snapshot), Arc::clone(&given_up));
-        let thread = threads.spawn("snapshot-check", move || check(&snapshot, &of_thread))?;
+        let thread = threads.spawn("snapshot-check", move || check(snapshot.stored(), &of_thread))?;
         Ok(Self { given_up, thread })
     }
 
@@ -48,12 +48,9 @@ impl BackgroundCheck {
     }
 }
 
-fn check(snapshot: &FullSnapshot, given_up: &AtomicBool) -> io::Result<()> {
-    let memory = snapshot.reader();
-    let Some((memory, written)) = memory.and_then(|memory| Some((memory, memory.populated_as_written()?)))
-    else {
-        return Ok(());
-    };
+fn check(snapshot: &Stored, given_up: &AtomicBool) -> io::Result<()> {
+    let Some(memory) = snapshot.reader() else { return Ok(()) };
+    let Some(written) = memory.populated_as_written() else { return Ok(()) };
     // Where the file has a hole and is to have one, there is nothing to read.
     let mut ranges = Vec::new();
     for range in memory.populated().chain(written.map(Ok)) {
@@ -63,7 +60,7 @@ fn check(snapshot: &FullSnapshot, given_up: &AtomicBool) -> io::Result<()> {
     for piece in united(ranges).into_iter().flat_map(|range| range.pieces(CHECK_BYTES)) {
         push(&mut pieces, piece)?;
     }
-    parallel::for_each(&pieces, parallel::processors(), snapshot.thread_start(), |&piece| {
+    parallel::for_each(&pieces, parallel::processors(), snapshot.thread_start, |&piece| {
         if given_up.load(Ordering::Relaxed) {
             return Ok(());
         }

@@ -9,10 +9,9 @@ use std::sync::Arc;
 use vm_migration::Snapshot;
 
 use super::background_check::BackgroundCheck;
-use crate::granule::Granule;
 use crate::layout::Layout;
 use crate::snapshot::disk::{expect_length, named};
-use crate::snapshot::ops::OperationError;
+use crate::snapshot::ops::{OperationError, lay_out};
 use crate::snapshot::read::{FullSnapshot, PlacedMemory, regions};
 use crate::vm::{Backing, Captured, Vm, VmError};
 
@@ -46,10 +45,7 @@ impl SnapshotSource {
         }
         let memory = snapshot.memory()?;
         check_length(&snapshot)?;
-        let page = snapshot.placement().page(Granule::host_page());
-        let page = page.map_err(|source| OperationError::Pages { path: path(), source })?;
-        let layout = Layout::new(snapshot.placement().ranges(), page)
-            .map_err(|source| OperationError::Layout { path: path(), source })?;
+        let layout = lay_out(snapshot.path(), memory.placement)?;
         let file = memory.file.try_clone();
         let file = file.map_err(|source| OperationError::Share { path: memory.path(), source })?;
         let file = Arc::new(file);

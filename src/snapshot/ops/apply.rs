@@ -29,8 +29,8 @@ pub fn apply(
     limits: &SnapshotLimits,
 ) -> Result<Digest, OperationError> {
     let full = chain.full();
-    let manifest = full.expect_manifest(ManifestUse::Copy)?;
-    let top = chain.differentials().last().map_or(manifest, Differential::manifest);
+    let manifest = full.stored().expect_manifest(ManifestUse::Copy)?;
+    let top = chain.top().expect_manifest(ManifestUse::Copy)?;
     let memory = full.memory()?;
     let layout = Layout::new(chain.state().memory().ranges(), top.page)
         .map_err(|source| OperationError::Layout { path: chain.path().to_owned(), source })?;
@@ -79,5 +79,6 @@ fn lay_over(writer: &SnapshotWriter, differential: &Differential) -> io::Result<
             writer.fill(part, &mut io::repeat(0))?;
         }
     }
-    copy_checked(writer, differential.reader(), differential.manifest())
+    let memory = differential.stored().reader();
+    memory.map_or(Ok(()), |memory| copy_checked(writer, memory, differential.manifest()))
 }

@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use crate::range::GpaRange;
 use crate::snapshot::disk::ReadError;
-use crate::snapshot::format::{Digest, Elsewhere, MEMORY_FILE, Manifest, PassThrough, SnapshotLimits};
-use crate::snapshot::read::{Configuration, Differential, Documents, FullSnapshot, Snapshot};
+use crate::snapshot::format::{Changes, Digest, Elsewhere, MEMORY_FILE, PassThrough, SnapshotLimits};
+use crate::snapshot::read::{Configuration, MemoryReader, Stored, open_manifest};
 
 /// What a snapshot holds of the memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -71,45 +71,47 @@ pub struct Description {
 /// An edited `config.json` is described as it stands.
 ///
 /// # Errors
-/// As [`FullSnapshot::open`] and [`Differential::open`].
+/// As [`FullSnapshot::open`](crate::snapshot::FullSnapshot::open).
 pub fn describe(path: &Path, limits: &SnapshotLimits) -> Result<Description, ReadError> {
-    let snapshot = Snapshot::open(path, Configuration::AsItStands, limits)?;
-    let (kind, obstacle) = match &snapshot {
-        Snapshot::Full(full) => (kind_of_full(full)?, full.obstacle()),
-        Snapshot::Differential(differential) => (kind_of_differential(differential), None),
+    let stored = Stored::open(path, open_manifest(path, limits)?, Configuration::AsItStands, limits)?;
+    let (kind, obstacle) = match stored.changes() {
+        None => (kind_of_full(&stored)?, stored.obstacle()),
+        Some(changes) => (kind_of_differential(changes), None),
     };
-    let (Documents { config, state, .. }, manifest) = (snapshot.documents(), snapshot.manifest());
+    let Stored { config, state, manifest, .. } = &stored;
     let wrong = |source| ReadError::Format { path: path.to_owned(), source };
     Ok(Description {
         kind,
-        digest: manifest.map(Manifest::digest),
+        digest: stored.digest(),
         obstacle: obstacle.map(|obstacle| obstacle.to_string()),
-        aliases: manifest.map_or_else(Vec::new, |manifest| manifest.aliases.clone()),
+        aliases: manifest.as_ref().map_or_else(Vec::new, |manifest| manifest.aliases.clone()),
         memory_bytes: state.memory().bytes(),
         memory_ranges: state.memory().ascending().len(),
-        block_bytes: manifest.map(|manifest| manifest.blocks.block_bytes),
+        block_bytes: manifest.as_ref().map(|manifest| manifest.blocks.block_bytes),
         config_bytes: config.text().len() as u64,
         state_bytes: state.text().len() as u64,
-        config_edited: manifest.is_some_and(|manifest| snapshot.documents().is_edited(manifest)),
-        elsewhere: Elsewhere::of(config, state),
+        config_edited: stored.is_edited(),
+        elsewhere: stored.elsewhere(),
         devices: state.devices(config).map_err(wrong)?,
     })
 }
 
-fn kind_of_full(full: &FullSnapshot) -> Result<SnapshotKind, ReadError> {
-    let populated = full.populated().map(|range| range.map(GpaRange::len)).sum::<io::Result<u64>>();
-    let populated_bytes = populated.map_err(|source| {
-        let unnamed = |source| ReadError::Read { path: full.path().join(MEMORY_FILE), source };
+fn kind_of_full(full: &Stored) -> Result<SnapshotKind, ReadError> {
+    let populated = full.reader().into_iter().flat_map(MemoryReader::populated);
+    let populated_bytes = populated.map(|range| range.map(GpaRange::len)).sum::<io::Result<u64>>();
+    let populated_bytes = populated_bytes.map_err(|source| {
+        let unnamed = |source| ReadError::Read { path: full.path.join(MEMORY_FILE), source };
         source.downcast().unwrap_or_else(unnamed)
     })?;
     Ok(SnapshotKind::Full { populated_bytes })
 }
 
-fn kind_of_differential(differential: &Differential) -> SnapshotKind {
+fn kind_of_differential(changes: &Changes) -> SnapshotKind {
+    let Changes { base, runs, zero_runs } = changes;
     SnapshotKind::Differential {
-        base: differential.base(),
-        changed_bytes: differential.changed().bytes(),
-        zeroed_bytes: differential.zeroed().map(GpaRange::len).sum(),
-        runs: differential.changed().ascending().len() + differential.zeroed().count(),
+        base: *base,
+        changed_bytes: runs.bytes(),
+        zeroed_bytes: zero_runs.bytes(),
+        runs: runs.ascending().len() + zero_runs.ascending().len(),
     }
 }

@@ -3,15 +3,16 @@
 //! Why something could not be done with a snapshot on disk.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 use vm_memory::GuestRegionCollectionError;
 
-use crate::layout::LayoutError;
+use crate::granule::Granule;
+use crate::layout::{Layout, LayoutError};
 use crate::range::GpaRange;
 use crate::snapshot::disk::{ReadError, WriteError};
-use crate::snapshot::format::{Elsewhere, PlacementError};
+use crate::snapshot::format::{Elsewhere, Placement, PlacementError};
 
 /// Why a snapshot was not applied, subtracted, compared, sealed or sent.
 ///
@@ -127,4 +128,12 @@ pub enum OperationError {
         /// Why.
         source: io::Error,
     },
+}
+
+/// Lays out the memory of the snapshot at `path` in the largest pages that it and this host have.
+pub(crate) fn lay_out(path: &Path, memory: &Placement) -> Result<Layout, OperationError> {
+    let page = memory.page(Granule::host_page());
+    let page = page.map_err(|source| OperationError::Pages { path: path.to_owned(), source })?;
+    let layout = Layout::new(memory.ranges(), page);
+    layout.map_err(|source| OperationError::Layout { path: path.to_owned(), source })
 }

@@ -14,6 +14,7 @@ pub use self::apply::apply;
 pub use self::compare::{Differences, compare};
 pub use self::describe::{Description, SnapshotKind, describe};
 pub use self::error::OperationError;
+pub(crate) use self::error::lay_out;
 #[cfg(test)]
 pub(crate) use self::seal::seal_opened;
 pub use self::seal::{reseal, seal};

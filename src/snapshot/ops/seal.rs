@@ -11,7 +11,7 @@ use crate::snapshot::disk::{ManifestUse, ReadError, WriteError, add_file, clear_
 use crate::snapshot::format::{
     BlockTable, Digest, MANIFEST_FILE, Manifest, SnapshotLimits, block_bytes_of_full,
 };
-use crate::snapshot::read::{Configuration, FullSnapshot, Snapshot, open_manifest};
+use crate::snapshot::read::{Configuration, FullSnapshot, Stored, open_manifest};
 
 /// Gives the full snapshot at `path`, as a VMM wrote it, a manifest, and returns what names it from now on.
 ///
@@ -20,12 +20,12 @@ use crate::snapshot::read::{Configuration, FullSnapshot, Snapshot, open_manifest
 /// # Errors
 /// The snapshot is as it was.
 pub fn seal(path: &Path, limits: &SnapshotLimits) -> Result<Digest, OperationError> {
-    seal_opened(&FullSnapshot::open(path, limits)?)
+    seal_opened(FullSnapshot::open(path, limits)?.stored())
 }
 
 /// Gives a snapshot a manifest of what it was when it was opened: should a text change since, it no longer fits.
-pub(crate) fn seal_opened(full: &FullSnapshot) -> Result<Digest, OperationError> {
-    let path = full.path();
+pub(crate) fn seal_opened(full: &Stored) -> Result<Digest, OperationError> {
+    let path = &full.path;
     if let Some(digest) = full.digest() {
         clear_added(path, MANIFEST_FILE);
         return Ok(digest);
@@ -39,8 +39,8 @@ pub(crate) fn seal_opened(full: &FullSnapshot) -> Result<Digest, OperationError>
     let blocks = full.reader().map_or_else(no_memory, |memory| memory.hash(page));
     let blocks = blocks.map_err(|source| OperationError::Hash { path: path.to_owned(), source })?;
     // The file, and not the configuration in it: somebody may have edited it, and left blanks around it.
-    let config = full.documents().config_file;
-    let manifest = Manifest { config, ..Manifest::of_full(page, full.config(), full.state(), blocks) };
+    let config = full.config_file;
+    let manifest = Manifest { config, ..Manifest::of_full(page, &full.config, &full.state, blocks) };
     write(path, &manifest)
 }
 
@@ -56,8 +56,8 @@ pub fn reseal(path: &Path, limits: &SnapshotLimits) -> Result<Digest, OperationE
     let needed = ManifestUse::Reseal;
     let none = || ReadError::NoManifest { path: path.to_owned(), needed, source: None };
     let mut manifest = open_manifest(path, limits)?.ok_or_else(none)?;
-    let snapshot = Snapshot::of(path, Some(manifest.clone()), Configuration::AsItStands, limits)?;
-    let (old, config) = (manifest.digest(), snapshot.documents().config_file);
+    let stored = Stored::open(path, Some(manifest.clone()), Configuration::AsItStands, limits)?;
+    let (old, config) = (manifest.digest(), stored.config_file);
     if config == manifest.config {
         return Ok(old);
     }

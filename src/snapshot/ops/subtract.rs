@@ -6,9 +6,8 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::error::OperationError;
+use super::error::{OperationError, lay_out};
 use crate::granule::Granule;
-use crate::layout::Layout;
 use crate::range::{GpaRange, united};
 use crate::snapshot::format::{Digest, SnapshotLimits};
 use crate::snapshot::read::SnapshotChain;
@@ -33,10 +32,8 @@ pub fn subtract(
     for full in [chain.full(), base.full()] {
         full.memory()?;
     }
-    let page = chain.state().memory().page(Granule::host_page());
-    let page = page.map_err(|source| OperationError::Pages { path: chain.path().to_owned(), source })?;
-    let layout = Layout::new(chain.state().memory().ranges(), page)
-        .map_err(|source| OperationError::Layout { path: chain.path().to_owned(), source })?;
+    let layout = lay_out(chain.path(), chain.state().memory())?;
+    let page = layout.host_page();
     // Where both have nothing but holes, nothing differs.
     let populated = united([populated(chain, page)?, populated(&base, page)?].concat());
     let writer =

@@ -3,7 +3,6 @@
 //! Finds altered bytes.
 
 use std::fmt;
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 use std::time::Instant;
@@ -95,38 +94,11 @@ impl VerifyReport {
 /// A file cannot be read to its end or exceeds `limits`, or there is no manifest. What was found so far is not known.
 pub fn verify(path: &Path, limits: &SnapshotLimits) -> Result<VerifyReport, ReadError> {
     let began = Instant::now();
-    let mut report = VerifyReport::default();
-    let bytes = match read_bounded(&path.join(MANIFEST_FILE), limits.manifest_bytes) {
-        Err(error) if error.is_absent() => return Err(no_manifest(path, limits)),
-        Err(error) => return report.file(error).map(|()| report),
-        Ok(bytes) => bytes,
-    };
-    report.bytes += bytes.len() as u64;
-    let manifest = match Manifest::parse(&bytes, limits) {
-        Ok(manifest) => manifest,
-        Err(FormatError::Memory(error)) => {
-            return Err(ReadError::Read { path: path.join(MANIFEST_FILE), source: error.into() });
-        }
-        Err(source) => {
-            let is_limit = matches!(source, FormatError::OverLimit { .. });
-            let error = ReadError::Format { path: path.join(MANIFEST_FILE), source };
-            if is_limit {
-                return Err(error);
-            }
-            report.findings.push(VerifyFinding::Manifest(error));
-            return Ok(report);
-        }
-    };
-    let config = report.config(path, &manifest, limits)?;
-    report.text(path, STATE_FILE, manifest.state)?;
-    match &manifest.changes {
-        None if manifest.memory.bytes() == 0 => {}
-        None => report.memory(path, MEMORY_FILE, &manifest, &manifest.memory)?,
-        Some(changes) => report.memory(path, CHANGES_FILE, &manifest, &changes.runs)?,
+    let mut check = Check { dir: path, limits, report: VerifyReport::default() };
+    if let Some(manifest) = check.manifest()? {
+        check.files(&manifest)?;
     }
-    if !report.is_damaged() {
-        report.listing(path, &manifest, config.as_ref(), limits)?;
-    }
+    let report = check.report;
     log::info!(
         "Checked {} of {} in {}, findings: {}",
         Bytes(report.bytes),
@@ -137,110 +109,130 @@ pub fn verify(path: &Path, limits: &SnapshotLimits) -> Result<VerifyReport, Read
     Ok(report)
 }
 
-impl VerifyReport {
-    /// Notes what is wrong with a file, unless it is this host that cannot read it, or it is only too large.
-    fn file(&mut self, error: ReadError) -> Result<(), ReadError> {
-        let error = match error.unread() {
-            // If it is only too large, it may be sound: nobody has looked.
-            Ok(error) | Err(error @ ReadError::TooLarge { .. }) => return Err(error),
-            Err(error) => error,
+/// A check under way.
+struct Check<'a> {
+    dir: &'a Path,
+    limits: &'a SnapshotLimits,
+    report: VerifyReport,
+}
+
+impl Check<'_> {
+    /// Reads the manifest; `None` where it is damaged, so that nothing else can be checked.
+    fn manifest(&mut self) -> Result<Option<Manifest>, ReadError> {
+        let path = self.dir.join(MANIFEST_FILE);
+        let bytes = match read_bounded(&path, self.limits.manifest_bytes) {
+            Err(error) if error.is_absent() => return Err(no_manifest(self.dir, self.limits)),
+            read => self.found(read)?,
         };
-        self.findings.push(VerifyFinding::File(error));
-        Ok(())
+        let Some(bytes) = bytes else { return Ok(None) };
+        self.report.bytes += bytes.len() as u64;
+        match Manifest::parse(&bytes, self.limits) {
+            Ok(manifest) => Ok(Some(manifest)),
+            Err(FormatError::Memory(error)) => Err(ReadError::Read { path, source: error.into() }),
+            Err(source @ FormatError::OverLimit { .. }) => Err(ReadError::Format { path, source }),
+            Err(source) => {
+                self.report.findings.push(VerifyFinding::Manifest(ReadError::Format { path, source }));
+                Ok(None)
+            }
+        }
     }
 
-    /// Opens a file of the size the manifest says; a file of another size is a finding.
-    fn open(&mut self, path: &Path, expected: u64) -> Result<Option<File>, ReadError> {
-        open_sized(path, expected).map_or_else(|error| self.file(error).map(|()| None), |file| Ok(Some(file)))
+    /// Checks everything that `manifest` covers.
+    fn files(&mut self, manifest: &Manifest) -> Result<(), ReadError> {
+        let config = self.config(manifest)?;
+        self.state(manifest.state)?;
+        match &manifest.changes {
+            None if manifest.memory.bytes() == 0 => {}
+            None => self.memory(MEMORY_FILE, manifest, &manifest.memory)?,
+            Some(changes) => self.memory(CHANGES_FILE, manifest, &changes.runs)?,
+        }
+        if self.report.is_damaged() { Ok(()) } else { self.listing(manifest, config.as_ref()) }
+    }
+
+    /// Returns what was read of a file, or notes what is wrong with it, unless it is this host that cannot read it, or it is only too
+    /// large: then it may be sound, and nobody has looked.
+    fn found<T>(&mut self, read: Result<T, ReadError>) -> Result<Option<T>, ReadError> {
+        match read.map_err(ReadError::unread) {
+            Ok(read) => Ok(Some(read)),
+            Err(Ok(error) | Err(error @ ReadError::TooLarge { .. })) => Err(error),
+            Err(Err(error)) => {
+                self.report.findings.push(VerifyFinding::File(error));
+                Ok(None)
+            }
+        }
     }
 
     /// Checks `config.json`, and returns the configuration in it: one that was edited since it was sealed still is one.
-    fn config(
-        &mut self,
-        dir: &Path,
-        manifest: &Manifest,
-        limits: &SnapshotLimits,
-    ) -> Result<Option<VmConfig>, ReadError> {
-        let text = match read_bounded(&dir.join(CONFIG_FILE), limits.config_bytes) {
-            Err(error) => return self.file(error).map(|()| None),
-            Ok(text) => text,
-        };
-        self.bytes += text.len() as u64;
-        let config = VmConfig::parse(&text, limits).ok();
+    fn config(&mut self, manifest: &Manifest) -> Result<Option<VmConfig>, ReadError> {
+        let text = self.found(read_bounded(&self.dir.join(CONFIG_FILE), self.limits.config_bytes))?;
+        let Some(text) = text else { return Ok(None) };
+        self.report.bytes += text.len() as u64;
+        let config = VmConfig::parse(&text, self.limits).ok();
         match &config {
             _ if Covered::of(&text) == manifest.config => {}
-            Some(_) => self.config_edited = true,
-            None => self.findings.push(VerifyFinding::Text { name: CONFIG_FILE }),
+            Some(_) => self.report.config_edited = true,
+            None => self.report.findings.push(VerifyFinding::Text { name: CONFIG_FILE }),
         }
         Ok(config)
     }
 
-    fn text(&mut self, dir: &Path, name: &'static str, covered: Covered) -> Result<(), ReadError> {
-        let path = dir.join(name);
-        let Some(file) = self.open(&path, covered.bytes)? else { return Ok(()) };
+    fn state(&mut self, covered: Covered) -> Result<(), ReadError> {
+        let path = self.dir.join(STATE_FILE);
+        let Some(file) = self.found(open_sized(&path, covered.bytes))? else { return Ok(()) };
         let mut hasher = blake3::Hasher::new();
         let read = io::copy(&mut (&file).take(covered.bytes), &mut hasher);
-        self.bytes += read.map_err(|source| ReadError::Read { path, source })?;
+        self.report.bytes += read.map_err(|source| ReadError::Read { path, source })?;
         if covered.digest != hasher.finalize().into() {
-            self.findings.push(VerifyFinding::Text { name });
+            self.report.findings.push(VerifyFinding::Text { name: STATE_FILE });
         }
         Ok(())
     }
 
     fn memory(
         &mut self,
-        dir: &Path,
         name: &'static str,
         manifest: &Manifest,
         placement: &Placement,
     ) -> Result<(), ReadError> {
-        let path = dir.join(name);
-        let Some(file) = self.open(&path, placement.bytes())? else { return Ok(()) };
+        let path = self.dir.join(name);
+        let Some(file) = self.found(open_sized(&path, placement.bytes()))? else { return Ok(()) };
         let (table, checked) = (&manifest.blocks, CheckedBits::none(&manifest.blocks));
-        let memory = MemoryReader { dir, name, file: &file, placement, digests: Some((table, &checked)) };
+        let digests = Some((table, &checked));
+        let memory = MemoryReader { dir: self.dir, name, file: &file, placement, digests };
         let mut blocks = memory.blocks(table.block_bytes);
         loop {
             match blocks.next_block() {
-                Ok(None) => break,
-                Ok(Some(block)) => self.bytes += block.length,
+                Ok(None) => return Ok(()),
+                Ok(Some(block)) => self.report.bytes += block.length,
                 Err(error) => match Altered::of(&error) {
                     Some(altered) => altered.ranges.iter().for_each(|&range| self.altered(name, range)),
                     None => return Err(ReadError::Read { path, source: error }),
                 },
             }
         }
-        Ok(())
     }
 
     /// Notes altered memory, joined to what was noted just before where the two touch.
     fn altered(&mut self, name: &'static str, range: GpaRange) {
-        if let Some(VerifyFinding::Memory { range: last, .. }) = self.findings.last_mut()
+        if let Some(VerifyFinding::Memory { range: last, .. }) = self.report.findings.last_mut()
             && last.end() == range.start()
         {
             *last = GpaRange::from_bounds(last.start(), range.end()).expect("it only grows");
         } else {
-            self.findings.push(VerifyFinding::Memory { name, range });
+            self.report.findings.push(VerifyFinding::Memory { name, range });
         }
     }
 
     /// Checks that the state lists the memory that the manifest does: both may be sound and yet not belong together.
-    fn listing(
-        &mut self,
-        dir: &Path,
-        manifest: &Manifest,
-        config: Option<&VmConfig>,
-        limits: &SnapshotLimits,
-    ) -> Result<(), ReadError> {
-        let text = match read_bounded(&dir.join(STATE_FILE), limits.state_bytes) {
-            Err(error) => return self.file(error),
-            Ok(text) => text,
-        };
-        let state = VmState::parse(text, limits).ok();
+    fn listing(&mut self, manifest: &Manifest, config: Option<&VmConfig>) -> Result<(), ReadError> {
+        let text = self.found(read_bounded(&self.dir.join(STATE_FILE), self.limits.state_bytes))?;
+        let Some(text) = text else { return Ok(()) };
+        let state = VmState::parse(text, self.limits).ok();
         let fitting = state.filter(|state| state.memory().ranges().eq(manifest.memory.ranges()));
         match (fitting, config) {
-            (Some(state), Some(config)) => self.elsewhere = Elsewhere::of(config, &state),
+            (Some(state), Some(config)) => self.report.elsewhere = Elsewhere::of(config, &state),
             (Some(_), None) => {}
-            (None, _) => self.findings.push(VerifyFinding::Text { name: STATE_FILE }),
+            (None, _) => self.report.findings.push(VerifyFinding::Text { name: STATE_FILE }),
         }
         Ok(())
     }
@@ -250,6 +242,6 @@ fn no_manifest(path: &Path, limits: &SnapshotLimits) -> ReadError {
     if let Err(source) = std::fs::metadata(path) {
         return ReadError::Read { path: path.to_owned(), source };
     }
-    let source = FullSnapshot::open(path, limits).ok().and_then(|full| full.obstacle());
+    let source = FullSnapshot::open(path, limits).ok().and_then(|full| full.stored().obstacle());
     ReadError::NoManifest { path: path.to_owned(), needed: ManifestUse::Verify, source }
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 use super::differential::Differential;
 use super::full::FullSnapshot;
 use super::reader::MemoryReader;
+use super::stored::Stored;
 use crate::range::{GpaRange, united};
 use crate::snapshot::disk::{ManifestUse, ReadError};
 use crate::snapshot::format::{Digest, Elsewhere, SnapshotLimits, VmConfig, VmState};
@@ -47,11 +48,7 @@ impl SnapshotChain {
     /// # Errors
     /// It was made on top of something else.
     pub fn with(mut self, differential: Differential) -> Result<Self, ReadError> {
-        let below = match self.differentials.last() {
-            Some(top) => top.manifest(),
-            None => self.full.expect_manifest(ManifestUse::Name)?,
-        };
-        if !below.answers_to(differential.base()) {
+        if !self.top().expect_manifest(ManifestUse::Name)?.answers_to(differential.base()) {
             return Err(ReadError::WrongBase {
                 path: differential.path().to_owned(),
                 base: differential.base(),
@@ -72,29 +69,34 @@ impl SnapshotChain {
         &self.differentials
     }
 
+    /// The snapshot on top.
+    pub(crate) fn top(&self) -> &Stored {
+        self.differentials.last().map_or(self.full.stored(), Differential::stored)
+    }
+
     /// The directory on top.
     pub fn path(&self) -> &Path {
-        self.differentials.last().map_or(self.full.path(), Differential::path)
+        &self.top().path
     }
 
     /// What names the snapshot on top; `None` for a full snapshot with no manifest.
     pub fn digest(&self) -> Option<Digest> {
-        self.differentials.last().map_or(self.full.digest(), |top| Some(top.digest()))
+        self.top().digest()
     }
 
     /// `config.json` of the snapshot on top.
     pub fn config(&self) -> &VmConfig {
-        self.differentials.last().map_or(self.full.config(), Differential::config)
+        &self.top().config
     }
 
     /// `state.json` of the snapshot on top, which lists the VM's memory.
     pub fn state(&self) -> &VmState {
-        self.differentials.last().map_or(self.full.state(), Differential::state)
+        &self.top().state
     }
 
     /// Memory of the VM that is in none of the snapshots, because it is in files of its own.
     pub fn elsewhere(&self) -> Elsewhere {
-        Elsewhere::of(self.config(), self.state())
+        self.top().elsewhere()
     }
 
     /// Reads the memory of `range` as the snapshot on top has it; what the VM does not have reads as zero.
@@ -107,7 +109,7 @@ impl SnapshotChain {
     /// # Panics
     /// `buffer` is shorter than `range`.
     pub fn read(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
-        self.read_by(range, buffer, |memory, range, buffer| memory.read(range, buffer))
+        self.read_as(range, buffer, false)
     }
 
     /// Reads as [`SnapshotChain::read`] does, bytes that are as they were written; a full snapshot with no manifest is read as it is.
@@ -115,20 +117,20 @@ impl SnapshotChain {
     /// # Errors
     /// A file cannot be read, or was cut off; or a block was altered, then the error holds [`Altered`](crate::snapshot::Altered).
     pub(crate) fn read_checked(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
-        self.read_by(range, buffer, |memory, range, buffer| memory.read_checked(range, buffer))
+        self.read_as(range, buffer, true)
     }
 
-    fn read_by(
-        &self,
-        range: GpaRange,
-        buffer: &mut [u8],
-        read: impl Fn(&MemoryReader<'_>, GpaRange, &mut [u8]) -> io::Result<()>,
-    ) -> io::Result<()> {
+    fn read_as(&self, range: GpaRange, buffer: &mut [u8], is_checked: bool) -> io::Result<()> {
         buffer.fill(0);
-        self.full.reader().map_or(Ok(()), |memory| read(&memory, range, buffer))?;
+        let read = |stored: &Stored, buffer: &mut [u8]| match stored.reader() {
+            Some(memory) if is_checked => memory.read_checked(range, buffer),
+            Some(memory) => memory.read(range, buffer),
+            None => Ok(()),
+        };
+        read(self.full.stored(), buffer)?;
         self.differentials.iter().try_for_each(|differential| {
             differential.overlay_zeros(range, buffer);
-            read(&differential.reader(), range, buffer)
+            read(differential.stored(), buffer)
         })
     }
 
@@ -137,7 +139,7 @@ impl SnapshotChain {
     /// # Errors
     /// As [`SnapshotChain::read_checked`].
     pub(crate) fn check(&self, range: GpaRange) -> io::Result<()> {
-        self.full.reader().map_or(Ok(()), |memory| memory.check_range(range))
+        self.full.stored().reader().map_or(Ok(()), |memory| memory.check_range(range))
     }
 
     /// Returns memory outside which everything reads as zero: sorted and disjoint.
@@ -154,7 +156,7 @@ impl SnapshotChain {
     /// # Errors
     /// A full snapshot with no manifest cannot be read.
     pub(crate) fn populated_as_written(&self) -> io::Result<Vec<GpaRange>> {
-        match self.full.reader().and_then(MemoryReader::populated_as_written) {
+        match self.full.stored().reader().and_then(MemoryReader::populated_as_written) {
             Some(written) => Ok(self.with_changed(written.collect())),
             None => self.populated(),
         }

@@ -117,7 +117,7 @@ fn c66_an_edited_config_is_sent_or_sealed_anew_and_differentials_still_fit() {
 
     let sent = FullSnapshot::open_with_config(&base, &config_text(5), &limits).unwrap();
     assert_eq!(sent.config().text().as_bytes(), config_text(5));
-    assert!(sent.reader().is_some_and(|memory| memory.digests.is_some()), "its memory is checked");
+    assert!(sent.stored().reader().is_some_and(|memory| memory.digests.is_some()), "its memory is checked");
     assert!(FullSnapshot::open_with_config(&base, b"{}", &limits).is_err());
 
     let renamed = reseal(&base, &limits).unwrap();

@@ -157,7 +157,7 @@ fn a_text_edited_while_its_snapshot_is_sealed_does_not_fit_the_manifest() {
         let opened = FullSnapshot::open(&target, &SnapshotLimits::default()).unwrap();
         let edited = [fs::read(target.join(name)).unwrap(), b" ".to_vec()].concat();
         fs::write(target.join(name), edited).unwrap();
-        seal_opened(&opened).unwrap();
+        seal_opened(opened.stored()).unwrap();
         let refused = FullSnapshot::open(&target, &SnapshotLimits::default()).unwrap_err();
         assert!(is_refusal_of(name, &refused), "{refused}");
     }

@@ -14,8 +14,8 @@ use super::sparse_file::{FillError, SparseFile};
 use crate::granule::Granule;
 use crate::range::GpaRange;
 use crate::snapshot::format::{
-    BlockHasher, BlockTable, Extent, Placement, PlacementError, SnapshotLimits, block_bytes_for, is_zero,
-    push_joined,
+    BlockHasher, BlockTable, Changes, Digest, Extent, Placement, PlacementError, SnapshotLimits,
+    block_bytes_for, is_zero,
 };
 use crate::snapshot::parallel;
 use crate::snapshot::read::SnapshotChain;
@@ -31,7 +31,7 @@ struct PartialPage {
 
 /// Why pages could not be put in order.
 #[derive(Debug, Error)]
-pub(crate) enum SettleError {
+pub(super) enum SettleError {
     /// The work file is not what was written to it, or cannot be read.
     #[error("Cannot read the pages back")]
     Work(#[source] io::Error),
@@ -44,7 +44,7 @@ pub(crate) enum SettleError {
 
 /// Pages waiting in a sparse work file, each at its place, for the last word on which of them differ.
 #[derive(Debug)]
-pub(crate) struct ChangedPages {
+pub(super) struct ChangedPages {
     work: SparseFile,
     page: Granule,
     cells: Cells,
@@ -53,17 +53,9 @@ pub(crate) struct ChangedPages {
     threads: ThreadStart,
 }
 
-/// Runs of pages and the digests of their bytes in the file they were copied to.
-#[derive(Debug)]
-pub(crate) struct Settled {
-    pub(crate) runs: Placement,
-    pub(crate) zero_runs: Placement,
-    pub(crate) blocks: BlockTable,
-}
-
 impl ChangedPages {
     /// Takes an empty work file for memory placed, ascending, as in `placement`.
-    pub(crate) fn new(
+    pub(super) fn new(
         work: File,
         placement: Placement,
         page: Granule,
@@ -75,7 +67,7 @@ impl ChangedPages {
         Ok(Self { work, page, cells, base, threads })
     }
 
-    pub(crate) fn placement(&self) -> &Placement {
+    pub(super) fn placement(&self) -> &Placement {
         self.work.placement()
     }
 
@@ -83,7 +75,7 @@ impl ChangedPages {
     ///
     /// # Errors
     /// `range` is not all memory or not of whole pages, or reading or writing failed.
-    pub(crate) fn fill(
+    pub(super) fn fill(
         &self,
         range: GpaRange,
         read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
@@ -100,7 +92,7 @@ impl ChangedPages {
     ///
     /// # Errors
     /// It cannot be told where the base has memory that is no hole.
-    pub(crate) fn presume_zeros(&self) -> io::Result<()> {
+    pub(super) fn presume_zeros(&self) -> io::Result<()> {
         let populated = match &self.base {
             Some(base) => base.populated_as_written()?,
             None => self.placement().ranges().collect(),
@@ -143,15 +135,20 @@ impl ChangedPages {
     }
 
     /// Begins to bring to disk what was written until now; does not wait for it.
-    pub(crate) fn hurry(&self) {
+    pub(super) fn hurry(&self) {
         self.work.hurry();
     }
 
-    /// Copies the pages that differ and lie in `kept` to `into`, back to back, and brings them to disk.
+    /// Copies the pages that differ from the snapshot that `base` names, and lie in `kept`, to `into`, back to back, and brings them to disk.
     ///
     /// The work file is brought to disk although it is removed in the end: only a sync after the last read tells that no page of it
     /// was lost. That sync has little to write, since the file is synced all along and while pages are copied.
-    pub(crate) fn settle(self, kept: &Placement, into: &File) -> Result<Settled, SettleError> {
+    pub(super) fn settle(
+        self,
+        base: Digest,
+        kept: &Placement,
+        into: &File,
+    ) -> Result<(Changes, BlockTable), SettleError> {
         self.work.check_written().map_err(SettleError::Work)?;
         let limits = SnapshotLimits { ranges: usize::MAX, ..SnapshotLimits::default() };
         let limits = SnapshotLimits { memory_bytes: self.placement().bytes(), ..limits };
@@ -164,7 +161,7 @@ impl ChangedPages {
         let blocks = self.copy_runs(&runs, into)?;
         self.work.finish(File::sync_data).map_err(SettleError::Work)?;
         into.sync_all().map_err(SettleError::Copy)?;
-        Ok(Settled { runs, zero_runs, blocks })
+        Ok((Changes { base, runs, zero_runs }, blocks))
     }
 
     /// Finds out which of the pages that never came were zero in the base already, and so do not differ.
@@ -233,8 +230,9 @@ impl ChangedPages {
                 let found =
                     self.placement().gpas(offset, u64::from(run.end - run.start) << self.page.shift());
                 for part in found.flat_map(|range| kept.locate(range)) {
-                    runs.try_reserve(1)?;
-                    push_joined(&mut runs, part.range);
+                    let joined = runs.pop_if(|last| last.end() == part.range.start());
+                    let start = joined.map_or(part.range.start(), GpaRange::start);
+                    push(&mut runs, GpaRange::from_bounds(start, part.range.end()).expect("it only grows"))?;
                 }
             }
         }
@@ -296,9 +294,9 @@ mod tests {
         };
         let settle = |pages: ChangedPages| {
             pages.fill(ram, from_stream(&mut io::repeat(7))).unwrap();
-            pages.settle(&placement, &tempfile::tempfile().unwrap())
+            pages.settle(Digest::ZERO, &placement, &tempfile::tempfile().unwrap())
         };
-        assert_eq!(settle(written()).unwrap().runs, placement);
+        assert_eq!(settle(written()).unwrap().0.runs, placement);
 
         let lost = || Err(io::Error::from(Errno::IO));
         let mut unsynced = written();

@@ -10,38 +10,38 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use crate::snapshot::reserve::{expect_headroom, list_of};
 
 /// Pages per cell: one bit of a word each.
-pub(crate) const CELL_PAGES: u64 = u64::BITS as u64;
+pub(super) const CELL_PAGES: u64 = u64::BITS as u64;
 
 /// Cells that are made at a time.
 const GROUP_CELLS: usize = 64;
 
 /// Which pages of a cell differ from the base; locked while their bytes are compared and written.
 #[derive(Debug, Default)]
-pub(crate) struct Cell {
+pub(super) struct Cell {
     /// Pages whose bytes are in the work file.
-    pub(crate) data: u64,
+    pub(super) data: u64,
     /// Pages that are zero and were not, or perhaps were not, in the base.
-    pub(crate) zero: u64,
+    pub(super) zero: u64,
     /// Pages that never came and so are zero; whether they were in the base is not known yet.
-    pub(crate) presumed: u64,
+    pub(super) presumed: u64,
 }
 
 impl Cell {
     /// Counts the pages presumed to be zero as those that are.
-    pub(crate) fn take_presumed(&mut self) {
+    pub(super) fn take_presumed(&mut self) {
         self.zero |= std::mem::take(&mut self.presumed);
     }
 }
 
 /// All cells of a differential; those that were never locked have no bit set.
 #[derive(Debug)]
-pub(crate) struct Cells {
+pub(super) struct Cells {
     groups: Vec<OnceLock<Vec<Mutex<Cell>>>>,
 }
 
 impl Cells {
     /// Makes room for so many cells.
-    pub(crate) fn new(count: u64) -> io::Result<Self> {
+    pub(super) fn new(count: u64) -> io::Result<Self> {
         let groups = usize::try_from(count.div_ceil(GROUP_CELLS as u64)).unwrap_or(usize::MAX);
         Ok(Self { groups: list_of(groups, std::iter::repeat_with(OnceLock::new))? })
     }
@@ -50,7 +50,7 @@ impl Cells {
     ///
     /// # Errors
     /// There is no memory for what is to be known of it.
-    pub(crate) fn lock(&self, index: usize) -> io::Result<MutexGuard<'_, Cell>> {
+    pub(super) fn lock(&self, index: usize) -> io::Result<MutexGuard<'_, Cell>> {
         let group = &self.groups[index / GROUP_CELLS];
         if group.get().is_none() {
             expect_headroom()?;
@@ -63,7 +63,7 @@ impl Cells {
     }
 
     /// The cells that may have a bit set, ascending, each with its index.
-    pub(crate) fn used(&self) -> impl Iterator<Item = (usize, MutexGuard<'_, Cell>)> {
+    pub(super) fn used(&self) -> impl Iterator<Item = (usize, MutexGuard<'_, Cell>)> {
         let made = (0..).step_by(GROUP_CELLS).zip(&self.groups);
         let made = made.filter_map(|(first, group)| Some((first, group.get()?)));
         made.flat_map(|(first, cells)| (first..).zip(cells.iter().map(locked)))

@@ -44,9 +44,7 @@ impl Base {
         limits: &SnapshotLimits,
     ) -> Result<Self, ReadError> {
         let chain = SnapshotChain::open(paths, limits)?;
-        if chain.differentials().is_empty() {
-            chain.full().expect_manifest(ManifestUse::Name)?;
-        }
+        chain.top().expect_manifest(ManifestUse::Name)?;
         Ok(Self::Compared(Arc::new(chain)))
     }
 
@@ -57,7 +55,7 @@ impl Base {
             Self::Compared(chain) => match chain.digest() {
                 Some(digest) => Ok((digest, Some(chain))),
                 None => {
-                    let source = chain.full().obstacle();
+                    let source = chain.top().obstacle();
                     Err(WriteError::UnnamedBase { path: chain.path().to_owned(), source })
                 }
             },
@@ -306,13 +304,13 @@ fn settle(
     memory: &Placement,
 ) -> Result<(Changes, BlockTable), WriteError> {
     let into = staged.make_file(CHANGES_FILE)?;
-    let settled = pages.settle(memory, &into).map_err(|error| match error {
+    let settled = pages.settle(base, memory, &into).map_err(|error| match error {
         SettleError::Work(source) => staged.write_error(WORK_FILE, source),
         SettleError::Copy(source) => staged.write_error(CHANGES_FILE, source),
         SettleError::Placement(source) => WriteError::Placement(source),
     })?;
     staged.remove_file(WORK_FILE)?;
-    Ok((Changes { base, runs: settled.runs, zero_runs: settled.zero_runs }, settled.blocks))
+    Ok(settled)
 }
 
 /// Adds the texts and the manifest to a directory whose pages are on disk already, and moves it to its name.
