@@ -22,12 +22,12 @@
 //!
 //! # One snapshot after another
 //!
-//! A cursor of [`Tracker`](crate::tracker::Tracker) stands for the last snapshot: it knows every page that
-//! was written since, whoever wrote it, and no other reader takes pages from it. It begins with all RAM pending, so the first
-//! snapshot is a full one; each later one holds what is pending then.
-//! [`save_pending`](crate::tracker::Tracker::save_pending) makes pages that went into a snapshot that failed part of
-//! the next one, which still is to the last snapshot that succeeded. A VM that was restored from a snapshot begins with
-//! [`Start::Copied`](crate::ledger::Start::Copied) instead, before it runs, and takes differentials to that one at once.
+//! A cursor of [`Tracker`](crate::tracker::Tracker) represents the last snapshot: it knows every page that was written since then, by
+//! the VM, a device or the VMM, and no other reader takes pages from it. It begins with all RAM pending, so the first snapshot is a full
+//! one; each later one holds the pages that are pending then.
+//! If a snapshot fails, [`save_pending`](crate::tracker::Tracker::save_pending) keeps its pages pending for the next one, whose base still
+//! is the last snapshot that succeeded. A VM that was restored from a snapshot begins with
+//! [`Start::Copied`](crate::ledger::Start::Copied) instead, before it runs, and takes differentials to that snapshot at once.
 //!
 //! ```
 //! # use std::error::Error;
@@ -45,7 +45,7 @@
 //! # const CONFIG: &[u8] = br#"{"memory":{"size":1048576}}"#;
 //! # const STATE: &[u8] = r#"{"snapshots":{"memory-manager":{"snapshots":{},"snapshot_data":{"state":
 //! #     "{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":1048576}]}}"}}},"snapshot_data":null}"#.as_bytes();
-//! /// Takes a snapshot of a VM whose vCPUs and devices stand still, and whose state is captured.
+//! /// Takes a snapshot of a VM whose vCPUs and devices are stopped, and whose state is captured.
 //! fn take(
 //!     tracker: &mut Tracker,
 //!     cursor: CursorId,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Work on many things at once, as far as the machine has processors for it.
+//! Works on many items at once, on as many threads as the machine has processors for.
 
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,7 +15,7 @@ pub(super) fn processors() -> usize {
 
 /// Does `work` for each of `items`, on this thread and at most so many others, which do `start` first, that `threads` take part.
 ///
-/// Where a thread cannot be had the others do its share. Once `work` has failed no item is begun any more.
+/// If a thread cannot be started, the others do its share. Once `work` has failed, no further item is begun.
 ///
 /// # Errors
 /// An error of `work`; which one, if it failed on several threads, is not said.

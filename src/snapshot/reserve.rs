@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory of this process that is asked for before it is needed: what cannot be had is an error, not the end of the process.
+//! Fallible allocation: memory that this process does not get is an error, and does not end the process.
 
 use std::collections::TryReserveError;
 use std::io;
 
-/// What an error needs to be told.
+/// Memory that is left free, so that an error can still be reported.
 const HEADROOM_BYTES: usize = 1 << 20;
 
 /// Makes room for so many more items in `list`, and no more than that.
 ///
-/// What takes much leaves enough for an error to be told.
+/// A large reservation fails unless enough is left to report an error.
 pub(super) fn reserve<T>(list: &mut Vec<T>, more: usize) -> Result<(), TryReserveError> {
     list.try_reserve_exact(more)?;
     let is_large = more.saturating_mul(size_of::<T>()) >= HEADROOM_BYTES;
@@ -39,14 +39,14 @@ pub(super) fn list_of<T>(count: usize, items: impl Iterator<Item = T>) -> io::Re
     Ok(list)
 }
 
-/// Appends to a list of which nobody knows how long it gets.
+/// Appends to a list whose final length is not known.
 pub(super) fn push<T>(list: &mut Vec<T>, item: T) -> io::Result<()> {
     list.try_reserve(1)?;
     list.push(item);
     Ok(())
 }
 
-/// Checks that some memory is left, before a little of it is taken once more.
+/// Checks that memory is left before a small allocation that is made many times.
 pub(super) fn expect_headroom() -> Result<(), TryReserveError> {
     Vec::<u8>::new().try_reserve_exact(HEADROOM_BYTES)
 }

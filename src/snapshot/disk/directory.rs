@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A directory held open: what is done in it is done there, whatever becomes of its path.
+//! A directory held open: operations apply to it even if its path leads elsewhere by now.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -20,7 +20,7 @@ pub(super) fn is_mount_point(path: &Path) -> io::Result<bool> {
     Ok(facts.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
-/// An open directory. No name in it is followed where it is a link.
+/// An open directory. Links in it are not followed.
 #[derive(Debug)]
 pub(super) struct Directory(File);
 
@@ -37,7 +37,7 @@ impl Directory {
         Ok(Self(openat(&self.0, name, flags, Mode::empty())?.into()))
     }
 
-    /// Opens the file `name` to read; a pipe in its place does not block.
+    /// Opens the file `name` to read; opening a pipe instead does not block.
     pub(super) fn open_file(&self, name: &OsStr) -> io::Result<File> {
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(openat(&self.0, name, flags, Mode::empty())?.into())
@@ -54,7 +54,7 @@ impl Directory {
         Ok(openat(&self.0, name, flags, Mode::RUSR | Mode::WUSR)?.into())
     }
 
-    /// Moves `from` to `to`, which it takes the place of.
+    /// Moves `from` to `to`, and replaces what has that name.
     pub(super) fn rename(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
         Ok(renameat(&self.0, from, &self.0, to)?)
     }
@@ -68,7 +68,7 @@ impl Directory {
         Ok(unlinkat(&self.0, name, AtFlags::REMOVEDIR)?)
     }
 
-    /// Whether anything has the name `name`, be it a link that leads nowhere.
+    /// Whether anything has the name `name`, dangling links included.
     pub(super) fn has(&self, name: &OsStr) -> io::Result<bool> {
         match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => Ok(false),
@@ -100,7 +100,7 @@ impl Directory {
         Ok(FileType::from_raw_mode(named.st_mode) == FileType::RegularFile)
     }
 
-    /// What locks and syncs it.
+    /// The descriptor, to lock and sync it.
     pub(super) fn file(&self) -> &File {
         &self.0
     }

@@ -36,7 +36,7 @@ impl ManifestUse {
     }
 }
 
-/// Why a directory is not a snapshot that can be read, or snapshots do not stand on each other.
+/// Why a directory is not a snapshot that can be read, or snapshots are not a chain.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ReadError {
@@ -54,7 +54,7 @@ pub enum ReadError {
         /// The file.
         path: PathBuf,
     },
-    /// This host cannot read a file, which says nothing of what is in it.
+    /// This host cannot read a file, which may be sound.
     #[error("Cannot read {path}", path = .path.display())]
     Read {
         /// The file.
@@ -96,8 +96,8 @@ pub enum ReadError {
         /// The file.
         name: &'static str,
     },
-    /// `config.json` is not the one that the manifest was made for. It still is the configuration of a VM: disks, taps and files
-    /// have other names on other hosts.
+    /// `config.json` is not the one that the manifest was made for, but is the configuration of a VM. Disks, taps and files have other
+    /// names on other hosts.
     #[error("{CONFIG_FILE} of {path} was edited since its manifest was made", path = .path.display())]
     EditedConfig {
         /// The directory.
@@ -166,17 +166,17 @@ impl ReadError {
     }
 }
 
-/// Why no snapshot was written. Nothing lies under its name, but for [`WriteError::Stands`] and [`WriteError::Unsynced`].
+/// Why no snapshot was written. Nothing lies under its name, except after [`WriteError::Stands`] and [`WriteError::Unsynced`].
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum WriteError {
-    /// The path has no last component to give the directory, as `..` has not.
+    /// The path has no last component to name the directory by, as with `..`.
     #[error("Path {path} names no directory to make", path = .path.display())]
     Name {
         /// The path.
         path: PathBuf,
     },
-    /// Something lies there that would be overwritten.
+    /// Something is there that would be overwritten.
     #[error("{path} exists and is not an empty directory", path = .path.display())]
     Occupied {
         /// The path.
@@ -198,7 +198,7 @@ pub enum WriteError {
         path: PathBuf,
         /// How many it takes.
         needed: usize,
-        /// Why they cannot be had.
+        /// Why they cannot be opened.
         source: io::Error,
     },
     /// The directory to hold it is absent, forbidden or full.
@@ -227,8 +227,7 @@ pub enum WriteError {
         /// Why.
         source: io::Error,
     },
-    /// The directory stands under its name, whole, but perhaps not for good: it could neither be brought to disk nor taken
-    /// back.
+    /// The directory has its name and is whole, but could be neither synced to disk nor moved back: a loss of power may lose it.
     #[error(
         "{path} is whole but may be lost with the power: it could not be brought to disk, nor taken back ({taking_back})",
         path = .path.display()
@@ -236,12 +235,12 @@ pub enum WriteError {
     Stands {
         /// The final path.
         path: PathBuf,
-        /// Why it was not taken back.
+        /// Why it was not moved back.
         taking_back: io::Error,
-        /// Why it was not brought to disk.
+        /// Why it was not synced.
         source: io::Error,
     },
-    /// A file took the place of an older one, but perhaps not for good: its name could not be brought to disk.
+    /// A file replaced an older one, but its name could not be synced to disk: a loss of power may bring the old one back.
     #[error(
         "{name} of {path} is the new one, but a loss of power may bring back the old one: it could not be brought to disk",
         path = .path.display()

@@ -18,7 +18,7 @@ use crate::units::Count;
 /// Bytes of zeros written at once where a file system makes no holes.
 const ZEROS_AT_ONCE: usize = 1 << 20;
 
-/// Opens a regular file to read. A pipe in its place does not block.
+/// Opens a regular file to read. Opening a pipe instead does not block.
 pub(crate) fn open_regular(path: &Path) -> Result<File, ReadError> {
     let mut options = OpenOptions::new();
     let opened = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
@@ -47,7 +47,7 @@ pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ReadError
         let length = file.metadata()?.len();
         let mut bytes = Vec::new();
         if length <= limit {
-            // One byte more than there is, which shows that there is no more.
+            // One byte more than the length, to notice if there is more.
             reserve(&mut bytes, usize::try_from(length).unwrap_or(usize::MAX).saturating_add(1))?;
             (&file).take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
         }
@@ -60,9 +60,9 @@ pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ReadError
     }
 }
 
-/// Returns the parts of a file of `length` bytes that are no hole, ascending.
+/// Returns the parts of a file of `length` bytes that are not holes, ascending.
 ///
-/// A file system that knows no holes reports one part, the whole file.
+/// A file system without holes reports one part, the whole file.
 pub(crate) fn data_parts(file: &File, length: u64) -> impl Iterator<Item = io::Result<std::ops::Range<u64>>> {
     let mut next = 0;
     std::iter::from_fn(move || {
@@ -72,10 +72,10 @@ pub(crate) fn data_parts(file: &File, length: u64) -> impl Iterator<Item = io::R
     })
 }
 
-/// Returns the first part at or behind `from` that is no hole, in a file of `length` bytes.
+/// Returns the first part at or after `from` that is not a hole, in a file of `length` bytes.
 ///
 /// # Errors
-/// The file cannot be read, or was cut off: its end is not taken for a hole.
+/// The file cannot be read, or was cut off: what is missing is not taken for a hole.
 pub(crate) fn next_data(file: &File, from: u64, length: u64) -> io::Result<Option<std::ops::Range<u64>>> {
     if from >= length {
         return Ok(None);
@@ -85,7 +85,7 @@ pub(crate) fn next_data(file: &File, from: u64, length: u64) -> io::Result<Optio
 
 /// Finds the part that [`next_data`] returns by `seek`; `expect` checks that the file is as long as ever.
 ///
-/// Where the file system cannot tell, everything from `from` on counts as data.
+/// If the file system cannot say, everything from `from` on counts as data.
 fn part_from(
     from: u64,
     length: u64,
@@ -99,7 +99,7 @@ fn part_from(
     };
     let found = match found.map_err(io::Error::from) {
         Err(error) if is_unsupported(&error) => from..length,
-        // A file system that answers nonsense must not make anyone read the same part for ever.
+        // Nonsense from a file system must not lead to an endless loop.
         Ok(part) if part.start < from || part.end <= part.start => from..length,
         found => found?,
     };
@@ -107,7 +107,7 @@ fn part_from(
     Ok(Some(found))
 }
 
-/// Whether a file system says that it does not know what it is asked for: each has its own word for it.
+/// Whether an error means that the file system does not support the operation; file systems use different codes for it.
 pub(crate) fn is_unsupported(error: &io::Error) -> bool {
     let words = [Errno::INVAL, Errno::OPNOTSUPP, Errno::NOSYS, Errno::NOTTY, Errno::PERM, Errno::NODEV];
     error.raw_os_error().is_some_and(|code| words.contains(&Errno::from_raw_os_error(code)))
@@ -148,7 +148,7 @@ pub(crate) fn read_named(
     read.map_err(named(path))
 }
 
-/// Has an error hold a [`ReadError`] that names the file `path`.
+/// Wraps an error in a [`ReadError`] that names the file `path`.
 pub(crate) fn named(path: impl FnOnce() -> PathBuf) -> impl FnOnce(io::Error) -> io::Error {
     |source| io::Error::new(source.kind(), ReadError::Read { path: path(), source })
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is being written and does not have its name yet.
+//! Files and directories that are being written and do not have their final name yet.
 //!
-//! It lies beside its final place as `.NAME.partial-<16 hex digits>`, and its writer holds an advisory lock on it. A lock
-//! that can be taken shows that the writer is dead; the next writer of the same name clears up.
+//! Such a file is beside its final place as `.NAME.partial-<16 hex digits>`, and its writer holds an advisory lock on it. If the lock can
+//! be taken, the writer is dead, and the next writer of the same name removes the leftover.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
@@ -13,21 +13,21 @@ use std::os::unix::fs::MetadataExt;
 
 use super::directory::Directory;
 
-/// Attempts to make something that no one clears up before it is locked.
+/// Attempts to make something that is not removed by others before it is locked.
 const ATTEMPTS: u32 = 8;
 
-/// What can be written in part.
+/// A file or directory that can be written under a temporary name.
 pub(super) trait Partial: Sized {
-    /// Makes it as `name` in `parent`; `None` when somebody cleared it up before it was open.
+    /// Makes it as `name` in `parent`; `None` if another writer removed it before it was open.
     fn make(parent: &Directory, name: &OsStr) -> io::Result<Option<Self>>;
 
-    /// Opens it where it is `name` in `parent`, and not something else of that name.
+    /// Opens it as `name` in `parent`; something else of that name is an error.
     fn open(parent: &Directory, name: &OsStr) -> io::Result<Self>;
 
     /// What its writer locks.
     fn file(&self) -> &File;
 
-    /// Removes it, which is `name` in `parent`. With anything in it that no writer makes, it stays whole.
+    /// Removes it, which is `name` in `parent`; leaves it whole if it has anything in it that writers do not make.
     fn remove_leftover(&self, parent: &Directory, name: &OsStr) -> io::Result<()>;
 }
 
@@ -55,7 +55,7 @@ const NAME_BYTES: usize = 255;
 const ADDED_BYTES: usize = ".".len() + ".partial-".len() + DIGITS;
 const DIGITS: usize = 16;
 
-/// The beginning of every name that something has before it has the name `name`: as much of that as there is room for.
+/// How every temporary name of `name` begins: with as much of `name` as there is room for.
 fn prefix(name: &OsStr) -> String {
     let name = name.to_string_lossy();
     let room = name.len().min(NAME_BYTES - ADDED_BYTES);
@@ -66,7 +66,7 @@ fn prefix(name: &OsStr) -> String {
 /// Makes and locks what will have the name `name` in `parent`; returns the name it has until then.
 pub(super) fn make<T: Partial>(parent: &Directory, name: &OsStr) -> io::Result<(OsString, T)> {
     for _ in 0..ATTEMPTS {
-        // A name nobody can foresee: a link that waits under it is refused, and never followed.
+        // The name cannot be predicted, and a link under it is refused.
         let random = RandomState::new().hash_one(std::process::id());
         let temporary = OsString::from(format!("{}{random:016x}", prefix(name)));
         match make_locked(parent, &temporary) {
@@ -79,22 +79,22 @@ pub(super) fn make<T: Partial>(parent: &Directory, name: &OsStr) -> io::Result<(
     Err(ErrorKind::AlreadyExists.into())
 }
 
-/// Makes and locks something; `None` when somebody cleared it up in between. A failure leaves nothing.
+/// Makes and locks something; `None` if another writer removed it in between. A failure leaves nothing.
 fn make_locked<T: Partial>(parent: &Directory, name: &OsStr) -> io::Result<Option<T>> {
     let Some(made) = T::make(parent, name)? else { return Ok(None) };
-    // Where the file system has no locks, nobody takes it for a leftover.
+    // Without locks on the file system it is never taken for a leftover.
     let taken = matches!(made.file().try_lock(), Err(TryLockError::WouldBlock));
     match made.file().metadata() {
         Ok(metadata) => Ok((!taken && metadata.nlink() > 0).then_some(made)),
         Err(error) => {
-            // Best effort: why it cannot be used matters more than that it stays.
+            // Best effort: the first error matters more.
             let _stays = made.remove_leftover(parent, name);
             Err(error)
         }
     }
 }
 
-/// Removes what dead writers of `name` in `parent` left behind. What cannot be removed is left.
+/// Removes what dead writers of `name` in `parent` left behind, as far as it can be removed.
 pub(super) fn clear_leftovers<T: Partial>(parent: &Directory, name: &OsStr) {
     let prefix = prefix(name);
     let is_ours = |name: &OsStr| {
@@ -123,8 +123,8 @@ pub(super) fn remove_dead<T: Partial>(opened: &T, parent: &Directory, name: &OsS
         Err(TryLockError::WouldBlock) => return Ok(false),
         Err(TryLockError::Error(error)) => return Err(error),
     }
-    // Its writer may have finished since it was opened: then the lock is that of something whole, under its final name.
-    // A writer moves it only while it holds the lock, so that what has the name now keeps it.
+    // Its writer may have finished since it was opened: then it is whole, and has its final name. A writer moves it only while it
+    // holds the lock, so that the name does not change from here on.
     if !parent.leads_to(name, opened.file())? {
         return Ok(false);
     }

@@ -2,8 +2,8 @@
 
 //! A directory that appears under its name whole, or not at all.
 //!
-//! It is filled under a name of its own beside the final one, as [`partial`] says, through descriptors: nobody who swaps
-//! a name for a link leads its writer elsewhere.
+//! It is filled under a temporary name beside the final one (see [`partial`]), through descriptors: replacing a name by a link does not
+//! redirect the writer.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -20,7 +20,7 @@ use super::files::is_unsupported;
 use super::partial::{self, Partial, clear_leftovers};
 use crate::snapshot::format::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, WORK_FILE};
 
-/// Everything a writer may leave behind in a directory it did not finish.
+/// All files that a writer may leave behind in a directory that it did not finish.
 const FILES: [&str; 6] = [CONFIG_FILE, STATE_FILE, MEMORY_FILE, CHANGES_FILE, MANIFEST_FILE, WORK_FILE];
 
 /// Files that a writer has open at a time, and a connection that brings their bytes.
@@ -36,7 +36,7 @@ impl Partial for Staged {
         match Self::open(parent, name) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => {
-                // It is empty: no writer has it open. Why it cannot be used matters more than that it stays.
+                // It is empty, and no writer has it open. The first error matters more than a failure to remove it.
                 let _stays = parent.remove_directory(name);
                 Err(error)
             }
@@ -54,7 +54,7 @@ impl Partial for Staged {
 
     fn remove_leftover(&self, parent: &Directory, name: &OsStr) -> io::Result<()> {
         for file in self.0.names()? {
-            // Whoever put it there may want the rest, too.
+            // A file of somebody else: leave everything as it is.
             if !FILES.iter().any(|ours| file == *ours) || !self.0.is_file(&file)? {
                 return Err(ErrorKind::DirectoryNotEmpty.into());
             }
@@ -72,7 +72,7 @@ impl Staged {
                 _ => {}
             }
         }
-        // Of what is in the meantime by that name in its place, no more than an empty directory goes.
+        // If something else has that name by now, only an empty directory is removed.
         parent.remove_directory(name)
     }
 }
@@ -84,14 +84,14 @@ pub(crate) struct StagedDir {
     temporary: OsString,
     parent: Directory,
     name: OsString,
-    /// What its names must lead to in the end. Held open, so that nothing else gets the same inode number.
+    /// What its names must lead to when it is published. Held open, so that no other file gets the same inode number.
     files: Mutex<BTreeMap<&'static str, File>>,
     /// For messages.
     target: PathBuf,
     published: bool,
 }
 
-/// Somebody took away or replaced what was being written.
+/// What was being written was moved, removed or replaced.
 #[derive(Debug, Error)]
 #[error("{name} was moved, removed or replaced while it was written", name = .name.display())]
 struct Replaced {
@@ -171,7 +171,7 @@ impl StagedDir {
     /// Moves the directory, whose files are synced already, to its final name; safe on disk when it returns.
     ///
     /// # Errors
-    /// Nothing lies under the final name: so it is, too, where somebody took away or replaced what was written.
+    /// Nothing lies under the final name. It is also an error if what was written was moved, removed or replaced.
     pub(crate) fn publish(mut self) -> Result<(), WriteError> {
         let path = || self.target.clone();
         self.rename().map_err(|source| match source.kind() {
@@ -188,7 +188,7 @@ impl StagedDir {
                 Err(taking_back) => WriteError::Stands { path: path(), taking_back, source },
             }),
         };
-        // Its name is the final one from here on: what is in it stays.
+        // It has its final name from here on: nothing in it is removed.
         self.published = true;
         published
     }
@@ -205,7 +205,7 @@ impl StagedDir {
 
 impl Drop for StagedDir {
     fn drop(&mut self) {
-        // What has the final name, or may have it, stays whole.
+        // A directory that has the final name, or may have it, is not removed.
         let is_unnamed = || matches!(self.parent.leads_to(&self.name, self.staged.file()), Ok(false));
         if !self.published
             && is_unnamed()
@@ -235,7 +235,7 @@ pub(crate) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result
         .and_then(|()| rename_opened(&directory, &temporary, name.as_ref(), &file));
     moved.inspect_err(|_| discard(&directory, &temporary)).map_err(failed)?;
     sync_directory(directory.file()).map_err(|source| match replaces {
-        // The one that was there before is gone: to have the new one is better than to have none.
+        // The old file is gone: the new one stays, which is better than none.
         true => WriteError::Unsynced { name, path: dir.to_owned(), source },
         false => {
             discard(&directory, name.as_ref());
@@ -244,8 +244,8 @@ pub(crate) fn add_file(dir: &Path, name: &'static str, content: &[u8]) -> Result
     })
 }
 
-/// Moves `opened` from the name `from` to the name `to`. What it is called in the end decides whether that failed: over a
-/// network, what was done may be answered with an error.
+/// Moves `opened` from the name `from` to the name `to`. Whether that failed is decided by which name it has afterwards: a network file
+/// system may report an error for a rename that was done.
 fn rename_opened(directory: &Directory, from: &OsStr, to: &OsStr, opened: &File) -> io::Result<()> {
     match directory.rename(from, to) {
         Err(error) if matches!(directory.leads_to(to, opened), Ok(true)) => {
@@ -263,7 +263,7 @@ pub(crate) fn clear_added(dir: &Path, name: &'static str) {
     }
 }
 
-/// Brings names to disk, where the file system has more to it than to do so anyway.
+/// Syncs a directory; a file system that does not support that is not an error.
 fn sync_directory(directory: &File) -> io::Result<()> {
     match directory.sync_all() {
         Err(error) if is_unsupported(&error) => Ok(()),
@@ -287,7 +287,7 @@ fn discard(directory: &Directory, temporary: &OsStr) {
     }
 }
 
-/// Checks that there is room for what a writer opens at a time: it would fail late without.
+/// Checks that the descriptors that a writer needs are free; without them it would fail late.
 fn check_descriptors(any: &Directory) -> io::Result<()> {
     let taken: io::Result<Vec<_>> = (0..DESCRIPTORS).map(|_| any.file().try_clone()).collect();
     taken.map(drop)
@@ -306,7 +306,7 @@ fn resolve(target: &Path) -> Result<PathBuf, WriteError> {
             Some(Ok(_)) => Err(occupied()),
             Some(Err(error)) => Err(make(error)),
         },
-        // A dangling link is there, though it leads nowhere.
+        // A dangling link occupies the name.
         Err(error) if error.kind() == ErrorKind::NotFound && target.is_symlink() => Err(occupied()),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(target.to_owned()),
         Err(error) if error.kind() == ErrorKind::NotADirectory => Err(occupied()),

@@ -18,20 +18,20 @@ use crate::threads::ThreadStart;
 /// Bytes written that begin a sync.
 const FLUSH_BYTES: u64 = 8 << 20;
 
-/// Bytes that may at least be missing on disk before writers wait, and at most.
+/// The least and the most bytes that may be missing on disk before writers wait.
 const MISSING_BYTES: RangeInclusive<u64> = 2 * FLUSH_BYTES..=1 << 30;
 
-/// How long the disk may take for what is missing.
+/// How long the disk may take to catch up.
 const CATCH_UP: Duration = Duration::from_millis(100);
 
-/// What brings the bytes of a file to disk.
+/// Syncs the bytes of a file.
 type SyncBytes = Box<dyn Fn() -> io::Result<()> + Send>;
 
 #[derive(Debug)]
 struct State {
-    /// Bytes written that no sync has taken on.
+    /// Bytes written since the last sync began.
     written: u64,
-    /// Bytes that the sync under way has taken on.
+    /// Bytes that the sync under way covers.
     syncing: u64,
     /// Bytes that may be missing on disk before writers wait.
     most: u64,
@@ -103,7 +103,7 @@ impl Shared {
         }
     }
 
-    /// Waits until there is something to sync, and takes it on; `false` where nothing more will come.
+    /// Waits until there is something to sync; `false` if nothing more will come.
     fn await_due(&self) -> bool {
         let waiting = |state: &mut State| !state.is_due() && !state.over;
         let state = self.due.wait_while(self.lock(), waiting);
@@ -138,7 +138,7 @@ impl WriteBack {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Tells that `bytes` more were written, and waits while too many are missing on disk.
+    /// Notes that `bytes` more were written, and waits while too many are not on disk yet (back-pressure).
     ///
     /// # Errors
     /// A sync failed: bytes written before it may be lost for good.
@@ -174,13 +174,13 @@ impl WriteBack {
 }
 
 impl Drop for WriteBack {
-    /// Does not wait for a sync: what was written is not wanted any more.
+    /// Does not wait for a sync: the file is being dropped.
     fn drop(&mut self) {
         self.shared.end();
     }
 }
 
-/// Makes an error once more.
+/// Clones an error.
 fn same(error: &io::Error) -> io::Error {
     let told = || io::Error::new(error.kind(), error.to_string());
     error.raw_os_error().map_or_else(told, io::Error::from_raw_os_error)

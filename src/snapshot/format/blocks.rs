@@ -39,7 +39,7 @@ pub(crate) fn block_bytes_for(bytes: u64, least_bytes: u64) -> u64 {
     block_bytes
 }
 
-/// The digests of a file's blocks; `None` stands for a block of zeros.
+/// The digests of a file's blocks; `None` for a block of zeros.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct BlockTable {
     pub(crate) block_bytes: u64,

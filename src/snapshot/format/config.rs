@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a snapshot reads of Cloud Hypervisor's JSON, and how it is put together again.
+//! `config.json`, the VM's configuration.
 //!
-//! Only what is needed is looked at; everything else passes through unread and unchanged.
+//! Only what is needed is parsed; everything else passes through unchanged.
 
 use std::fmt;
 
@@ -73,7 +73,7 @@ pub struct ZoneFile {
     pub file: String,
 }
 
-/// With nothing in it that a terminal obeys.
+/// Control characters are escaped.
 impl fmt::Display for ZoneFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "memory zone {} is in {}", self.zone.escape_debug(), self.file.escape_debug())
@@ -150,7 +150,7 @@ impl VmConfig {
         &self.vdpa
     }
 
-    /// The memory zones that are mappings of a named file, shared or not: there a new VM finds what the file holds.
+    /// The memory zones that are mappings of a named file, shared or not: a new VM finds in them what the file holds.
     pub fn file_zones(&self) -> &[ZoneFile] {
         &self.file_zones
     }
@@ -160,7 +160,7 @@ impl VmConfig {
         &self.shared_files
     }
 
-    /// The pass-through devices; of their saved states a configuration knows nothing.
+    /// The pass-through devices; the size of their saved states is not known from a configuration.
     pub fn devices(&self) -> &[PassThrough] {
         &self.devices
     }

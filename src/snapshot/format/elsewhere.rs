@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory that is in no snapshot, because it is in a file of its own already.
+//! Memory that a snapshot leaves out, because it is in a file already.
 //!
-//! Cloud Hypervisor leaves the memory of a zone out of `memory-ranges` where the zone is a shared mapping of a named file. Where
-//! all zones are, there is no `memory-ranges`.
+//! Cloud Hypervisor leaves the memory of a zone out of `memory-ranges` if the zone is a shared mapping of a named file. If all zones
+//! are, there is no `memory-ranges`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,7 +24,7 @@ pub struct LeftOut {
     pub file: Option<String>,
 }
 
-/// With nothing in it that a terminal obeys.
+/// Control characters are escaped.
 impl fmt::Display for LeftOut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.zone {
@@ -48,8 +48,8 @@ pub struct Elsewhere {
 impl Elsewhere {
     /// Finds the zones whose memory `state` does not list; `config`, which anybody may edit, only names their files.
     ///
-    /// A zone that shares a file, by `config`, and that the state says nothing of counts as left out: so does who writes the
-    /// state.
+    /// A zone that shares a file, according to `config`, counts as left out if the state does not mention it: Cloud Hypervisor leaves such
+    /// zones out.
     pub fn of(config: &VmConfig, state: &VmState) -> Self {
         // Ranges that touch are one, so that memory that is listed is in one of them.
         let listed = united(state.memory().ranges());
@@ -74,7 +74,7 @@ impl Elsewhere {
         self.zones.is_empty()
     }
 
-    /// The end of a sentence that says that there is no memory: where it is, as far as that is known.
+    /// The end of a sentence that says that there is no memory: where the memory is, if that is known.
     pub(crate) fn as_reason(&self) -> String {
         if self.is_empty() { String::new() } else { format!(": {self}") }
     }

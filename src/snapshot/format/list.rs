@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A list of which a text holds a bounded number of entries.
+//! A list in JSON that may have a bounded number of entries.
 
 use std::fmt;
 use std::marker::PhantomData;

@@ -28,7 +28,7 @@ const MOST_PAGE_BYTES: u64 = 1 << 20;
 const FULL: u16 = 1;
 const DIFFERENTIAL: u16 = 2;
 
-/// The header, as it stands in the file.
+/// The header, as it is in the file.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct Header {
@@ -118,10 +118,10 @@ impl Manifest {
         self.digest() == digest || self.aliases.contains(&digest)
     }
 
-    /// Writes the manifest as a file holds it, and returns the digest with it. Of the aliases, its own name is none.
+    /// Returns the bytes of the manifest's file, and the digest. Its own name is not written as an alias.
     ///
     /// # Errors
-    /// There is no memory for it.
+    /// There is no memory for the bytes.
     pub fn encode(&self) -> Result<(Vec<u8>, Digest), TryReserveError> {
         let mut length = size_of::<u64>() + Digest::BYTES * (self.aliases.len() + 2);
         self.body(&mut |bytes| length += bytes.len());
@@ -138,7 +138,7 @@ impl Manifest {
         Ok((bytes, digest))
     }
 
-    /// Hands all that the name digests to `take`, part by part.
+    /// Hands everything that the name covers to `take`, part by part.
     fn body(&self, take: &mut impl FnMut(&[u8])) {
         take(self.header().as_bytes());
         take_ranges(take, &self.memory);
@@ -176,7 +176,7 @@ impl Manifest {
         }
     }
 
-    /// Reads a manifest. No list is sized by a number that the length of `bytes` does not bear out.
+    /// Reads a manifest. No list is allocated before `bytes` is long enough to hold it.
     ///
     /// # Errors
     /// The bytes are not, to the last one, what [`Manifest::encode`] writes.
@@ -209,7 +209,7 @@ fn narrow(number: u64) -> U32 {
     U32::new(u32::try_from(number).expect("pages, blocks and range counts are bounded"))
 }
 
-/// Walks the bytes behind the header.
+/// Reads the bytes after the header.
 struct Parser<'a> {
     bytes: &'a [u8],
     at: usize,

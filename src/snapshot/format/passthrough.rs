@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A VM's pass-through devices: what its configuration says of them, and what its state holds of them.
+//! A VM's pass-through devices: what its configuration says about them, and how large their saved states are.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -21,7 +21,7 @@ const STATE_CHILD: &str = "vfio_migration";
 /// Most devices of a kind that are read.
 const DEVICES: usize = 1 << 16;
 
-/// What the state of a device begins and ends with, as it stands in a JSON string.
+/// How the state of a device begins and ends in a JSON string.
 const BLOB: (&str, &str) = (r#""{\"blob\":\""#, r#"\"}""#);
 
 /// How a VMM reaches a pass-through device.
@@ -29,9 +29,9 @@ const BLOB: (&str, &str) = (r#""{\"blob\":\""#, r#"\"}""#);
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Interface {
-    /// The kernel's VFIO, the device by its group: whoever restores the VM opens it by its path.
+    /// The kernel's VFIO, the device by its group: a VMM that restores the VM opens it by its path.
     VfioGroup,
-    /// The kernel's VFIO, the device by a descriptor of its own, in an iommufd: such a descriptor may be handed to a receiver.
+    /// The kernel's VFIO with an iommufd, each device by its descriptor, which can be handed to a receiver.
     Iommufd,
     /// A server process, by its socket.
     VfioUser,
@@ -58,7 +58,7 @@ impl PassThrough {
     }
 }
 
-/// The id, or the path where there is none, with nothing in it that a terminal obeys.
+/// The id, or the path if there is no id; control characters are escaped.
 impl fmt::Display for PassThrough {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.id.as_deref().or(self.path.as_deref()).unwrap_or("(no id)");
@@ -66,7 +66,7 @@ impl fmt::Display for PassThrough {
     }
 }
 
-/// The parts of a configuration that tell of pass-through devices.
+/// The parts of a configuration that describe pass-through devices.
 #[derive(Deserialize)]
 pub(crate) struct DeviceFields {
     #[serde(default)]
@@ -100,7 +100,7 @@ struct UserDeviceConfig {
 }
 
 impl DeviceFields {
-    /// The devices, of whose state nothing is known yet.
+    /// The devices; their states are not known yet.
     pub(crate) fn into_devices(self) -> Vec<PassThrough> {
         let iommufd = self.platform.is_some_and(|platform| platform.iommufd);
         let interface = if iommufd { Interface::Iommufd } else { Interface::VfioGroup };
@@ -112,7 +112,7 @@ impl DeviceFields {
     }
 }
 
-/// A node of the tree of states; neither its children nor its state are looked into.
+/// A node of the tree of states; its children and its state are not parsed.
 #[derive(Deserialize)]
 struct Node<'a> {
     #[serde(borrow, rename = "snapshots")]
@@ -127,10 +127,10 @@ struct Data<'a> {
     state: &'a RawValue,
 }
 
-/// Notes how large the state of each of `devices` is in `tree`, the text of `state.json`.
+/// Finds how large the state of each of `devices` is in `tree`, the text of `state.json`.
 ///
 /// # Errors
-/// The text is no tree of states.
+/// The text is not a tree of states.
 pub(crate) fn measure(devices: &mut [PassThrough], tree: &str) -> Result<(), FormatError> {
     if devices.is_empty() {
         return Ok(());
@@ -155,7 +155,7 @@ fn state_bytes(node: &RawValue) -> serde_json::Result<Option<u64>> {
     children.values().find_map(|child| state_bytes(child).transpose()).transpose()
 }
 
-/// Bytes that the base64 in a device's state stands for. Of what writers write, none is copied.
+/// Bytes that the base64 in a device's state encodes. The text is not copied if it is as our writers and Cloud Hypervisor write it.
 fn blob_bytes(state: &RawValue) -> serde_json::Result<u64> {
     let as_written = state.get().strip_prefix(BLOB.0).and_then(|text| text.strip_suffix(BLOB.1));
     if let Some(base64) = as_written.filter(|text| !text.contains('\\')) {

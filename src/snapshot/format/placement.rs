@@ -17,7 +17,7 @@ use crate::units::Count;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum PlacementError {
-    /// An entry that is no range.
+    /// An entry that is not a range.
     #[error("Memory range {index} is no range")]
     Range {
         /// Position in the list.
@@ -56,7 +56,7 @@ pub enum PlacementError {
 }
 
 impl PlacementError {
-    /// Whether the list may be sound, and is only larger than the caller allows.
+    /// Whether the list is only larger than the caller allows, and may be sound.
     pub fn is_limit(&self) -> bool {
         matches!(self, Self::TooManyRanges { .. } | Self::TooLarge { .. })
     }
@@ -93,7 +93,7 @@ impl Extent {
     }
 }
 
-/// Disjoint ranges of guest memory, one after the other in a file, in an order of their own.
+/// Disjoint ranges of guest memory, one after the other in a file, in any order.
 ///
 /// ```
 /// use vfio_migration::range::GpaRange;
@@ -136,7 +136,7 @@ impl Placement {
     /// Places what a file claims to be ranges: pairs of first address and length.
     ///
     /// # Errors
-    /// As [`Placement::new`], or a pair is no range.
+    /// As [`Placement::new`], or a pair is not a range.
     pub fn from_pairs(
         pairs: impl IntoIterator<Item = (u64, u64)>,
         limits: &SnapshotLimits,
@@ -249,7 +249,7 @@ impl Placement {
         })
     }
 
-    /// Whether both hold the same memory, in whatever order and pieces.
+    /// Whether both hold the same memory, in any order and pieces.
     pub fn same_memory(&self, other: &Self) -> bool {
         self.bytes == other.bytes && self.ranges().all(|range| other.holds(range))
     }

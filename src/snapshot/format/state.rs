@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `state.json`, kept as the text that it is.
+//! `state.json`, kept as text.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -87,7 +87,7 @@ impl VmState {
         self.fixed_ram.iter().map(|(zone, range)| (zone.as_deref(), *range))
     }
 
-    /// Lists the memory ranges in the order and pieces of `memory`, whatever they were before; nothing else changes.
+    /// Lists the memory ranges in the order and pieces of `memory`; nothing else changes.
     pub(crate) fn relist(mut self, memory: &Placement) -> Result<Self, FormatError> {
         if self.memory.ranges().eq(memory.ranges()) {
             return Ok(self);
@@ -99,7 +99,7 @@ impl VmState {
         Ok(self)
     }
 
-    /// Puts another JSON string in the place of the memory manager's state.
+    /// Replaces the JSON string that is the memory manager's state.
     fn replace_memory_manager(&mut self, quoted: &str) {
         let old = self.memory_manager.clone();
         let text = Arc::make_mut(&mut self.text);
@@ -167,7 +167,7 @@ fn listed_memory(
     Ok((memory, fixed_ram(&text)))
 }
 
-/// Reads the RAM that stays, and its zones, out of the memory manager's state. One of another shape says nothing of it.
+/// Reads the RAM that stays, and its zones, out of the memory manager's state; none if the state has another shape.
 fn fixed_ram(memory_manager: &str) -> Vec<FixedRam> {
     let mappings: Mappings = serde_json::from_str(memory_manager).unwrap_or_default();
     let fixed = mappings.guest_ram_mappings.into_iter().filter(|mapping| !mapping.virtio_mem);
@@ -215,7 +215,7 @@ struct RawRange {
     length: u64,
 }
 
-/// The memory manager's state with its list as it stands in the text.
+/// The memory manager's state, with its list of memory ranges as raw text.
 #[derive(Deserialize)]
 struct Listing<'a> {
     #[serde(borrow)]

@@ -2,8 +2,8 @@
 
 //! Finds what a snapshot needs in the text of a tree of states, in one pass and without copying any of it.
 //!
-//! The states of devices, which can be as large as memory, are JSON texts inside JSON strings. Here such a string is looked
-//! through for its end, and stays what it is. The rest has to be a tree as `vm_migration::Snapshot` is one.
+//! The states of devices, which can be as large as memory, are JSON texts inside JSON strings. Such a string is only scanned for its
+//! end. The rest has to be a tree like `vm_migration::Snapshot`.
 
 use std::fmt;
 use std::ops::Range;
@@ -15,7 +15,7 @@ use serde_json::value::RawValue;
 /// Id of the component whose state lists the VM's memory.
 pub(super) const MEMORY_MANAGER: &str = "memory-manager";
 
-/// The states that are needed, each as it stands in the text.
+/// The states that are needed, each as raw text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub(super) struct Tree<'a> {
     #[serde(borrow, rename = "snapshots")]
@@ -28,7 +28,7 @@ impl<'a> Tree<'a> {
     /// Reads the tree that `text` is.
     ///
     /// # Errors
-    /// It is no JSON, or no tree.
+    /// It is not JSON, or not a tree.
     pub(super) fn read(text: &'a str) -> serde_json::Result<Self> {
         serde_json::from_str(text)
     }
@@ -83,7 +83,7 @@ impl<'de> Visitor<'de> for ChildrenVisitor {
     }
 }
 
-/// The id of a child, of which none is kept.
+/// The id of a child; it is not kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(field_identifier)]
 enum Id {
@@ -93,7 +93,7 @@ enum Id {
     Other,
 }
 
-/// A JSON string as it stands in a text, with its quotes and escapes.
+/// A JSON string as raw text, with its quotes and escapes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Quoted<'a>(&'a str);
 
@@ -101,22 +101,22 @@ impl<'a> Quoted<'a> {
     /// What the string says.
     ///
     /// # Errors
-    /// An escape stands for nothing, as half of a surrogate pair does.
+    /// An escape is invalid, such as half of a surrogate pair.
     pub(super) fn unquote(self) -> serde_json::Result<String> {
         serde_json::from_str(self.0)
     }
 
-    /// Bytes of the string as it stands.
+    /// Bytes of the raw text.
     pub(super) fn len(self) -> usize {
         self.0.len()
     }
 
-    /// Where in `text`, of which it is a part, the string stands.
+    /// Where the string is in `text`, which contains it.
     pub(super) fn place_in(self, text: &str) -> Range<usize> {
         place(self.0, text)
     }
 
-    /// Returns the string that stands at `place` of `text`.
+    /// Returns the string at `place` of `text`.
     pub(super) fn at(text: &'a str, place: Range<usize>) -> Self {
         Self(&text[place])
     }
@@ -131,7 +131,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Quoted<'a> {
     }
 }
 
-/// Returns where `part` stands in `text`, of which it is a part.
+/// Returns where `part` is in `text`, which contains it.
 pub(super) fn place(part: &str, text: &str) -> Range<usize> {
     let start = part.as_ptr().addr() - text.as_ptr().addr();
     start..start + part.len()

@@ -15,7 +15,7 @@ use crate::snapshot::reserve::{index, push, zeros};
 /// Bytes checked at once.
 const CHECK_BYTES: u64 = 1 << 20;
 
-/// A check under way on threads of its own. Dropped, it ends early.
+/// A check that runs on its own threads. Dropping it ends it early.
 #[derive(Debug)]
 pub(super) struct BackgroundCheck {
     given_up: Arc<AtomicBool>,
@@ -51,7 +51,7 @@ impl BackgroundCheck {
 fn check(snapshot: &Stored, given_up: &AtomicBool) -> io::Result<()> {
     let Some(memory) = snapshot.reader() else { return Ok(()) };
     let Some(written) = memory.populated_as_written() else { return Ok(()) };
-    // Where the file has a hole and is to have one, there is nothing to read.
+    // What is a hole of the file and was zero when it was written need not be read.
     let mut ranges = Vec::new();
     for range in memory.populated().chain(written.map(Ok)) {
         push(&mut ranges, range?)?;

@@ -57,7 +57,7 @@ pub enum DestinationError {
     /// The snapshot cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// What was to be done while the VM is paused failed.
+    /// The hook that runs while the VM is paused failed.
     #[error("Cannot do what the paused VM was waiting for")]
     OnPaused(#[source] VmError),
     /// A message came twice or too early.
@@ -68,7 +68,7 @@ pub enum DestinationError {
     },
 }
 
-/// Names as a source gives them, with nothing in them that a terminal obeys.
+/// Names that a source gave, with control characters escaped.
 fn listed(names: &[String]) -> String {
     let names: Vec<_> = names.iter().map(|name| name.escape_debug().to_string()).collect();
     names.join(", ")
@@ -78,7 +78,7 @@ fn zone_files(zones: &[ZoneFile]) -> String {
     zones.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// Says before anything is stored what will be possible with a VM of pass-through devices.
+/// Warns, before anything is stored, if a VM can only be restored from disk because of its pass-through devices.
 fn warn_of_devices(config: &VmConfig) {
     let stuck: Vec<_> = config.devices().iter().filter(|device| !device.is_sendable()).collect();
     if !stuck.is_empty() {
@@ -89,7 +89,7 @@ fn warn_of_devices(config: &VmConfig) {
     }
 }
 
-/// What is done between the State and its answer, while the VM is paused: the place to snapshot its disks.
+/// A hook that runs between the State and its answer, while the VM is paused: the place to snapshot its disks.
 pub type OnPaused = Box<dyn FnMut() -> Result<(), VmError> + Send>;
 
 /// What is kept of a VM, and what becomes of the VM.
@@ -124,7 +124,7 @@ impl fmt::Debug for DestinationOptions {
 /// A snapshot to be, which a source's VM is received into.
 ///
 /// Pages go straight to their place on disk. The directory appears under its name before Complete is answered, whole and safe;
-/// whatever fails before, nothing appears.
+/// if anything fails before that, nothing appears.
 #[derive(Debug)]
 pub struct SnapshotDestination {
     options: DestinationOptions,
@@ -177,7 +177,7 @@ impl SnapshotDestination {
         Ok(store)
     }
 
-    /// Refuses VMs of which a snapshot would be no use.
+    /// Refuses VMs whose snapshot would be of no use.
     fn check(&self, config: &VmConfig) -> Result<(), DestinationError> {
         if !config.vdpa().is_empty() {
             return Err(DestinationError::Vdpa { devices: config.vdpa().to_vec() });
@@ -239,12 +239,12 @@ impl Destination for SnapshotDestination {
     }
 }
 
-/// Hands pages to the writer for as long as there is one, whoever else still holds the store.
+/// Hands pages to the writer until it is taken away; other threads may hold the store for longer.
 #[derive(Debug)]
 struct Store {
     layout: Layout,
     writer: RwLock<Option<SnapshotWriter>>,
-    /// Ends what is being written, ahead of the lock.
+    /// Ends writing early: threads that hold the lock look at it between ranges.
     closed: AtomicBool,
 }
 
@@ -253,7 +253,7 @@ impl Store {
         self.writer().as_ref().map_or(Ok(()), |writer| writer.check(state))
     }
 
-    /// Lets the disk work while whatever is done with the paused VM is done.
+    /// Lets the disk catch up while the paused VM's hook runs.
     fn hurry(&self) {
         self.writer().iter().for_each(SnapshotWriter::hurry);
     }
@@ -262,7 +262,7 @@ impl Store {
         self.writer.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the writer away, once the ranges being written are; no other range is written any more.
+    /// Takes the writer away once the ranges that are being written are done; no further range is written.
     fn close(&self) -> Option<SnapshotWriter> {
         self.closed.store(true, Ordering::Relaxed);
         self.writer.write().unwrap_or_else(PoisonError::into_inner).take()

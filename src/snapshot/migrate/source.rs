@@ -15,7 +15,7 @@ use crate::snapshot::ops::{OperationError, lay_out};
 use crate::snapshot::read::{FullSnapshot, PlacedMemory, regions};
 use crate::vm::{Backing, Captured, Vm, VmError};
 
-/// A snapshot on disk that plays the source of a migration: a VM that stands still.
+/// A snapshot on disk as the source of a migration: a VM that is paused all the time.
 ///
 /// Its memory is read from the file, and has no address in this process; holes of the file are holes of the memory.
 /// With a manifest, every block is checked against it while the memory is sent, by threads of the source; [`Vm::pause`]
@@ -25,8 +25,8 @@ use crate::vm::{Backing, Captured, Vm, VmError};
 #[derive(Debug)]
 pub struct SnapshotSource {
     snapshot: Arc<FullSnapshot>,
-    /// From the first word to the receiver until the VM is paused.
-    checking: Option<BackgroundCheck>,
+    /// From when the configuration is sent until the VM is paused.
+    check: Option<BackgroundCheck>,
     layout: Layout,
     file: Arc<File>,
     memory: Arc<PlacedMemory>,
@@ -52,7 +52,7 @@ impl SnapshotSource {
         let memory = PlacedMemory::from_regions(regions(&file, memory.path(), snapshot.placement()))
             .map_err(|source| OperationError::Gather { path: path(), source })?;
         let memory = Arc::new(memory);
-        Ok(Self { snapshot: Arc::new(snapshot), checking: None, layout, file, memory })
+        Ok(Self { snapshot: Arc::new(snapshot), check: None, layout, file, memory })
     }
 
     /// The VM's RAM.
@@ -74,18 +74,18 @@ impl SnapshotSource {
 
     fn begin_check(&mut self) -> Result<(), OperationError> {
         self.give_up_check();
-        self.checking = Some(BackgroundCheck::start(&self.snapshot).map_err(unsound(&self.snapshot))?);
+        self.check = Some(BackgroundCheck::start(&self.snapshot).map_err(unsound(&self.snapshot))?);
         Ok(())
     }
 
     fn end_check(&mut self) -> Result<(), OperationError> {
-        let checked = self.checking.take().map_or(Ok(()), BackgroundCheck::finish);
+        let checked = self.check.take().map_or(Ok(()), BackgroundCheck::finish);
         checked.map_err(unsound(&self.snapshot))?;
         check_length(&self.snapshot)
     }
 
     fn give_up_check(&self) {
-        self.checking.iter().for_each(BackgroundCheck::give_up);
+        self.check.iter().for_each(BackgroundCheck::give_up);
     }
 }
 
@@ -119,13 +119,13 @@ impl Vm for SnapshotSource {
         })
     }
 
-    /// Tells the configuration, and begins to check the memory.
+    /// Returns the configuration, and begins to check the memory.
     fn config(&mut self) -> Result<Vec<u8>, VmError> {
         self.begin_check()?;
         Ok(self.snapshot.config_message()?)
     }
 
-    /// Waits until the memory is checked. The VM stands still anyway.
+    /// Waits until the memory is checked. The VM is paused anyway.
     fn pause(&mut self) -> Result<(), VmError> {
         Ok(self.end_check()?)
     }

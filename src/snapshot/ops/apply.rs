@@ -61,7 +61,7 @@ fn copy_checked(writer: &SnapshotWriter, memory: MemoryReader<'_>, manifest: &Ma
     Ok(())
 }
 
-/// Writes the parts of `range`, whose bytes are `bytes`, that the new snapshot has.
+/// Writes those parts of `range`, whose bytes are `bytes`, that the new snapshot has.
 fn write_kept(writer: &SnapshotWriter, range: GpaRange, bytes: &[u8]) -> io::Result<()> {
     for (_, part) in writer.layout().parts(range) {
         let from = index(part.start() - range.start());
@@ -71,7 +71,7 @@ fn write_kept(writer: &SnapshotWriter, range: GpaRange, bytes: &[u8]) -> io::Res
 }
 
 fn lay_over(writer: &SnapshotWriter, differential: &Differential) -> io::Result<()> {
-    // Memory that was gone in between comes back as zeros, not as it was before.
+    // Memory that was unplugged and plugged again in between is zeros, not what it was before.
     let memory = differential.state().memory();
     let gone = writer.layout().regions().iter().flat_map(|region| memory.missing(region.range()));
     for range in gone.chain(differential.zeroed()) {

@@ -19,7 +19,7 @@ use crate::snapshot::read::{Configuration, MemoryReader, Stored, open_manifest};
 pub enum SnapshotKind {
     /// All of it.
     Full {
-        /// Bytes that are no hole.
+        /// Bytes that are not in holes of the file.
         populated_bytes: u64,
     },
     /// What differs from another snapshot.
@@ -58,9 +58,9 @@ pub struct Description {
     pub config_bytes: u64,
     /// Bytes of `state.json`.
     pub state_bytes: u64,
-    /// Whether `config.json` is another than the one that the manifest was made for.
+    /// Whether `config.json` is not the one that the manifest was made for.
     pub config_edited: bool,
-    /// Memory of the VM that is not in the snapshot, because it is in files of its own.
+    /// Memory of the VM that is not in the snapshot, because it is in files outside it.
     pub elsewhere: Elsewhere,
     /// The pass-through devices.
     pub devices: Vec<PassThrough>,
@@ -68,7 +68,7 @@ pub struct Description {
 
 /// Opens the snapshot at `path`, of either kind, and says what it holds. The memory's bytes are not checked.
 ///
-/// An edited `config.json` is described as it stands.
+/// An edited `config.json` is described as it is now.
 ///
 /// # Errors
 /// As [`FullSnapshot::open`](crate::snapshot::FullSnapshot::open).

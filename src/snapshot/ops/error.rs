@@ -16,11 +16,10 @@ use crate::snapshot::format::{Elsewhere, Placement, PlacementError};
 
 /// Why a snapshot was not applied, subtracted, compared, sealed or sent.
 ///
-/// What was to be written is not there, and what was to be changed is as it was, but for [`WriteError::Stands`] and
-/// [`WriteError::Unsynced`].
+/// Nothing was written, and nothing was changed, except after [`WriteError::Stands`] and [`WriteError::Unsynced`].
 ///
-/// Where memory is read, the source of an error may be an [`Altered`](crate::snapshot::Altered): it has the bytes that do not match
-/// their digest.
+/// Where memory is read, the source of an error may be an [`Altered`](crate::snapshot::Altered), which lists the memory that does not
+/// match its digest.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum OperationError {
@@ -38,7 +37,7 @@ pub enum OperationError {
         /// Which part.
         source: PlacementError,
     },
-    /// The memory is not of whole pages, as every manifest's is.
+    /// The memory is not of whole pages, so that it cannot have a manifest.
     #[error("Cannot seal the memory of {path}", path = .path.display())]
     Seal {
         /// The snapshot.
@@ -54,7 +53,7 @@ pub enum OperationError {
         /// Why.
         source: LayoutError,
     },
-    /// It cannot be told where a snapshot has memory that is not a hole.
+    /// The holes of a snapshot's memory cannot be found.
     #[error("Cannot find the memory of {path}", path = .path.display())]
     Find {
         /// The snapshot.

@@ -15,7 +15,7 @@ use crate::snapshot::read::{Configuration, FullSnapshot, Stored, open_manifest};
 
 /// Gives the full snapshot at `path`, as a VMM wrote it, a manifest, and returns what names it from now on.
 ///
-/// A snapshot that has one keeps it. Memory that is in no snapshot, because it is in files of its own, is in no manifest.
+/// A snapshot that has a manifest keeps it. The manifest does not cover memory in files outside the snapshot.
 ///
 /// # Errors
 /// The snapshot is as it was.
@@ -23,7 +23,7 @@ pub fn seal(path: &Path, limits: &SnapshotLimits) -> Result<Digest, OperationErr
     seal_opened(FullSnapshot::open(path, limits)?.stored())
 }
 
-/// Gives a snapshot a manifest of what it was when it was opened: should a text change since, it no longer fits.
+/// Gives a snapshot a manifest of what it was when it was opened. If a text has changed since, the manifest does not match it.
 pub(crate) fn seal_opened(full: &Stored) -> Result<Digest, OperationError> {
     let path = &full.path;
     if let Some(digest) = full.digest() {
@@ -38,17 +38,17 @@ pub(crate) fn seal_opened(full: &Stored) -> Result<Digest, OperationError> {
     };
     let blocks = full.reader().map_or_else(no_memory, |memory| memory.hash(page));
     let blocks = blocks.map_err(|source| OperationError::Hash { path: path.to_owned(), source })?;
-    // The file, and not the configuration in it: somebody may have edited it, and left blanks around it.
+    // The digest is that of the file, which may have blanks around the configuration.
     let config = full.config_file;
     let manifest = Manifest { config, ..Manifest::of_full(page, &full.config, &full.state, blocks) };
     write(path, &manifest)
 }
 
-/// Takes `config.json` of the snapshot at `path`, of either kind, as it stands into the manifest, and returns what names the
-/// snapshot from now on.
+/// Takes the present `config.json` of the snapshot at `path`, of either kind, into its manifest, and returns what names the snapshot
+/// from now on.
 ///
-/// The state has to be as the manifest says; of the memory the manifest says what it said. Differentials to the snapshot still
-/// fit: it answers to its old name, too.
+/// The state has to match the manifest; the memory's digests stay as they were. Differentials to the snapshot still fit, because it
+/// keeps its old name as an alias.
 ///
 /// # Errors
 /// The snapshot is as it was; but it has the new manifest after [`WriteError::Unsynced`].

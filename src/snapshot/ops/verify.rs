@@ -23,7 +23,7 @@ use crate::units::{Bytes, Millis};
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum VerifyFinding {
-    /// A file is missing, is no file, or has another size.
+    /// A file is missing, is not a regular file, or has another size.
     File(ReadError),
     /// The manifest is damaged; nothing else was checked.
     Manifest(ReadError),
@@ -67,10 +67,10 @@ impl Serialize for VerifyFinding {
 pub struct VerifyReport {
     /// What is wrong; empty for a snapshot as it was written.
     pub findings: Vec<VerifyFinding>,
-    /// Whether `config.json` is the configuration of a VM, and not the one that the manifest was made for: no damage, somebody
-    /// edited it.
+    /// Whether `config.json` was edited: it is the configuration of a VM, but not the one that the manifest was made for. That is not
+    /// damage.
     pub config_edited: bool,
-    /// Memory of the VM that nobody checked, because it is in files of its own.
+    /// Memory of the VM that was not checked, because it is in files outside the snapshot.
     pub elsewhere: Elsewhere,
     /// Bytes that were read and compared.
     pub bytes: u64,
@@ -91,7 +91,7 @@ impl VerifyReport {
 /// Checks every byte of the snapshot at `path`, full or differential, against its manifest.
 ///
 /// # Errors
-/// A file cannot be read to its end or exceeds `limits`, or there is no manifest. What was found so far is not known.
+/// A file cannot be read to its end or exceeds `limits`, or there is no manifest. Findings up to then are lost.
 pub fn verify(path: &Path, limits: &SnapshotLimits) -> Result<VerifyReport, ReadError> {
     let began = Instant::now();
     let mut check = Check { dir: path, limits, report: VerifyReport::default() };
@@ -149,8 +149,10 @@ impl Check<'_> {
         if self.report.is_damaged() { Ok(()) } else { self.listing(manifest, config.as_ref()) }
     }
 
-    /// Returns what was read of a file, or notes what is wrong with it, unless it is this host that cannot read it, or it is only too
-    /// large: then it may be sound, and nobody has looked.
+    /// Returns what was read of a file, or notes what is wrong with it.
+    ///
+    /// # Errors
+    /// This host cannot read the file, or it exceeds the limits: the file may be sound.
     fn found<T>(&mut self, read: Result<T, ReadError>) -> Result<Option<T>, ReadError> {
         match read.map_err(ReadError::unread) {
             Ok(read) => Ok(Some(read)),
@@ -162,7 +164,7 @@ impl Check<'_> {
         }
     }
 
-    /// Checks `config.json`, and returns the configuration in it: one that was edited since it was sealed still is one.
+    /// Checks `config.json`, and returns the configuration in it, edited or not.
     fn config(&mut self, manifest: &Manifest) -> Result<Option<VmConfig>, ReadError> {
         let text = self.found(read_bounded(&self.dir.join(CONFIG_FILE), self.limits.config_bytes))?;
         let Some(text) = text else { return Ok(None) };
@@ -212,7 +214,7 @@ impl Check<'_> {
         }
     }
 
-    /// Notes altered memory, joined to what was noted just before where the two touch.
+    /// Notes altered memory; joins it to the last finding where the two touch.
     fn altered(&mut self, name: &'static str, range: GpaRange) {
         if let Some(VerifyFinding::Memory { range: last, .. }) = self.report.findings.last_mut()
             && last.end() == range.start()
@@ -223,7 +225,7 @@ impl Check<'_> {
         }
     }
 
-    /// Checks that the state lists the memory that the manifest does: both may be sound and yet not belong together.
+    /// Checks that the state lists the same memory as the manifest: both may be sound and still not belong together.
     fn listing(&mut self, manifest: &Manifest, config: Option<&VmConfig>) -> Result<(), ReadError> {
         let text = self.found(read_bounded(&self.dir.join(STATE_FILE), self.limits.state_bytes))?;
         let Some(text) = text else { return Ok(()) };

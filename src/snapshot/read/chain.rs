@@ -24,7 +24,7 @@ impl SnapshotChain {
     /// Opens the full snapshot that `paths` begins with and the differentials that follow it, lowest first.
     ///
     /// # Errors
-    /// There is none, one cannot be read, or one was made on top of something else.
+    /// No snapshot is named, one cannot be read, or one was made on top of something else.
     pub fn open<P: AsRef<Path>>(
         paths: impl IntoIterator<Item = P>,
         limits: &SnapshotLimits,
@@ -94,14 +94,14 @@ impl SnapshotChain {
         &self.top().state
     }
 
-    /// Memory of the VM that is in none of the snapshots, because it is in files of its own.
+    /// Memory of the VM that is in none of the snapshots, because it is in files outside them.
     pub fn elsewhere(&self) -> Elsewhere {
         self.top().elsewhere()
     }
 
     /// Reads the memory of `range` as the snapshot on top has it; what the VM does not have reads as zero.
     ///
-    /// The bytes are those on disk: [`verify`](crate::snapshot::verify()) tells whether they are as they were written.
+    /// The bytes are not checked; [`verify`](crate::snapshot::verify()) does that.
     ///
     /// # Errors
     /// A file cannot be read, or was cut off since it was opened.
@@ -112,7 +112,7 @@ impl SnapshotChain {
         self.read_as(range, buffer, false)
     }
 
-    /// Reads as [`SnapshotChain::read`] does, bytes that are as they were written; a full snapshot with no manifest is read as it is.
+    /// Reads as [`SnapshotChain::read`] does, and checks every block against its digest; a full snapshot with no manifest is not checked.
     ///
     /// # Errors
     /// A file cannot be read, or was cut off; or a block was altered, then the error holds [`Altered`](crate::snapshot::Altered).
@@ -134,7 +134,7 @@ impl SnapshotChain {
         })
     }
 
-    /// Checks the blocks of the full snapshot that hold any of `range` and that nobody has read yet.
+    /// Checks the blocks of the full snapshot that hold any of `range` and were not read before.
     ///
     /// # Errors
     /// As [`SnapshotChain::read_checked`].
@@ -151,7 +151,7 @@ impl SnapshotChain {
         Ok(self.with_changed(ranges))
     }
 
-    /// Returns memory outside which everything was zero when it was written, whatever became of the files' holes since.
+    /// Returns memory outside which everything was zero when it was written, even if the files' holes have changed since.
     ///
     /// # Errors
     /// A full snapshot with no manifest cannot be read.

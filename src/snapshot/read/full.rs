@@ -24,8 +24,8 @@ impl FullSnapshot {
         Self::open_as(path, Configuration::AsSealed, limits)
     }
 
-    /// Opens the snapshot at `path` with the configuration `config`, a text like that of `config.json`, in place of its own,
-    /// which is not looked at: for a host where disks, taps and files have other names.
+    /// Opens the snapshot at `path` with the configuration `config`, a text like that of `config.json`, instead of its own, which is not
+    /// read: for a host where disks, taps and files have other names.
     ///
     /// The state and the memory have to be as the manifest says, if there is one.
     ///
@@ -57,7 +57,7 @@ impl FullSnapshot {
         &self.0.config
     }
 
-    /// Memory of the VM that is not in the snapshot, because it is in files of its own.
+    /// Memory of the VM that is not in the snapshot, because it is in files outside it.
     pub fn elsewhere(&self) -> Elsewhere {
         self.0.elsewhere()
     }

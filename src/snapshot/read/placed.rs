@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `memory-ranges` as guest memory: read from the file, and mapped nowhere.
+//! `memory-ranges` as guest memory: read from the file, not mapped.
 //!
-//! To read a mapping behind the end of a file that was cut off, or where the disk fails, is a signal that ends the process; to read
-//! the file is an error that says why.
+//! Reading a mapping past the end of a file that was cut off, or where the disk fails, ends the process with a signal; reading the file
+//! returns an error that says why.
 
 use std::fs::File;
 use std::path::PathBuf;

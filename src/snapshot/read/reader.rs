@@ -60,7 +60,7 @@ impl<'a> MemoryReader<'a> {
 
     /// Reads as [`MemoryReader::read`] does, and checks each block that was not checked before against its digest.
     ///
-    /// A block that nobody has read is read whole. If somebody changes the file after that, nobody notices.
+    /// A block that was not read before is read whole. Later changes to the file are not noticed.
     ///
     /// # Errors
     /// The file cannot be read or was cut off; or a block was altered, then the error holds [`Altered`].
@@ -95,7 +95,7 @@ impl<'a> MemoryReader<'a> {
         blocks.try_for_each(|block| self.check_from_file(block, &mut bytes))
     }
 
-    /// Reads all blocks in order; its errors leave it to the caller to name the directory.
+    /// Reads all blocks in order. The errors do not name the directory; that is left to the caller.
     pub(crate) fn blocks(self, block_bytes: u64) -> BlockReader<'a> {
         let memory = Self { dir: Path::new(""), ..self };
         BlockReader { memory, block_bytes, next: 0, data: 0..0, buffer: Vec::new(), loaded_at: 0 }
@@ -124,8 +124,8 @@ impl<'a> MemoryReader<'a> {
         })
     }
 
-    /// Returns the memory of the blocks that had a byte other than zero when they were written, in the order of the file, wherever
-    /// it has holes now; `None` where there are no digests to tell.
+    /// Returns the memory of the blocks that were not all zeros when they were written, in the order of the file; `None` if there are no
+    /// digests. The file's holes do not matter.
     pub(crate) fn populated_as_written(self) -> Option<impl Iterator<Item = GpaRange> + use<'a>> {
         let BlockTable { block_bytes, digests } = self.digests?.0;
         let blocks = (0..).step_by(index(*block_bytes)).zip(digests).filter(|(_, digest)| digest.is_some());
@@ -199,12 +199,11 @@ pub(crate) struct BlockReader<'a> {
 }
 
 impl BlockReader<'_> {
-    /// Reads the next block; `None` behind the last one, of a file that was not cut off meanwhile. A block that has a digest is as
-    /// it was written.
+    /// Reads the next block, and checks it if it has a digest; `None` after the last one.
     ///
     /// # Errors
-    /// The file cannot be read, or was cut off; or the block was altered, then the error holds [`Altered`]. The next call goes on
-    /// behind the block.
+    /// The file cannot be read, or was cut off; or the block was altered, then the error holds [`Altered`]. The next call goes on with the
+    /// next block.
     pub(crate) fn next_block(&mut self) -> io::Result<Option<Block<'_>>> {
         let (memory, offset) = (self.memory, self.next);
         let file_bytes = memory.placement.bytes();

@@ -18,11 +18,11 @@ use crate::threads::ThreadStart;
 /// Which configuration a snapshot is read with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Configuration<'a> {
-    /// That of `config.json`, if it is the one that the manifest was made for.
+    /// That of `config.json`, which has to be the one that the manifest was made for.
     AsSealed,
     /// That of `config.json`, edited or not.
     AsItStands,
-    /// This text; `config.json` is not looked at.
+    /// This text; `config.json` is not read.
     Given(&'a [u8]),
 }
 
@@ -31,12 +31,12 @@ pub(crate) enum Configuration<'a> {
 pub(crate) struct Stored {
     pub(crate) path: PathBuf,
     pub(crate) config: VmConfig,
-    /// The text that `config` was read from, with whatever blanks somebody left around it.
+    /// The whole file that `config` was read from, with the blanks around it.
     pub(crate) config_file: Covered,
     pub(crate) state: VmState,
     /// `None` where a VMM wrote the snapshot.
     pub(crate) manifest: Option<Manifest>,
-    /// `memory-ranges` or `memory-changes`; `None` where there is no memory in a full snapshot.
+    /// `memory-ranges` or `memory-changes`; `None` for a full snapshot without memory.
     memory: Option<File>,
     checked: Option<CheckedBits>,
     /// What each thread that works on the snapshot does first.
@@ -68,7 +68,7 @@ impl Stored {
             Ok(_) if !is_sealed && matches!(configuration, Configuration::AsSealed) => {
                 return Err(ReadError::EditedConfig { path: path.to_owned() });
             }
-            // What was sealed could be read.
+            // A configuration that cannot be parsed was never sealed.
             Err(_) if !is_sealed && !matches!(configuration, Configuration::Given(_)) => {
                 return Err(altered(CONFIG_FILE));
             }
@@ -82,7 +82,7 @@ impl Stored {
         let (path, thread_start) = (path.to_owned(), limits.thread_start);
         let mut stored =
             Self { path, config, config_file, state, manifest, memory: None, checked, thread_start };
-        // Cloud Hypervisor makes no file where all zones share files of their own.
+        // Cloud Hypervisor makes no file if all zones are shared mappings of files.
         let bytes = stored.placement().bytes();
         if bytes > 0 || stored.changes().is_some() {
             stored.memory = Some(open_sized(&stored.path.join(stored.memory_name()), bytes)?);
@@ -126,7 +126,7 @@ impl Stored {
         self.manifest.as_ref().map(Manifest::digest)
     }
 
-    /// Memory of the VM that is not in the snapshot, because it is in files of its own.
+    /// Memory of the VM that is not in the snapshot, because it is in files outside it.
     pub(crate) fn elsewhere(&self) -> Elsewhere {
         Elsewhere::of(&self.config, &self.state)
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The RAM that a VM announces, against what its state lists in the end.
+//! The RAM that a VM announces, compared with what its state lists at the end.
 
 use crate::layout::Layout;
 use crate::range::GpaRange;
@@ -51,7 +51,7 @@ impl AnnouncedRam {
         if placement.same_memory(listed) {
             return Ok(placement.clone());
         }
-        // A manifest would list them, and nobody would read it.
+        // A manifest that listed them could not be read.
         listed.check_pages(self.layout.host_page())?;
         let mut left_out = placement.ranges().flat_map(|range| listed.missing(range));
         if let Some(range) = left_out.find(|&range| !self.hotpluggable.holds(range)) {

@@ -42,13 +42,13 @@ pub(super) enum SettleError {
     Placement(#[from] PlacementError),
 }
 
-/// Pages waiting in a sparse work file, each at its place, for the last word on which of them differ.
+/// Pages in a sparse work file, each at its place, until it is known which of them differ.
 #[derive(Debug)]
 pub(super) struct ChangedPages {
     work: SparseFile,
     page: Granule,
     cells: Cells,
-    /// Compared with, if it is at hand.
+    /// The base to compare with, if there is one.
     base: Option<Arc<SnapshotChain>>,
     threads: ThreadStart,
 }
@@ -71,7 +71,7 @@ impl ChangedPages {
         self.work.placement()
     }
 
-    /// Takes the bytes of `range`, which `read` supplies, for those of the VM; later bytes replace earlier ones.
+    /// Takes the bytes of `range` from `read`; later bytes replace earlier ones.
     ///
     /// # Errors
     /// `range` is not all memory or not of whole pages, or reading or writing failed.
@@ -88,10 +88,10 @@ impl ChangedPages {
         self.work.fill(range, read, |piece, bytes| self.store(piece, bytes, &mut before))
     }
 
-    /// Counts every page that may not be zero in the base as zero until it comes, without a look at its bytes.
+    /// Counts every page that may not be zero in the base as zero until it comes; does not read the base.
     ///
     /// # Errors
-    /// It cannot be told where the base has memory that is no hole.
+    /// The holes of the base's memory cannot be found.
     pub(super) fn presume_zeros(&self) -> io::Result<()> {
         let populated = match &self.base {
             Some(base) => base.populated_as_written()?,
@@ -141,8 +141,8 @@ impl ChangedPages {
 
     /// Copies the pages that differ from the snapshot that `base` names, and lie in `kept`, to `into`, back to back, and brings them to disk.
     ///
-    /// The work file is brought to disk although it is removed in the end: only a sync after the last read tells that no page of it
-    /// was lost. That sync has little to write, since the file is synced all along and while pages are copied.
+    /// The work file is synced although it is removed later: only a sync after the last read shows that no page of it was lost. That sync
+    /// has little to write, because the write-back throttle syncs the file all along.
     pub(super) fn settle(
         self,
         base: Digest,
@@ -164,13 +164,13 @@ impl ChangedPages {
         Ok((Changes { base, runs, zero_runs }, blocks))
     }
 
-    /// Finds out which of the pages that never came were zero in the base already, and so do not differ.
+    /// Finds which of the pages that never came were zero in the base already, and so do not differ.
     ///
-    /// Of the base only what is no hole is read, and the blocks that nobody looked at while pages came. Where it cannot be
-    /// read, or was altered, the pages count as different.
+    /// Only populated memory of the base is read, and blocks of it that were not read while pages came. If the base cannot be read, or was
+    /// altered, the pages count as different.
     ///
     /// # Errors
-    /// There is no memory for it.
+    /// There is not enough memory.
     fn settle_presumed(&self) -> io::Result<()> {
         let mut unsettled = Vec::new();
         for (index, _) in self.cells.used().filter(|(_, cell)| cell.presumed != 0) {
@@ -192,7 +192,7 @@ impl ChangedPages {
         })
     }
 
-    /// Returns those of the pages `bits` of a cell that are not zero in `base`, of which everything but `populated` reads as zero.
+    /// Returns those of the pages `bits` of a cell that are not zero in `base`, which reads as zero outside `populated`.
     fn nonzero_in(
         &self,
         base: &SnapshotChain,

@@ -22,7 +22,7 @@ use crate::threads::ThreadStart;
 /// Smallest part of the file that one thread writes at a time.
 const LEAST_CELL_BYTES: u64 = 256 << 10;
 
-/// What is known of a block.
+/// What is known about a block.
 #[derive(Debug, Clone, Copy, Default)]
 struct Block {
     /// The digest when it was hashed last; `None` for zeros.
@@ -100,10 +100,10 @@ impl FullPages {
         Ok(written)
     }
 
-    /// Returns what is known of a block that `part` was just written to.
+    /// Returns what is known about a block after `part` was written to it.
     ///
-    /// A block written in parts is hashed each time that as many bytes were written as it has, however small the parts:
-    /// hashing takes no longer than writing does.
+    /// A block written in parts is hashed whenever as many bytes were written as it has, so that hashing takes no longer than writing,
+    /// however small the parts are.
     fn note(&self, block: usize, before: Block, part: &[u8]) -> io::Result<Block> {
         let length = self.block_length(block);
         let after = Block { unhashed: before.unhashed + part.len(), ..before };

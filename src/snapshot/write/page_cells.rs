@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is known of the pages of a differential, 64 at a time, and nothing of those that nobody asked about.
+//! What is known about the pages of a differential: a cell for each 64 of them, made when the first of them comes.
 //!
-//! A source may announce far more memory than it has, and all that it costs is a pointer for each 4096 pages.
+//! A source may announce far more memory than it has; that costs one pointer for each 4096 pages.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -49,7 +49,7 @@ impl Cells {
     /// Locks a cell.
     ///
     /// # Errors
-    /// There is no memory for what is to be known of it.
+    /// There is no memory for the cell.
     pub(super) fn lock(&self, index: usize) -> io::Result<MutexGuard<'_, Cell>> {
         let group = &self.groups[index / GROUP_CELLS];
         if group.get().is_none() {

@@ -19,7 +19,7 @@ use crate::snapshot::reserve::{index, resize};
 use crate::threads::ThreadStart;
 use crate::vm::read_memory;
 
-/// Bytes for guest memory that the snapshot does not have.
+/// Bytes were supplied for guest memory that the snapshot does not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("{range} is not all memory of the VM")]
 struct NotMemory {
@@ -29,10 +29,10 @@ struct NotMemory {
 /// Why bytes are not in their place.
 #[derive(Debug, Error)]
 pub(super) enum FillError {
-    /// They are not what the file takes, or what they come from or are compared with cannot be read.
+    /// The file does not take them, or what they come from, or are compared with, cannot be read.
     #[error(transparent)]
     Read(io::Error),
-    /// The file did not take them.
+    /// They could not be written.
     #[error(transparent)]
     Write(io::Error),
 }
@@ -164,7 +164,7 @@ impl SparseFile {
         self.failed.store(true, Ordering::Relaxed);
     }
 
-    /// Ends the file, of which everything that is wanted was read back, with `sync`.
+    /// Ends the file with `sync`, after everything that is needed was read back.
     ///
     /// Pages that the disk did not take may be dropped from memory and read back as zeros; only a sync after the last read
     /// tells. It takes no longer than the throttle lets writers be ahead of the disk.

@@ -28,9 +28,9 @@ use crate::vm::ReadableCheck;
 /// The snapshot that a differential differs from.
 #[derive(Debug, Clone)]
 pub enum Base {
-    /// One that is not at hand. The pages to come are those that changed since it was taken, as a ledger's cursor knows them.
+    /// One that is not read. The pages to come are those that changed since it was taken, as a ledger's cursor knows them.
     Named(Digest),
-    /// One that is. All pages may come; those that equal it are left out.
+    /// One that is read and compared with. All pages may come; those that equal it are left out.
     Compared(Arc<SnapshotChain>),
 }
 
@@ -38,7 +38,7 @@ impl Base {
     /// Opens the snapshot to compare with: `paths` as for [`SnapshotChain::open`].
     ///
     /// # Errors
-    /// The chain is none, or nothing names what is on top of it.
+    /// The snapshots are not a chain, or the one on top has no manifest to name it.
     pub fn open<P: AsRef<Path>>(
         paths: impl IntoIterator<Item = P>,
         limits: &SnapshotLimits,
@@ -48,7 +48,7 @@ impl Base {
         Ok(Self::Compared(Arc::new(chain)))
     }
 
-    /// Returns what names the base, and the base to compare with if it is at hand.
+    /// Returns what names the base, and the base if it is to be compared with.
     fn resolve(self) -> Result<(Digest, Option<Arc<SnapshotChain>>), WriteError> {
         match self {
             Self::Named(digest) => Ok((digest, None)),
@@ -218,7 +218,8 @@ impl SnapshotWriter {
         self.complete(&config, state, Vec::new())
     }
 
-    /// Takes a page that never comes for zero, as a source leaves it out whose receiver's memory reads zero; before any page comes.
+    /// Counts pages that never come as zero pages; call it before any page comes. A source leaves zero pages out if the receiver's memory
+    /// reads as zero.
     pub(crate) fn presume_zeros(&self) -> Result<(), WriteError> {
         match &self.pages {
             PageFile::Full(_) => Ok(()),
@@ -332,7 +333,7 @@ fn publish(
     within(MANIFEST_FILE, &bytes, limits.manifest_bytes)?;
     let files =
         [(CONFIG_FILE, config.text().as_bytes()), (STATE_FILE, state.text()), (MANIFEST_FILE, &bytes)];
-    // All at once: a journal brings them to disk in one go, and a VM may be waiting.
+    // All at once: a journaling file system syncs them together, and a paused VM may be waiting.
     parallel::for_each(&files, files.len(), limits.thread_start, |&(name, content)| {
         staged.write_file(name, content)
     })?;
