@@ -18,10 +18,10 @@ use vfio_migration::layout::Layout;
 use vfio_migration::source::GuestMemoryLog;
 use vfio_migration::tracker::{Tracker, VmMappings};
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, Receiver};
 use vfio_migration::transfer::url::Url;
-use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent, SourceVm};
+use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent, SourceVm};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_migration::Snapshot;
 
@@ -111,7 +111,7 @@ impl Destination for Arrival {
 /// Sends the VM. Whatever happens, afterwards it runs in one place at most.
 fn send(source: &mut Source, tracker: &Mutex<Tracker>, url: Url) -> Result<Sent, SendError> {
     let devices = Mutex::new(DeviceSet::default());
-    let sent = Sender::new(SendOptions::new(url)).send(source, tracker, &devices, &Migration::new());
+    let sent = Sender::new(SendOptions::new(url)).send(source, tracker, &devices);
     if let Err(error) = &sent {
         let left = match error.source_vm() {
             SourceVm::AsBefore => "runs on here, and may be sent again",
@@ -147,7 +147,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     let listener = Listener::bind(&url)?;
     let receiver = thread::spawn(move || {
         let mut arrival = Arrival::default();
-        Receiver::new(Limits::default(), None).receive(&listener, &mut arrival).map(|_| arrival)
+        Receiver::new(PeerLimits::default(), None).receive(&listener, &mut arrival).map(|_| arrival)
     });
     let sent = send(&mut source, &tracker, url)?;
     let arrival = receiver.join().expect("the receiver does not panic")?;

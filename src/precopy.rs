@@ -5,8 +5,9 @@
 //! Numbers in, decision out. No clock, no socket, no thread: the sender measures, asks, and does what it is told.
 //!
 //! ```
+//! use std::time::Duration;
 //! use vfio_migration::precopy::*;
-//! let policy = Policy { downtime_ms: 300, ..Policy::default() };
+//! let policy = Policy { downtime: Duration::from_millis(300), ..Policy::default() };
 //! let mut seen = Observation { pending_bytes: 1 << 30, bandwidth: 1 << 30, rounds: 1, ..Observation::default() };
 //! assert_eq!(policy.decide(&seen), Decision::Continue);
 //! seen.pending_bytes = 100 << 20;
@@ -15,6 +16,8 @@
 
 mod forecast;
 mod reason;
+
+use std::time::Duration;
 
 pub use forecast::{Blame, Forecast, SourceRate};
 pub use reason::{CancelReason, Obstacle};
@@ -33,9 +36,9 @@ pub enum TimeoutStrategy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
     /// How long the VM may stand still.
-    pub downtime_ms: u64,
+    pub downtime: Duration,
     /// How long the whole migration may take until the VM is stopped.
-    pub timeout_ms: u64,
+    pub timeout: Duration,
     /// What happens when it takes longer.
     pub timeout_strategy: TimeoutStrategy,
     /// Passes over memory after which the timeout counts as reached; `None`: as many as fit the timeout.
@@ -48,8 +51,8 @@ impl Default for Policy {
     /// 300 ms of downtime, an hour, then cancel; no cap on rounds; no throttling.
     fn default() -> Self {
         Self {
-            downtime_ms: 300,
-            timeout_ms: 3_600_000,
+            downtime: Duration::from_millis(300),
+            timeout: Duration::from_secs(60 * 60),
             timeout_strategy: TimeoutStrategy::default(),
             max_rounds: None,
             can_throttle: false,
@@ -209,7 +212,7 @@ impl Policy {
     pub fn confirm(&self, seen: &Observation) -> Decision {
         let expected = seen.expected_downtime_ms();
         let bearable =
-            expected.is_some_and(|ms| ms <= self.downtime_ms.saturating_mul(Self::BACK_OUT_FACTOR));
+            expected.is_some_and(|ms| ms <= self.downtime_ms().saturating_mul(Self::BACK_OUT_FACTOR));
         let strict = self.timeout_strategy == TimeoutStrategy::Cancel;
         if bearable || (!strict && self.exhausted(seen).or_else(|| self.hopeless(seen)).is_some()) {
             return Decision::SwitchOver { expected_downtime_ms: expected };
@@ -223,10 +226,15 @@ impl Policy {
         }
     }
 
+    /// The downtime limit, in milliseconds.
+    fn downtime_ms(&self) -> u64 {
+        millis(self.downtime)
+    }
+
     /// The downtime to switch over at: the limit, or after back-outs the device state's part of it and less for memory.
     fn aim_ms(&self, seen: &Observation) -> u64 {
-        let state_ms = seen.state_ms().unwrap_or(0).min(self.downtime_ms);
-        state_ms + ((self.downtime_ms - state_ms) >> seen.back_outs.min(Self::MAX_BACK_OUTS))
+        let state_ms = seen.state_ms().unwrap_or(0).min(self.downtime_ms());
+        state_ms + ((self.downtime_ms() - state_ms) >> seen.back_outs.min(Self::MAX_BACK_OUTS))
     }
 
     /// Whether more rounds gain nothing.
@@ -244,8 +252,8 @@ impl Policy {
             (true, DeviceLeft::Exact(_)) => time_for(bytes.into(), seen.state_rate)?,
             (true, _) => return None,
         };
-        let only_state = expected_ms > self.downtime_ms && memory_ms <= self.downtime_ms;
-        let reason = CancelReason::DeviceStateTooLong { bytes, expected_ms, downtime_ms: self.downtime_ms };
+        let only_state = expected_ms > self.downtime_ms() && memory_ms <= self.downtime_ms();
+        let reason = CancelReason::DeviceStateTooLong { bytes, expected_ms, downtime_ms: self.downtime_ms() };
         (only_state && seen.device_initial_bytes == 0).then_some(reason)
     }
 
@@ -258,14 +266,15 @@ impl Policy {
         let expected_ms = seen.standing_ms()?.saturating_add(seen.state_ms()?);
         let others_ms = seen.expected_downtime_ms()?.saturating_sub(expected_ms);
         let bytes = seen.standing_bytes;
-        let reason = CancelReason::StandingPagesTooLong { bytes, expected_ms, downtime_ms: self.downtime_ms };
-        (expected_ms > self.downtime_ms && others_ms <= self.downtime_ms).then_some(reason)
+        let reason =
+            CancelReason::StandingPagesTooLong { bytes, expected_ms, downtime_ms: self.downtime_ms() };
+        (expected_ms > self.downtime_ms() && others_ms <= self.downtime_ms()).then_some(reason)
     }
 
     /// Whether the timeout, or the last round allowed, has been reached, and which.
     pub fn exhausted(&self, seen: &Observation) -> Option<CancelReason> {
-        if seen.elapsed_ms >= self.timeout_ms {
-            let timeout_ms = self.timeout_ms;
+        let timeout_ms = millis(self.timeout);
+        if seen.elapsed_ms >= timeout_ms {
             return Some(CancelReason::TimedOut { timeout_ms, obstacle: self.obstacle(seen) });
         }
         let max_rounds = self.max_rounds.filter(|&max| seen.rounds >= max)?;
@@ -274,7 +283,7 @@ impl Policy {
 
     /// What most stands in the way of a switchover: what more rounds help least against comes first.
     fn obstacle(&self, seen: &Observation) -> Obstacle {
-        let breaks = |ms: Option<u64>| ms.is_some_and(|ms| ms > self.downtime_ms);
+        let breaks = |ms: Option<u64>| ms.is_some_and(|ms| ms > self.downtime_ms());
         let pinned_ms =
             seen.standing_ms().zip(seen.state_ms()).map(|(pages, state)| pages.saturating_add(state));
         match seen.device.bytes() {
@@ -310,6 +319,11 @@ impl Policy {
         let next = seen.throttle_percent.saturating_add(THROTTLE_STEP_PERCENT);
         Some(next.clamp(FIRST_THROTTLE_PERCENT, MAX_THROTTLE_PERCENT))
     }
+}
+
+/// As whole milliseconds.
+pub(crate) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn bytes_in(ms: u64, rate: u64) -> u64 {

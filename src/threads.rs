@@ -20,8 +20,7 @@ const ROOM_BYTES: usize = (2 << 20) + (1 << 20);
 /// fn confine() {
 ///     // ... apply the filter made of `vfio_migration::syscalls` ...
 /// }
-/// let mut options = SendOptions::new(Url::tcp("192.0.2.7", 4444)?);
-/// options.thread_start = ThreadStart::new(&confine);
+/// let options = SendOptions::new(Url::tcp("192.0.2.7", 4444)?).thread_start(ThreadStart::new(&confine));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Default)]

@@ -25,12 +25,12 @@ use vfio_migration::layout::Layout;
 use vfio_migration::source::GuestMemoryLog;
 use vfio_migration::tracker::{Tracker, VmMappings};
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::{
     Completion, Destination, GuestPages, PageStore, Receiver, asks_for_prefault,
 };
 use vfio_migration::transfer::url::Url;
-use vfio_migration::transfer::{Migration, PinningReceiver, Populated, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{PinningReceiver, Populated, SendOptions, Sender, Sent};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -169,8 +169,7 @@ impl Destination for Pinning {
 
 fn moved(source: &Arc<Memory>, pinning_receiver: PinningReceiver) -> Sent {
     let listener = Listener::bind(&Url::tcp("127.0.0.1", 0).unwrap()).unwrap();
-    let mut options = SendOptions::new(listener.url().clone());
-    options.pinning_receiver = pinning_receiver;
+    let options = SendOptions::new(listener.url().clone()).pinning_receiver(pinning_receiver);
     let mut vmm = Pinning { memory: untouched(ram_bytes()) };
     let layout = Layout::from_guest_memory(source.as_ref()).unwrap();
     let log = GuestMemoryLog::new(Arc::clone(source));
@@ -180,9 +179,10 @@ fn moved(source: &Arc<Memory>, pinning_receiver: PinningReceiver) -> Sent {
     let device = Device::new("dev", Box::new(Small(DeviceState::Running, false)));
     let devices = Mutex::new(DeviceSet::new(vec![device]).unwrap());
     thread::scope(|scope| {
-        let receiver = scope.spawn(|| Receiver::new(Limits::default(), None).receive(&listener, &mut vmm));
+        let receiver =
+            scope.spawn(|| Receiver::new(PeerLimits::default(), None).receive(&listener, &mut vmm));
         let sender = Sender::new(options);
-        let sent = sender.send(&mut QuietVm(Arc::clone(source)), &tracker, &devices, &Migration::new());
+        let sent = sender.send(&mut QuietVm(Arc::clone(source)), &tracker, &devices);
         receiver.join().unwrap().unwrap();
         sent.unwrap()
     })

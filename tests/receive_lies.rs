@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use vfio_migration::transfer::limits::{Limits, Pace};
+use vfio_migration::transfer::limits::{PeerLimits, Pace};
 use vfio_migration::transfer::receive::{Completion, Destination, PageStore, ReceiveError, Received};
 use vfio_migration::vm::VmError;
 use vm_migration::{Snapshot, snapshot_from_id};
@@ -87,7 +87,7 @@ fn text_of(error: &dyn Error) -> String {
 fn refusal_after(before: &[Vec<u8>], lie: &[u8]) -> String {
     let mut vmm = Careful(Vmm::new());
     let begun = Instant::now();
-    let (received, (answer, after)) = receive_on_pair(Limits::default(), &mut vmm, |mut peer| {
+    let (received, (answer, after)) = receive_on_pair(PeerLimits::default(), &mut vmm, |mut peer| {
         peer.say(before);
         let told = Instant::now();
         (peer.ask(lie), told.elapsed())
@@ -116,13 +116,13 @@ fn configured() -> Vec<Vec<u8>> {
 fn config_or_state_length_2_45_to_2_63() {
     for length in [1 << 45, 1 << 50, 1 << 62, 1 << 63, u64::MAX] {
         let text = refusal_after(&started(), &request(CONFIG, length));
-        let limit = Limits::default().config_bytes;
+        let limit = PeerLimits::default().config_bytes;
         assert_eq!(
             text,
             format!("Config announces {length} bytes, more than the limit config_bytes = {limit}")
         );
         let text = refusal_after(&configured(), &request(STATE, length));
-        let limit = Limits::default().state_bytes;
+        let limit = PeerLimits::default().state_bytes;
         assert_eq!(
             text,
             format!("State announces {length} bytes, more than the limit state_bytes = {limit}")
@@ -134,7 +134,7 @@ fn config_or_state_length_2_45_to_2_63() {
 fn config_or_state_length_under_the_limit_and_never_sent() {
     for (before, command, length) in [(started(), CONFIG, 64 << 20), (configured(), STATE, 4 << 30)] {
         let mut vmm = Careful(Vmm::new());
-        let (received, ()) = receive_on_pair(Limits::default(), &mut vmm, |mut peer| {
+        let (received, ()) = receive_on_pair(PeerLimits::default(), &mut vmm, |mut peer| {
             peer.say(&before);
             peer.send(&request(command, length));
             peer.send(&[b' '; 100_000]);
@@ -173,7 +173,7 @@ fn memory_table_of_more_ranges_than_the_vm_has_pages() {
         let text = refusal_after(&configured(), &request(MEMORY, 16 * ranges));
         assert_eq!(text, format!("Memory announces a table of {ranges} ranges for a VM of {pages} pages"));
     }
-    let (received, ()) = receive_on_pair(Limits::default(), &mut Careful(Vmm::new()), |mut peer| {
+    let (received, ()) = receive_on_pair(PeerLimits::default(), &mut Careful(Vmm::new()), |mut peer| {
         peer.say(&configured());
         // A range for each page is legal; this table is cut off.
         peer.send(&request(MEMORY, 16 * pages));
@@ -187,7 +187,7 @@ fn memory_table_of_more_ranges_than_the_vm_has_pages() {
 #[test]
 fn connection_closed_in_the_middle_of_page_bytes() {
     let begun = Instant::now();
-    let (received, ()) = receive_on_pair(Limits::default(), &mut Careful(Vmm::new()), |mut peer| {
+    let (received, ()) = receive_on_pair(PeerLimits::default(), &mut Careful(Vmm::new()), |mut peer| {
         peer.say(&configured());
         let message = memory(&[(0, &[7; 0x8000])]);
         peer.send(&message[..message.len() - 1]);
@@ -235,8 +235,10 @@ fn gpa_in_a_hole_or_gpa_plus_length_wrapping() {
 
 #[test]
 fn a_worker_that_stalls_in_mid_request() {
-    let limits =
-        Limits { pace: Pace { window: Duration::from_millis(200), bytes: 4096 }, ..Limits::default() };
+    let limits = PeerLimits {
+        pace: Pace { window: Duration::from_millis(200), bytes: 4096 },
+        ..PeerLimits::default()
+    };
     let (received, (answer, after)) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
         let mut main = Peer::to(listener);
         main.begin();
@@ -261,7 +263,7 @@ fn page_bytes_without_end() {
         .cycle()
         .take(usize::try_from(RAM / 4096 * 16).unwrap())
         .collect();
-    let (received, sent) = receive_on_pair(Limits::default(), &mut Vmm::new(), |mut peer| {
+    let (received, sent) = receive_on_pair(PeerLimits::default(), &mut Vmm::new(), |mut peer| {
         peer.say(&configured());
         peer.send(&message(MEMORY, &table));
         let begun = Instant::now();
@@ -281,7 +283,7 @@ fn page_bytes_without_end() {
 
 #[test]
 fn callers_without_end() {
-    let (received, ()) = receive_on_tcp(Limits::default(), &mut Vmm::new(), |listener| {
+    let (received, ()) = receive_on_tcp(PeerLimits::default(), &mut Vmm::new(), |listener| {
         let mut main = Peer::to(listener);
         main.begin();
         for _ in 0..1000 {

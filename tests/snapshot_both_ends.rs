@@ -27,7 +27,7 @@ use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::receive::Receiver;
 use vfio_migration::transfer::url::Url;
-use vfio_migration::transfer::{self, Migration, SendOptions, Sender};
+use vfio_migration::transfer::{self, SendOptions, Sender};
 
 const REGION: u64 = 8 << 20;
 const HIGH: u64 = 4 << 30;
@@ -80,15 +80,17 @@ fn try_send(
     let listener = Listener::bind(url).unwrap();
     let limits = |thread_start| SnapshotLimits { thread_start, ..SnapshotLimits::default() };
     let destination = DestinationOptions { limits: limits(receiving), ..DestinationOptions::default() };
-    let mut options = SendOptions::new(listener.url().clone());
-    options.thread_start = sending;
-    options.connections = ConnectionCount::new(connections).unwrap();
-    let waits = transfer::limits::Limits { source_wait: SOURCE_WAIT, ..transfer::limits::Limits::default() };
+    let options = SendOptions::new(listener.url().clone())
+        .thread_start(sending)
+        .connections(ConnectionCount::new(connections).unwrap())
+        .unwrap();
+    let waits =
+        transfer::limits::PeerLimits { source_wait: SOURCE_WAIT, ..transfer::limits::PeerLimits::default() };
     let receiver = Receiver::new(waits, None).thread_start(receiving);
     let send = || -> Outcome {
         let mut source = SnapshotSource::new(FullSnapshot::open(from, &limits(sending))?)?;
         let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build()?);
-        Sender::new(options).send(&mut source, &tracker, &Mutex::default(), &Migration::new())?;
+        Sender::new(options).send(&mut source, &tracker, &Mutex::default())?;
         Ok(())
     };
     thread::scope(|scope| {

@@ -134,7 +134,7 @@ impl Place {
             last
         });
         let pace = Pace { bytes: 1, window: Duration::from_millis(500) };
-        let limits = transfer::limits::Limits { pace, ..Default::default() };
+        let limits = transfer::limits::PeerLimits { pace, ..Default::default() };
         let received = Receiver::new(limits, None).receive(&listener, destination);
         (received, source.join().unwrap())
     }

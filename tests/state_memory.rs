@@ -21,7 +21,7 @@ use vfio_migration::snapshot::{
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::{Connection, Listener};
 use vfio_migration::transfer::receive::Receiver;
-use vfio_migration::transfer::{self, Migration, SendOptions, Sender};
+use vfio_migration::transfer::{self, SendOptions, Sender};
 
 static HELD: AtomicUsize = AtomicUsize::new(0);
 static MOST: AtomicUsize = AtomicUsize::new(0);
@@ -142,7 +142,7 @@ fn source(mut stream: UnixStream, ranges: &[(u64, u64)]) {
 
 fn receive(target: &Path, ranges: &[(u64, u64)]) {
     let mut destination = SnapshotDestination::create(target, DestinationOptions::default()).unwrap();
-    let limits = transfer::limits::Limits::default();
+    let limits = transfer::limits::PeerLimits::default();
     let (near, far) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
         scope.spawn(|| source(near, ranges));
@@ -163,9 +163,9 @@ fn send(from: &Path, to: &Path) {
             let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
             let options = SendOptions::new(listener.url().clone());
             let sender = Sender::new(options);
-            sender.send(&mut source, &tracker, &Mutex::default(), &Migration::new()).unwrap();
+            sender.send(&mut source, &tracker, &Mutex::default()).unwrap();
         });
-        let receiver = Receiver::new(transfer::limits::Limits::default(), None);
+        let receiver = Receiver::new(transfer::limits::PeerLimits::default(), None);
         receiver.receive(&listener, &mut destination).unwrap();
         sender.join().unwrap();
     });

@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::{ConnectionCount, Limits};
+use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
 use vfio_migration::transfer::receive::{Destination, Receiver};
 use vfio_migration::transfer::url::Url;
-use vfio_migration::transfer::{Migration, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{SendOptions, Sender, Sent};
 use vfio_migration::vm::Vm;
 
 use crate::certificates::Files;
@@ -68,14 +68,15 @@ impl Way {
         });
         let listener = listener.unwrap();
         let certificates = matches!(self, Self::Tls(_)).then(Files::good);
-        let receiver = Receiver::new(Limits::default(), certificates.as_ref().map(Files::server));
-        let mut options = SendOptions::new(listener.url().clone());
-        options.connections = ConnectionCount::new(self.connections()).unwrap();
-        options.tls = certificates.as_ref().map(Files::client);
+        let receiver = Receiver::new(PeerLimits::default(), certificates.as_ref().map(Files::server));
+        let options = SendOptions::new(listener.url().clone())
+            .connections(ConnectionCount::new(self.connections()).unwrap())
+            .unwrap()
+            .tls(certificates.as_ref().map(Files::client));
         thread::scope(|scope| {
             let receiving = scope.spawn(move || receiver.receive(&listener, destination));
             let begun = Instant::now();
-            let sent = Sender::new(options).send(vm, tracker, &Mutex::default(), &Migration::new());
+            let sent = Sender::new(options).send(vm, tracker, &Mutex::default());
             let took = begun.elapsed();
             receiving.join().unwrap().unwrap();
             (took, sent.unwrap())

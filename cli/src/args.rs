@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use log::LevelFilter;
 use vfio_migration::precopy::TimeoutStrategy;
-use vfio_migration::transfer::limits::{ConnectionCount, ConnectionCountError, Limits};
+use vfio_migration::transfer::limits::{ConnectionCount, ConnectionCountError, PeerLimits};
 use vfio_migration::transfer::url::Url;
 
 #[cfg(feature = "demo")]
@@ -143,8 +143,8 @@ pub(crate) struct ReceiveArguments {
 
 impl ReceiveArguments {
     /// What the source is held to.
-    pub(crate) fn limits(&self) -> Limits {
-        Limits {
+    pub(crate) fn limits(&self) -> PeerLimits {
+        PeerLimits {
             connections: self.connections,
             state_bytes: self.sizes.state_limit,
             ..self.patience.limits()
@@ -162,8 +162,8 @@ pub(crate) struct Patience {
 }
 
 impl Patience {
-    fn limits(&self) -> Limits {
-        let mut limits = Limits::default();
+    fn limits(&self) -> PeerLimits {
+        let mut limits = PeerLimits::default();
         if let Some(seconds) = self.idle_timeout {
             let timeout = Duration::from_secs(seconds);
             limits.idle_timeout = timeout;
@@ -228,9 +228,9 @@ pub(crate) struct SendArguments {
 
 impl SendArguments {
     /// What the receiver is held to; not to hurry with the State, for a stored VM stands still anyway.
-    pub(crate) fn limits(&self) -> Limits {
+    pub(crate) fn limits(&self) -> PeerLimits {
         let state_bytes = self.sizes.state_limit;
-        Limits { switchover_timeout: Duration::MAX, state_bytes, ..self.patience.limits() }
+        PeerLimits { switchover_timeout: Duration::MAX, state_bytes, ..self.patience.limits() }
     }
 }
 

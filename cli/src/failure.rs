@@ -308,7 +308,6 @@ impl Class for ReceiveError {
 impl Class for SendError {
     fn exit(&self) -> Exit {
         match self {
-            Self::Options(_) => Exit::Usage,
             Self::Cancelled => Exit::Cancelled,
             Self::Peer { source: PeerError::Connection(error), .. } => error.exit(),
             Self::Peer { source: PeerError::Io(error), .. } => exit_of_line(error),

@@ -13,7 +13,7 @@ use vfio_migration::error::Chain;
 use vfio_migration::snapshot::{FullSnapshot, PassThrough, ReadError, SnapshotSource, VmConfig, read_config};
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::tls::ClientTls;
-use vfio_migration::transfer::{Migration, PeerError, SendError, SendOptions, SendStep, Sender, Sent};
+use vfio_migration::transfer::{PeerError, SendError, SendOptions, SendStep, Sender, SenderHandle, Sent};
 
 use crate::args::SendArguments;
 use crate::devices::refusal_hint;
@@ -46,7 +46,7 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Fail
     let mut source = SnapshotSource::new(dir)?;
     let sender = Sender::new(options(arguments, &source)?);
     let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build()?);
-    let sent = watch(&sender, &mut source, &tracker, &stop, output)?;
+    let sent = watch(sender, &mut source, &tracker, &stop, output)?;
     sent.map_err(|error| failure(error, &devices))
 }
 
@@ -90,30 +90,34 @@ fn failure(error: SendError, devices: &[PassThrough]) -> Failure {
 }
 
 fn options(arguments: &SendArguments, source: &SnapshotSource) -> Result<SendOptions, Failure> {
-    let mut options = SendOptions::new(arguments.url.clone());
-    options.connections = arguments.connections;
-    options.bandwidth = arguments.bandwidth;
-    options.downtime_ms = arguments.downtime_ms;
-    options.timeout_s = arguments.timeout_s;
-    options.timeout_strategy = arguments.timeout_strategy.into();
-    options.complete_paused = arguments.paused;
-    options.receiver_reads_zero = source.receiver_reads_zero() && !arguments.all_pages;
-    options.tls = arguments.tls_dir.as_deref().map(ClientTls::from_directory).transpose()?;
-    options.limits = arguments.limits();
+    let options = SendOptions::new(arguments.url.clone())
+        .connections(arguments.connections)
+        .and_then(|options| options.rate_limit(arguments.bandwidth))
+        .map_err(|error| Failure {
+            exit: Exit::Usage,
+            message: format!("Migration cannot be done as asked: {error}"),
+        })?
+        .downtime(Duration::from_millis(arguments.downtime_ms))
+        .timeout(Duration::from_secs(arguments.timeout_s))
+        .timeout_strategy(arguments.timeout_strategy.into())
+        .complete_paused(arguments.paused)
+        .receiver_reads_zero(source.receiver_reads_zero() && !arguments.all_pages)
+        .tls(arguments.tls_dir.as_deref().map(ClientTls::from_directory).transpose()?)
+        .limits(arguments.limits());
     Ok(options)
 }
 
 /// Sends on a thread of its own, while this one shows progress and heeds signals.
 fn watch(
-    sender: &Sender,
+    sender: Sender,
     source: &mut SnapshotSource,
     tracker: &Mutex<Tracker>,
     stop: &AtomicBool,
     output: &mut Output,
 ) -> Result<Result<Sent, SendError>, HostError> {
-    let migration = Migration::new();
+    let migration = sender.handle();
     thread::scope(|scope| {
-        let send = || sender.send(source, tracker, &Mutex::default(), &migration);
+        let send = || sender.send(source, tracker, &Mutex::default());
         let sending = Builder::new().name("send".into()).spawn_scoped(scope, send);
         let sending = sending.map_err(|source| HostError::Thread { purpose: "sends", source })?;
         let mut asked = false;
@@ -129,7 +133,7 @@ fn watch(
     })
 }
 
-fn tell_stopping(migration: &Migration, output: &Output) {
+fn tell_stopping(migration: &SenderHandle, output: &Output) {
     output.remark(if migration.cancel() {
         "Giving up; the receiver drops the VM"
     } else {
@@ -137,7 +141,7 @@ fn tell_stopping(migration: &Migration, output: &Output) {
     });
 }
 
-fn tell_progress(migration: &Migration, output: &mut Output) {
+fn tell_progress(migration: &SenderHandle, output: &mut Output) {
     let progress = migration.progress();
     if progress.ram_bytes == 0 {
         return;

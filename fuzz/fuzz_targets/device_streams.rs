@@ -16,7 +16,7 @@ use vfio_migration::device::{
 };
 use vfio_migration::transfer::connection::Connection;
 use vfio_migration::transfer::frame::{check_piece, decode_devices, encode_devices};
-use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, Receiver};
 use vfio_migration::vm::VmError;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -124,7 +124,7 @@ fuzz_target!(|input: &[u8]| {
     let devices = ["a", "b"].map(|name| Device::new(name, counts()));
     let set = Arc::new(Mutex::new(DeviceSet::new(devices.into()).expect("two devices with P2P")));
     let (limits, (near, mut far)) =
-        (Limits::default(), UnixStream::pair().expect("two descriptors are free"));
+        (PeerLimits::default(), UnixStream::pair().expect("two descriptors are free"));
     let list = encode_list(&set);
     let mut said = [&[1, 0, 0, 0, b'v', b'M', 1, 0][..], &[0; 8], &message(0x8001, &list)].concat();
     said.extend(message(2, b"{}"));

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use vfio_migration::transfer::connection::Connection;
-use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, Receiver};
 use vfio_migration::vm::VmError;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -52,7 +52,7 @@ fuzz_target!(|input: &[u8]| {
     if input.len() > INPUT_BYTES {
         return;
     }
-    let limits = Limits::default();
+    let limits = PeerLimits::default();
     let (near, mut far) = UnixStream::pair().expect("two descriptors are free");
     far.write_all(input).expect("the socket holds the input");
     far.shutdown(Shutdown::Write).expect("the socket is open");

@@ -21,11 +21,11 @@ use vfio_migration::source::GuestMemoryLog;
 use vfio_migration::source::SummaryBitmap;
 use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, VmMappings};
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::{
     Completion, Destination, GuestPages, PageStore, Receiver, asks_for_prefault,
 };
-use vfio_migration::transfer::{Migration, PinningReceiver, Populated, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{PinningReceiver, Populated, SendOptions, Sender, Sent};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vfio_migration_integration::bed::{Bed, Bus, Engine, EngineStream, PassThrough, differing};
 use vfio_migration_integration::vmm::{Memory, PAGE_LEN, RamLayout, Split};
@@ -172,17 +172,18 @@ fn moved(size: Size, names: &Names, pinning_receiver: PinningReceiver) -> Sent {
     let [source, destination] = names.mdevs.each_ref().map(|mdev| Machine::new(size, mdev));
     source.start(size);
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
-    let mut options = SendOptions::new(listener.url().clone());
-    options.pinning_receiver = pinning_receiver;
-    options.downtime_ms = 10_000;
+    let options = SendOptions::new(listener.url().clone())
+        .pinning_receiver(pinning_receiver)
+        .downtime(Duration::from_millis(10_000));
     let tracker = source.tracker();
     let sent = thread::scope(|scope| {
         let received = scope.spawn(|| {
             let mut vm = Pinning { machine: &destination, edu: &names.edu, pinned: None };
-            Receiver::new(Limits::default(), None).receive(&listener, &mut vm).map(|_| vm.pinned.is_some())
+            Receiver::new(PeerLimits::default(), None)
+                .receive(&listener, &mut vm)
+                .map(|_| vm.pinned.is_some())
         });
-        let sent =
-            Sender::new(options).send(&mut Source(&source), &tracker, &source.devices, &Migration::new());
+        let sent = Sender::new(options).send(&mut Source(&source), &tracker, &source.devices);
         assert!(received.join().unwrap().unwrap(), "nothing was pinned");
         sent.unwrap()
     });

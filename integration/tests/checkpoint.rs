@@ -83,8 +83,8 @@ fn checkpoint(side: &Side, devices: &MigratableDevice, target: &Path, connection
     let mut vm = SourceVm::new(Arc::clone(&side.machine));
     let watch = Watch::start(&side.machine);
     let (sent, received) = transfer(&mut vm, devices, &mut directory, |options| {
-        options.connections = ConnectionCount::new(connections).unwrap();
-        options.downtime_ms = DOWNTIME_LIMIT_MS;
+        let options = options.connections(ConnectionCount::new(connections).unwrap()).unwrap();
+        options.downtime(Duration::from_millis(DOWNTIME_LIMIT_MS))
     });
     thread::sleep(Duration::from_millis(50));
     let gap = watch.longest_gap();

@@ -404,7 +404,7 @@ fn no_other_reader_takes_pages_from_the_cursor_of_the_snapshots() {
     let options = DestinationOptions { checkpoint: true, ..DestinationOptions::default() };
     let mut checkpoint = SnapshotDestination::create(&migrated, options).unwrap();
     let mut vm = SourceVm::new(Arc::clone(&subject.side.machine));
-    let (sent, _) = transfer(&mut vm, &subject.devices, &mut checkpoint, |_| {});
+    let (sent, _) = transfer(&mut vm, &subject.devices, &mut checkpoint, |options| options);
     assert!(sent.is_err() && checkpoint.kept().is_some(), "the checkpoint is kept, and its VM runs on");
     subject.work(100, 100);
     subject.save_both("first", "full-first");

@@ -90,9 +90,9 @@ impl Forecast {
         let Some(device_bytes) = seen.device.bytes() else {
             return Self::Stuck(Blame::DeviceSizeUnknown);
         };
-        let left_ms = seen.state_ms().and_then(|state_ms| policy.downtime_ms.checked_sub(state_ms));
+        let left_ms = seen.state_ms().and_then(|state_ms| policy.downtime_ms().checked_sub(state_ms));
         let Some(left_ms) = left_ms else {
-            let allowed_bytes = bytes_in(policy.downtime_ms, seen.state_rate());
+            let allowed_bytes = bytes_in(policy.downtime_ms(), seen.state_rate());
             return Self::Stuck(Blame::DeviceState { bytes: device_bytes, allowed_bytes });
         };
         let memory = seen.pending_bytes.saturating_add(seen.in_flight_bytes);

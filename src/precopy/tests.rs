@@ -9,8 +9,8 @@ fn policies() -> impl Strategy<Value = Policy> {
     let cap = prop::option::of(0..40u32);
     (0..2000u64, 0..100_000u64, strategy, cap, any::<bool>()).prop_map(
         |(downtime_ms, timeout_ms, timeout_strategy, max_rounds, can_throttle)| Policy {
-            downtime_ms,
-            timeout_ms,
+            downtime: Duration::from_millis(downtime_ms),
+            timeout: Duration::from_millis(timeout_ms),
             timeout_strategy,
             max_rounds,
             can_throttle,
@@ -101,7 +101,7 @@ proptest! {
 
     #[test]
     fn an_estimate_above_the_limit_switches_over_only_when_told_to_ignore_it(policy in policies(), seen in observations()) {
-        let within = seen.expected_downtime_ms().is_some_and(|ms| ms <= policy.downtime_ms);
+        let within = seen.expected_downtime_ms().is_some_and(|ms| ms <= policy.downtime_ms());
         let given = policy.exhausted(&seen).or_else(|| policy.hopeless(&seen));
         let told = policy.timeout_strategy == TimeoutStrategy::Ignore && given.is_some();
         prop_assert!(!switches_over(policy.decide(&seen)) || within || told);
@@ -116,7 +116,7 @@ proptest! {
 
     #[test]
     fn a_stopped_vm_goes_on_only_within_twice_the_limit_unless_told(policy in policies(), seen in observations()) {
-        let bearable = seen.expected_downtime_ms().is_some_and(|ms| ms <= policy.downtime_ms * 2);
+        let bearable = seen.expected_downtime_ms().is_some_and(|ms| ms <= policy.downtime_ms() * 2);
         prop_assert!(!bearable || switches_over(policy.confirm(&seen)));
         if policy.timeout_strategy == TimeoutStrategy::Cancel {
             prop_assert_eq!(bearable, switches_over(policy.confirm(&seen)));
@@ -125,7 +125,7 @@ proptest! {
 
     #[test]
     fn the_timeout_and_the_round_cap_always_end_precopy(policy in policies(), seen in observations()) {
-        let late = Observation { elapsed_ms: policy.timeout_ms, ..seen };
+        let late = Observation { elapsed_ms: millis(policy.timeout), ..seen };
         prop_assert!(!goes_on(policy.decide(&late)) && !goes_on(policy.confirm(&late)));
         if let Some(rounds) = policy.max_rounds {
             let capped = Observation { rounds, ..seen };
@@ -259,7 +259,7 @@ fn a_device_state_that_alone_exceeds_the_limit_ends_precopy_before_the_timeout()
     );
     let ignore = Policy { timeout_strategy: TimeoutStrategy::Ignore, ..cancel };
     assert_eq!(ignore.decide(&heavy()), Decision::SwitchOver { expected_downtime_ms: Some(449) });
-    let tight = Policy { downtime_ms: 100, ..ignore };
+    let tight = Policy { downtime: Duration::from_millis(100), ..ignore };
     assert!(switches_over(tight.confirm(&heavy())), "no back-out makes it less");
     for policy in [cancel, ignore] {
         let much = Observation { pending_bytes: GIB, ..heavy() };
@@ -287,13 +287,13 @@ fn a_back_out_takes_nothing_from_the_time_for_device_state() {
 #[test]
 fn a_converging_migration_tells_when() {
     let seen = Observation { pending_bytes: 2 * GIB, dirty_rate: GIB / 2, ..losing() };
-    let policy = Policy { downtime_ms: 1000, ..Policy::default() };
+    let policy = Policy { downtime: Duration::from_millis(1000), ..Policy::default() };
     assert_eq!(Forecast::new(&policy, &seen, &[]), Forecast::Converges { in_ms: 2000 });
 }
 
 #[test]
 fn each_back_out_halves_the_aim() {
-    let policy = Policy { downtime_ms: 400, ..Policy::default() };
+    let policy = Policy { downtime: Duration::from_millis(400), ..Policy::default() };
     let seen = Observation { pending_bytes: GIB / 4, bandwidth: GIB, back_outs: 0, ..losing() };
     assert!(switches_over(policy.decide(&seen)));
     assert_eq!(policy.decide(&Observation { back_outs: 1, ..seen }), Decision::Continue);

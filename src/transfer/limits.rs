@@ -76,12 +76,12 @@ pub const GUEST_PAGE_BYTES: u64 = 4096;
 /// to the destination as it came.
 ///
 /// ```
-/// use vfio_migration::transfer::limits::Limits;
-/// let limits = Limits { state_bytes: 8 << 30, ..Limits::default() };
-/// assert_eq!(limits.config_bytes, Limits::default().config_bytes);
+/// use vfio_migration::transfer::limits::PeerLimits;
+/// let limits = PeerLimits { state_bytes: 8 << 30, ..PeerLimits::default() };
+/// assert_eq!(limits.config_bytes, PeerLimits::default().config_bytes);
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
+pub struct PeerLimits {
     /// Bytes of JSON in a Config; 64 MiB.
     pub config_bytes: u64,
     /// Bytes of JSON in a State; 4 GiB, for a device's state is in it in base64: four bytes for three of the device's.
@@ -116,7 +116,7 @@ pub struct Limits {
     /// How long a sender waits for the answer to a Complete, which a receiver may write everything to disk before; 1 h.
     pub complete_timeout: Duration,
     /// How long a sender holds its VM stopped before it tells the receiver to run it; 30 s, or
-    /// [`Limits::SWITCHOVER_DOWNTIMES`] downtime limits where those are longer. Then the VM runs on at the source.
+    /// [`PeerLimits::SWITCHOVER_DOWNTIMES`] downtime limits where those are longer. Then the VM runs on at the source.
     pub switchover_timeout: Duration,
     /// The slowest peer tolerated in the middle of a message; 64 KiB in 30 s.
     pub pace: Pace,
@@ -124,12 +124,12 @@ pub struct Limits {
     pub linger: Duration,
 }
 
-impl Limits {
-    /// Downtime limits that a switchover may take, however short [`Limits::switchover_timeout`] is.
+impl PeerLimits {
+    /// Downtime limits that a switchover may take, however short [`PeerLimits::switchover_timeout`] is.
     pub const SWITCHOVER_DOWNTIMES: u32 = 4;
 }
 
-impl Default for Limits {
+impl Default for PeerLimits {
     fn default() -> Self {
         Self {
             config_bytes: 64 << 20,
@@ -170,6 +170,6 @@ mod tests {
 
     #[test]
     fn a_state_holds_a_device_of_a_gibibyte_in_base64() {
-        assert!(Limits::default().state_bytes > (1 << 30) / 3 * 4);
+        assert!(PeerLimits::default().state_bytes > (1 << 30) / 3 * 4);
     }
 }

@@ -17,7 +17,7 @@ pub mod tls;
 pub mod url;
 
 pub use send::{
-    Degradation, DowntimeParts, Migration, MissedBecause, MissedDowntime, PeerError, Phase, PinningReceiver,
-    Populated, Progress, SendError, SendOptions, SendOptionsError, SendStep, Sender, Sent, SourceProgress,
-    SourceVm, VmOperation,
+    DowntimeParts, MissedBecause, MissedDowntime, PeerError, Phase, PinningReceiver, Populated, Progress,
+    SendDegradation, SendError, SendOptions, SendOptionsError, SendStep, Sender, SenderHandle, Sent,
+    SourceProgress, SourceVm, VmOperation,
 };

@@ -6,7 +6,7 @@ use std::convert::Infallible;
 use std::io;
 
 use super::connection::{ConnectionError, Line, Look};
-use super::limits::Limits;
+use super::limits::PeerLimits;
 
 /// What the source of a migration shows and trusts; there is none without the feature `tls`.
 #[derive(Debug, Clone)]
@@ -26,7 +26,7 @@ impl Session {
         _host: &str,
         _line: Line,
         _peer: &str,
-        _limits: &Limits,
+        _limits: &PeerLimits,
     ) -> Result<Self, ConnectionError> {
         match tls.0 {}
     }
@@ -35,7 +35,7 @@ impl Session {
         tls: &ServerTls,
         _line: Line,
         _peer: &str,
-        _limits: &Limits,
+        _limits: &PeerLimits,
     ) -> Result<Self, ConnectionError> {
         match tls.0 {}
     }

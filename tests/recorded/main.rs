@@ -29,13 +29,13 @@ use relay::{Relay, Route};
 use tempfile::TempDir;
 use vfio_migration::precopy::TimeoutStrategy;
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::{ConnectionCount, Limits};
+use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
 use vfio_migration::transfer::receive::{
     Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
 };
 use vfio_migration::transfer::tls::{ClientTls, ServerTls};
 use vfio_migration::transfer::url::{Endpoint, Url};
-use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent};
 use vfio_migration::vm::VmError;
 use vm::{FakeVm, HIGH, LOW, Memory, PAGE, PAGES, empty_memory, page_gpa, read_page};
 use wire::{ABANDON, COMPLETE, COMPLETE_PAUSED, CONFIG, ERROR, Exchange, MEMORY, OK, START, STATE};
@@ -134,10 +134,10 @@ impl Way {
 
     /// Options of a source that goes this way.
     pub(crate) fn options(&self) -> SendOptions {
-        let mut options = SendOptions::new(self.url.clone());
-        options.connections = ConnectionCount::new(self.connections as u64).unwrap();
-        options.tls = self.tls.as_ref().map(|(client, _)| client.clone());
-        options
+        SendOptions::new(self.url.clone())
+            .connections(ConnectionCount::new(self.connections as u64).unwrap())
+            .unwrap()
+            .tls(self.tls.as_ref().map(|(client, _)| client.clone()))
     }
 
     /// Receives into `destination` while `source` does what it does, and returns what both came to and what went over the way.
@@ -147,7 +147,7 @@ impl Way {
         source: impl FnOnce() -> T + Send,
     ) -> (T, Result<Received, ReceiveError>, Exchange) {
         let Self { listener, relay, tls, .. } = self;
-        let receiver = Receiver::new(Limits::default(), tls.map(|(_, server)| server));
+        let receiver = Receiver::new(PeerLimits::default(), tls.map(|(_, server)| server));
         let (sent, received) = thread::scope(|scope| {
             let receiving = scope.spawn(|| receiver.receive(&listener, destination));
             (source(), receiving.join().unwrap())
@@ -161,16 +161,18 @@ fn moved(
     way: Way,
     vm: &mut FakeVm,
     vmm: &mut Vmm,
-    set: impl FnOnce(&mut SendOptions),
+    set: impl FnOnce(SendOptions) -> SendOptions,
 ) -> (Result<Sent, SendError>, Result<Received, ReceiveError>, Exchange) {
-    let mut options = way.options();
-    options.chunk_bytes = 256 << 10;
-    options.downtime_ms = 2;
-    options.max_rounds = Some(4);
-    options.timeout_strategy = TimeoutStrategy::Ignore;
-    set(&mut options);
+    let options = way
+        .options()
+        .chunk_bytes(256 << 10)
+        .unwrap()
+        .downtime(Duration::from_millis(2))
+        .max_rounds(Some(4))
+        .timeout_strategy(TimeoutStrategy::Ignore);
+    let options = set(options);
     let machine = vm.machine();
-    way.go(vmm, || Sender::new(options).send(vm, &machine.tracker, &machine.devices, &Migration::new()))
+    way.go(vmm, || Sender::new(options).send(vm, &machine.tracker, &machine.devices))
 }
 
 /// Checks that the pages that went over the wire, put where their tables say, are the VM's memory.
@@ -190,7 +192,7 @@ fn assert_memory_of(exchange: &Exchange, vm: &FakeVm) {
 fn a_running_vm_is_recorded(way: Way) {
     let (lanes, encrypted) = (way.lanes(), way.tls.is_some());
     let (mut vm, mut vmm) = (FakeVm::new(20), Vmm::new());
-    let (sent, received, exchange) = moved(way, &mut vm, &mut vmm, |_| {});
+    let (sent, received, exchange) = moved(way, &mut vm, &mut vmm, |options| options);
     let (sent, received) = (sent.unwrap(), received.unwrap());
     exchange.assert_whole(lanes, COMPLETE);
     let main = exchange.main();
@@ -245,7 +247,7 @@ fn a_paused_vm_is_to_stay_paused() {
         let (mut vm, mut vmm) = (FakeVm::new(20), Vmm::new());
         vfio_migration::vm::Vm::pause(&mut vm).unwrap();
         let (sent, received, exchange) =
-            moved(way, &mut vm, &mut vmm, |options| options.complete_paused = true);
+            moved(way, &mut vm, &mut vmm, |options| options.complete_paused(true));
         sent.unwrap();
         assert!(received.unwrap().paused && vmm.paused == Some(true));
         exchange.assert_whole(lanes, COMPLETE_PAUSED);
@@ -258,7 +260,7 @@ fn a_complete_that_is_refused_is_the_last_word() {
     for way in [Way::unix(), Way::tcp(4)] {
         let lanes = way.lanes();
         let (mut vm, mut vmm) = (FakeVm::new(20), Vmm::refusing(COMPLETE));
-        let (sent, received, exchange) = moved(way, &mut vm, &mut vmm, |_| {});
+        let (sent, received, exchange) = moved(way, &mut vm, &mut vmm, |options| options);
         assert!(matches!(sent, Err(SendError::Peer { .. })), "{sent:?}");
         received.unwrap_err();
         assert!(vm.makes_progress(), "the source's VM runs on");
@@ -273,7 +275,7 @@ fn a_config_or_state_that_is_refused_is_the_last_word() {
     for (refused, last) in [(CONFIG, &[START, CONFIG][..]), (STATE, &[MEMORY, STATE])] {
         for way in [Way::unix(), Way::tcp(4)] {
             let (mut vm, mut vmm) = (FakeVm::new(20), Vmm::refusing(refused));
-            let (sent, received, exchange) = moved(way, &mut vm, &mut vmm, |_| {});
+            let (sent, received, exchange) = moved(way, &mut vm, &mut vmm, |options| options);
             sent.unwrap_err();
             received.unwrap_err();
             assert!(exchange.main().commands().ends_with(last), "{:?}", exchange.main().commands());
@@ -287,17 +289,13 @@ fn a_config_or_state_that_is_refused_is_the_last_word() {
 fn a_migration_that_is_given_up_ends_with_abandon() {
     for way in [Way::unix(), Way::tcp(1), Way::tcp(4)] {
         let (mut vm, mut vmm) = (FakeVm::new(20), Vmm::new());
-        let mut options = way.options();
-        options.chunk_bytes = 64 << 10;
-        options.bandwidth = Some(4 << 20);
-        let migration = Migration::new();
-        let canceller = migration.clone();
+        let options = way.options().chunk_bytes(64 << 10).unwrap().rate_limit(Some(4 << 20)).unwrap();
+        let sender = Sender::new(options);
+        let canceller = sender.handle();
         let machine = vm.machine();
         let (sent, received, exchange) = way.go(&mut vmm, || {
             thread::scope(|scope| {
-                let sending = scope.spawn(|| {
-                    Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &migration)
-                });
+                let sending = scope.spawn(|| sender.send(&mut vm, &machine.tracker, &machine.devices));
                 while canceller.progress().acknowledged_bytes < 256 << 10 {
                     thread::sleep(Duration::from_millis(5));
                 }

@@ -11,7 +11,7 @@ use vfio_migration::snapshot::{
     DestinationOptions, FullSnapshot, SnapshotDestination, SnapshotLimits, SnapshotSource,
 };
 use vfio_migration::tracker::Tracker;
-use vfio_migration::transfer::{Migration, SendOptions, Sender};
+use vfio_migration::transfer::{SendOptions, Sender};
 
 use crate::Way;
 use crate::skip::skip;
@@ -57,16 +57,14 @@ fn inner(node: &Value) -> Value {
 }
 
 /// Sends the snapshot `from` over `way` into the snapshot `into`.
-fn send(way: Way, from: &Path, into: &Path, set: impl FnOnce(&mut SendOptions)) -> Exchange {
+fn send(way: Way, from: &Path, into: &Path, set: impl FnOnce(SendOptions) -> SendOptions) -> Exchange {
     let mut source =
         SnapshotSource::new(FullSnapshot::open(from, &SnapshotLimits::default()).unwrap()).unwrap();
     let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
     let mut destination = SnapshotDestination::create(into, DestinationOptions::default()).unwrap();
-    let mut options = way.options();
-    set(&mut options);
-    let (sent, received, exchange) = way.go(&mut destination, || {
-        Sender::new(options).send(&mut source, &tracker, &Mutex::default(), &Migration::new())
-    });
+    let options = set(way.options());
+    let (sent, received, exchange) =
+        way.go(&mut destination, || Sender::new(options).send(&mut source, &tracker, &Mutex::default()));
     sent.unwrap();
     received.unwrap();
     exchange
@@ -102,7 +100,7 @@ fn what_a_real_vm_left_behind_is_sent_as_its_own_source_sent_it() {
     store(&from, &config, &state, &ram);
     for (name, way, lanes) in [("unix", Way::unix(), 0), ("tcp1", Way::tcp(1), 0), ("tcp4", Way::tcp(4), 4)] {
         let into = place.path().join(name);
-        let exchange = send(way, &from, &into, |_| {});
+        let exchange = send(way, &from, &into, |options| options);
         exchange.assert_whole(lanes, COMPLETE);
         assert_is_the_captured(&exchange, &config, &state, &ram);
         let sent: usize = exchange.memory().iter().map(|request| request.pages.len()).sum();
@@ -123,8 +121,7 @@ fn a_chunk_is_64_mib_at_most() {
     let (from, into) = (place.path().join("from"), place.path().join("into"));
     store(&from, &config, &state, &ram);
     let exchange = send(Way::unix(), &from, &into, |options| {
-        options.chunk_bytes = 64 << 20;
-        options.receiver_reads_zero = false;
+        options.chunk_bytes(64 << 20).unwrap().receiver_reads_zero(false)
     });
     let tables: Vec<_> = exchange.memory().iter().map(|request| request.table.clone()).collect();
     assert_eq!(tables, [[(0, RAM as u64)]], "all of the VM is one range in one chunk");

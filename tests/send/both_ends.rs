@@ -4,15 +4,16 @@
 
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::{ConnectionCount, Limits};
+use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
 use vfio_migration::transfer::receive::{
     Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
 };
 use vfio_migration::transfer::tls::{ClientTls, ServerTls};
 use vfio_migration::transfer::url::Url;
-use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent, SourceVm};
+use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent, SourceVm};
 use vfio_migration::vm::VmError;
 
 use crate::certificates::Files;
@@ -62,18 +63,20 @@ pub(crate) fn moves(
     tls: Option<(ClientTls, ServerTls)>,
 ) -> (Result<Sent, SendError>, Result<Received, ReceiveError>) {
     let listener = Listener::bind(url).unwrap();
-    let mut options = SendOptions::new(listener.url().clone());
-    options.connections = ConnectionCount::new(connections).unwrap();
-    options.chunk_bytes = 128 << 10;
-    options.downtime_ms = 20;
-    options.max_rounds = Some(10);
-    options.timeout_strategy = vfio_migration::precopy::TimeoutStrategy::Ignore;
+    let options = SendOptions::new(listener.url().clone())
+        .connections(ConnectionCount::new(connections).unwrap())
+        .unwrap()
+        .chunk_bytes(128 << 10)
+        .unwrap()
+        .downtime(Duration::from_millis(20))
+        .max_rounds(Some(10))
+        .timeout_strategy(vfio_migration::precopy::TimeoutStrategy::Ignore);
     let (client, server) = tls.unzip();
-    options.tls = client;
+    let options = options.tls(client);
     let machine = vm.machine();
     thread::scope(|scope| {
-        let receiver = scope.spawn(|| Receiver::new(Limits::default(), server).receive(&listener, vmm));
-        let sent = Sender::new(options).send(vm, &machine.tracker, &machine.devices, &Migration::new());
+        let receiver = scope.spawn(|| Receiver::new(PeerLimits::default(), server).receive(&listener, vmm));
+        let sent = Sender::new(options).send(vm, &machine.tracker, &machine.devices);
         (sent, receiver.join().unwrap())
     })
 }
@@ -134,22 +137,21 @@ fn a_receiver_stopped_at_any_time_leaves_a_vm_that_can_be_sent_again() {
     let mut vm = FakeVm::new(20);
     for delay_ms in [0, 5, 10, 20, 40] {
         let listener = Listener::bind(&loopback()).unwrap();
-        let mut options = SendOptions::new(listener.url().clone());
-        options.bandwidth = Some(100 << 20);
         // A receiver that is stopped before it lets us in leaves us waiting at its door.
-        options.limits.handshake_timeout = std::time::Duration::from_secs(1);
+        let limits = PeerLimits { handshake_timeout: Duration::from_secs(1), ..PeerLimits::default() };
+        let options = SendOptions::new(listener.url().clone()).limits(limits);
+        let options = options.rate_limit(Some(100 << 20)).unwrap();
         let machine = vm.machine();
         let mut vmm = Vmm::new(true);
-        let receiver = Receiver::new(Limits::default(), None);
+        let receiver = Receiver::new(PeerLimits::default(), None);
         let handle = receiver.handle();
         let sent = thread::scope(|scope| {
             let receiving = scope.spawn(|| receiver.receive(&listener, &mut vmm));
             scope.spawn(|| {
-                thread::sleep(std::time::Duration::from_millis(delay_ms));
+                thread::sleep(Duration::from_millis(delay_ms));
                 let _too_late = handle.stop();
             });
-            let sent =
-                Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new());
+            let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices);
             let _stopped = receiving.join().unwrap();
             sent
         });

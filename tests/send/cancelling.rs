@@ -6,11 +6,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vfio_migration::transfer::limits::ConnectionCount;
-use vfio_migration::transfer::{Migration, Phase, SendError, SendOptions, Sender};
+use vfio_migration::transfer::{Phase, SendError, SendOptions, Sender};
 
 use crate::peer::{ABANDON, COMPLETE, CONFIG, Fault, MEMORY, Peer, START, STATE};
 use crate::vm::FakeVm;
-use crate::{assert_retry_loses_nothing, options, send_with};
+use crate::{assert_retry_loses_nothing, options};
 
 #[test]
 fn cancelling_in_any_phase_is_prompt() {
@@ -18,20 +18,16 @@ fn cancelling_in_any_phase_is_prompt() {
     let machine = vm.machine();
     for command in [START, CONFIG, MEMORY, STATE] {
         let peer = Peer::unix(Fault::Ignore(command));
-        let migration = Migration::new();
-        let canceller = migration.clone();
+        let sender = Sender::new(options(&peer));
+        let migration = sender.handle();
         let (took, running) = thread::scope(|scope| {
-            let sender = scope.spawn(|| {
-                let options = options(&peer);
-                let outcome =
-                    Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &migration);
-                (outcome, Instant::now())
-            });
+            let sending =
+                scope.spawn(|| (sender.send(&mut vm, &machine.tracker, &machine.devices), Instant::now()));
             peer.await_command(command);
             thread::sleep(Duration::from_millis(50));
             let asked = Instant::now();
-            assert!(canceller.cancel());
-            let (outcome, returned) = sender.join().unwrap();
+            assert!(migration.cancel());
+            let (outcome, returned) = sending.join().unwrap();
             assert!(matches!(outcome, Err(SendError::Cancelled)), "{outcome:?}");
             (returned - asked, command)
         });
@@ -48,17 +44,14 @@ fn cancelling_a_healthy_migration_tells_the_receiver() {
         let mut vm = FakeVm::new(5);
         let machine = vm.machine();
         let peer = Peer::tcp(connections, Fault::Slow(Duration::from_millis(20)));
-        let migration = Migration::new();
-        let canceller = migration.clone();
+        let connections = ConnectionCount::new(connections as u64).unwrap();
+        let sender = Sender::new(options(&peer).connections(connections).unwrap());
+        let migration = sender.handle();
         thread::scope(|scope| {
-            let sender = scope.spawn(|| {
-                let mut options = options(&peer);
-                options.connections = ConnectionCount::new(connections as u64).unwrap();
-                Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &migration)
-            });
+            let sending = scope.spawn(|| sender.send(&mut vm, &machine.tracker, &machine.devices));
             peer.await_command(MEMORY);
-            assert!(canceller.cancel());
-            assert!(matches!(sender.join().unwrap(), Err(SendError::Cancelled)));
+            assert!(migration.cancel());
+            assert!(matches!(sending.join().unwrap(), Err(SendError::Cancelled)));
         });
         let (transcript, outcome) = peer.end();
         outcome.unwrap();
@@ -71,10 +64,9 @@ fn cancelling_a_healthy_migration_tells_the_receiver() {
 fn a_handle_cancelled_beforehand_touches_nothing() {
     let mut vm = FakeVm::new(0);
     let machine = vm.machine();
-    let migration = Migration::new();
-    migration.cancel();
-    let options = SendOptions::new("unix:/nonexistent".parse().unwrap());
-    let outcome = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &migration);
+    let sender = Sender::new(SendOptions::new("unix:/nonexistent".parse().unwrap()));
+    sender.handle().cancel();
+    let outcome = sender.send(&mut vm, &machine.tracker, &machine.devices);
     assert!(matches!(outcome, Err(SendError::Cancelled)));
     assert!(vm.log.lock().unwrap().is_empty());
 }
@@ -84,13 +76,14 @@ fn a_migration_past_complete_cannot_be_cancelled() {
     let mut vm = FakeVm::new(5);
     let machine = vm.machine();
     let peer = Peer::unix(Fault::Ignore(COMPLETE));
-    let migration = Migration::new();
+    let sender = Sender::new(options(&peer));
+    let migration = sender.handle();
     thread::scope(|scope| {
-        let sender = scope.spawn(|| send_with(&peer, &mut vm, &machine, &migration));
+        let sending = scope.spawn(|| sender.send(&mut vm, &machine.tracker, &machine.devices));
         peer.await_command(COMPLETE);
         assert!(!migration.cancel());
         assert_eq!(migration.progress().phase, Phase::Completing);
-        let error = sender.join().unwrap().unwrap_err();
+        let error = sending.join().unwrap().unwrap_err();
         assert!(matches!(error, SendError::OutcomeUnknown { .. }), "{error}");
     });
     assert!(!vm.is_running(), "never two");

@@ -13,9 +13,8 @@ use vfio_migration::precopy::{CancelReason, Obstacle};
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, Reports, Sink, SourceError};
 use vfio_migration::tracker::{DeviceMappings, SpaceId, VmMappings};
-use vfio_migration::transfer::{
-    Migration, PinningReceiver, Populated, SendError, SendOptions, Sender, Sent, SourceVm,
-};
+use vfio_migration::transfer::limits::PeerLimits;
+use vfio_migration::transfer::{PinningReceiver, Populated, SendError, SendOptions, Sender, Sent, SourceVm};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::peer::{COMPLETE, CONFIG, Fault, Peer, STATE};
@@ -37,7 +36,7 @@ fn with_device(vm: &FakeVm, data: &[u8], script: impl FnOnce(&mut FakeDevice)) -
 }
 
 fn moved(vm: &mut FakeVm, machine: &Machine, options: SendOptions) -> Result<Sent, SendError> {
-    Sender::new(options).send(vm, &machine.tracker, &machine.devices, &Migration::new())
+    Sender::new(options).send(vm, &machine.tracker, &machine.devices)
 }
 
 /// Checks that a migration was refused while the VM ran, with all of `words`.
@@ -57,8 +56,7 @@ fn c45_a_device_that_tells_its_whole_size_moves_within_a_limit_that_it_fits() {
     let sent = (0..5).find_map(|_| {
         let machine = with_device(&vm, &vec![1; 20 << 20], |io| io.size = Some(30 * MIB));
         let peer = Peer::unix(Fault::None);
-        let mut options = options(&peer);
-        options.downtime_ms = 250;
+        let options = options(&peer).downtime(Duration::from_millis(250));
         moved(&mut vm, &machine, options).ok()
     });
     let sent = sent.expect("the device fits the limit");
@@ -70,8 +68,7 @@ fn c47_a_device_that_always_wants_more_read_is_what_the_timeout_names() {
     let mut vm = FakeVm::new(0);
     let machine = with_device(&vm, b"a state", |io| io.restless = true);
     let peer = Peer::unix(Fault::None);
-    let mut options = options(&peer);
-    options.timeout_s = 1;
+    let options = options(&peer).timeout(Duration::from_secs(1));
     let error = moved(&mut vm, &machine, options).unwrap_err();
     let SendError::GivenUp(CancelReason::TimedOut { obstacle, .. }) = &error else { panic!("{error}") };
     assert_eq!(*obstacle, Obstacle::InitialBytes { bytes: 1 });
@@ -94,13 +91,12 @@ fn c48_the_share_that_base64_takes_counts_and_the_receivers_limit_is_named() {
         let mut vm = FakeVm::new(0);
         let machine = with_device(&vm, b"a state", |io| io.size = Some(size));
         let peer = Peer::unix(Fault::None);
-        let mut options = options(&peer);
-        options.limits.state_bytes = 40_000;
+        let options = options(&peer).limits(PeerLimits { state_bytes: 40_000, ..PeerLimits::default() });
         match moved(&mut vm, &machine, options) {
             Ok(_) => assert!(fits),
             Err(error) => {
                 assert!(!fits, "{error}");
-                let words = ["40004 bytes", "30001 bytes", "40000 bytes", "Limits::state_bytes"];
+                let words = ["40004 bytes", "30001 bytes", "40000 bytes", "PeerLimits::state_bytes"];
                 assert_refused_running(&vm, &error, &words);
             }
         }
@@ -116,13 +112,13 @@ fn c48_what_a_device_tells_counts_beside_one_that_tells_nothing() {
         let machine = with_device(&vm, b"a state", |io| io.size = Some(size));
         machine.devices.lock().unwrap().add(Device::new("untold", Box::new(untold))).unwrap();
         let peer = Peer::unix(Fault::None);
-        let mut options = options(&peer);
-        (options.limits.state_bytes, options.downtime_ms) = (40_000, 10_000);
+        let limits = PeerLimits { state_bytes: 40_000, ..PeerLimits::default() };
+        let options = options(&peer).limits(limits).downtime(Duration::from_secs(10));
         match moved(&mut vm, &machine, options) {
             Ok(_) => assert!(fits),
             Err(error) => {
                 assert!(!fits, "{error}");
-                assert_refused_running(&vm, &error, &["40000 bytes", "Limits::state_bytes"]);
+                assert_refused_running(&vm, &error, &["40000 bytes", "PeerLimits::state_bytes"]);
             }
         }
     }
@@ -133,17 +129,14 @@ fn c48_a_captured_state_beyond_the_limit_lets_the_vm_run_on() {
     let mut vm = FakeVm::new(0);
     let machine = vm.machine();
     let peer = Peer::unix(Fault::None);
-    let mut options = options(&peer);
-    options.limits.state_bytes = 8;
+    let options = options(&peer).limits(PeerLimits { state_bytes: 8, ..PeerLimits::default() });
     let error = moved(&mut vm, &machine, options).unwrap_err();
     assert!(matches!(error, SendError::StateTooLarge { limit_bytes: 8, device_bytes: 0, .. }), "{error}");
     assert!(vm.is_running() && peer.end().0.of(STATE).is_empty());
 }
 
 fn pinning(peer: &Peer, pinning_receiver: PinningReceiver) -> SendOptions {
-    let mut options = options(peer);
-    options.pinning_receiver = pinning_receiver;
-    options
+    options(peer).pinning_receiver(pinning_receiver)
 }
 
 /// A device's driver that keeps pages pinned: they are dirty whenever one asks.
@@ -188,8 +181,8 @@ fn c54_pinned_pages_neither_hold_a_migration_up_nor_slow_the_vcpus_down() {
         vm.can_throttle = true;
         let machine = Machine::from(vm.builder().source(Box::new(Pins(512))).build().unwrap());
         let peer = Peer::unix(Fault::Slow(Duration::from_millis(10)));
-        let mut options = options(&peer);
-        (options.downtime_ms, options.throttle, options.timeout_s) = (downtime_ms, true, 20);
+        let options = options(&peer).downtime(Duration::from_millis(downtime_ms)).throttle(true);
+        let options = options.timeout(Duration::from_secs(20));
         let outcome = moved(&mut vm, &machine, options);
         assert!(!log_of(&vm.log).iter().any(|step| step.starts_with("throttle")));
         outcome
@@ -363,8 +356,7 @@ fn a_vm_that_was_paused_has_its_locks_back_and_stays_paused() {
     vfio_migration::vm::Vm::pause(&mut vm).unwrap();
     let machine = vm.machine();
     let peer = Peer::unix(Fault::Refuse(STATE));
-    let mut options = options(&peer);
-    options.complete_paused = true;
+    let options = options(&peer).complete_paused(true);
     moved(&mut vm, &machine, options).unwrap_err();
     assert_eq!(log_of(&vm.log).last().map(String::as_str), Some("reclaim"));
     assert!(!vm.is_running());

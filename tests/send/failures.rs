@@ -3,7 +3,7 @@
 //! Receivers that go away, refuse or say what was not asked: the VM runs on, and a second attempt brings everything.
 
 use vfio_migration::transfer::limits::ConnectionCount;
-use vfio_migration::transfer::{Migration, PeerError, Phase, SendError, SendStep, Sender, SourceVm};
+use vfio_migration::transfer::{PeerError, Phase, SendError, SendStep, Sender, SourceVm};
 
 use crate::peer::{COMPLETE, CONFIG, Fault, MEMORY, Peer, START, STATE};
 use crate::vm::FakeVm;
@@ -17,10 +17,9 @@ fn a_receiver_that_goes_away_at_any_request_costs_nothing() {
     let mut outcomes = Vec::new();
     for request in 0.. {
         let peer = Peer::unix(Fault::CloseAtRequest(request));
-        let migration = Migration::new();
-        let mut options = options(&peer);
-        options.chunk_bytes = 1 << 20;
-        let outcome = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &migration);
+        let sender = Sender::new(options(&peer).chunk_bytes(1 << 20).unwrap());
+        let migration = sender.handle();
+        let outcome = sender.send(&mut vm, &machine.tracker, &machine.devices);
         let (transcript, _) = peer.end();
         match outcome {
             Ok(_) => {
@@ -59,11 +58,9 @@ fn a_receiver_that_goes_away_in_mid_page_costs_nothing() {
     for bytes in [17, 100, 5000, 1_000_003, 5_000_000, 6_000_001] {
         for connections in [1, 4] {
             let peer = Peer::tcp(connections, Fault::CloseAfterBytes(bytes));
-            let mut options = options(&peer);
-            options.connections = ConnectionCount::new(connections as u64).unwrap();
-            let error = Sender::new(options)
-                .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-                .unwrap_err();
+            let options =
+                options(&peer).connections(ConnectionCount::new(connections as u64).unwrap()).unwrap();
+            let error = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap_err();
             assert!(matches!(error, SendError::Peer { .. }), "{bytes} bytes: {error}");
             assert!(vm.makes_progress());
         }
@@ -98,11 +95,9 @@ fn answers_to_what_was_not_asked_acknowledge_nothing() {
     for connections in [1, 4] {
         for command in [START, CONFIG, MEMORY, STATE] {
             let peer = Peer::tcp(connections, Fault::AnswerTwice(command));
-            let mut options = options(&peer);
-            options.connections = ConnectionCount::new(connections as u64).unwrap();
-            let error = Sender::new(options)
-                .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-                .unwrap_err();
+            let options =
+                options(&peer).connections(ConnectionCount::new(connections as u64).unwrap()).unwrap();
+            let error = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap_err();
             assert!(
                 matches!(error, SendError::Peer { source: PeerError::Unasked, .. }),
                 "{command} twice on {connections} connections: {error:?}"

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use vfio_migration::device::{Device, DeviceState};
-use vfio_migration::transfer::{DowntimeParts, Migration, Sender, Sent, SourceVm};
+use vfio_migration::transfer::{DowntimeParts, Sender, Sent, SourceVm};
 
 use crate::options;
 use crate::peer::{Fault, Peer};
@@ -58,9 +58,8 @@ fn move_one(fault: Fault) -> (Result<Sent, SourceVm>, Vec<(Level, String)>) {
     let peer = Peer::unix(fault);
     let mut options = options(&peer);
     // One page each: thousands of chunks.
-    options.chunk_bytes = 4096;
-    let (sent, lines) =
-        logged(|| Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()));
+    options = options.chunk_bytes(4096).unwrap();
+    let (sent, lines) = logged(|| Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices));
     drop(peer.end());
     (sent.map_err(|error| error.source_vm()), lines)
 }
@@ -104,9 +103,7 @@ fn the_parts_of_a_downtime_add_up_to_it_and_each_is_where_it_was_spent() {
     let device = Device::new("net0", Box::new(device));
     let machine = vm.machine().with_device(device);
     let peer = Peer::unix(Fault::None);
-    let sent = Sender::new(options(&peer))
-        .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-        .unwrap();
+    let sent = Sender::new(options(&peer)).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     peer.end().1.unwrap();
     let parts = sent.downtime_parts;
     assert_eq!(parts.total(), sent.downtime);

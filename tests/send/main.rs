@@ -35,17 +35,15 @@ mod vm;
 
 use peer::{Fault, Peer};
 use vfio_migration::device::Device;
-use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent};
 use vm::{FakeDevice, FakeVm, Log, Machine};
 
 fn options(peer: &Peer) -> SendOptions {
-    let mut options = SendOptions::new(peer.url.clone());
-    options.chunk_bytes = 256 << 10;
-    options
+    SendOptions::new(peer.url.clone()).chunk_bytes(256 << 10).unwrap()
 }
 
 fn send(peer: &Peer, vm: &mut FakeVm, machine: &Machine) -> Result<Sent, SendError> {
-    Sender::new(options(peer)).send(vm, &machine.tracker, &machine.devices, &Migration::new())
+    Sender::new(options(peer)).send(vm, &machine.tracker, &machine.devices)
 }
 
 /// A second attempt, to a fresh receiver, that has to bring everything.
@@ -56,15 +54,6 @@ fn assert_retry_loses_nothing(vm: &mut FakeVm, machine: &Machine) {
     let (transcript, outcome) = peer.end();
     outcome.unwrap();
     transcript.assert_equals(vm);
-}
-
-fn send_with(
-    peer: &Peer,
-    vm: &mut FakeVm,
-    machine: &Machine,
-    migration: &Migration,
-) -> Result<Sent, SendError> {
-    Sender::new(options(peer)).send(vm, &machine.tracker, &machine.devices, migration)
 }
 
 /// A device whose log is the VM's.

@@ -3,12 +3,11 @@
 //! A healthy migration, from the first byte to the last.
 
 use std::thread;
+use std::time::Duration;
 
 use vfio_migration::precopy::TimeoutStrategy;
 use vfio_migration::transfer::limits::ConnectionCount;
-use vfio_migration::transfer::{
-    Migration, Phase, SendError, SendOptions, SendOptionsError, SendStep, Sender,
-};
+use vfio_migration::transfer::{Phase, SendError, SendOptions, SendOptionsError, SendStep, Sender};
 
 use crate::peer::{COMPLETE, COMPLETE_PAUSED, CONFIG, Fault, MEMORY, Peer, START, STATE, Seen};
 use crate::vm::{self, FakeVm, PAGE, PAGES, note, page_gpa};
@@ -32,10 +31,8 @@ fn c04_a_quiet_vm_is_sent_byte_for_byte_with_what_its_capture_wrote() {
     let mut vm = FakeVm::new(0);
     let machine = vm.machine();
     let peer = Peer::unix(Fault::None);
-    let mut options = options(&peer);
-    options.chunk_bytes = 64 << 20;
-    let sent =
-        Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
+    let options = options(&peer).chunk_bytes(64 << 20).unwrap();
+    let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     let (transcript, outcome) = peer.end();
     outcome.unwrap();
 
@@ -88,13 +85,15 @@ fn the_tracker_is_free_while_the_receiver_thinks_about_the_config() {
 fn a_busy_vm_moves(peer: Peer, connections: u64) {
     let mut vm = FakeVm::new(40);
     let machine = vm.machine();
-    let mut options = options(&peer);
-    options.connections = ConnectionCount::new(connections).unwrap();
-    options.downtime_ms = 2;
-    options.max_rounds = Some(8);
-    options.timeout_strategy = TimeoutStrategy::Ignore;
-    let migration = Migration::new();
-    let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &migration).unwrap();
+    let options = options(&peer)
+        .connections(ConnectionCount::new(connections).unwrap())
+        .unwrap()
+        .downtime(Duration::from_millis(2))
+        .max_rounds(Some(8))
+        .timeout_strategy(TimeoutStrategy::Ignore);
+    let sender = Sender::new(options);
+    let migration = sender.handle();
+    let sent = sender.send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     let (transcript, outcome) = peer.end();
     outcome.unwrap();
     assert!(!vm.is_running(), "source stays paused");
@@ -159,14 +158,12 @@ fn a_paused_vm_stays_paused_on_both_ends() {
     vfio_migration::vm::Vm::pause(&mut vm).unwrap();
     let machine = vm.machine();
     let refusing = Peer::unix(Fault::Refuse(COMPLETE_PAUSED));
-    let mut first = options(&refusing);
-    first.complete_paused = true;
-    Sender::new(first).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap_err();
+    let first = options(&refusing).complete_paused(true);
+    Sender::new(first).send(&mut vm, &machine.tracker, &machine.devices).unwrap_err();
     assert!(!vm.is_running(), "it was paused before");
     let peer = Peer::unix(Fault::None);
-    let mut second = options(&peer);
-    second.complete_paused = true;
-    Sender::new(second).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
+    let second = options(&peer).complete_paused(true);
+    Sender::new(second).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     let (transcript, _) = peer.end();
     assert_eq!(transcript.commands().last(), Some(&COMPLETE_PAUSED));
     transcript.assert_equals(&vm);
@@ -175,21 +172,18 @@ fn a_paused_vm_stays_paused_on_both_ends() {
 
 #[test]
 fn options_out_of_bounds_are_named() {
-    let mut vm = FakeVm::new(0);
-    let machine = vm.machine();
-    let mut options = SendOptions::new("unix:/tmp/x".parse().unwrap());
-    options.connections = ConnectionCount::new(4).unwrap();
-    let error = Sender::new(options.clone())
-        .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-        .unwrap_err();
-    assert!(matches!(error, SendError::Options(SendOptionsError::OneConnectionOnly { .. })), "{error}");
-    options.connections = ConnectionCount::ONE;
-    options.chunk_bytes = 65 << 20;
-    let error = Sender::new(options)
-        .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-        .unwrap_err();
-    let SendError::Options(source) = error else { panic!("{error}") };
-    assert_eq!(source.to_string(), "chunk_bytes is 68157440, but must be from 4096 to 67108864");
+    let options = || SendOptions::new("unix:/tmp/x".parse().unwrap());
+    let error = options().connections(ConnectionCount::new(4).unwrap()).unwrap_err();
+    assert!(matches!(error, SendOptionsError::OneConnectionOnly { .. }), "{error}");
+    assert!(options().connections(ConnectionCount::ONE).is_ok());
+    let error = options().chunk_bytes(65 << 20).unwrap_err();
+    assert_eq!(error.to_string(), "chunk_bytes is 68157440, but must be from 4096 to 67108864");
+    for window in [0, 65] {
+        let error = options().window(window).unwrap_err().to_string();
+        assert_eq!(error, format!("window is {window}, but must be from 1 to 64"));
+    }
+    let error = options().rate_limit(Some(0)).unwrap_err().to_string();
+    assert!(error.starts_with("bandwidth is 0, but must be from 1 to "), "{error}");
 }
 
 #[test]
@@ -197,9 +191,7 @@ fn a_receiver_that_is_not_there_is_named() {
     let mut vm = FakeVm::new(0);
     let machine = vm.machine();
     let options = SendOptions::new("unix:/nonexistent/socket".parse().unwrap());
-    let error = Sender::new(options)
-        .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-        .unwrap_err();
+    let error = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap_err();
     assert!(matches!(error, SendError::Peer { step: SendStep::Connect, .. }), "{error}");
     note(&vm.log, "untouched");
     assert_eq!(log_of(&vm.log), ["untouched"]);

@@ -5,8 +5,8 @@
 use std::time::{Duration, Instant};
 
 use vfio_migration::precopy::{Blame, CancelReason, Forecast, TimeoutStrategy};
-use vfio_migration::transfer::limits::ConnectionCount;
-use vfio_migration::transfer::{Migration, SendError, Sender, SourceVm};
+use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
+use vfio_migration::transfer::{SendError, Sender, SourceVm};
 
 use crate::peer::{Fault, Peer, STATE};
 use crate::vm::{FakeVm, Machine, PAGES, Report, ScriptedSource};
@@ -17,12 +17,9 @@ fn a_migration_that_does_not_converge_is_given_up_in_time() {
     let mut vm = FakeVm::new(2000);
     let machine = vm.machine();
     let peer = Peer::unix(Fault::Slow(Duration::from_millis(10)));
-    let mut options = options(&peer);
-    (options.downtime_ms, options.timeout_s) = (1, 1);
+    let options = options(&peer).downtime(Duration::from_millis(1)).timeout(Duration::from_secs(1));
     let began = Instant::now();
-    let error = Sender::new(options)
-        .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-        .unwrap_err();
+    let error = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap_err();
     assert!(matches!(error, SendError::GivenUp(CancelReason::TimedOut { timeout_ms: 1000, .. })), "{error}");
     assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
     assert!(!vm.log.lock().unwrap().contains(&"pause".to_owned()), "it was never stopped");
@@ -34,11 +31,11 @@ fn a_migration_told_to_ignore_the_timeout_switches_over() {
     let mut vm = FakeVm::new(2000);
     let machine = vm.machine();
     let peer = Peer::unix(Fault::Slow(Duration::from_millis(10)));
-    let mut options = options(&peer);
-    (options.downtime_ms, options.timeout_s) = (1, 1);
-    options.timeout_strategy = TimeoutStrategy::Ignore;
-    let sent =
-        Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
+    let options = options(&peer)
+        .downtime(Duration::from_millis(1))
+        .timeout(Duration::from_secs(1))
+        .timeout_strategy(TimeoutStrategy::Ignore);
+    let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     assert!(sent.total >= Duration::from_secs(1) && sent.downtime > Duration::from_millis(1));
     peer.end().0.assert_equals(&vm);
 }
@@ -49,14 +46,13 @@ fn assert_a_held_switchover_is_given_up(fault: Fault, connections: u64) {
     let source = ScriptedSource::new(&vm.log, [Report::Pages(0..1), Report::Pages(0..8)]);
     let machine = Machine::from(vm.builder().source(Box::new(source)).build().unwrap());
     let peer = Peer::tcp(connections as usize, fault);
-    let mut options = options(&peer);
-    options.connections = ConnectionCount::new(connections).unwrap();
-    options.downtime_ms = 100;
-    options.limits.switchover_timeout = Duration::from_millis(300);
+    let options = options(&peer)
+        .connections(ConnectionCount::new(connections).unwrap())
+        .unwrap()
+        .downtime(Duration::from_millis(100))
+        .limits(PeerLimits { switchover_timeout: Duration::from_millis(300), ..PeerLimits::default() });
     let began = Instant::now();
-    let error = Sender::new(options)
-        .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-        .unwrap_err();
+    let error = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap_err();
     // Four downtime limits are longer than the timeout.
     assert!(matches!(error, SendError::SwitchoverTimedOut { limit_ms: 400 }), "{fault:?}: {error:?}");
     assert_eq!(error.source_vm(), SourceVm::AsBefore);
@@ -79,10 +75,8 @@ fn the_bandwidth_cap_holds_while_the_vm_runs() {
     let mut vm = FakeVm::new(0);
     let machine = vm.machine();
     let peer = Peer::unix(Fault::None);
-    let mut options = options(&peer);
-    options.bandwidth = Some(12 << 20);
-    let sent =
-        Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
+    let options = options(&peer).rate_limit(Some(12 << 20)).unwrap();
+    let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     // 6 MiB at 12 MiB/s, the last chunk of a twentieth of a second not waited for.
     assert!(sent.total >= Duration::from_millis(440), "{:?}", sent.total);
     peer.end().0.assert_equals(&vm);
@@ -95,10 +89,8 @@ fn a_switchover_that_turns_out_too_long_is_taken_back() {
     let source = ScriptedSource::new(&vm.log, [Report::Pages(0..1), Report::Pages(0..PAGES)]);
     let machine = Machine::from(vm.builder().source(Box::new(source)).build().unwrap());
     let peer = Peer::unix(Fault::Slow(Duration::from_millis(10)));
-    let mut options = options(&peer);
-    options.downtime_ms = 60;
-    let sent =
-        Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
+    let options = options(&peer).downtime(Duration::from_millis(60));
+    let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     assert_eq!(sent.back_outs, 1);
     let log = log_of(&vm.log);
     assert_eq!(log, ["source on", "pause", "resume", "pause", "state", "source off"]);
@@ -116,11 +108,11 @@ fn a_device_state_beyond_the_limit_is_refused_early_or_sent_with_a_remark() {
     assert!(began.elapsed() < Duration::from_secs(5) && vm.makes_progress(), "{:?}", began.elapsed());
 
     let peer = Peer::unix(Fault::Slow(Duration::from_millis(2)));
-    let mut options = options(&peer);
-    (options.downtime_ms, options.timeout_strategy) = (1, TimeoutStrategy::Ignore);
-    options.max_rounds = Some(8);
-    let sent =
-        Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
+    let options = options(&peer)
+        .downtime(Duration::from_millis(1))
+        .timeout_strategy(TimeoutStrategy::Ignore)
+        .max_rounds(Some(8));
+    let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     assert!(sent.downtime_exceeded, "{:?}", sent.downtime);
     assert!(matches!(sent.forecast, Forecast::Stuck(Blame::DeviceState { .. })), "{}", sent.forecast);
     peer.end().0.assert_equals(&vm);
@@ -132,13 +124,8 @@ fn vcpus_that_write_too_fast_are_slowed_down_and_get_their_time_back() {
     vm.can_throttle = true;
     let machine = vm.machine();
     let peer = Peer::unix(Fault::Slow(Duration::from_millis(10)));
-    let mut options = options(&peer);
-    options.downtime_ms = 1;
-    options.max_rounds = Some(4);
-    options.throttle = true;
-    let error = Sender::new(options)
-        .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-        .unwrap_err();
+    let options = options(&peer).downtime(Duration::from_millis(1)).max_rounds(Some(4)).throttle(true);
+    let error = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap_err();
     assert!(matches!(error, SendError::GivenUp(CancelReason::OutOfRounds { max_rounds: 4, .. })), "{error}");
     assert_eq!(log_of(&vm.log), ["throttle 20", "throttle 30", "throttle 0"]);
 }

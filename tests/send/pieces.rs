@@ -10,7 +10,7 @@ use std::thread;
 
 use vfio_migration::device::{Device, DeviceState};
 use vfio_migration::transfer::connection::Connection;
-use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver};
 
 use crate::streams::{Taker, Vmm};
@@ -74,7 +74,7 @@ fn list() -> Vec<u8> {
 fn receive(
     offers: bool,
     said: Vec<Vec<u8>>,
-    limits: Limits,
+    limits: PeerLimits,
 ) -> (Result<Received, ReceiveError>, [Taker; 2], Vec<u16>) {
     let takers = [Taker::new(), Taker::new()];
     let device = |index: usize| {
@@ -149,10 +149,10 @@ fn text_of(error: &dyn Error) -> String {
 
 /// Checks that pieces are refused with these words, and that no device keeps any of a state.
 fn assert_refused(first: Vec<Vec<u8>>, words: &str) {
-    assert_refused_within(Limits::default(), first, words);
+    assert_refused_within(PeerLimits::default(), first, words);
 }
 
-fn assert_refused_within(limits: Limits, first: Vec<Vec<u8>>, words: &str) {
+fn assert_refused_within(limits: PeerLimits, first: Vec<Vec<u8>>, words: &str) {
     let (received, takers, answers) = receive(true, conversation(first), limits);
     let error = received.unwrap_err();
     assert!(text_of(&error).contains(words), "{words}: {}", text_of(&error));
@@ -168,7 +168,7 @@ fn assert_refused_within(limits: Limits, first: Vec<Vec<u8>>, words: &str) {
 fn c35_pieces_in_any_order_are_written_in_theirs() {
     for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
         let mixed = order.map(|index: usize| pieces()[index].clone());
-        let (received, takers, _) = receive(true, conversation(state_messages(mixed)), Limits::default());
+        let (received, takers, _) = receive(true, conversation(state_messages(mixed)), PeerLimits::default());
         assert_eq!(received.unwrap().device_bytes, 24);
         for taker in takers {
             let taken = taker.look();
@@ -220,7 +220,7 @@ fn pieces_cut_flipped_or_too_long_are_refused() {
         flipped[at] ^= 0x10;
         refused(&flipped, "and should have");
     }
-    let limits = Limits { device_piece_bytes: 3, ..Limits::default() };
+    let limits = PeerLimits { device_piece_bytes: 3, ..PeerLimits::default() };
     let text = "DeviceState announces 36 bytes, more than the limit device_piece_bytes = 35";
     let (received, ..) = receive(true, conversation(vec![]), limits);
     assert!(text_of(&received.unwrap_err()).contains(text));
@@ -229,8 +229,8 @@ fn pieces_cut_flipped_or_too_long_are_refused() {
 #[test]
 fn pieces_that_wait_are_bounded_in_bytes() {
     let waiting = state_messages((1..10).map(|index| Piece { index, ..pieces()[0].clone() }));
-    let limits = Limits { device_queue_bytes: 4 * 36, ..Limits::default() };
-    assert_refused_within(limits, waiting, "more than 144 bytes (Limits::device_queue_bytes)");
+    let limits = PeerLimits { device_queue_bytes: 4 * 36, ..PeerLimits::default() };
+    assert_refused_within(limits, waiting, "more than 144 bytes (PeerLimits::device_queue_bytes)");
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn another_session_begins_the_device_anew() {
     // Pieces 0 and 2 of the first session, one of them in the queue.
     let mut first = vec![a, Piece { index: 2, position: 8, ..b }];
     first.extend(pieces().into_iter().rev().map(|piece| Piece { session: 3, ..piece }));
-    let (received, takers, _) = receive(true, conversation(state_messages(first)), Limits::default());
+    let (received, takers, _) = receive(true, conversation(state_messages(first)), PeerLimits::default());
     received.unwrap();
     let taken = takers[0].look();
     assert_eq!((taken.loaded.as_deref(), taken.resets), (Some(b"abcdefghijkl".as_slice()), 1));
@@ -253,7 +253,7 @@ fn states_that_are_not_as_long_as_state_says_are_refused() {
     let mut said = conversation(state_messages(pieces()));
     said.truncate(said.len() - 2);
     said.extend(end(13));
-    let (received, ..) = receive(true, said, Limits::default());
+    let (received, ..) = receive(true, said, PeerLimits::default());
     let text = text_of(&received.unwrap_err());
     assert!(text.contains("State of 13 bytes was to come ahead, and 12 came"), "{text}");
 }
@@ -261,7 +261,7 @@ fn states_that_are_not_as_long_as_state_says_are_refused() {
 #[test]
 fn a_plain_source_has_no_pieces() {
     let said = [vec![config()], state_messages(pieces())].concat();
-    let (received, takers, answers) = receive(false, said, Limits::default());
+    let (received, takers, answers) = receive(false, said, PeerLimits::default());
     assert_eq!(text_of(&received.unwrap_err()), "DeviceState came after Config");
     assert_eq!(answers, [1, 2]);
     assert!(takers[0].look().moves.is_empty(), "the device was not touched");
@@ -272,7 +272,7 @@ fn a_device_that_refuses_its_state_ends_the_migration_and_all_are_reset() {
     let (received, takers, answers) = {
         let said = conversation(state_messages(pieces()));
         // The first device is the second to be written.
-        crate::streams::refuse_beyond(5, || receive(true, said, Limits::default()))
+        crate::streams::refuse_beyond(5, || receive(true, said, PeerLimits::default()))
     };
     let text = text_of(&received.unwrap_err());
     assert!(text.contains("cannot take its state in"), "{text}");

@@ -17,7 +17,7 @@ use vfio_migration::source::{
     Cover, DirtySource, GuestMemoryLog, Harvest, PluggedRam, Reports, Sink, SourceError,
 };
 use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, TrackerError, VmMappings};
-use vfio_migration::transfer::{Migration, Sender};
+use vfio_migration::transfer::Sender;
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
@@ -312,13 +312,12 @@ fn nothing_is_lost_of_a_vm_that_changes_while_it_is_sent() {
     vmm.devices.lock().unwrap().add(gone).unwrap();
     let mut vm = vmm.vm();
     let peer = Peer::unix(Fault::None);
-    let mut options = crate::options(&peer);
-    options.bandwidth = Some(16 << 20);
-    options.downtime_ms = 2000;
-    let migration = Migration::new();
+    let options =
+        crate::options(&peer).rate_limit(Some(16 << 20)).unwrap().downtime(Duration::from_millis(2000));
+    let sender = Sender::new(options);
+    let migration = sender.handle();
     let steps = thread::scope(|scope| {
-        let sending =
-            scope.spawn(|| Sender::new(options).send(&mut vm, &vmm.tracker, &vmm.devices, &migration));
+        let sending = scope.spawn(|| sender.send(&mut vm, &vmm.tracker, &vmm.devices));
         while migration.progress().acknowledged_bytes == 0 {
             thread::sleep(Duration::from_millis(1));
         }

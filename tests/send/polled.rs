@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use vfio_migration::precopy::TimeoutStrategy;
-use vfio_migration::transfer::limits::ConnectionCount;
+use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
 use vfio_migration::transfer::url::Url;
-use vfio_migration::transfer::{Migration, SendOptions, Sender};
+use vfio_migration::transfer::{SendOptions, Sender};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::bare_tls;
@@ -133,19 +133,21 @@ fn arrives(mut vm: FakeVm, connections: usize, chunk_bytes: u64) {
     let files = Files::good();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = Url::tcp("127.0.0.1", listener.local_addr().unwrap().port()).unwrap();
-    let mut options = SendOptions::new(url);
-    options.connections = ConnectionCount::new(connections as u64).unwrap();
-    options.chunk_bytes = chunk_bytes;
-    options.max_rounds = Some(4);
-    options.timeout_strategy = TimeoutStrategy::Ignore;
-    options.tls = Some(files.client());
-    options.limits.answer_timeout = Duration::from_secs(5);
+    let options = SendOptions::new(url)
+        .connections(ConnectionCount::new(connections as u64).unwrap())
+        .unwrap()
+        .chunk_bytes(chunk_bytes)
+        .unwrap()
+        .max_rounds(Some(4))
+        .timeout_strategy(TimeoutStrategy::Ignore)
+        .tls(Some(files.client()))
+        .limits(PeerLimits { answer_timeout: Duration::from_secs(5), ..PeerLimits::default() });
     let config = bare_tls::server(&files);
     let receiver = Receiver { listener, config, memory: empty_memory(), state_came: AtomicBool::new(false) };
     let machine = vm.machine();
     thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(connections));
-        let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new());
+        let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices);
         let received = receiving.join().unwrap();
         assert!(sent.is_ok() && received.is_ok(), "{sent:?} {received:?}");
     });

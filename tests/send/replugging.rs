@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vfio_migration::precopy::TimeoutStrategy;
-use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent};
 use vfio_migration::vm::UserfaultError;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestRegionMmap, MmapRegion};
@@ -24,7 +24,7 @@ use crate::vm::PAGE;
 fn send_while(
     vmm: &Vmm,
     fault: Fault,
-    change: impl FnOnce(&mut SendOptions),
+    change: impl FnOnce(SendOptions) -> SendOptions,
     meanwhile: impl FnOnce(),
 ) -> (Sent, Transcript) {
     let peer = Peer::unix(fault);
@@ -37,17 +37,15 @@ fn send_while(
 fn try_send_while(
     vmm: &Vmm,
     peer: &Peer,
-    change: impl FnOnce(&mut SendOptions),
+    change: impl FnOnce(SendOptions) -> SendOptions,
     meanwhile: impl FnOnce(),
 ) -> Result<Sent, SendError> {
     let mut vm = vmm.vm();
-    let mut options = crate::options(peer);
-    options.downtime_ms = 2000;
-    change(&mut options);
-    let migration = Migration::new();
-    let sender = Sender::new(options);
+    let options = crate::options(peer).downtime(Duration::from_millis(2000));
+    let sender = Sender::new(change(options));
+    let migration = sender.handle();
     thread::scope(|scope| {
-        let sending = scope.spawn(|| sender.send(&mut vm, &vmm.tracker, &vmm.devices, &migration));
+        let sending = scope.spawn(|| sender.send(&mut vm, &vmm.tracker, &vmm.devices));
         while migration.progress().acknowledged_bytes == 0 {
             assert!(!sending.is_finished(), "it ended before the first acknowledgement");
             thread::sleep(Duration::from_millis(1));
@@ -72,7 +70,7 @@ fn ram_plugged_in_filled_where_other_ram_was_arrives() {
     let (_, transcript) = send_while(
         &vmm,
         Fault::None,
-        |options| options.bandwidth = Some(8 << 20),
+        |options| options.rate_limit(Some(8 << 20)).unwrap(),
         || {
             vmm.unplug_ram();
             vmm.plug(filled());
@@ -94,7 +92,8 @@ fn c49_ram_plugged_in_that_only_another_mapping_of_its_file_fills_is_refused_by_
         vmm.unplug_ram();
         vmm.plug(ram);
     };
-    let error = try_send_while(&vmm, &peer, |options| options.bandwidth = Some(8 << 20), replug).unwrap_err();
+    let error = try_send_while(&vmm, &peer, |options| options.rate_limit(Some(8 << 20)).unwrap(), replug)
+        .unwrap_err();
     drop(peer.end());
     let SendError::Userfault(UserfaultError::OtherMapping { range }) = error else { panic!("{error}") };
     assert_eq!((range.start(), range.len()), UNPLUGGED);
@@ -106,8 +105,12 @@ fn ram_unplugged_with_pages_pending_is_not_waited_for() {
     for page in 0..UNPLUGGED.1 / PAGE {
         vmm.memory.memory().write_obj(page ^ 0x901e, GuestAddress(UNPLUGGED.0 + page * PAGE)).unwrap();
     }
-    let (_, transcript) =
-        send_while(&vmm, Fault::None, |options| options.bandwidth = Some(8 << 20), || vmm.unplug_ram());
+    let (_, transcript) = send_while(
+        &vmm,
+        Fault::None,
+        |options| options.rate_limit(Some(8 << 20)).unwrap(),
+        || vmm.unplug_ram(),
+    );
     vmm.assert_arrived(&transcript);
     assert!(!transcript.pages.contains_key(&(UNPLUGGED.0 + UNPLUGGED.1 - PAGE)), "it went before its turn");
 }
@@ -123,7 +126,7 @@ fn ram_unplugged_with_pages_in_flight_ends_no_migration() {
     let (_, transcript) = send_while(
         &vmm,
         slow,
-        |options| options.chunk_bytes = 2 << 20,
+        |options| options.chunk_bytes(2 << 20).unwrap(),
         || {
             vmm.unplug_ram();
             vmm.plug(filled());
@@ -135,11 +138,13 @@ fn ram_unplugged_with_pages_in_flight_ends_no_migration() {
 #[test]
 fn ram_that_goes_between_a_take_and_the_look_at_the_memory_ends_no_migration() {
     let vmm = Arc::new(Vmm::new());
-    let (migration, gone) = (Migration::new(), AtomicBool::new(false));
+    let peer = Peer::unix(Fault::None);
+    let sender = Sender::new(crate::options(&peer).chunk_bytes(64 << 20).unwrap());
+    let (migration, gone) = (sender.handle(), AtomicBool::new(false));
     let mut vm = vmm.vm();
-    let (world, progress) = (Arc::clone(&vmm), migration.clone());
+    let world = Arc::clone(&vmm);
     vm.on_memory = Box::new(move || {
-        if progress.progress().round == 0 || gone.load(Ordering::Relaxed) {
+        if migration.progress().round == 0 || gone.load(Ordering::Relaxed) {
             return;
         }
         if let Ok(mut tracker) = world.tracker.try_lock() {
@@ -147,10 +152,7 @@ fn ram_that_goes_between_a_take_and_the_look_at_the_memory_ends_no_migration() {
             gone.store(true, Ordering::Relaxed);
         }
     });
-    let peer = Peer::unix(Fault::None);
-    let mut options = crate::options(&peer);
-    options.chunk_bytes = 64 << 20;
-    Sender::new(options).send(&mut vm, &vmm.tracker, &vmm.devices, &migration).unwrap();
+    sender.send(&mut vm, &vmm.tracker, &vmm.devices).unwrap();
     let (transcript, outcome) = peer.end();
     outcome.unwrap();
     vmm.assert_arrived(&transcript);
@@ -163,10 +165,8 @@ fn ram_that_comes_and_goes_all_the_time_upsets_no_figures() {
         &vmm,
         Fault::None,
         |options| {
-            options.bandwidth = Some(256 << 20);
-            options.downtime_ms = 1;
-            options.max_rounds = Some(200);
-            options.timeout_strategy = TimeoutStrategy::Ignore;
+            let options = options.rate_limit(Some(256 << 20)).unwrap().downtime(Duration::from_millis(1));
+            options.max_rounds(Some(200)).timeout_strategy(TimeoutStrategy::Ignore)
         },
         || {
             let until = Instant::now() + Duration::from_secs(1);

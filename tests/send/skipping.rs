@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use vfio_migration::iova::IovaMap;
@@ -11,7 +12,7 @@ use vfio_migration::layout::Layout;
 use vfio_migration::precopy::TimeoutStrategy;
 use vfio_migration::range::GpaRange;
 use vfio_migration::source::{Cover, DirtySource, Reports, Sink, SourceError};
-use vfio_migration::transfer::{Migration, Sender, Sent};
+use vfio_migration::transfer::{Sender, Sent};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::both_ends::{Vmm, loopback, moves};
@@ -94,9 +95,8 @@ fn write_unseen(memory: &Memory, page: u64, value: u8) {
 fn send_to_peer(vm: &mut FakeVm, meddler: Meddler, receiver_reads_zero: bool) -> (Sent, Transcript) {
     let machine = Machine::from(vm.builder().source(Box::new(meddler)).build().unwrap());
     let peer = Peer::unix(Fault::None);
-    let mut options = options(&peer);
-    options.receiver_reads_zero = receiver_reads_zero;
-    let sent = Sender::new(options).send(vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
+    let options = options(&peer).receiver_reads_zero(receiver_reads_zero);
+    let sent = Sender::new(options).send(vm, &machine.tracker, &machine.devices).unwrap();
     let (transcript, outcome) = peer.end();
     outcome.unwrap();
     (sent, transcript)
@@ -178,9 +178,7 @@ fn a_vm_that_is_one_hole_is_moved_within_its_downtime() {
     let device = vfio_migration::device::Device::new("device", Box::new(device));
     let machine = vm.machine().with_device(device);
     let peer = Peer::unix(Fault::None);
-    let sent = Sender::new(options(&peer))
-        .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-        .unwrap();
+    let sent = Sender::new(options(&peer)).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     peer.end().1.unwrap();
     assert_eq!(sent.skipped_hole_bytes, PAGES * PAGE - (256 << 10), "all but one chunk");
 }
@@ -191,10 +189,8 @@ fn a_cap_on_bandwidth_counts_only_what_is_sent() {
     vm.memory.write_obj(1_u8, GuestAddress(page_gpa(0))).unwrap();
     let machine = vm.machine();
     let peer = Peer::unix(Fault::None);
-    let mut options = options(&peer);
-    options.bandwidth = Some(1 << 20);
-    let sent =
-        Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
+    let options = options(&peer).rate_limit(Some(1 << 20)).unwrap();
+    let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     peer.end().1.unwrap();
     assert!(sent.total.as_secs() < 3, "6 MiB of holes at 1 MiB/s took {:?}", sent.total);
 }
@@ -212,11 +208,12 @@ fn what_a_first_pass_cut_short_did_not_reach_is_left_out_all_the_same() {
     });
     let machine = Machine::from(vm.builder().source(Box::new(meddler)).build().unwrap());
     let peer = Peer::unix(Fault::None);
-    let mut options = options(&peer);
-    (options.bandwidth, options.timeout_s) = (Some(2 << 20), 1);
-    options.timeout_strategy = TimeoutStrategy::Ignore;
-    let sent =
-        Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
+    let options = options(&peer)
+        .rate_limit(Some(2 << 20))
+        .unwrap()
+        .timeout(Duration::from_secs(1))
+        .timeout_strategy(TimeoutStrategy::Ignore);
+    let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     let (transcript, outcome) = peer.end();
     outcome.unwrap();
     assert!(times_sent(&transcript, DATA) > 1 && last_sent(&transcript, DATA) == 0);

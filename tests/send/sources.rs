@@ -4,11 +4,11 @@
 
 use std::time::Duration;
 
-use vfio_migration::transfer::{Migration, SendError, Sender, SourceVm};
+use vfio_migration::transfer::{SendError, Sender, SourceVm};
 
 use crate::peer::{ABANDON, CONFIG, Fault, MEMORY, Peer, START};
 use crate::vm::{FakeVm, Machine, PAGE, PAGES, Report, ScriptedSource};
-use crate::{assert_retry_loses_nothing, log_of, options, send, send_with};
+use crate::{assert_retry_loses_nothing, log_of, options, send};
 
 #[test]
 fn a_failing_source_is_a_degradation_and_loses_nothing() {
@@ -17,8 +17,9 @@ fn a_failing_source_is_a_degradation_and_loses_nothing() {
     let source = ScriptedSource::new(&vm.log, script);
     let machine = Machine::from(vm.builder().source(Box::new(source)).build().unwrap());
     let peer = Peer::unix(Fault::None);
-    let migration = Migration::new();
-    let sent = send_with(&peer, &mut vm, &machine, &migration).unwrap();
+    let sender = Sender::new(options(&peer));
+    let migration = sender.handle();
+    let sent = sender.send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     peer.end().0.assert_equals(&vm);
     // A busy machine may miss the downtime limit, too.
     for degradations in [sent.degradations, migration.progress().degradations] {
@@ -36,11 +37,9 @@ fn a_source_that_is_gone_ends_the_migration_at_once() {
         let source = ScriptedSource::new(&vm.log, script);
         let machine = Machine::from(vm.builder().source(Box::new(source)).build().unwrap());
         let peer = Peer::unix(Fault::Slow(Duration::from_millis(2)));
-        let mut options = options(&peer);
-        options.downtime_ms = 1;
-        let migration = Migration::new();
-        let error =
-            Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &migration).unwrap_err();
+        let sender = Sender::new(options(&peer).downtime(Duration::from_millis(1)));
+        let migration = sender.handle();
+        let error = sender.send(&mut vm, &machine.tracker, &machine.devices).unwrap_err();
         let SendError::Tracking(cause) = &error else { panic!("{error:?}") };
         let source = std::error::Error::source(cause.as_ref()).unwrap().to_string();
         assert_eq!(source, "Dirty source scripted cannot report dirty pages");
@@ -98,10 +97,8 @@ fn pages_of_an_imprecise_source_go_over_once_in_the_last_round() {
     source.precise = false;
     let machine = Machine::from(vm.builder().source(Box::new(source)).build().unwrap());
     let peer = Peer::unix(Fault::None);
-    let mut options = options(&peer);
-    options.downtime_ms = 5000;
-    let sent =
-        Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices, &Migration::new()).unwrap();
+    let options = options(&peer).downtime(Duration::from_millis(5000));
+    let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     assert_eq!((sent.rounds, sent.back_outs), (2, 0));
     assert_eq!(sent.degradations.len(), 1, "it is named as a degradation");
     assert!(sent.degradations[0].error.to_string().contains("could have written"));
@@ -122,11 +119,8 @@ fn an_imprecise_source_that_covers_more_than_the_limit_allows_never_stops_the_vm
     source.precise = false;
     let machine = Machine::from(vm.builder().source(Box::new(source)).build().unwrap());
     let peer = Peer::unix(Fault::Slow(Duration::from_millis(20)));
-    let mut options = options(&peer);
-    (options.downtime_ms, options.timeout_s) = (20, 1);
-    let error = Sender::new(options)
-        .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-        .unwrap_err();
+    let options = options(&peer).downtime(Duration::from_millis(20)).timeout(Duration::from_secs(1));
+    let error = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap_err();
     assert!(matches!(error, SendError::GivenUp(_)), "{error}");
     assert!(!log_of(&vm.log).contains(&"pause".to_owned()));
 }

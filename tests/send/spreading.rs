@@ -3,10 +3,11 @@
 //! Every round goes over every connection, the last one with the VM stopped too, as far as there is enough for each.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use vfio_migration::precopy::TimeoutStrategy;
 use vfio_migration::transfer::limits::ConnectionCount;
-use vfio_migration::transfer::{Migration, SendOptions, Sender};
+use vfio_migration::transfer::{SendOptions, Sender};
 
 use crate::peer::{Fault, MEMORY, Peer, Seen};
 use crate::vm::{FakeVm, Machine, PAGE, PAGES, Report, ScriptedSource};
@@ -43,14 +44,14 @@ impl Plan {
         let source = Box::new(ScriptedSource::new(&vm.log, script));
         let machine = Machine::from(vm.builder().source(source).build().unwrap());
         let peer = Peer::tcp(self.connections as usize, Fault::None);
-        let mut options = SendOptions::new(peer.url.clone());
-        options.connections = ConnectionCount::new(self.connections).unwrap();
-        (options.downtime_ms, options.timeout_strategy) = (0, TimeoutStrategy::Ignore);
-        options.max_rounds = self.running_rounds;
-        options.complete_paused = self.running_rounds.is_none();
-        let sent = Sender::new(options)
-            .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-            .unwrap();
+        let options = SendOptions::new(peer.url.clone())
+            .connections(ConnectionCount::new(self.connections).unwrap())
+            .unwrap()
+            .downtime(Duration::ZERO)
+            .timeout_strategy(TimeoutStrategy::Ignore)
+            .max_rounds(self.running_rounds)
+            .complete_paused(self.running_rounds.is_none());
+        let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
         assert_eq!(sent.rounds as usize, self.rounds().len());
         let (transcript, outcome) = peer.end();
         outcome.unwrap();

@@ -13,11 +13,11 @@ use vfio_migration::device::{
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::{ConnectionCount, Limits};
+use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
 use vfio_migration::transfer::receive::{
     Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
 };
-use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent};
 use vfio_migration::vm::VmError;
 use vm_migration::Snapshot;
 
@@ -198,15 +198,13 @@ fn moves(
     vm: &mut FakeVm,
     machine: &Machine,
     vmm: &mut Vmm,
-    adjust: impl FnOnce(&mut SendOptions),
+    adjust: impl FnOnce(SendOptions) -> SendOptions,
 ) -> (Result<Sent, SendError>, Result<Received, ReceiveError>) {
     let listener = Listener::bind(&loopback()).unwrap();
-    let mut options = SendOptions::new(listener.url().clone());
-    options.chunk_bytes = 256 << 10;
-    adjust(&mut options);
+    let options = adjust(SendOptions::new(listener.url().clone()).chunk_bytes(256 << 10).unwrap());
     thread::scope(|scope| {
-        let receiver = scope.spawn(|| Receiver::new(Limits::default(), None).receive(&listener, vmm));
-        let sent = Sender::new(options).send(vm, &machine.tracker, &machine.devices, &Migration::new());
+        let receiver = scope.spawn(|| Receiver::new(PeerLimits::default(), None).receive(&listener, vmm));
+        let sent = Sender::new(options).send(vm, &machine.tracker, &machine.devices);
         (sent, receiver.join().unwrap())
     })
 }
@@ -224,7 +222,7 @@ fn states_stream_over_one_and_over_four_connections_and_arrive_whole() {
         let (takers, devices) = takers(3);
         let mut vmm = Vmm::new(devices);
         let (sent, received) = moves(&mut vm, &machine, &mut vmm, |options| {
-            options.connections = ConnectionCount::new(connections).unwrap();
+            options.connections(ConnectionCount::new(connections).unwrap()).unwrap()
         });
         let (sent, received) = (sent.unwrap(), received.unwrap());
         vmm.assert_equals(&vm);
@@ -249,7 +247,7 @@ fn a_receiver_that_does_not_offer_streams_gets_the_states_in_state() {
     let (takers, devices) = takers(1);
     let mut vmm = Vmm::new(devices);
     vmm.streams = false;
-    let (sent, received) = moves(&mut vm, &machine, &mut vmm, |_| ());
+    let (sent, received) = moves(&mut vm, &machine, &mut vmm, |options| options);
     sent.unwrap();
     let received = received.unwrap();
     assert_eq!((received.device_bytes, loaded(&takers[0])), (0, Some(state)));
@@ -269,7 +267,7 @@ fn a_device_of_another_kind_firmware_or_version_is_refused_before_a_page_or_a_de
         let machine = source(&vm, &[b"a state"], |_, _| ());
         let taker = Taker::new();
         let mut vmm = Vmm::new(vec![other(Device::new("dev0", Box::new(taker.clone())))]);
-        let (sent, received) = moves(&mut vm, &machine, &mut vmm, |_| ());
+        let (sent, received) = moves(&mut vm, &machine, &mut vmm, |options| options);
         let Err(SendError::OtherDevices(mismatch)) = sent else { panic!("{sent:?}") };
         let Err(ReceiveError::OtherDevices { source }) = received else { panic!("{received:?}") };
         assert_eq!(mismatch, source);

@@ -14,7 +14,7 @@ use vfio_migration::snapshot::{
     AnnouncedRam, Base, Digest, FullSnapshot, SnapshotLimits, SnapshotSource, SnapshotWriter,
 };
 use vfio_migration::tracker::Tracker;
-use vfio_migration::transfer::{Migration, SendError, Sender, Sent, SourceVm};
+use vfio_migration::transfer::{SendError, Sender, Sent, SourceVm};
 use vfio_migration::vm::{UserfaultError, Vm};
 use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -150,11 +150,8 @@ fn c49_memory_that_only_another_mapping_of_its_file_fills_is_refused_by_name() {
         vm.memory = Arc::new(memory.clone());
         let machine = vm.machine();
         let peer = Peer::unix(Fault::None);
-        let mut options = options(&peer);
-        options.receiver_reads_zero = receiver_reads_zero;
-        let error = Sender::new(options)
-            .send(&mut vm, &machine.tracker, &machine.devices, &Migration::new())
-            .unwrap_err();
+        let options = options(&peer).receiver_reads_zero(receiver_reads_zero);
+        let error = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap_err();
         drop(peer.end());
         let SendError::Userfault(UserfaultError::OtherMapping { range }) = error else { panic!("{error}") };
         assert_eq!((range.start(), range.len()), HIGH);
@@ -220,7 +217,7 @@ fn holes_of_a_stored_vm() -> u64 {
     let tracker = Mutex::new(Tracker::builder(vm.layout().clone()).build().unwrap());
     let peer = Peer::unix(Fault::None);
     let sender = Sender::new(options(&peer));
-    let sent = sender.send(&mut vm, &tracker, &Mutex::default(), &Migration::new()).unwrap();
+    let sent = sender.send(&mut vm, &tracker, &Mutex::default()).unwrap();
     peer.end().1.unwrap();
     sent.skipped_hole_bytes
 }

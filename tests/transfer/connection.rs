@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustls::{ServerConnection, StreamOwned};
 use vfio_migration::range::GpaRange;
 use vfio_migration::transfer::connection::{Connection, ConnectionError, Head, Listener, Look, Stall};
-use vfio_migration::transfer::limits::{Limits, Pace};
+use vfio_migration::transfer::limits::{Pace, PeerLimits};
 use vfio_migration::transfer::url::{Endpoint, Url};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -25,14 +25,14 @@ const SECOND: Duration = Duration::from_secs(1);
 
 type Memory = GuestMemoryMmap<AtomicBitmap>;
 
-/// Limits under which a stall is noticed in a fraction of a second.
-pub(crate) fn impatient() -> Limits {
-    Limits {
+/// PeerLimits under which a stall is noticed in a fraction of a second.
+pub(crate) fn impatient() -> PeerLimits {
+    PeerLimits {
         handshake_timeout: Duration::from_millis(300),
         idle_timeout: Duration::from_millis(300),
         pace: Pace { window: Duration::from_millis(200), bytes: 64 << 10 },
         linger: Duration::from_millis(100),
-        ..Limits::default()
+        ..PeerLimits::default()
     }
 }
 
@@ -58,14 +58,14 @@ fn bytes_of(memory: &Memory, range: GpaRange) -> Vec<u8> {
     bytes
 }
 
-fn pair(limits: &Limits) -> (Connection, Connection) {
+fn pair(limits: &PeerLimits) -> (Connection, Connection) {
     let (near, far) = UnixStream::pair().unwrap();
     (Connection::from_unix(near, limits).unwrap(), Connection::from_unix(far, limits).unwrap())
 }
 
 /// Both ends of a connection over `url`, with TLS where there are `files`.
 fn connected(url: &str, files: Option<&Files>) -> (Connection, Connection) {
-    let limits = Limits::default();
+    let limits = PeerLimits::default();
     let listener = Listener::bind(&url.parse().unwrap()).unwrap();
     thread::scope(|scope| {
         let far = scope.spawn(|| {
@@ -142,7 +142,7 @@ fn guest_memory_crosses_tls() {
 
 #[test]
 fn received_memory_is_marked_dirty_and_no_more() {
-    let (mut near, mut far) = pair(&Limits::default());
+    let (mut near, mut far) = pair(&PeerLimits::default());
     near.write_all(&[1; 4096 * 3]).unwrap();
     let memory = memory(None);
     far.receive_guest(&memory, [range(4096, 4096), range((1 << 20) - 4096, 8192)]).unwrap();
@@ -158,7 +158,7 @@ fn received_memory_is_marked_dirty_and_no_more() {
 
 #[test]
 fn memory_outside_the_guest_is_an_error() {
-    let (mut near, _far) = pair(&Limits::default());
+    let (mut near, _far) = pair(&PeerLimits::default());
     let error = near.send_guest(&memory(None), [range(1 << 20, 1 << 30)]).unwrap_err();
     assert!(error.to_string().contains("invalid guest address"), "{error}");
     assert!(near.receive_guest(&memory(None), [range(u64::MAX - 1, 1)]).is_err());
@@ -166,7 +166,7 @@ fn memory_outside_the_guest_is_an_error() {
 
 #[test]
 fn an_end_in_mid_page_is_an_error() {
-    let (mut near, mut far) = pair(&Limits::default());
+    let (mut near, mut far) = pair(&PeerLimits::default());
     near.write_all(&[1; 5000]).unwrap();
     drop(near);
     let error = far.receive_guest(&memory(None), [range(0, 8192)]).unwrap_err();
@@ -175,7 +175,7 @@ fn an_end_in_mid_page_is_an_error() {
 
 #[test]
 fn an_end_in_mid_message_is_an_error_and_between_messages_is_none() {
-    let (mut near, mut far) = pair(&Limits::default());
+    let (mut near, mut far) = pair(&PeerLimits::default());
     near.write_all(&[1; 20]).unwrap();
     drop(near);
     assert_eq!(far.await_head(SECOND).unwrap(), Head::Bytes([1; 16]));
@@ -194,7 +194,7 @@ fn a_cut_under_tls_is_told_in_few_words() {
 
 #[test]
 fn silence_is_told_and_can_be_waited_on_again() {
-    let (mut near, mut far) = pair(&Limits::default());
+    let (mut near, mut far) = pair(&PeerLimits::default());
     let begun = Instant::now();
     assert_eq!(far.await_head::<4>(Duration::from_millis(50)).unwrap(), Head::Silence);
     assert!(begun.elapsed() < SECOND);
@@ -226,7 +226,7 @@ fn a_look_takes_nothing((mut near, mut far): (Connection, Connection)) {
 
 #[test]
 fn a_look_takes_nothing_off_any_kind_of_connection() {
-    a_look_takes_nothing(pair(&Limits::default()));
+    a_look_takes_nothing(pair(&PeerLimits::default()));
     a_look_takes_nothing(connected("tcp:127.0.0.1:0", None));
     a_look_takes_nothing(connected("tcp:127.0.0.1:0", Some(&Files::good())));
 }
@@ -245,7 +245,7 @@ fn what_tls_says_for_itself_is_no_byte_to_be_read() {
             far.read_exact(&mut [0]).unwrap();
             far
         });
-        let mut near = Connection::connect(&url, Some(&files.client()), &Limits::default()).unwrap();
+        let mut near = Connection::connect(&url, Some(&files.client()), &PeerLimits::default()).unwrap();
         near.write_all(&[1]).unwrap();
         near.flush().unwrap();
         let mut far = server.join().unwrap();
@@ -260,7 +260,7 @@ fn what_tls_says_for_itself_is_no_byte_to_be_read() {
 
 #[test]
 fn a_payload_is_read_whole_into_a_buffer_that_is_used_again() {
-    let (mut near, mut far) = pair(&Limits::default());
+    let (mut near, mut far) = pair(&PeerLimits::default());
     let sent: Vec<u8> = (0..3_000_000_u32).map(|at| at.to_le_bytes()[1]).collect();
     let mut payload = vec![9; 10];
     thread::scope(|scope| {
@@ -274,7 +274,7 @@ fn a_payload_is_read_whole_into_a_buffer_that_is_used_again() {
 
 #[test]
 fn a_payload_that_is_claimed_and_not_sent_takes_no_memory() {
-    let (mut near, mut far) = pair(&Limits::default());
+    let (mut near, mut far) = pair(&PeerLimits::default());
     near.write_all(&[5; 100_000]).unwrap();
     drop(near);
     let mut payload = Vec::new();
@@ -326,7 +326,7 @@ fn a_peer_that_reads_nothing_is_stalled() {
 
 #[test]
 fn closing_from_another_thread_ends_every_wait() {
-    let (mut near, _far) = pair(&Limits::default());
+    let (mut near, _far) = pair(&PeerLimits::default());
     let handle = near.handle();
     thread::scope(|scope| {
         let waiting = scope.spawn(|| near.await_head::<16>(Duration::from_secs(600)));
@@ -343,7 +343,7 @@ fn closing_from_another_thread_ends_every_wait() {
 #[test]
 fn the_last_answer_reaches_a_peer_that_is_still_sending() {
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
-    let limits = Limits::default();
+    let limits = PeerLimits::default();
     thread::scope(|scope| {
         let sender = scope.spawn(|| {
             let mut near = Connection::connect(listener.url(), None, &limits).unwrap();
@@ -361,15 +361,16 @@ fn the_last_answer_reaches_a_peer_that_is_still_sending() {
 #[test]
 fn nobody_to_connect_to_is_an_error_that_names_the_place() {
     let free = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap().url().clone();
-    let error = Connection::connect(&free, None, &Limits::default()).unwrap_err();
+    let error = Connection::connect(&free, None, &PeerLimits::default()).unwrap_err();
     assert!(error.to_string().starts_with(&format!("Cannot connect to {free} at 127.0.0.1:")), "{error}");
     assert!(error.source().is_some());
 
-    let error = Connection::connect(&"unix:/nonexistent/vm.sock".parse().unwrap(), None, &Limits::default());
+    let error =
+        Connection::connect(&"unix:/nonexistent/vm.sock".parse().unwrap(), None, &PeerLimits::default());
     assert!(error.unwrap_err().to_string().starts_with("Cannot connect to unix:/nonexistent/vm.sock"));
 
     let nowhere = "tcp:nowhere.invalid:1".parse().unwrap();
-    let error = Connection::connect(&nowhere, None, &Limits::default()).unwrap_err();
+    let error = Connection::connect(&nowhere, None, &PeerLimits::default()).unwrap_err();
     assert!(matches!(error, ConnectionError::Resolve { .. }), "{error}");
 }
 
@@ -393,7 +394,7 @@ fn a_socket_that_a_dead_listener_left_is_replaced_and_no_other_file() {
     drop(UnixListener::bind(&path).unwrap());
     assert!(path.exists());
     let listener = Listener::bind(&Url::unix(&path).unwrap()).unwrap();
-    Connection::connect(listener.url(), None, &Limits::default()).unwrap();
+    Connection::connect(listener.url(), None, &PeerLimits::default()).unwrap();
 
     let file = directory.path().join("file");
     std::fs::write(&file, "text").unwrap();
@@ -406,6 +407,6 @@ fn a_listener_waits_no_longer_than_it_is_told_and_tells_its_port() {
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     assert!(matches!(listener.url().endpoint(), Endpoint::Tcp { port: 1.., .. }));
     let begun = Instant::now();
-    assert!(listener.accept(Duration::from_millis(50), &Limits::default()).unwrap().is_none());
+    assert!(listener.accept(Duration::from_millis(50), &PeerLimits::default()).unwrap().is_none());
     assert!(begun.elapsed() < SECOND);
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use vfio_migration::transfer::connection::Connection;
-use vfio_migration::transfer::limits::{Limits, Pace};
+use vfio_migration::transfer::limits::{Pace, PeerLimits};
 use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver};
 
 use crate::peer::{COMPLETE, CONFIG, HIGH, START, STATE, Vmm, memory, message};
@@ -28,11 +28,11 @@ fn exchange() -> Vec<u8> {
 
 /// Receives from a source that sends `bytes` and no more; returns also the answers it got.
 fn receive(bytes: &[u8], vmm: &mut Vmm) -> (Result<Received, ReceiveError>, Vec<u8>) {
-    let limits = Limits {
+    let limits = PeerLimits {
         pace: Pace { window: Duration::from_millis(100), bytes: 64 },
         idle_timeout: Duration::from_millis(100),
         linger: Duration::from_millis(20),
-        ..Limits::default()
+        ..PeerLimits::default()
     };
     let (near, mut far) = UnixStream::pair().unwrap();
     let connection = Connection::from_unix(near, &limits).unwrap();
@@ -78,11 +78,11 @@ fn a_source_that_stays_after_half_a_message_is_given_up() {
     let whole = exchange();
     // One cut in each part of each message: the same wait is behind every other.
     for cut in [5, 20, 33, 45, 60, 80, 90, 140, whole.len() - 8] {
-        let limits = Limits {
+        let limits = PeerLimits {
             pace: Pace { window: Duration::from_millis(100), bytes: 4096 },
             linger: Duration::from_millis(20),
             idle_timeout: Duration::from_millis(200),
-            ..Limits::default()
+            ..PeerLimits::default()
         };
         let (near, mut far) = UnixStream::pair().unwrap();
         let connection = Connection::from_unix(near, &limits).unwrap();

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use vfio_migration::transfer::connection::{Connection, Listener};
-use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::{
     Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
 };
@@ -165,14 +165,14 @@ impl Destination for Vmm {
     }
 }
 
-/// Limits under which nothing that goes wrong takes long.
-pub(crate) fn quick() -> Limits {
-    Limits { linger: Duration::from_millis(100), ..Limits::default() }
+/// PeerLimits under which nothing that goes wrong takes long.
+pub(crate) fn quick() -> PeerLimits {
+    PeerLimits { linger: Duration::from_millis(100), ..PeerLimits::default() }
 }
 
 /// Receives from what `source` does on the other end of a socket pair.
 pub(crate) fn receive_on_pair<T: Send>(
-    limits: Limits,
+    limits: PeerLimits,
     vmm: &mut dyn Destination,
     source: impl FnOnce(Peer) -> T + Send,
 ) -> (Result<Received, ReceiveError>, T) {
@@ -187,7 +187,7 @@ pub(crate) fn receive_on_pair<T: Send>(
 
 /// Receives from what `source` does with a listener on TCP.
 pub(crate) fn receive_on_tcp<T: Send>(
-    limits: Limits,
+    limits: PeerLimits,
     vmm: &mut Vmm,
     source: impl FnOnce(&Listener) -> T + Send,
 ) -> (Result<Received, ReceiveError>, T) {

@@ -14,7 +14,7 @@ use vfio_migration::layout::Layout;
 use vfio_migration::range::GpaRange;
 use vfio_migration::transfer::connection::{Connection, Listener};
 use vfio_migration::transfer::frame::{Features, MemoryTable};
-use vfio_migration::transfer::limits::{ConnectionCount, Limits, Pace};
+use vfio_migration::transfer::limits::{ConnectionCount, Pace, PeerLimits};
 use vfio_migration::transfer::receive::{
     Completion, Destination, PageStore, Pages, ReceiveError, Received, Receiver, ReceiverHandle, Step,
 };
@@ -457,7 +457,7 @@ fn a_store_that_panics_on_another_connections_thread_is_an_error_in_good_time() 
 
 #[test]
 fn a_slow_store_is_not_mistaken_for_a_slow_source() {
-    let limits = Limits { pace: Pace { window: Duration::from_millis(100), bytes: 1 << 20 }, ..quick() };
+    let limits = PeerLimits { pace: Pace { window: Duration::from_millis(100), bytes: 1 << 20 }, ..quick() };
     let mut vmm = Vmm { store: Some(Difficult::new(Some(Duration::from_millis(300)))), ..Vmm::new() };
     let (received, ()) = receive_on_pair(limits, &mut vmm, |mut peer| {
         peer.begin();
@@ -570,7 +570,7 @@ fn an_additional_connection_that_fails_ends_the_migration() {
 
 #[test]
 fn the_tables_of_all_connections_are_held_to_the_limit_of_one() {
-    let limits = Limits { table_bytes: 6 << 10, ..quick() };
+    let limits = PeerLimits { table_bytes: 6 << 10, ..quick() };
     let (received, ()) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
         let mut main = Peer::to(listener);
         main.begin();
@@ -593,12 +593,12 @@ fn the_tables_of_all_connections_are_held_to_the_limit_of_one() {
 
 #[test]
 fn the_connection_over_the_limit_is_refused() {
-    let limits = Limits { connections: ConnectionCount::new(2).unwrap(), ..quick() };
+    let limits = PeerLimits { connections: ConnectionCount::new(2).unwrap(), ..quick() };
     refuses_one_more_than(2, limits);
     refuses_one_more_than(128, quick());
 }
 
-fn refuses_one_more_than(limit: usize, limits: Limits) {
+fn refuses_one_more_than(limit: usize, limits: PeerLimits) {
     let (received, answer) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
         let mut main = Peer::to(listener);
         main.begin();
@@ -618,7 +618,7 @@ fn refuses_one_more_than(limit: usize, limits: Limits) {
 
 #[test]
 fn a_source_that_falls_silent_is_given_up() {
-    let limits = Limits { idle_timeout: Duration::from_millis(200), ..quick() };
+    let limits = PeerLimits { idle_timeout: Duration::from_millis(200), ..quick() };
     let begun = Instant::now();
     let (received, _peer) = receive_on_pair(limits, &mut Vmm::new(), |mut peer| {
         peer.begin();
@@ -631,7 +631,7 @@ fn a_source_that_falls_silent_is_given_up() {
 
 #[test]
 fn an_idle_main_connection_lives_by_the_others() {
-    let limits = Limits { idle_timeout: Duration::from_millis(400), ..quick() };
+    let limits = PeerLimits { idle_timeout: Duration::from_millis(400), ..quick() };
     let (received, ()) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
         let mut main = Peer::to(listener);
         main.begin();
@@ -648,7 +648,7 @@ fn an_idle_main_connection_lives_by_the_others() {
 
 #[test]
 fn a_slow_store_is_not_mistaken_for_a_silent_source() {
-    let limits = Limits { idle_timeout: Duration::from_millis(200), ..quick() };
+    let limits = PeerLimits { idle_timeout: Duration::from_millis(200), ..quick() };
     let mut vmm = Vmm { store: Some(Difficult::new(Some(Duration::from_millis(600)))), ..Vmm::new() };
     let (received, ()) = receive_on_tcp(limits, &mut vmm, |listener| {
         let mut main = Peer::to(listener);
@@ -663,7 +663,7 @@ fn a_slow_store_is_not_mistaken_for_a_silent_source() {
 
 #[test]
 fn a_source_that_stalls_or_trickles_in_mid_message_is_given_up() {
-    let limits = Limits { pace: Pace { window: Duration::from_millis(200), bytes: 4096 }, ..quick() };
+    let limits = PeerLimits { pace: Pace { window: Duration::from_millis(200), bytes: 4096 }, ..quick() };
     for trickles in [false, true] {
         for cut in [3, 20, 40] {
             let begun = Instant::now();
@@ -690,7 +690,7 @@ fn a_source_that_stalls_or_trickles_in_mid_message_is_given_up() {
 
 #[test]
 fn an_additional_connection_that_stalls_is_given_up() {
-    let limits = Limits { pace: Pace { window: Duration::from_millis(200), bytes: 4096 }, ..quick() };
+    let limits = PeerLimits { pace: Pace { window: Duration::from_millis(200), bytes: 4096 }, ..quick() };
     let (received, (answer, _additional)) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
         let mut main = Peer::to(listener);
         main.begin();

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vfio_migration::transfer::connection::{Connection, Listener};
-use vfio_migration::transfer::limits::{ConnectionCount, Limits, Pace};
+use vfio_migration::transfer::limits::{ConnectionCount, Pace, PeerLimits};
 use vfio_migration::transfer::receive::{ReceiveError, Receiver};
 use vfio_migration::transfer::url::Endpoint;
 
@@ -159,7 +159,7 @@ fn a_source_with_tls_gets_through_while_strangers_come_all_the_time() {
 
 #[test]
 fn a_caller_has_its_time_and_no_more_however_slowly_it_speaks() {
-    let limits = Limits { handshake_timeout: SECOND / 2, ..quick() };
+    let limits = PeerLimits { handshake_timeout: SECOND / 2, ..quick() };
     let (received, ()) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
         let begun = Instant::now();
         let mut stranger = TcpStream::connect(address(listener)).unwrap();
@@ -179,7 +179,7 @@ fn a_caller_has_its_time_and_no_more_however_slowly_it_speaks() {
 
 #[test]
 fn what_strangers_say_does_not_keep_a_silent_source() {
-    let limits = Limits { idle_timeout: SECOND / 2, ..quick() };
+    let limits = PeerLimits { idle_timeout: SECOND / 2, ..quick() };
     let (received, ()) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
         let mut main = Peer::to(listener);
         main.begin();
@@ -190,7 +190,7 @@ fn what_strangers_say_does_not_keep_a_silent_source() {
 
 #[test]
 fn another_source_that_comes_in_the_middle_of_a_migration_does_it_no_harm() {
-    let limits = Limits { pace: Pace { window: SECOND / 2, bytes: 4096 }, ..quick() };
+    let limits = PeerLimits { pace: Pace { window: SECOND / 2, bytes: 4096 }, ..quick() };
     let (received, ()) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
         let mut main = Peer::to(listener);
         main.begin();
@@ -204,7 +204,7 @@ fn another_source_that_comes_in_the_middle_of_a_migration_does_it_no_harm() {
 
 #[test]
 fn strangers_that_sound_like_connections_take_none_of_the_sources() {
-    let limits = Limits {
+    let limits = PeerLimits {
         connections: ConnectionCount::new(2).unwrap(),
         pace: Pace { window: SECOND / 2, bytes: 4096 },
         ..quick()
@@ -275,7 +275,7 @@ fn strangers_that_sound_like_postcopy_end_no_migration() {
 
 #[test]
 fn a_wait_has_an_end_and_tells_how_many_strangers_came() {
-    let limits = Limits { source_wait: SECOND, ..quick() };
+    let limits = PeerLimits { source_wait: SECOND, ..quick() };
     let (received, _staying) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
         (0..3).for_each(|_| drop(TcpStream::connect(address(listener)).unwrap()));
     });

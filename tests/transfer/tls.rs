@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rcgen::CertificateParams;
 use vfio_migration::transfer::connection::{Connection, ConnectionError, Listener};
-use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::tls::{ClientTls, ServerTls};
 use vfio_migration::transfer::url::Endpoint;
 
@@ -32,7 +32,7 @@ fn text_of(error: &dyn Error) -> String {
 
 /// What both ends, destination first, have to say of a connection with these files.
 fn outcomes(server: &Files, client: &Files) -> [Result<(), String>; 2] {
-    let limits = Limits::default();
+    let limits = PeerLimits::default();
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     thread::scope(|scope| {
         let far = scope.spawn(|| {
@@ -200,6 +200,6 @@ fn tls_is_for_tcp_only() {
     let directory = tempfile::tempdir().unwrap();
     let url = format!("unix:{}", directory.path().join("vm.sock").display()).parse().unwrap();
     let _listener = Listener::bind(&url).unwrap();
-    let error = Connection::connect(&url, Some(&Files::good().client()), &Limits::default()).unwrap_err();
+    let error = Connection::connect(&url, Some(&Files::good().client()), &PeerLimits::default()).unwrap_err();
     assert!(error.to_string().starts_with("TLS goes over TCP, not over unix:"), "{error}");
 }

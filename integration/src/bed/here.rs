@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::Receiver;
-use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent};
 
 use super::mirror::differing;
 use super::pair::Moving;
@@ -66,26 +66,22 @@ pub fn migrate(
 ) -> Result<Sent, SendError> {
     let any_port = "tcp:127.0.0.1:0".parse().expect("a URL");
     let listener = Listener::bind(&any_port).expect("the loopback interface has a free port");
-    let mut options = SendOptions::new(listener.url().clone());
-    options.downtime_ms = moving.downtime_ms;
-    options.bandwidth = Some(moving.bytes_per_second);
-    options.timeout_s = 60;
-
-    let (migration, over) = (Migration::new(), AtomicBool::new(false));
+    let options = SendOptions::new(listener.url().clone())
+        .downtime(Duration::from_millis(moving.downtime_ms))
+        .timeout(Duration::from_secs(60))
+        .rate_limit(Some(moving.bytes_per_second))
+        .expect("a limit that lets something through");
+    let sender = Sender::new(options);
+    let (migration, over) = (sender.handle(), AtomicBool::new(false));
     let Here { devices, side, .. } = source;
     let side = &*side;
     thread::scope(|scope| {
         let received = scope.spawn(|| {
             let mut vm = DestinationVm::new(destination.side.machine(), &mut destination.devices);
-            Receiver::new(Limits::default(), None).receive(&listener, &mut vm).map(drop)
+            Receiver::new(PeerLimits::default(), None).receive(&listener, &mut vm).map(drop)
         });
         let sent = scope.spawn(|| {
-            let sent = Sender::new(options).send(
-                &mut side.source(),
-                devices.tracker(),
-                devices.devices(),
-                &migration,
-            );
+            let sent = sender.send(&mut side.source(), devices.tracker(), devices.devices());
             over.store(true, Ordering::SeqCst);
             sent
         });

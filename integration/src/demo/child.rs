@@ -20,9 +20,9 @@ use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::precopy::{Blame, Forecast, TimeoutStrategy};
 use vfio_migration::source::KvmLogMode;
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::Receiver as MigrationReceiver;
-use vfio_migration::transfer::{DowntimeParts, Migration, PinningReceiver, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{DowntimeParts, SenderHandle, PinningReceiver, SendOptions, Sender, Sent};
 use vfio_migration::vm::Vm;
 use vm_migration::Pausable;
 
@@ -105,7 +105,7 @@ pub(crate) struct Child<S> {
     devices: MigratableDevice,
     events: Arc<Mutex<Control>>,
     commands: Receiver<Command>,
-    migration: Arc<Mutex<Migration>>,
+    migration: Arc<Mutex<SenderHandle>>,
 }
 
 impl<S: Hosted> Child<S> {
@@ -115,7 +115,7 @@ impl<S: Hosted> Child<S> {
         mut control: Control,
         host: impl FnOnce(&mut Control) -> anyhow::Result<(S, MigratableDevice)>,
     ) -> anyhow::Result<()> {
-        let migration = Arc::new(Mutex::new(Migration::new()));
+        let migration = Arc::new(Mutex::new(SenderHandle::new()));
         let hosted = host(&mut control).and_then(|(side, devices)| {
             let commands = listen(control.try_clone()?, Arc::clone(&migration));
             Ok((side, devices, commands.context("Cannot start the thread that takes commands")?))
@@ -139,17 +139,15 @@ impl<S: Hosted> Child<S> {
         while let Ok(command) = self.commands.recv() {
             self.answer(|child| match command {
                 Command::Migrate { url, downtime_ms, timeout_s, bandwidth_bytes_per_s, insist, sparse } => {
-                    let mut options = SendOptions::new(url.parse()?);
-                    options.downtime_ms = downtime_ms;
-                    options.timeout_s = timeout_s;
-                    options.bandwidth = bandwidth_bytes_per_s;
-                    if insist {
-                        options.timeout_strategy = TimeoutStrategy::Ignore;
-                    }
-                    if sparse {
-                        options.pinning_receiver = PinningReceiver::Unheeded;
-                    }
-                    child.migrate(options)
+                    let strategy = if insist { TimeoutStrategy::Ignore } else { TimeoutStrategy::Cancel };
+                    let pinning = if sparse { PinningReceiver::Unheeded } else { PinningReceiver::default() };
+                    let options = SendOptions::new(url.parse()?)
+                        .downtime(Duration::from_millis(downtime_ms))
+                        .timeout(Duration::from_secs(timeout_s))
+                        .timeout_strategy(strategy)
+                        .pinning_receiver(pinning)
+                        .rate_limit(bandwidth_bytes_per_s)?;
+                    child.migrate(Sender::new(options), downtime_ms)
                 }
                 Command::Check { passes } => child.side.check(passes).map(Event::Health),
                 other => anyhow::bail!("A source cannot {other:?}"),
@@ -184,8 +182,8 @@ impl<S: Hosted> Child<S> {
         events.send(event).context("The parent is gone")
     }
 
-    fn migrate(&mut self, options: SendOptions) -> anyhow::Result<Event> {
-        let (migration, downtime_ms) = (Migration::new(), options.downtime_ms);
+    fn migrate(&mut self, sender: Sender, downtime_ms: u64) -> anyhow::Result<Event> {
+        let migration = sender.handle();
         *self.migration.lock().unwrap_or_else(PoisonError::into_inner) = migration.clone();
         let mut vm = self.side.source();
         let (over, events) = (AtomicBool::new(false), &self.events);
@@ -202,12 +200,7 @@ impl<S: Hosted> Child<S> {
                 }
             });
             reporting.context("Cannot start the thread that tells of progress")?;
-            let sent = Sender::new(options).send(
-                &mut vm,
-                self.devices.tracker(),
-                self.devices.devices(),
-                &migration,
-            );
+            let sent = sender.send(&mut vm, self.devices.tracker(), self.devices.devices());
             over.store(true, Ordering::SeqCst);
             Ok(sent?)
         })?;
@@ -218,7 +211,7 @@ impl<S: Hosted> Child<S> {
         let listener = Listener::bind(&url.parse()?)?;
         self.tell(&Event::Listening { url: listener.url().to_string() })?;
         let mut vm = DestinationVm::new(self.side.machine(), &mut self.devices);
-        let received = MigrationReceiver::new(Limits::default(), None).receive(&listener, &mut vm)?;
+        let received = MigrationReceiver::new(PeerLimits::default(), None).receive(&listener, &mut vm)?;
         let devices_load_us = micros(vm.devices_load());
         Ok(Event::Received { socket_bytes: received.received_bytes, devices_load_us })
     }
@@ -249,7 +242,7 @@ pub(crate) fn receive_ram(layout: &RamLayout, control: &mut Control) -> anyhow::
 }
 
 /// Hands on the parent's commands; a Cancel reaches the migration under way at once. Ends the process with its parent.
-fn listen(mut control: Control, migration: Arc<Mutex<Migration>>) -> io::Result<Receiver<Command>> {
+fn listen(mut control: Control, migration: Arc<Mutex<SenderHandle>>) -> io::Result<Receiver<Command>> {
     let (sender, commands) = mpsc::channel();
     Builder::new().name("commands".into()).spawn(move || {
         while let Ok(Some(command)) = control.receive() {
@@ -267,7 +260,7 @@ fn listen(mut control: Control, migration: Arc<Mutex<Migration>>) -> io::Result<
     Ok(commands)
 }
 
-fn progress_of(migration: &Migration) -> Progress {
+fn progress_of(migration: &SenderHandle) -> Progress {
     let progress = migration.progress();
     Progress {
         round: progress.round,
@@ -332,7 +325,7 @@ fn downtime_of(parts: &DowntimeParts) -> DowntimeReport {
     }
 }
 
-fn degradation(degradation: &vfio_migration::transfer::Degradation) -> String {
+fn degradation(degradation: &vfio_migration::transfer::SendDegradation) -> String {
     let error = Chain(&*degradation.error);
     match degradation.times {
         1 => error.to_string(),

@@ -19,7 +19,7 @@ use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::receive::Receiver;
 use vfio_migration::transfer::url::Url;
-use vfio_migration::transfer::{self, Migration, SendOptions, Sender};
+use vfio_migration::transfer::{self, SendOptions, Sender};
 use vfio_migration_integration::confined::check;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -66,7 +66,7 @@ fn write_differential(base: &Path, target: &Path) {
 
 fn receive(listener: &Listener, target: &Path) {
     let mut directory = SnapshotDestination::create(target, DestinationOptions::default()).unwrap();
-    Receiver::new(transfer::limits::Limits::default(), None).receive(listener, &mut directory).unwrap();
+    Receiver::new(transfer::limits::PeerLimits::default(), None).receive(listener, &mut directory).unwrap();
 }
 
 fn send(directory: &Path, url: &Url) {
@@ -74,7 +74,7 @@ fn send(directory: &Path, url: &Url) {
     let mut source = SnapshotSource::new(directory).unwrap();
     let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build().unwrap());
     let sender = Sender::new(SendOptions::new(url.clone()));
-    sender.send(&mut source, &tracker, &Mutex::default(), &Migration::new()).unwrap();
+    sender.send(&mut source, &tracker, &Mutex::default()).unwrap();
 }
 
 #[test]

@@ -17,12 +17,12 @@ use vfio_migration::source::GuestMemoryLog;
 use vfio_migration::syscalls;
 use vfio_migration::tracker::{Tracker, VmMappings};
 use vfio_migration::transfer::connection::{Connection, Listener};
-use vfio_migration::transfer::limits::{ConnectionCount, Limits};
+use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
 use vfio_migration::transfer::receive::{
     Completion, Destination, GuestPages, PageStore, Receiver, ReceiverHandle,
 };
 use vfio_migration::transfer::url::Url;
-use vfio_migration::transfer::{Migration, SendOptions, Sender};
+use vfio_migration::transfer::{SendOptions, Sender, SenderHandle};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError};
 use vfio_migration_integration::confined::check;
 use vfio_migration_integration::device::{DeviceConfig, DmaDevice};
@@ -54,7 +54,7 @@ fn memory() -> Arc<Memory> {
 /// A VM that gives a migration up when it is paused, where it has one to give up.
 struct Guest {
     memory: Arc<Memory>,
-    gives_up: Option<Migration>,
+    gives_up: Option<SenderHandle>,
 }
 
 impl Vm for Guest {
@@ -73,7 +73,7 @@ impl Vm for Guest {
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        let in_time = self.gives_up.as_ref().is_none_or(Migration::cancel);
+        let in_time = self.gives_up.as_ref().is_none_or(SenderHandle::cancel);
         if in_time { Ok(()) } else { Err("It is too late".into()) }
     }
 
@@ -142,7 +142,7 @@ fn device() -> (DeviceSet, File) {
 /// Calls, and leaves: without a word, and in the middle of one.
 fn strangers(url: &Url) {
     for word in [&[][..], &[0]] {
-        let mut stranger = Connection::connect(url, None, &Limits::default()).unwrap();
+        let mut stranger = Connection::connect(url, None, &PeerLimits::default()).unwrap();
         stranger.write_all(word).unwrap();
     }
 }
@@ -156,12 +156,14 @@ fn migrate(
     let Case { url, connections, is_secure, gives_up, has_device } = case;
     let certificates = Files::good();
     let listener = Listener::bind(&url).unwrap();
-    let mut options = SendOptions::new(listener.url().clone());
-    options.connections = ConnectionCount::new(connections).unwrap();
-    options.tls = is_secure.then(|| certificates.client());
-    let receiver = Receiver::new(Limits::default(), is_secure.then(|| certificates.server()));
-    let migration = Migration::new();
-    let mut vm = Guest { memory: memory(), gives_up: gives_up.then(|| migration.clone()) };
+    let options = SendOptions::new(listener.url().clone())
+        .connections(ConnectionCount::new(connections).unwrap())
+        .unwrap()
+        .tls(is_secure.then(|| certificates.client()));
+    let receiver = Receiver::new(PeerLimits::default(), is_secure.then(|| certificates.server()));
+    let mut sender = Some(Sender::new(options));
+    let migration = sender.as_ref().map(Sender::handle);
+    let mut vm = Guest { memory: memory(), gives_up: migration.filter(|_| gives_up) };
     let layout = Layout::from_guest_memory(&*vm.memory).unwrap();
     let source = Box::new(GuestMemoryLog::new(Arc::clone(&vm.memory)));
     let maps = Arc::clone(&vm.memory);
@@ -176,7 +178,8 @@ fn migrate(
             receiving(&mut || assert_eq!(receiver.receive(&listener, &mut vmm).is_ok(), !gives_up));
         });
         sending(&mut || {
-            let sent = Sender::new(options.clone()).send(&mut vm, &tracker, &devices, &migration);
+            let sender = sender.take().unwrap();
+            let sent = sender.send(&mut vm, &tracker, &devices);
             assert_eq!(sent.is_ok(), !gives_up);
         });
     });

@@ -11,10 +11,10 @@ use vfio_migration::snapshot::{FullSnapshot, SnapshotLimits, SnapshotSource};
 use vfio_migration::source::KvmLogMode;
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::Limits;
+use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::{Destination, ReceiveError, Received, Receiver};
 use vfio_migration::transfer::url::Url;
-use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent};
 use vfio_migration::vm::Vm;
 use vfio_migration_integration::demo::{DestinationVm, Health, MachineSetup, Side};
 use vm_migration::Pausable;
@@ -24,15 +24,14 @@ pub(crate) fn transfer(
     vm: &mut impl Vm,
     devices: &MigratableDevice,
     destination: &mut (dyn Destination + Send),
-    adjust: impl FnOnce(&mut SendOptions),
+    adjust: impl FnOnce(SendOptions) -> SendOptions,
 ) -> (Result<Sent, SendError>, Result<Received, ReceiveError>) {
     let listener = Listener::bind(&Url::tcp("127.0.0.1", 0).unwrap()).unwrap();
-    let mut options = SendOptions::new(listener.url().clone());
-    adjust(&mut options);
+    let options = adjust(SendOptions::new(listener.url().clone()));
     thread::scope(|scope| {
         let receiving =
-            scope.spawn(|| Receiver::new(Limits::default(), None).receive(&listener, destination));
-        let sent = Sender::new(options).send(vm, devices.tracker(), devices.devices(), &Migration::new());
+            scope.spawn(|| Receiver::new(PeerLimits::default(), None).receive(&listener, destination));
+        let sent = Sender::new(options).send(vm, devices.tracker(), devices.devices());
         (sent, receiving.join().unwrap())
     })
 }
@@ -48,7 +47,7 @@ pub(crate) fn restore(setup: MachineSetup, target: &Path) -> Health {
     let nothing = MigratableDevice::new("pass-through", tracker, Arc::default());
     let mut vm = DestinationVm::new(&side.machine, &mut devices);
     let (sent, received) =
-        transfer(&mut snapshot, &nothing, &mut vm, |options| options.complete_paused = true);
+        transfer(&mut snapshot, &nothing, &mut vm, |options| options.complete_paused(true));
     received.unwrap();
     let sent = sent.unwrap();
     assert!(sent.skipped_hole_bytes > 0, "holes of the file stay holes");

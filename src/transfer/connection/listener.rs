@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use socket2::{SockAddr, Socket};
 
 use super::{Connection, ConnectionError};
-use crate::transfer::limits::Limits;
+use crate::transfer::limits::PeerLimits;
 use crate::transfer::url::{Endpoint, Url};
 
 /// What accept(2) says of a single connection, be it that none came in time.
@@ -79,7 +79,11 @@ impl Listener {
     ///
     /// # Errors
     /// The socket failed, or this process has no descriptor left.
-    pub fn accept(&self, within: Duration, limits: &Limits) -> Result<Option<Connection>, ConnectionError> {
+    pub fn accept(
+        &self,
+        within: Duration,
+        limits: &PeerLimits,
+    ) -> Result<Option<Connection>, ConnectionError> {
         let accepted = self.try_accept(within);
         let accepted =
             accepted.map_err(|source| ConnectionError::Accept { url: self.url.clone(), source })?;

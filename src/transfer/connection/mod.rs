@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
-use super::limits::Limits;
+use super::limits::PeerLimits;
 use super::tls::{ClientTls, ServerTls, Session};
 use super::url::{Endpoint, Url};
 
@@ -52,10 +52,10 @@ pub enum Head<const N: usize> {
 /// use std::os::unix::net::UnixStream;
 /// use std::time::Duration;
 /// use vfio_migration::transfer::connection::{Connection, Head};
-/// use vfio_migration::transfer::limits::Limits;
+/// use vfio_migration::transfer::limits::PeerLimits;
 /// let (near, far) = UnixStream::pair()?;
 /// let (mut near, mut far) =
-///     (Connection::from_unix(near, &Limits::default())?, Connection::from_unix(far, &Limits::default())?);
+///     (Connection::from_unix(near, &PeerLimits::default())?, Connection::from_unix(far, &PeerLimits::default())?);
 /// near.write_all(b"ping")?;
 /// assert_eq!(far.await_head(Duration::from_secs(1))?, Head::Bytes(*b"ping"));
 /// assert_eq!(far.await_head::<4>(Duration::ZERO)?, Head::Silence);
@@ -85,7 +85,7 @@ impl Connection {
     /// The host has no address, none of them lets us in within `limits.connect_timeout`, or the peer's certificate or
     /// ours is not accepted within `limits.handshake_timeout`. A peer that refuses our certificate may say so only when
     /// it is read from.
-    pub fn connect(url: &Url, tls: Option<&ClientTls>, limits: &Limits) -> Result<Self, ConnectionError> {
+    pub fn connect(url: &Url, tls: Option<&ClientTls>, limits: &PeerLimits) -> Result<Self, ConnectionError> {
         let connection = Self::new(dial(url, limits)?, url.to_string(), limits)?;
         match (tls, url.endpoint()) {
             (None, _) => Ok(connection),
@@ -98,7 +98,7 @@ impl Connection {
     ///
     /// # Errors
     /// The socket refuses its settings.
-    pub fn from_unix(stream: UnixStream, limits: &Limits) -> Result<Self, ConnectionError> {
+    pub fn from_unix(stream: UnixStream, limits: &PeerLimits) -> Result<Self, ConnectionError> {
         Self::new(stream.into(), "the peer of a UNIX socket".into(), limits)
     }
 
@@ -106,12 +106,12 @@ impl Connection {
     ///
     /// # Errors
     /// The socket refuses its settings.
-    pub fn from_tcp(stream: TcpStream, limits: &Limits) -> Result<Self, ConnectionError> {
+    pub fn from_tcp(stream: TcpStream, limits: &PeerLimits) -> Result<Self, ConnectionError> {
         let peer = stream.peer_addr().map_or_else(|_| "a TCP peer".into(), |address| address.to_string());
         Self::new(stream.into(), peer, limits)
     }
 
-    fn new(socket: Socket, peer: String, limits: &Limits) -> Result<Self, ConnectionError> {
+    fn new(socket: Socket, peer: String, limits: &PeerLimits) -> Result<Self, ConnectionError> {
         let set_up = || {
             if socket.domain()? != Domain::UNIX {
                 socket.set_tcp_nodelay(true)?;
@@ -135,7 +135,7 @@ impl Connection {
         self,
         tls: &ClientTls,
         host: &str,
-        limits: &Limits,
+        limits: &PeerLimits,
     ) -> Result<Self, ConnectionError> {
         let Self { stream: Stream::Plain(line), peer, bounce } = self else { return Ok(self) };
         let session = Session::client(tls, host, line, &peer, limits)?;
@@ -148,7 +148,7 @@ impl Connection {
     ///
     /// # Errors
     /// The two do not trust each other, or do not come to it within `limits.handshake_timeout`. The peer was told.
-    pub fn secure_server(self, tls: &ServerTls, limits: &Limits) -> Result<Self, ConnectionError> {
+    pub fn secure_server(self, tls: &ServerTls, limits: &PeerLimits) -> Result<Self, ConnectionError> {
         let Self { stream: Stream::Plain(line), peer, bounce } = self else { return Ok(self) };
         let session = Session::server(tls, line, &peer, limits)?;
         Ok(Self { stream: Stream::Tls(session), peer, bounce })
@@ -307,7 +307,7 @@ fn read_fully(stream: &mut impl Read, bytes: &mut [u8]) -> io::Result<usize> {
 }
 
 /// Connects a socket to `url`.
-fn dial(url: &Url, limits: &Limits) -> Result<Socket, ConnectionError> {
+fn dial(url: &Url, limits: &PeerLimits) -> Result<Socket, ConnectionError> {
     let mut failure = None;
     let addresses = resolve(url)?;
     for address in &addresses {

@@ -2,7 +2,7 @@
 
 //! The acceptor: who comes in. The source first, its additional connections later, strangers never.
 //!
-//! Every caller is heard on a thread of its own, for [`Limits::handshake_timeout`](crate::transfer::limits::Limits) and no
+//! Every caller is heard on a thread of its own, for [`PeerLimits::handshake_timeout`](crate::transfer::limits::PeerLimits) and no
 //! longer. Where too many are heard, the one that came first has to go: so however many strangers come, and however they
 //! hold on, each caller has the time that it takes for [`CALLERS`] others to come.
 //!

@@ -12,7 +12,7 @@ use super::phase_gate::PhaseGate;
 use crate::threads::ThreadStart;
 use crate::transfer::connection::Connection;
 use crate::transfer::frame::Request;
-use crate::transfer::limits::Limits;
+use crate::transfer::limits::PeerLimits;
 
 /// How often a wait looks whether the migration has ended elsewhere.
 pub(super) const TICK: Duration = Duration::from_millis(50);
@@ -22,7 +22,7 @@ pub(super) const TICK: Duration = Duration::from_millis(50);
 pub(super) struct Context<'a> {
     pub(super) gate: &'a PhaseGate,
     pub(super) connections: &'a ReceiverHandle,
-    pub(super) limits: &'a Limits,
+    pub(super) limits: &'a PeerLimits,
     pub(super) threads: ThreadStart,
 }
 

@@ -14,7 +14,7 @@ use super::piece_error::PieceError;
 use crate::device::{DeviceFailure, DeviceSet, Piece, StateSink, StreamError, StreamIdentity};
 use crate::sync::lock;
 use crate::transfer::frame::PIECE_HEAD_BYTES;
-use crate::transfer::limits::{Limits, PIECES_AHEAD};
+use crate::transfer::limits::{PIECES_AHEAD, PeerLimits};
 
 /// A piece's bytes, its head before them, until its turn comes.
 struct Waiting {
@@ -50,7 +50,7 @@ impl DeviceStreams {
     pub(super) fn begin(
         set: Arc<Mutex<DeviceSet>>,
         listed: &[StreamIdentity],
-        limits: &Limits,
+        limits: &PeerLimits,
     ) -> Result<Self, ReceiveError> {
         let sinks = lock(&set).begin_loading();
         let sinks = sinks.map_err(|source| ReceiveError::Devices { source: source.into() })?;

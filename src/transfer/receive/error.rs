@@ -176,7 +176,7 @@ pub enum ReceiveError {
         command: Command,
         /// Bytes announced.
         length: u64,
-        /// The field of [`Limits`](crate::transfer::limits::Limits).
+        /// The field of [`PeerLimits`](crate::transfer::limits::PeerLimits).
         name: &'static str,
         /// Its value.
         limit: u64,
@@ -191,7 +191,7 @@ pub enum ReceiveError {
         length: u64,
         /// Bytes that tables under way announced.
         taken: u64,
-        /// What [`Limits::table_bytes`](crate::transfer::limits::Limits::table_bytes) says.
+        /// What [`PeerLimits::table_bytes`](crate::transfer::limits::PeerLimits::table_bytes) says.
         limit: u64,
     },
     /// A table has more ranges than the VM has pages, so that it names some twice.

@@ -16,7 +16,7 @@ use crate::transfer::frame::{
     Command, DEVICE_LIST_LIMIT_BYTES, HEADER_BYTES, MemoryTable, PIECE_HEAD_BYTES, RANGE_BYTES, Request,
     Response, Status, decode_devices, open_piece,
 };
-use crate::transfer::limits::{GUEST_PAGE_BYTES, Limits};
+use crate::transfer::limits::{GUEST_PAGE_BYTES, PeerLimits};
 
 pub(super) fn decode(head: [u8; HEADER_BYTES]) -> Result<Request, ReceiveError> {
     Request::from_bytes(head).map_err(|source| ReceiveError::Frame { part: Part::Head, source })
@@ -32,7 +32,7 @@ pub(super) fn check_empty(request: Request) -> Result<(), ReceiveError> {
 pub(super) fn read_text(
     connection: &mut Connection,
     request: Request,
-    limits: &Limits,
+    limits: &PeerLimits,
 ) -> Result<Vec<u8>, ReceiveError> {
     let (name, limit) = match request.command() {
         Command::Config => ("config_bytes", limits.config_bytes),
@@ -64,7 +64,7 @@ pub(super) fn take_device_state(
     connection: &mut Connection,
     request: Request,
     devices: &DeviceStreams,
-    limits: &Limits,
+    limits: &PeerLimits,
     buffer: &mut Vec<u8>,
 ) -> Result<(), ReceiveError> {
     let limit = limits.device_piece_bytes.saturating_add(PIECE_HEAD_BYTES as u64);
@@ -81,7 +81,7 @@ pub(super) fn take_memory(
     request: Request,
     store: &dyn PageStore,
     gate: &PhaseGate,
-    limits: &Limits,
+    limits: &PeerLimits,
     buffer: &mut Vec<u8>,
 ) -> Result<(), ReceiveError> {
     let bad_table = |source| ReceiveError::Frame { part: Part::Table, source };

@@ -36,7 +36,7 @@ use std::thread;
 use std::time::Instant;
 
 use super::connection::{Connection, ConnectionError, Head, Listener};
-use super::limits::Limits;
+use super::limits::PeerLimits;
 use super::tls::ServerTls;
 use super::url::Endpoint;
 use crate::threads::ThreadStart;
@@ -59,7 +59,7 @@ pub use store::{GuestPages, PageStore, Pages};
 /// use std::thread;
 /// use vfio_migration::transfer::connection::{Connection, Listener};
 /// use vfio_migration::transfer::frame::{Command, Request, Response};
-/// use vfio_migration::transfer::limits::Limits;
+/// use vfio_migration::transfer::limits::PeerLimits;
 /// use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, ReceiveError, Receiver};
 /// use vfio_migration::vm::VmError;
 /// use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -84,20 +84,20 @@ pub use store::{GuestPages, PageStore, Pages};
 /// let url = listener.url().clone();
 /// let source = thread::spawn(move || {
 ///     use std::io::{Read, Write};
-///     let mut connection = Connection::connect(&url, None, &Limits::default()).unwrap();
+///     let mut connection = Connection::connect(&url, None, &PeerLimits::default()).unwrap();
 ///     for request in [Request::start(), Request::new(Command::Abandon, 0)] {
 ///         connection.write_all(&request.to_bytes()).unwrap();
 ///         connection.read_exact(&mut [0; 16]).unwrap();
 ///     }
 /// });
-/// let received = Receiver::new(Limits::default(), None).receive(&listener, &mut Vmm(Arc::new(memory)));
+/// let received = Receiver::new(PeerLimits::default(), None).receive(&listener, &mut Vmm(Arc::new(memory)));
 /// assert!(matches!(received, Err(ReceiveError::Abandoned { .. })));
 /// # source.join().unwrap();
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct Receiver {
-    limits: Limits,
+    limits: PeerLimits,
     tls: Option<ServerTls>,
     thread_start: ThreadStart,
     connections: ReceiverHandle,
@@ -105,7 +105,7 @@ pub struct Receiver {
 
 impl Receiver {
     /// Makes a receiver that holds every peer to `limits`, and to TLS where `tls` is given.
-    pub fn new(limits: Limits, tls: Option<ServerTls>) -> Self {
+    pub fn new(limits: PeerLimits, tls: Option<ServerTls>) -> Self {
         Self { limits, tls, thread_start: ThreadStart::NOTHING, connections: ReceiverHandle::default() }
     }
 

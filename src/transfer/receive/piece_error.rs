@@ -82,7 +82,7 @@ pub enum PieceError {
         index: u64,
     },
     /// More wait for their turn than may.
-    #[error("Pieces that wait for their turn have more than {} (Limits::device_queue_bytes)", Count(.limit_bytes, "byte"))]
+    #[error("Pieces that wait for their turn have more than {} (PeerLimits::device_queue_bytes)", Count(.limit_bytes, "byte"))]
     QueueFull {
         /// The limit.
         limit_bytes: u64,

@@ -18,7 +18,7 @@ use vm_memory::GuestMemoryBackend;
 
 use super::exchange::{PeerError, expect_silence, read_answer, send, send_memory};
 use super::piece::DevicePiece;
-use super::progress::Migration;
+use super::progress::SenderHandle;
 use super::zero_filter::ZeroFilter;
 use crate::device::StateRead;
 use crate::ledger::Chunk;
@@ -99,7 +99,7 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> MemoryConnections<M> {
         connections: Vec<Connection>,
         zero_filter: Option<ZeroFilter>,
         pipeline: Pipeline,
-        migration: &Migration,
+        migration: &SenderHandle,
         threads: ThreadStart,
     ) -> io::Result<Self> {
         let (report, events) = mpsc::channel();
@@ -298,7 +298,7 @@ struct Worker<M> {
     zero_filter: Arc<Option<ZeroFilter>>,
     queue: Arc<Queue<M>>,
     report: Report,
-    migration: Migration,
+    migration: SenderHandle,
     pipeline: Pipeline,
     /// Written, oldest first: acknowledgements come in order.
     in_flight: VecDeque<Written>,

@@ -16,7 +16,7 @@ use super::exchange::{
 };
 use super::options::SendOptions;
 use super::payload::StatePayload;
-use super::progress::{Migration, Phase};
+use super::progress::{Phase, SenderHandle};
 use crate::device::StreamIdentity;
 use crate::ledger::Chunk;
 use crate::threads::ThreadStart;
@@ -35,7 +35,7 @@ const FAREWELL: Duration = Duration::from_millis(200);
 /// The control connection of one migration.
 pub(super) struct Control<'a> {
     options: &'a SendOptions,
-    migration: &'a Migration,
+    migration: &'a SenderHandle,
     /// `None` while it carries precopied memory, and once an exchange on it was cut short.
     connection: Option<Connection>,
     switchover: Option<Switchover>,
@@ -44,7 +44,7 @@ pub(super) struct Control<'a> {
 
 impl<'a> Control<'a> {
     /// Connects to the receiver.
-    pub(super) fn connect(options: &'a SendOptions, migration: &'a Migration) -> Result<Self, SendError> {
+    pub(super) fn connect(options: &'a SendOptions, migration: &'a SenderHandle) -> Result<Self, SendError> {
         let connection = Some(dial(options, migration, SendStep::Connect)?);
         Ok(Self { options, migration, connection, switchover: None, completing: false })
     }
@@ -239,7 +239,7 @@ fn failed(step: SendStep) -> impl FnOnce(PeerError) -> SendError {
 }
 
 /// Connects, in a thread that a cancellation leaves behind: resolving a name cannot be cut short.
-fn dial(options: &SendOptions, migration: &Migration, step: SendStep) -> Result<Connection, SendError> {
+fn dial(options: &SendOptions, migration: &SenderHandle, step: SendStep) -> Result<Connection, SendError> {
     migration.check()?;
     let (url, tls, limits) = (options.url.clone(), options.tls.clone(), options.limits.clone());
     let (report, dialled) = mpsc::sync_channel(1);

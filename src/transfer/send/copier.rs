@@ -11,14 +11,14 @@ use super::error::SendError;
 use super::exchange::PeerError;
 use super::meter::Meter;
 use super::options::SendOptions;
-use super::progress::Migration;
+use super::progress::SenderHandle;
 use super::rate_limit::RateLimit;
 use super::restorable_vm::RestorableVm;
 use super::tracking::Tracking;
 use super::zero_filter::ZeroFilter;
 use crate::device::{StateRead, StateReader};
 use crate::ledger::{Chunk, ChunkLimits};
-use crate::precopy::{Policy, TimeoutStrategy};
+use crate::precopy::{TimeoutStrategy, millis};
 use crate::transfer::connection::Connection;
 use crate::vm::{Backing, HoleWatch, UserfaultError, Vm};
 
@@ -47,8 +47,7 @@ pub(super) struct Pass<'p, 'a, V: Vm> {
 /// Copies memory, one pass after the other.
 pub(super) struct Copier<'a, V: Vm> {
     options: &'a SendOptions,
-    policy: Policy,
-    migration: &'a Migration,
+    migration: &'a SenderHandle,
     connections: MemoryConnections<V::Memory>,
     devices: DeviceReads,
     hole_watch: HoleWatch,
@@ -62,11 +61,10 @@ impl<'a, V: Vm> Copier<'a, V> {
     pub(super) fn start(
         connections: Vec<Connection>,
         options: &'a SendOptions,
-        policy: Policy,
         may_leave_out: bool,
         vm: &RestorableVm<'a, V>,
         tracking: &Tracking<'a>,
-        migration: &'a Migration,
+        migration: &'a SenderHandle,
     ) -> Result<Self, SendError> {
         let (hole_watch, backing) = watch_holes(vm, migration)?;
         let host_page = tracking.look().layout().host_page();
@@ -77,12 +75,11 @@ impl<'a, V: Vm> Copier<'a, V> {
             MemoryConnections::start(connections, zero_filter, pipeline, migration, options.thread_start);
         Ok(Self {
             options,
-            policy,
             migration,
             connections: connections.map_err(SendError::Thread)?,
             devices: DeviceReads::default(),
             hole_watch,
-            rate_limit: options.bandwidth.map(RateLimit::new),
+            rate_limit: options.rate_limit.map(RateLimit::new),
             unsent_from: 0,
         })
     }
@@ -149,8 +146,8 @@ impl<'a, V: Vm> Copier<'a, V> {
     /// The chunks of a round that begins now.
     fn chunk_limits(&self, pass: &Pass<'_, 'a, V>) -> ChunkLimits {
         let limits = chunk_limits(self.options, pass.tracking, self.connections.count());
-        let limit = self.options.bandwidth.filter(|_| !pass.vm.is_paused());
-        let slice = limit.map_or(u64::MAX, |limit| limit / PACED_CHUNKS_PER_SECOND);
+        let limit = self.options.rate_limit.filter(|_| !pass.vm.is_paused());
+        let slice = limit.map_or(u64::MAX, |limit| limit.get() / PACED_CHUNKS_PER_SECOND);
         ChunkLimits { bytes: limits.bytes.min(slice), ..limits }
     }
 
@@ -232,8 +229,8 @@ impl<'a, V: Vm> Copier<'a, V> {
     fn check_time(&self, pass: &Pass<'_, 'a, V>) -> Result<(), SendError> {
         let switchover = pass.vm.switchover(self.options.switchover_timeout());
         switchover.map_or(Ok(()), Switchover::check)?;
-        let strict = self.policy.timeout_strategy == TimeoutStrategy::Cancel;
-        let exhausted = self.policy.exhausted(&pass.meter.glance(pass.tracking));
+        let strict = self.options.policy.timeout_strategy == TimeoutStrategy::Cancel;
+        let exhausted = self.options.policy.exhausted(&pass.meter.glance(pass.tracking));
         match exhausted.filter(|_| strict && self.time_is_up(pass)) {
             Some(reason) => Err(SendError::GivenUp(reason)),
             None => Ok(()),
@@ -241,19 +238,19 @@ impl<'a, V: Vm> Copier<'a, V> {
     }
 
     fn time_is_up(&self, pass: &Pass<'_, 'a, V>) -> bool {
-        !pass.vm.is_paused() && pass.meter.elapsed_ms() >= self.policy.timeout_ms
+        !pass.vm.is_paused() && pass.meter.elapsed_ms() >= millis(self.options.policy.timeout)
     }
 
     /// Whether to end a round early, because the switchover comes whatever is left.
     fn is_cut_short(&self, pass: &Pass<'_, 'a, V>) -> bool {
-        self.policy.timeout_strategy == TimeoutStrategy::Ignore && self.time_is_up(pass)
+        self.options.policy.timeout_strategy == TimeoutStrategy::Ignore && self.time_is_up(pass)
     }
 }
 
 /// Tells what lies behind the memory, and begins to watch over its holes; memory that a userfaultfd fills has none.
 fn watch_holes<V: Vm>(
     vm: &RestorableVm<'_, V>,
-    migration: &Migration,
+    migration: &SenderHandle,
 ) -> Result<(HoleWatch, Backing), SendError> {
     match HoleWatch::begin(&*vm.memory(), vm.backing()) {
         Ok(watched) => Ok(watched),

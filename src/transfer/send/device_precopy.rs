@@ -8,7 +8,7 @@ use vm_migration::Snapshot;
 
 use super::error::SendError;
 use super::payload::StatePayload;
-use super::progress::Migration;
+use super::progress::SenderHandle;
 use crate::device::saved::text_bytes;
 use crate::device::{DeviceSet, DeviceSetError, Estimate, StateRead, StateReader, StreamIdentity};
 use crate::sync::lock;
@@ -23,7 +23,7 @@ const DEVICE_PIECE_BYTES: u64 = 4 << 20;
 /// The VM's pass-through devices, locked for one step at a time.
 pub(super) struct DevicePrecopy<'a> {
     devices: &'a Mutex<DeviceSet>,
-    migration: &'a Migration,
+    migration: &'a SenderHandle,
     /// Bytes that State may hold.
     limit_bytes: u64,
     /// Whether they have to be set back when the migration fails.
@@ -33,7 +33,7 @@ pub(super) struct DevicePrecopy<'a> {
 }
 
 impl<'a> DevicePrecopy<'a> {
-    pub(super) fn new(devices: &'a Mutex<DeviceSet>, migration: &'a Migration, limit_bytes: u64) -> Self {
+    pub(super) fn new(devices: &'a Mutex<DeviceSet>, migration: &'a SenderHandle, limit_bytes: u64) -> Self {
         Self { devices, migration, limit_bytes, touched: false, streams: false }
     }
 

@@ -8,7 +8,6 @@ use std::io;
 use thiserror::Error;
 
 use super::exchange::PeerError;
-use super::options::SendOptionsError;
 use super::progress::Cancelled;
 use crate::device::{DeviceSetError, IdentityMismatch};
 use crate::error::Chain;
@@ -86,10 +85,7 @@ impl fmt::Display for VmOperation {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SendError {
-    /// An option is out of its bounds.
-    #[error("Migration cannot be done as asked")]
-    Options(#[from] SendOptionsError),
-    /// [`Migration::cancel`](super::Migration::cancel) was called.
+    /// [`SenderHandle::cancel`](super::SenderHandle::cancel) was called.
     #[error("Migration was cancelled")]
     Cancelled,
     /// The policy gave up.
@@ -98,7 +94,7 @@ pub enum SendError {
     /// The VM stood still for too long before the receiver could be told to run it.
     #[error("VM stood still for {limit_ms} ms, and the receiver did not have all of it yet")]
     SwitchoverTimedOut {
-        /// How long it may: see [`Limits::switchover_timeout`](crate::transfer::limits::Limits::switchover_timeout).
+        /// How long it may: see [`PeerLimits::switchover_timeout`](crate::transfer::limits::PeerLimits::switchover_timeout).
         limit_ms: u128,
     },
     /// The connection failed, or the receiver broke the protocol or refused.
@@ -134,7 +130,7 @@ pub enum SendError {
     OtherDevices(#[from] IdentityMismatch),
     /// State is larger than it may be; where devices say so themselves, the VM was not stopped for it.
     #[error(
-        "State takes {} or more, of which {} in base64 are device state, and the limit is {} (Limits::state_bytes)",
+        "State takes {} or more, of which {} in base64 are device state, and the limit is {} (PeerLimits::state_bytes)",
         Count(.state_bytes, "byte"),
         Count(.device_bytes, "byte"),
         Count(.limit_bytes, "byte")

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::progress::{Migration, Progress, SourceProgress};
+use super::progress::{Progress, SenderHandle, SourceProgress};
 use super::rates::{Bandwidth, Reported, SourceRates, rate};
 use super::restorable_vm::Standing;
 use super::tracking::Tracking;
@@ -27,7 +27,7 @@ const TELLING_STREAM_BYTES: u64 = 8 << 20;
 /// Counts rounds, measures rates, and shows both as the migration's progress.
 #[derive(Debug)]
 pub(super) struct Meter<'a> {
-    migration: &'a Migration,
+    migration: &'a SenderHandle,
     policy: Policy,
     began: Instant,
     rounds: u32,
@@ -54,7 +54,7 @@ pub(super) struct Meter<'a> {
 
 impl<'a> Meter<'a> {
     /// Begins with what the sources have reported already.
-    pub(super) fn new(migration: &'a Migration, policy: Policy, tracking: &Tracking<'_>) -> Self {
+    pub(super) fn new(migration: &'a SenderHandle, policy: Policy, tracking: &Tracking<'_>) -> Self {
         let tracker = tracking.look();
         let before = tracker.attribution().map(|(id, pages)| (id.to_owned(), pages)).collect();
         let now = Instant::now();

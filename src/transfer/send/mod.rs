@@ -54,36 +54,44 @@ pub use error::{SendError, SendStep, SourceVm, VmOperation};
 pub use exchange::PeerError;
 pub use options::{SendOptions, SendOptionsError};
 pub use pinning::{MissedBecause, MissedDowntime, PinningReceiver, Populated};
-pub use progress::{Degradation, Migration, Phase, Progress, SourceProgress};
+pub use progress::{Phase, Progress, SendDegradation, SenderHandle, SourceProgress};
 pub use sent::Sent;
 
 /// Sends VMs.
 ///
 /// ```
 /// use std::sync::Mutex;
+/// use std::time::Duration;
 /// use vfio_migration::{device::DeviceSet, tracker::Tracker, vm::Vm};
-/// use vfio_migration::transfer::{Migration, SendError, SendOptions, Sender, Sent};
+/// use vfio_migration::transfer::{SenderHandle, SendError, SendOptions, Sender, Sent};
 ///
 /// fn move_away(
 ///     vm: &mut impl Vm,
 ///     tracker: &Mutex<Tracker>,
 ///     devices: &Mutex<DeviceSet>,
-///     migration: &Migration,
+///     watch: impl FnOnce(SenderHandle),
 /// ) -> Result<Sent, SendError> {
-///     let mut options = SendOptions::new("tcp:destination:4444".parse().expect("a URL"));
-///     options.downtime_ms = 100;
-///     Sender::new(options).send(vm, tracker, devices, migration)
+///     let options = SendOptions::new("tcp:destination:4444".parse().expect("a URL"));
+///     let sender = Sender::new(options.downtime(Duration::from_millis(100)));
+///     watch(sender.handle());
+///     sender.send(vm, tracker, devices)
 /// }
 /// ```
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Sender {
     options: SendOptions,
+    handle: SenderHandle,
 }
 
 impl Sender {
-    /// Makes a sender; [`Sender::send`] refuses options out of their bounds.
+    /// Makes a sender for one migration.
     pub fn new(options: SendOptions) -> Self {
-        Self { options }
+        Self { options, handle: SenderHandle::default() }
+    }
+
+    /// Returns what cancels and measures the migration from any thread.
+    pub fn handle(&self) -> SenderHandle {
+        self.handle.clone()
     }
 
     /// Moves the running VM to the receiver; on success it stands still here, with no log running.
@@ -93,16 +101,15 @@ impl Sender {
     /// while they are moved, asked or read.
     ///
     /// # Errors
-    /// An option is out of its bounds, or anything fails. The VM runs on here, its logs off, and may be sent again to another receiver, which then gets every page anew. The two
-    /// exceptions are told by [`SendError::source_vm`].
+    /// Anything fails. The VM runs on here, its logs off, and may be sent again to another receiver, which then gets every page
+    /// anew. The two exceptions are told by [`SendError::source_vm`].
     pub fn send<V: Vm>(
-        &self,
+        self,
         vm: &mut V,
         tracker: &Mutex<Tracker>,
         devices: &Mutex<DeviceSet>,
-        migration: &Migration,
     ) -> Result<Sent, SendError> {
-        self.options.check()?;
-        Session::new(&self.options, vm, tracker, devices, migration).migrate()
+        let options = self.options.for_vm(vm.can_throttle());
+        Session::new(&options, vm, tracker, devices, &self.handle).migrate()
     }
 }

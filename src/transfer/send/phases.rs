@@ -15,12 +15,12 @@ use super::meter::Meter;
 use super::options::SendOptions;
 use super::payload::StatePayload;
 use super::pinning::Pinning;
-use super::progress::{Migration, Phase};
+use super::progress::{Phase, SenderHandle};
 use super::restorable_vm::RestorableVm;
 use super::sent::Sent;
 use super::tracking::Tracking;
 use crate::device::{DeviceSet, compare_identities};
-use crate::precopy::{Decision, Observation, Policy};
+use crate::precopy::{Decision, Observation, millis};
 use crate::tracker::Tracker;
 use crate::transfer::frame::Features;
 use crate::units::Bytes;
@@ -35,8 +35,7 @@ const IDLE_PAUSE: Duration = Duration::from_millis(10);
 /// One attempt to move a VM: who takes part, and what is measured.
 pub(super) struct Session<'a, V: Vm> {
     options: &'a SendOptions,
-    policy: Policy,
-    migration: &'a Migration,
+    migration: &'a SenderHandle,
     vm: RestorableVm<'a, V>,
     devices: DevicePrecopy<'a>,
     tracking: Tracking<'a>,
@@ -51,18 +50,16 @@ impl<'a, V: Vm> Session<'a, V> {
         vm: &'a mut V,
         tracker: &'a Mutex<Tracker>,
         devices: &'a Mutex<DeviceSet>,
-        migration: &'a Migration,
+        migration: &'a SenderHandle,
     ) -> Self {
-        let policy = options.policy(vm.can_throttle());
         let tracking = Tracking::new(tracker, migration);
         Self {
             options,
-            policy,
             migration,
             vm: RestorableVm::new(vm, options.complete_paused),
             devices: DevicePrecopy::new(devices, migration, options.limits.state_bytes),
             pinning: Pinning::new(options.pinning_receiver, options.receiver_reads_zero),
-            meter: Meter::new(migration, policy, &tracking),
+            meter: Meter::new(migration, options.policy, &tracking),
             tracking,
             clock: DowntimeClock::default(),
         }
@@ -144,15 +141,7 @@ impl<'a, V: Vm> Session<'a, V> {
         let connections = control.open_connections()?;
         let may_leave_out = self.pinning.may_leave_out();
         let (vm, tracking) = (&self.vm, &self.tracking);
-        let copier = Copier::start(
-            connections,
-            self.options,
-            self.policy,
-            may_leave_out,
-            vm,
-            tracking,
-            self.migration,
-        );
+        let copier = Copier::start(connections, self.options, may_leave_out, vm, tracking, self.migration);
         let mut copier = copier?;
         let copied = self.copy_until_stopped(&mut copier);
         let taken_back = control.take_back(copier.stop());
@@ -188,11 +177,15 @@ impl<'a, V: Vm> Session<'a, V> {
             if self.options.complete_paused {
                 return Ok(());
             }
-            let decision = match self.policy.decide(&seen) {
+            let decision = match self.options.policy.decide(&seen) {
                 // Devices may have begun another piece of their state that they want read first (C37).
                 Decision::SwitchOver { .. } => {
                     let devices = self.devices.estimate_anew()?;
-                    self.policy.decide(&self.meter.observe(&self.tracking, self.vm.standing(), devices))
+                    self.options.policy.decide(&self.meter.observe(
+                        &self.tracking,
+                        self.vm.standing(),
+                        devices,
+                    ))
                 }
                 decision => decision,
             };
@@ -240,7 +233,7 @@ impl<'a, V: Vm> Session<'a, V> {
         if self.options.complete_paused {
             return Ok(true);
         }
-        match self.policy.confirm(&seen) {
+        match self.options.policy.confirm(&seen) {
             Decision::SwitchOver { .. } => Ok(true),
             Decision::Cancel { reason } => Err(SendError::GivenUp(reason)),
             Decision::Continue | Decision::ContinueThrottled(_) => Ok(false),
@@ -312,7 +305,11 @@ impl<'a, V: Vm> Session<'a, V> {
         let downtime_exceeded = self.options.is_exceeded_by(downtime);
         if downtime_exceeded {
             let progress = self.migration.progress();
-            self.migration.degrade(self.pinning.explain(downtime, self.options.downtime_ms, &progress));
+            self.migration.degrade(self.pinning.explain(
+                downtime,
+                millis(self.options.policy.downtime),
+                &progress,
+            ));
         }
         let progress = self.migration.progress();
         Sent {

@@ -60,14 +60,14 @@ pub struct SourceProgress {
 
 /// Something that failed while the migration went on: a source, whose pages then all count as dirty, or a device's PRE_COPY.
 #[derive(Debug, Clone)]
-pub struct Degradation {
+pub struct SendDegradation {
     /// The failure, as it came the last time.
     pub error: Arc<dyn Error + Send + Sync>,
     /// How often it came.
     pub times: u64,
 }
 
-impl fmt::Display for Degradation {
+impl fmt::Display for SendDegradation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.times {
             1 => self.error.fmt(f),
@@ -107,7 +107,7 @@ pub struct Progress {
     /// Who dirtied what, as of the last round.
     pub sources: Vec<SourceProgress>,
     /// What failed on the way.
-    pub degradations: Vec<Degradation>,
+    pub degradations: Vec<SendDegradation>,
     /// Whether it will come to the switchover; as of the last round.
     pub forecast: Forecast,
 }
@@ -140,18 +140,18 @@ struct Shared {
 /// One handle serves one attempt; a second attempt takes a new one.
 ///
 /// ```
-/// use vfio_migration::transfer::{Migration, Phase};
-/// let migration = Migration::new();
+/// use vfio_migration::transfer::{SenderHandle, Phase};
+/// let migration = SenderHandle::new();
 /// let watcher = migration.clone();
 /// assert!(std::thread::spawn(move || watcher.cancel()).join().unwrap());
 /// assert_eq!(migration.progress().phase, Phase::Idle);
 /// ```
 #[derive(Clone, Default)]
-pub struct Migration {
+pub struct SenderHandle {
     shared: Arc<Shared>,
 }
 
-impl Migration {
+impl SenderHandle {
     /// Makes the handle for one attempt.
     pub fn new() -> Self {
         Self::default()
@@ -187,7 +187,7 @@ impl Migration {
         progress
     }
 
-    /// Whether [`Migration::cancel`] was called in time.
+    /// Whether [`SenderHandle::cancel`] was called in time.
     pub fn is_cancelled(&self) -> bool {
         self.shared.cancelled.load(Ordering::Acquire)
     }
@@ -252,13 +252,13 @@ impl Migration {
             }
             None => {
                 log::warn!("{message}; the migration goes on");
-                progress.degradations.push(Degradation { error: Arc::new(error), times: 1 });
+                progress.degradations.push(SendDegradation { error: Arc::new(error), times: 1 });
             }
         }
     }
 }
 
-impl fmt::Debug for Migration {
+impl fmt::Debug for SenderHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_struct("Migration");
         debug.field("cancelled", &self.is_cancelled()).field("progress", &self.progress()).finish()
@@ -281,7 +281,7 @@ mod tests {
 
     #[test]
     fn cancel_interrupts_blocking_work() {
-        let migration = Migration::new();
+        let migration = SenderHandle::new();
         let (wake, asleep) = mpsc::channel::<()>();
         let canceller = migration.clone();
         let outcome = migration.interruptible(
@@ -298,18 +298,18 @@ mod tests {
 
     #[test]
     fn past_the_point_of_no_return_cancel_does_nothing() {
-        let migration = Migration::new();
+        let migration = SenderHandle::new();
         migration.pass_return().unwrap();
         assert!(!migration.cancel());
         assert!(!migration.is_cancelled());
-        let cancelled = Migration::new();
+        let cancelled = SenderHandle::new();
         assert!(cancelled.cancel());
         assert_eq!(cancelled.pass_return(), Err(Cancelled));
     }
 
     #[test]
     fn repeated_failures_of_a_source_are_one_degradation() {
-        let migration = Migration::new();
+        let migration = SenderHandle::new();
         for operation in [Operation::Collect, Operation::Collect, Operation::BeforeRead] {
             migration.degrade(SourceError::new("kvm-log", operation, "broken"));
         }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The rate limit of the running VM's memory, [`SendOptions::bandwidth`](super::SendOptions::bandwidth). Instants come in; no clock
-//! here.
+//! The rate limit of the running VM's memory, [`SendOptions::rate_limit`](super::SendOptions::rate_limit). Instants come in; no
+//! clock here.
 
+use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
 use super::rates::to_float;
@@ -13,12 +14,12 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 /// A rate limit on guest memory: spreads bytes over time.
 #[derive(Debug)]
 pub(super) struct RateLimit {
-    bytes_per_second: u64,
+    bytes_per_second: NonZeroU64,
     free_at: Option<Instant>,
 }
 
 impl RateLimit {
-    pub(super) fn new(bytes_per_second: u64) -> Self {
+    pub(super) fn new(bytes_per_second: NonZeroU64) -> Self {
         Self { bytes_per_second, free_at: None }
     }
 
@@ -40,7 +41,7 @@ impl RateLimit {
     }
 
     fn time_of(&self, bytes: u64) -> Duration {
-        let seconds = to_float(bytes) / to_float(self.bytes_per_second.max(1));
+        let seconds = to_float(bytes) / to_float(self.bytes_per_second.get());
         Duration::from_secs_f64(seconds.min(LONGEST_WAIT.as_secs_f64()))
     }
 }
@@ -52,7 +53,7 @@ mod tests {
     #[test]
     fn a_rate_limit_is_kept_and_saves_nothing_up() {
         let start = Instant::now();
-        let mut limit = RateLimit::new(1000);
+        let mut limit = RateLimit::new(NonZeroU64::new(1000).unwrap());
         assert_eq!(limit.wait(start), Duration::ZERO);
         limit.spend(500, start);
         limit.spend(700, start);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::downtime::DowntimeParts;
 use super::pinning::Populated;
-use super::progress::{Degradation, SourceProgress};
+use super::progress::{SendDegradation, SourceProgress};
 use crate::precopy::Forecast;
 
 /// A VM that moved.
@@ -42,7 +42,7 @@ pub struct Sent {
     /// Of these, bytes that were read while the devices ran.
     pub device_precopy_bytes: u64,
     /// What failed on the way.
-    pub degradations: Vec<Degradation>,
+    pub degradations: Vec<SendDegradation>,
     /// Switchovers that were begun and taken back.
     pub back_outs: u32,
     /// Share of their time that the vCPUs had lost in the end.

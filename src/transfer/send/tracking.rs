@@ -8,7 +8,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
 use super::error::SendError;
-use super::progress::Migration;
+use super::progress::SenderHandle;
 use crate::ledger::{Chunk, ChunkLimits, CursorId, Outstanding, Start};
 use crate::source::{SourceError, choose};
 use crate::sync::lock;
@@ -29,13 +29,13 @@ struct StandingPages {
 /// The tracker, locked for one step at a time, and the cursor of the receiver.
 pub(super) struct Tracking<'a> {
     tracker: &'a Mutex<Tracker>,
-    migration: &'a Migration,
+    migration: &'a SenderHandle,
     /// `None` before the sources are on, and after they are off.
     cursor: Option<CursorId>,
 }
 
 impl<'a> Tracking<'a> {
-    pub(super) fn new(tracker: &'a Mutex<Tracker>, migration: &'a Migration) -> Self {
+    pub(super) fn new(tracker: &'a Mutex<Tracker>, migration: &'a SenderHandle) -> Self {
         Self { tracker, migration, cursor: None }
     }
 

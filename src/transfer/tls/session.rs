@@ -9,7 +9,7 @@ use rustls::{ClientConnection, ConnectionCommon, ServerConnection, SideData, Str
 
 use super::{ClientTls, ServerTls, explain};
 use crate::transfer::connection::{ConnectionError, Line, Look};
-use crate::transfer::limits::Limits;
+use crate::transfer::limits::PeerLimits;
 
 /// A connection under TLS, its handshake done.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ impl Session {
         host: &str,
         line: Line,
         peer: &str,
-        limits: &Limits,
+        limits: &PeerLimits,
     ) -> Result<Self, ConnectionError> {
         let session = tls.session(host).ok_or_else(|| ConnectionError::ServerName { host: host.into() })?;
         let session = session.map_err(|error| handshake_error(peer, io::Error::other(error)))?;
@@ -46,7 +46,7 @@ impl Session {
         tls: &ServerTls,
         line: Line,
         peer: &str,
-        limits: &Limits,
+        limits: &PeerLimits,
     ) -> Result<Self, ConnectionError> {
         let session = tls.session().map_err(|error| handshake_error(peer, io::Error::other(error)))?;
         let mut stream = Box::new(StreamOwned::new(session, line));
@@ -117,7 +117,7 @@ impl Write for Session {
 }
 
 /// Brings a handshake to its end within its time.
-fn shake_hands<C, S>(stream: &mut StreamOwned<C, Line>, limits: &Limits) -> io::Result<()>
+fn shake_hands<C, S>(stream: &mut StreamOwned<C, Line>, limits: &PeerLimits) -> io::Result<()>
 where
     C: DerefMut<Target = ConnectionCommon<S>>,
     S: SideData,
@@ -155,7 +155,7 @@ fn settle(
     outcome: io::Result<()>,
     line: &mut Line,
     peer: &str,
-    limits: &Limits,
+    limits: &PeerLimits,
 ) -> Result<(), ConnectionError> {
     match outcome {
         Ok(()) => {
