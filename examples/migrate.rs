@@ -156,9 +156,9 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     assert_eq!(source.0.save(), stopped_at, "it runs at the destination alone");
     println!(
         "Moved in {} rounds with {:.1} ms of downtime; {} of {RAM_BYTES} bytes were never written and left out",
-        sent.rounds,
+        sent.progress.round,
         sent.downtime.as_secs_f64() * 1e3,
-        sent.skipped_hole_bytes
+        sent.progress.skipped_hole_bytes
     );
     println!("The vCPU went on at step {stopped_at} and found each page as it had left it");
     Ok(())

@@ -206,7 +206,7 @@ fn medians(source: &Arc<Memory>) -> [Duration; 3] {
         downtimes[RUNS / 2]
     };
     let medians @ [asked, all, unheeded] = runs.each_ref().map(|sent| median(sent));
-    let [asked_bytes, all_bytes, _] = runs.each_ref().map(|sent| sent[0].bytes_sent);
+    let [asked_bytes, all_bytes, _] = runs.each_ref().map(|sent| sent[0].progress.sent_bytes);
     eprintln!(
         "{} MiB: median downtime {asked:?} populated ({asked_bytes} bytes), {all:?} all sent ({all_bytes} bytes), {unheeded:?} left out",
         ram_bytes() / MIB

@@ -31,7 +31,7 @@ fn ratio(way: Way, sparse: &Arc<Memory>, full: &Arc<Memory>) -> f64 {
     let ratio = little.as_secs_f64() / all.as_secs_f64();
     println!(
         "  {way:<7}  sparse {little:.1?} ({} MiB of holes left out)  full {all:.1?}  ratio {ratio:.4}",
-        sent.skipped_hole_bytes >> 20
+        sent.progress.skipped_hole_bytes >> 20
     );
     ratio
 }

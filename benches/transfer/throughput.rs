@@ -35,7 +35,7 @@ pub(crate) fn holds() -> bool {
     };
     let ours = |way| {
         let (took, sent) = migrate(way, &source, &mut Vmm::new(memory(&ranges_of(&source))));
-        assert!(sent.bytes_sent >= BYTES);
+        assert!(sent.progress.sent_bytes >= BYTES);
         took
     };
     Race { bytes: BYTES, plain: &plain, ours: &ours, encrypts: true }.is_won()

@@ -151,18 +151,18 @@ fn tell_progress(migration: &SenderHandle, output: &mut Output) {
         round: progress.round,
         ram_bytes: progress.ram_bytes,
         sent_bytes: progress.sent_bytes,
-        skipped_bytes: progress.skipped_hole_bytes + progress.skipped_zero_bytes,
-        left_bytes: progress.left_bytes,
-        bytes_per_second: progress.bandwidth,
+        skipped_bytes: progress.skipped_bytes(),
+        left_bytes: progress.left_bytes(),
+        bytes_per_second: progress.seen.bandwidth,
     };
-    let done = progress.ram_bytes.saturating_sub(progress.left_bytes);
+    let done = progress.ram_bytes.saturating_sub(progress.left_bytes());
     output.progress(&event, done, Some(progress.ram_bytes), || {
         format!(
             "{}, sent {}, left {}, {}/s",
             progress.phase,
             HumanBytes(progress.sent_bytes),
-            HumanBytes(progress.left_bytes),
-            HumanBytes(progress.bandwidth),
+            HumanBytes(progress.left_bytes()),
+            HumanBytes(progress.seen.bandwidth),
         )
     });
 }
@@ -170,9 +170,9 @@ fn tell_progress(migration: &SenderHandle, output: &mut Output) {
 fn tell_sent(arguments: &SendArguments, sent: &Sent, output: &mut Output) {
     let event = Event::Sent {
         url: arguments.url.to_string(),
-        sent_bytes: sent.bytes_sent,
-        skipped_bytes: sent.skipped_hole_bytes + sent.skipped_zero_bytes,
-        rounds: sent.rounds,
+        sent_bytes: sent.progress.sent_bytes,
+        skipped_bytes: sent.progress.skipped_bytes(),
+        rounds: sent.progress.round,
         total_ms: sent.total.as_millis(),
     };
     output.result(&event, || {
@@ -181,10 +181,10 @@ fn tell_sent(arguments: &SendArguments, sent: &Sent, output: &mut Output) {
             "Sent {} to {}, where the VM {state} now: {} in {:.1} s; holes of {} and zeros of {} left out",
             arguments.from.display(),
             arguments.url,
-            HumanBytes(sent.bytes_sent),
+            HumanBytes(sent.progress.sent_bytes),
             sent.total.as_secs_f64(),
-            HumanBytes(sent.skipped_hole_bytes),
-            HumanBytes(sent.skipped_zero_bytes),
+            HumanBytes(sent.progress.skipped_hole_bytes),
+            HumanBytes(sent.progress.skipped_zero_bytes),
         )
     });
 }

@@ -191,8 +191,8 @@ fn moved(size: Size, names: &Names, pinning_receiver: PinningReceiver) -> Sent {
     eprintln!(
         "{pinning_receiver:?}: downtime {} ms, {} KiB sent, {} MiB left out",
         sent.downtime.as_millis(),
-        sent.bytes_sent >> 10,
-        (sent.skipped_hole_bytes + sent.skipped_zero_bytes) >> 20
+        sent.progress.sent_bytes >> 10,
+        (sent.progress.skipped_bytes()) >> 20
     );
     sent
 }
@@ -210,7 +210,7 @@ fn medians(size: Size, names: &Names) -> [Duration; 2] {
         let all = moved(size, names, PinningReceiver::SendAll);
         let prefault = moved(size, names, PinningReceiver::Prefault);
         assert_eq!((all.populated, prefault.populated), (Populated::Sender, Populated::Receiver));
-        let ratio = prefault.bytes_sent as f64 / all.bytes_sent as f64;
+        let ratio = prefault.progress.sent_bytes as f64 / all.progress.sent_bytes as f64;
         assert!(ratio <= 0.3, "{ratio:.3} of the bytes were sent");
         downtimes[0].push(all.downtime);
         downtimes[1].push(prefault.downtime);

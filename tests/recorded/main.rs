@@ -213,7 +213,7 @@ fn a_running_vm_is_recorded(way: Way) {
     let first_pass: u64 = PAGES * PAGE;
     let bytes = exchange.memory().iter().map(|request| request.pages.len() as u64).sum::<u64>();
     assert_eq!(bytes, received.memory_bytes);
-    assert!(bytes > first_pass && sent.rounds > 1);
+    assert!(bytes > first_pass && sent.progress.round > 1);
     if encrypted {
         exchange.assert_one_chunk_at_a_time();
     }

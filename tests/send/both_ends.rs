@@ -92,7 +92,7 @@ fn a_busy_vm_arrives(url: &Url, connections: u64, tls: Option<(ClientTls, Server
     assert!(received.confirmed && !received.paused);
     if !encrypted {
         let roles = if connections > 1 { 2 * connections } else { 0 };
-        assert_eq!(sent.bytes_sent + roles, received.received_bytes);
+        assert_eq!(sent.progress.sent_bytes + roles, received.received_bytes);
     }
 }
 

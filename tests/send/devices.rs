@@ -60,7 +60,10 @@ fn c45_a_device_that_tells_its_whole_size_moves_within_a_limit_that_it_fits() {
         moved(&mut vm, &machine, options).ok()
     });
     let sent = sent.expect("the device fits the limit");
-    assert_eq!((sent.device_state_bytes, sent.device_precopy_bytes, sent.back_outs), (20 * MIB, 10 * MIB, 0));
+    assert_eq!(
+        (sent.device_state_bytes, sent.device_precopy_bytes, sent.progress.seen.back_outs),
+        (20 * MIB, 10 * MIB, 0)
+    );
 }
 
 #[test]
@@ -193,7 +196,7 @@ fn c54_pinned_pages_neither_hold_a_migration_up_nor_slow_the_vcpus_down() {
     };
     assert_eq!(bytes, 512 * PAGE);
     let sent = pinned(1000).unwrap();
-    let [degradation] = &sent.degradations[..] else { panic!("{:?}", sent.degradations) };
+    let [degradation] = &sent.progress.degradations[..] else { panic!("{:?}", sent.progress.degradations) };
     assert!(degradation.to_string().starts_with("Pages that pins reports stay pinned"), "{degradation}");
 }
 
@@ -222,7 +225,7 @@ fn c67_a_vm_with_devices_has_its_receivers_memory_populated_or_all_of_it_sent() 
         let (transcript, _) = peer.end();
         assert_eq!(transcript.of(CONFIG)[0].payload, config);
         assert_eq!(sent.populated, populated);
-        let left_out = sent.skipped_hole_bytes > 0;
+        let left_out = sent.progress.skipped_hole_bytes > 0;
         assert_eq!(left_out, populated != Populated::Sender, "{pinning_receiver:?}");
         assert_eq!(transcript.pages.len() as u64 == PAGES, !left_out);
     }
@@ -236,7 +239,7 @@ fn c67_a_vm_without_devices_is_sent_as_it_is() {
     let sent = moved(&mut vm, &machine, options(&peer)).unwrap();
     assert_eq!(sent.populated, Populated::Nobody);
     assert_eq!(peer.end().0.of(CONFIG)[0].payload, br#"{"vm_config":{"memory":{}}}"#);
-    assert!(sent.skipped_hole_bytes > (PAGES - 80) * PAGE);
+    assert!(sent.progress.skipped_hole_bytes > (PAGES - 80) * PAGE);
 }
 
 /// The log of a device whose state the VMM moves itself: nothing is written.
@@ -290,7 +293,7 @@ fn c67_a_vm_whose_vmm_moves_its_devices_itself_has_devices_too() {
         let mut vm = hollow_vm();
         let peer = Peer::unix(Fault::SlowState(Duration::from_millis(400)));
         let sent = moved(&mut vm, &machine, pinning(&peer, PinningReceiver::Unheeded)).unwrap();
-        let told = sent.degradations.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let told = sent.progress.degradations.iter().map(ToString::to_string).collect::<Vec<_>>();
         assert!(told.iter().any(|text| text.contains("SendOptions::pinning_receiver")), "{told:?}");
     }
 }
@@ -305,7 +308,7 @@ fn c67_a_config_that_cannot_ask_has_all_pages_sent() {
         let sent = moved(&mut vm, &machine, options(&peer)).unwrap();
         let (transcript, _) = peer.end();
         assert_eq!(transcript.of(CONFIG)[0].payload, config.as_bytes());
-        assert_eq!((sent.populated, sent.skipped_hole_bytes), (Populated::Sender, 0));
+        assert_eq!((sent.populated, sent.progress.skipped_hole_bytes), (Populated::Sender, 0));
         assert_eq!(transcript.pages.len() as u64, PAGES);
     }
 }
@@ -321,7 +324,9 @@ fn c67_a_missed_downtime_is_a_degradation_that_says_why() {
         let machine = with_device(&vm, b"a state", |_| ());
         let peer = Peer::unix(Fault::SlowState(Duration::from_millis(400)));
         let sent = moved(&mut vm, &machine, pinning(&peer, pinning_receiver)).unwrap();
-        let [degradation] = &sent.degradations[..] else { panic!("{:?}", sent.degradations) };
+        let [degradation] = &sent.progress.degradations[..] else {
+            panic!("{:?}", sent.progress.degradations)
+        };
         let text = degradation.to_string();
         assert!(text.contains("and 300 ms were allowed") && text.contains(reason), "{text}");
         assert!(sent.downtime_exceeded);

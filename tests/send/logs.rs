@@ -79,7 +79,7 @@ fn a_migration_logs_a_line_for_each_phase_and_round_and_none_for_a_chunk() {
     assert!(holds(&["VM stopped after"]), "{infos:#?}");
     assert!(holds(&["the last one: sent"]), "{infos:#?}");
     assert!(holds(&["VM moved", "downtime", "devices stop", "complete"]), "{infos:#?}");
-    assert_eq!(infos.len(), 4 + sent.rounds as usize, "{infos:#?}");
+    assert_eq!(infos.len(), 4 + sent.progress.round as usize, "{infos:#?}");
     assert!(lines.len() < 40, "{lines:#?}");
     assert!(!of_level(&lines, Level::Debug).is_empty());
 }

@@ -61,7 +61,7 @@ fn c04_a_quiet_vm_is_sent_byte_for_byte_with_what_its_capture_wrote() {
         message(COMPLETE, &[]),
     ];
     assert!(transcript.raw == expected.concat(), "the recorded exchange is not the one described");
-    assert_eq!(sent.bytes_sent, transcript.raw.len() as u64);
+    assert_eq!(sent.progress.sent_bytes, transcript.raw.len() as u64);
     assert_eq!(sent.device_state_bytes, 0);
     let state: serde_json::Value = serde_json::from_slice(&transcript.of(STATE)[0].payload).unwrap();
     assert!(state["snapshots"]["devices"].is_object(), "{state}");
@@ -116,10 +116,10 @@ fn a_busy_vm_moves(peer: Peer, connections: u64) {
         assert_eq!(passes[0].iter().map(|range| range.1).sum::<u64>(), PAGES * PAGE, "first pass is all RAM");
         // One more for what the capture wrote.
         assert!(
-            passes.len() <= sent.rounds as usize + 1,
+            passes.len() <= sent.progress.round as usize + 1,
             "{} passes in {} rounds",
             passes.len(),
-            sent.rounds
+            sent.progress.round
         );
     } else {
         assert_eq!(main.len(), 1, "only what the capture wrote goes over the control connection");
@@ -132,9 +132,9 @@ fn a_busy_vm_moves(peer: Peer, connections: u64) {
     let progress = migration.progress();
     assert_eq!(progress.phase, Phase::Completed);
     assert_eq!(progress.sent_bytes, progress.acknowledged_bytes);
-    assert!(sent.rounds >= 2 && sent.unique_dirty_bytes > 0 && sent.downtime < sent.total);
-    assert_eq!(sent.sources.len(), 1);
-    assert!(sent.sources[0].attribution.pages > 0);
+    assert!(sent.progress.round >= 2 && sent.unique_dirty_bytes > 0 && sent.downtime < sent.total);
+    assert_eq!(sent.progress.sources.len(), 1);
+    assert!(sent.progress.sources[0].attribution.pages > 0);
 }
 
 #[test]

@@ -91,7 +91,7 @@ fn a_switchover_that_turns_out_too_long_is_taken_back() {
     let peer = Peer::unix(Fault::Slow(Duration::from_millis(10)));
     let options = options(&peer).downtime(Duration::from_millis(60));
     let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
-    assert_eq!(sent.back_outs, 1);
+    assert_eq!(sent.progress.seen.back_outs, 1);
     let log = log_of(&vm.log);
     assert_eq!(log, ["source on", "pause", "resume", "pause", "state", "source off"]);
     peer.end().0.assert_equals(&vm);
@@ -114,7 +114,11 @@ fn a_device_state_beyond_the_limit_is_refused_early_or_sent_with_a_remark() {
         .max_rounds(Some(8));
     let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     assert!(sent.downtime_exceeded, "{:?}", sent.downtime);
-    assert!(matches!(sent.forecast, Forecast::Stuck(Blame::DeviceState { .. })), "{}", sent.forecast);
+    assert!(
+        matches!(sent.progress.forecast, Forecast::Stuck(Blame::DeviceState { .. })),
+        "{}",
+        sent.progress.forecast
+    );
     peer.end().0.assert_equals(&vm);
 }
 

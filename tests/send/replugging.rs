@@ -183,5 +183,5 @@ fn ram_that_comes_and_goes_all_the_time_upsets_no_figures() {
         },
     );
     vmm.assert_arrived(&transcript);
-    assert!(sent.rounds > 20, "{} rounds", sent.rounds);
+    assert!(sent.progress.round > 20, "{} rounds", sent.progress.round);
 }

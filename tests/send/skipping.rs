@@ -118,8 +118,8 @@ fn holes_and_zeros_stay_at_home_and_are_counted() {
     let mut vm = sparse_vm();
     let meddler = Meddler::idle(&vm);
     let (sent, transcript) = send_to_peer(&mut vm, meddler, true);
-    assert_eq!(sent.skipped_zero_bytes, PAGE);
-    assert_eq!(sent.skipped_hole_bytes, (PAGES - 3) * PAGE);
+    assert_eq!(sent.progress.skipped_zero_bytes, PAGE);
+    assert_eq!(sent.progress.skipped_hole_bytes, (PAGES - 3) * PAGE);
     // Page 3 is what the capture writes.
     let on_the_wire: Vec<_> = (0..PAGES).filter(|&page| times_sent(&transcript, page) > 0).collect();
     assert_eq!(on_the_wire, [DATA, 3, ANCHOR]);
@@ -130,7 +130,7 @@ fn a_receiver_that_may_not_read_zero_gets_everything() {
     let mut vm = sparse_vm();
     let meddler = Meddler::idle(&vm);
     let (sent, transcript) = send_to_peer(&mut vm, meddler, false);
-    assert_eq!((sent.skipped_hole_bytes, sent.skipped_zero_bytes), (0, 0));
+    assert_eq!((sent.progress.skipped_hole_bytes, sent.progress.skipped_zero_bytes), (0, 0));
     transcript.assert_equals(&vm);
 }
 
@@ -180,7 +180,7 @@ fn a_vm_that_is_one_hole_is_moved_within_its_downtime() {
     let peer = Peer::unix(Fault::None);
     let sent = Sender::new(options(&peer)).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     peer.end().1.unwrap();
-    assert_eq!(sent.skipped_hole_bytes, PAGES * PAGE - (256 << 10), "all but one chunk");
+    assert_eq!(sent.progress.skipped_hole_bytes, PAGES * PAGE - (256 << 10), "all but one chunk");
 }
 
 #[test]
@@ -219,7 +219,7 @@ fn what_a_first_pass_cut_short_did_not_reach_is_left_out_all_the_same() {
     assert!(times_sent(&transcript, DATA) > 1 && last_sent(&transcript, DATA) == 0);
     assert!((1..data_pages).all(|page| times_sent(&transcript, page) > 0));
     assert!((data_pages..PAGES).all(|page| times_sent(&transcript, page) == 0), "these are holes");
-    assert_eq!(sent.skipped_hole_bytes, (PAGES - data_pages) * PAGE);
+    assert_eq!(sent.progress.skipped_hole_bytes, (PAGES - data_pages) * PAGE);
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -260,7 +260,7 @@ proptest! {
         received.unwrap();
         let sent = sent.unwrap();
         vmm.assert_equals(&vm);
-        prop_assert!(sent.skipped_hole_bytes + sent.skipped_zero_bytes > 0);
+        prop_assert!(sent.progress.skipped_bytes() > 0);
     }
 }
 

@@ -22,7 +22,7 @@ fn a_failing_source_is_a_degradation_and_loses_nothing() {
     let sent = sender.send(&mut vm, &machine.tracker, &machine.devices).unwrap();
     peer.end().0.assert_equals(&vm);
     // A busy machine may miss the downtime limit, too.
-    for degradations in [sent.degradations, migration.progress().degradations] {
+    for degradations in [sent.progress.degradations, migration.progress().degradations] {
         let told: Vec<_> = degradations.iter().map(ToString::to_string).collect();
         let of_source: Vec<_> = told.iter().filter(|text| text.contains("scripted")).collect();
         assert_eq!(of_source, ["Dirty source scripted cannot report dirty pages (3 times)"]);
@@ -99,9 +99,9 @@ fn pages_of_an_imprecise_source_go_over_once_in_the_last_round() {
     let peer = Peer::unix(Fault::None);
     let options = options(&peer).downtime(Duration::from_millis(5000));
     let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
-    assert_eq!((sent.rounds, sent.back_outs), (2, 0));
-    assert_eq!(sent.degradations.len(), 1, "it is named as a degradation");
-    assert!(sent.degradations[0].error.to_string().contains("could have written"));
+    assert_eq!((sent.progress.round, sent.progress.seen.back_outs), (2, 0));
+    assert_eq!(sent.progress.degradations.len(), 1, "it is named as a degradation");
+    assert!(sent.progress.degradations[0].error.to_string().contains("could have written"));
     let (transcript, _) = peer.end();
     let bytes: u64 = transcript.of(MEMORY).iter().flat_map(|seen| &seen.table).map(|range| range.1).sum();
     assert_eq!(

@@ -52,7 +52,7 @@ impl Plan {
             .max_rounds(self.running_rounds)
             .complete_paused(self.running_rounds.is_none());
         let sent = Sender::new(options).send(&mut vm, &machine.tracker, &machine.devices).unwrap();
-        assert_eq!(sent.rounds as usize, self.rounds().len());
+        assert_eq!(sent.progress.round as usize, self.rounds().len());
         let (transcript, outcome) = peer.end();
         outcome.unwrap();
         transcript.assert_equals(&vm);

@@ -235,7 +235,7 @@ fn states_stream_over_one_and_over_four_connections_and_arrive_whole() {
         let bytes: usize = states.iter().map(Vec::len).sum();
         assert_eq!((sent.device_state_bytes, received.device_bytes), (bytes as u64, bytes as u64));
         assert!(sent.device_precopy_bytes > bytes as u64 * 2 / 5, "{sent:?}");
-        assert_eq!(sent.degradations.len(), 0, "{:?}", sent.degradations);
+        assert_eq!(sent.progress.degradations.len(), 0, "{:?}", sent.progress.degradations);
     }
 }
 

@@ -74,7 +74,7 @@ fn assert_all_filled(transcript: &Transcript, vm: &FakeVm) {
 fn assert_missing_pages_arrive(memory: Memory) {
     let Some(_handler) = Handler::serve(&both_regions(&memory), FILLING) else { return };
     let sent = assert_arrives_whole(FakeVm::with_memory(memory, 0));
-    assert_eq!(sent.skipped_hole_bytes, 0);
+    assert_eq!(sent.progress.skipped_hole_bytes, 0);
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn c49_only_what_is_registered_counts_as_filled() {
     outcome.unwrap();
     let filled = LOW.1 / PAGE / 2..LOW.1 / PAGE;
     assert!(filled.clone().all(|page| transcript.pages[&page_gpa(page)][0] == FILLING));
-    assert_eq!(sent.skipped_hole_bytes, (PAGES - filled.count() as u64) * PAGE);
+    assert_eq!(sent.progress.skipped_hole_bytes, (PAGES - filled.count() as u64) * PAGE);
 }
 
 #[test]
@@ -219,7 +219,7 @@ fn holes_of_a_stored_vm() -> u64 {
     let sender = Sender::new(options(&peer));
     let sent = sender.send(&mut vm, &tracker, &Mutex::default()).unwrap();
     peer.end().1.unwrap();
-    sent.skipped_hole_bytes
+    sent.progress.skipped_hole_bytes
 }
 
 #[test]

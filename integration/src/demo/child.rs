@@ -266,17 +266,17 @@ fn progress_of(migration: &SenderHandle) -> Progress {
         round: progress.round,
         sent_bytes: progress.sent_bytes,
         acknowledged_bytes: progress.acknowledged_bytes,
-        skipped_bytes: progress.skipped_hole_bytes + progress.skipped_zero_bytes,
-        left_bytes: progress.left_bytes,
-        bytes_per_second: progress.bandwidth,
-        expected_downtime_ms: progress.expected_downtime_ms,
+        skipped_bytes: progress.skipped_bytes(),
+        left_bytes: progress.left_bytes(),
+        bytes_per_second: progress.seen.bandwidth,
+        expected_downtime_ms: progress.expected_downtime_ms(),
     }
 }
 
 /// Tells that the VM stood still for longer than it should have, and why if that was foreseen.
 fn remark(sent: &Sent, downtime_ms: u64) -> Option<String> {
     let exceeded = format!("Downtime limit of {downtime_ms} ms exceeded");
-    sent.downtime_exceeded.then(|| match &sent.forecast {
+    sent.downtime_exceeded.then(|| match &sent.progress.forecast {
         Forecast::Stuck(Blame::DeviceState { .. }) => {
             format!("{exceeded}: device state of {} MiB is to blame", sent.device_state_bytes >> 20)
         }
@@ -292,19 +292,19 @@ fn figures_of(sent: &Sent, downtime_ms: u64) -> MigrationFigures {
         exclusive_pages: source.attribution.exclusive_pages,
     };
     MigrationFigures {
-        rounds: sent.rounds,
+        rounds: sent.progress.round,
         unique_dirty_bytes: sent.unique_dirty_bytes,
-        skipped_hole_bytes: sent.skipped_hole_bytes,
-        skipped_zero_bytes: sent.skipped_zero_bytes,
+        skipped_hole_bytes: sent.progress.skipped_hole_bytes,
+        skipped_zero_bytes: sent.progress.skipped_zero_bytes,
         downtime_us: micros(sent.downtime),
         downtime: downtime_of(&sent.downtime_parts),
         total_us: micros(sent.total),
-        sources: sent.sources.iter().map(source).collect(),
+        sources: sent.progress.sources.iter().map(source).collect(),
         device: DeviceReport {
             state_bytes: sent.device_state_bytes,
             precopy_bytes: sent.device_precopy_bytes,
         },
-        degradations: sent.degradations.iter().map(degradation).collect(),
+        degradations: sent.progress.degradations.iter().map(degradation).collect(),
         remark: remark(sent, downtime_ms),
     }
 }

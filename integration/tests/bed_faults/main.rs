@@ -57,7 +57,7 @@ const PINNED: &str = "Pages that container:mdev0 reports stay pinned: they are s
 /// What went wrong on the way of a VM that arrived, but for what the mdev pins and a missed downtime limit: on a busy host the
 /// emulated machine is too slow.
 fn degradations(sent: &Sent) -> Vec<String> {
-    let errors = sent.degradations.iter().map(|degradation| &*degradation.error);
+    let errors = sent.progress.degradations.iter().map(|degradation| &*degradation.error);
     let failed = errors.filter(|error| !error.is::<MissedDowntime>()).map(|error| chain(error));
     failed.filter(|error| error != PINNED).collect()
 }

@@ -50,7 +50,7 @@ pub(crate) fn restore(setup: MachineSetup, target: &Path) -> Health {
         transfer(&mut snapshot, &nothing, &mut vm, |options| options.complete_paused(true));
     received.unwrap();
     let sent = sent.unwrap();
-    assert!(sent.skipped_hole_bytes > 0, "holes of the file stay holes");
+    assert!(sent.progress.skipped_hole_bytes > 0, "holes of the file stay holes");
     devices.resume().unwrap();
     side.machine.start().unwrap();
     side.check(2).unwrap()

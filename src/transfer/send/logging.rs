@@ -61,8 +61,8 @@ pub(super) fn outcome(outcome: &Result<Sent, SendError>, rounds: u32) {
     match outcome {
         Ok(sent) => log::info!(
             "VM moved: {} in {} and {}; downtime {}: {}",
-            Bytes(sent.bytes_sent),
-            Count(&sent.rounds, "round"),
+            Bytes(sent.progress.sent_bytes),
+            Count(&sent.progress.round, "round"),
             Millis(sent.total),
             Millis(sent.downtime),
             sent.downtime_parts,

@@ -83,11 +83,6 @@ impl<'a> Meter<'a> {
         self.rounds
     }
 
-    /// Switchovers that were taken back.
-    pub(super) fn back_outs(&self) -> u32 {
-        self.back_outs
-    }
-
     /// Counts a switchover that was taken back.
     pub(super) fn count_back_out(&mut self) {
         self.back_outs += 1;
@@ -209,11 +204,7 @@ impl<'a> Meter<'a> {
     /// Shows how a round goes on.
     pub(super) fn show_left(&self, tracking: &Tracking<'_>) {
         let seen = self.glance(tracking);
-        self.migration.update(|progress| {
-            progress.left_bytes = seen.pending_bytes + seen.in_flight_bytes;
-            progress.bandwidth = seen.bandwidth;
-            progress.expected_downtime_ms = seen.expected_downtime_ms();
-        });
+        self.migration.update(|progress| progress.seen = seen);
     }
 
     /// Puts all that is known together, and shows it.
@@ -245,20 +236,11 @@ impl<'a> Meter<'a> {
     }
 
     fn show(&self, tracking: &Tracking<'_>) {
-        let seen = &self.seen;
-        let forecast = Forecast::new(&self.policy, seen, &self.source_rates.rates());
+        let seen = self.seen;
+        let forecast = Forecast::new(&self.policy, &seen, &self.source_rates.rates());
         let sources = self.attribution(tracking);
         self.migration.update(|progress| {
-            *progress = Progress {
-                left_bytes: seen.pending_bytes + seen.in_flight_bytes,
-                bandwidth: seen.bandwidth,
-                dirty_rate: seen.dirty_rate,
-                expected_downtime_ms: seen.expected_downtime_ms(),
-                throttle_percent: seen.throttle_percent,
-                sources,
-                forecast,
-                ..std::mem::take(progress)
-            };
+            *progress = Progress { seen, sources, forecast, ..std::mem::take(progress) };
         });
     }
 

@@ -311,25 +311,18 @@ impl<'a, V: Vm> Session<'a, V> {
                 &progress,
             ));
         }
-        let progress = self.migration.progress();
+        let sources = self.meter.attribution(&self.tracking);
+        self.migration.update(|progress| (progress.phase, progress.sources) = (Phase::Completed, sources));
         Sent {
-            rounds: self.meter.rounds(),
-            bytes_sent: progress.sent_bytes,
-            skipped_hole_bytes: progress.skipped_hole_bytes,
-            skipped_zero_bytes: progress.skipped_zero_bytes,
+            progress: self.migration.progress(),
             unique_dirty_bytes,
             downtime,
             downtime_parts,
             downtime_exceeded,
             populated: self.pinning.populated(),
-            forecast: progress.forecast,
             total,
-            sources: self.meter.attribution(&self.tracking),
             device_state_bytes,
             device_precopy_bytes,
-            degradations: progress.degradations,
-            back_outs: self.meter.back_outs(),
-            throttle_percent: self.vm.standing().throttle_percent,
         }
     }
 }

@@ -154,13 +154,13 @@ impl Pinning {
 
     /// Names why the VM stood still for `downtime`, longer than `limit_ms`.
     pub(super) fn explain(&self, downtime: Duration, limit_ms: u64, progress: &Progress) -> MissedDowntime {
-        let left_out = progress.skipped_hole_bytes + progress.skipped_zero_bytes;
+        let left_out = progress.skipped_bytes();
         let cause = match progress.forecast {
             ref forecast @ Forecast::Stuck(_) => MissedBecause::Expected(forecast.clone()),
             _ if self.has_devices && left_out > 0 && self.populated == Populated::Nobody => {
                 MissedBecause::LeftOut { bytes: left_out }
             }
-            _ => MissedBecause::Unexpected { expected_ms: progress.expected_downtime_ms },
+            _ => MissedBecause::Unexpected { expected_ms: progress.expected_downtime_ms() },
         };
         MissedDowntime { downtime_ms: downtime.as_millis(), limit_ms, cause }
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::zero_filter::Skipped;
 use crate::ledger::Attribution;
-use crate::precopy::Forecast;
+use crate::precopy::{Forecast, Observation};
 
 /// Where a migration stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -94,22 +94,31 @@ pub struct Progress {
     pub skipped_hole_bytes: u64,
     /// Pages left out because they read zero.
     pub skipped_zero_bytes: u64,
-    /// Guest memory the receiver lacks.
-    pub left_bytes: u64,
-    /// Bytes of guest memory per second that the connections carry; 0 while nothing was measured.
-    pub bandwidth: u64,
-    /// Bytes of guest memory per second that become dirty.
-    pub dirty_rate: u64,
-    /// The downtime if the VM were stopped now; `None` where it cannot be told.
-    pub expected_downtime_ms: Option<u64>,
-    /// Share of their time that the vCPUs have lost.
-    pub throttle_percent: u8,
+    /// What was measured when a round last ended; what is left, and how fast it goes, as of now.
+    pub seen: Observation,
     /// Who dirtied what, as of the last round.
     pub sources: Vec<SourceProgress>,
     /// What failed on the way.
     pub degradations: Vec<SendDegradation>,
     /// Whether it will come to the switchover; as of the last round.
     pub forecast: Forecast,
+}
+
+impl Progress {
+    /// Bytes of guest memory that the receiver lacks.
+    pub fn left_bytes(&self) -> u64 {
+        self.seen.pending_bytes.saturating_add(self.seen.in_flight_bytes)
+    }
+
+    /// Bytes of guest memory that were left out of the first pass, for they are zero at both ends.
+    pub fn skipped_bytes(&self) -> u64 {
+        self.skipped_hole_bytes + self.skipped_zero_bytes
+    }
+
+    /// The downtime if the VM were stopped now, in milliseconds; `None` where it cannot be told.
+    pub fn expected_downtime_ms(&self) -> Option<u64> {
+        self.seen.expected_downtime_ms().filter(|_| self.round > 0)
+    }
 }
 
 /// The migration was cancelled.
