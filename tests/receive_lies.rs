@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use vfio_migration::transfer::limits::{PeerLimits, Pace};
+use vfio_migration::transfer::limits::{Pace, PeerLimits};
 use vfio_migration::transfer::receive::{Completion, Destination, PageStore, ReceiveError, Received};
 use vfio_migration::vm::VmError;
 use vm_migration::{Snapshot, snapshot_from_id};

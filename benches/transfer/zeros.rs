@@ -22,7 +22,7 @@ pub(crate) fn holds() -> bool {
     let ratio = median([(); RUNS].map(|()| {
         let read = read_once(&source);
         let (ours, sent) = migrate(Way::Unix, &source, &mut Vmm::new(memory(&ranges_of(&source))));
-        assert!(sent.skipped_zero_bytes >= BYTES - (8 << 20));
+        assert!(sent.progress.skipped_zero_bytes >= BYTES - (8 << 20));
         println!(
             "  read {:.2} GiB/s  ours {:.2} GiB/s",
             gib_per_second(BYTES, read),

@@ -22,7 +22,7 @@ use vfio_migration::source::KvmLogMode;
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::Receiver as MigrationReceiver;
-use vfio_migration::transfer::{DowntimeParts, SenderHandle, PinningReceiver, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{DowntimeParts, PinningReceiver, SendOptions, Sender, SenderHandle, Sent};
 use vfio_migration::vm::Vm;
 use vm_migration::Pausable;
 
