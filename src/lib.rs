@@ -2,9 +2,9 @@
 
 //! Live migration and snapshots of VMs with pass-through devices.
 //!
-//! Whoever moves a running VM has to know every page that changed. The vCPUs' writes are in KVM's dirty log, the VMM's own in
-//! vm-memory's bitmap, and the devices' DMA is known only to the VFIO container, the device or the IOMMU. This crate unites what
-//! they report, exactly, and moves the devices' own state beside it.
+//! To move a running VM, every page that changes has to be known. The vCPUs' writes are in KVM's dirty log, the VMM's own in
+//! vm-memory's bitmap, and the devices' DMA is known only to the VFIO container, the device or the IOMMU. This crate merges
+//! these reports exactly, and moves the devices' own state beside the memory.
 //!
 //! ```text
 //!  source                  granule

@@ -20,7 +20,7 @@ use crate::sync::lock;
 use crate::table::table_of;
 use crate::tracker::{Tracker, TrackerError, locked, warn_of};
 
-/// Why a [`MigratableDevice`] could not do its part.
+/// Why a call of [`MigratableDevice`] failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum MigratableDeviceError {
@@ -39,25 +39,25 @@ pub enum MigratableDeviceError {
     /// No dirty log runs.
     #[error("Dirty log is not running")]
     NotLogging,
-    /// A table should be taken back, and none is out.
+    /// There is no table to hand back.
     #[error(
         "No table to hand back: none was given since the log started, or it was handed back or followed by a call since"
     )]
     NoTable,
-    /// A migration should end that was not begun.
+    /// The migration to complete was never started.
     #[error("No migration was started")]
     NotMigrating,
-    /// A migration should end before the devices were stopped.
+    /// The migration cannot complete: the devices still run.
     #[error("Devices still run: pause them before the migration completes")]
     DevicesRun,
-    /// A migration should end whose last table was not asked for.
+    /// The migration cannot complete: the last table was not read.
     #[error(
         "Pages are owed to the destination: ask for a table (dirty_log) after the devices' stop, and again after hand_back, before \
          the migration completes"
     )]
     PagesOwed,
-    /// A source says only what its devices could have written, which counts once they have stopped, and nobody said how that
-    /// will be told.
+    /// An imprecise source counts once its devices have stopped, and [`StopsToldBy`] was not set, so this value could
+    /// not learn of the stop.
     #[error(
         "Dirty source {id} is imprecise and counts once its devices have stopped: say how that is told (StopsToldBy), or that \
          they have stopped already (devices_stopped)"
@@ -83,12 +83,13 @@ pub enum StopsToldBy {
     Call,
 }
 
-/// The dirty log as the traits' caller holds it: a cursor, and the table that it was given last and may hand back.
+/// The dirty log of the traits' caller: its cursor, and the last table returned, which it may hand back.
 #[derive(Debug)]
 struct Log {
     cursor: CursorId,
     handed_out: Option<Table>,
-    /// A table was asked for since the devices stopped, imprecise sources in it: nothing is new in these until devices run again.
+    /// A table with the imprecise sources was returned since the devices stopped; they have nothing new until devices
+    /// run again.
     reported_since_stop: bool,
 }
 
@@ -97,7 +98,7 @@ impl Log {
         Self { cursor, handed_out: None, reported_since_stop: false }
     }
 
-    /// Whether there are pages of stopped devices that no table had.
+    /// Whether stopped devices wrote pages that were in no table yet.
     fn owes(&self, tracker: &Tracker) -> bool {
         let pending = tracker.outstanding(self.cursor).is_some_and(|left| left.pending_bytes > 0);
         pending || !self.reported_since_stop
@@ -108,12 +109,12 @@ impl Log {
 #[derive(Debug)]
 struct Table(Option<Chunk>);
 
-/// Where the devices stand, and the log that runs meanwhile.
+/// The state of the devices, with the dirty log that runs meanwhile.
 #[derive(Debug)]
 enum State {
     /// The devices run.
     Running(Option<Log>),
-    /// The devices run, and those that can hand out their state.
+    /// The devices run; those that offer PRE_COPY are in it.
     Migrating(Option<Log>),
     /// The devices are stopped.
     Stopped(Option<Log>),
@@ -134,7 +135,7 @@ impl State {
         matches!(self, Self::Stopped(_) | Self::StoppedToMigrate(_))
     }
 
-    /// Moves on, the log with it.
+    /// Enters another state, keeping the log.
     fn enter(&mut self, state: impl FnOnce(Option<Log>) -> Self) {
         let log = self.log().take();
         *self = state(log);
@@ -144,8 +145,8 @@ impl State {
 /// The `vm-migration` traits over what a VM's [`Tracker`] knows and what its pass-through devices hold, for a VMM with a
 /// migration loop of its own.
 ///
-/// Both are shared: the VMM goes on mapping, unmapping and plugging through its own handles, and may give them to
-/// [`crate::transfer::Sender`]. A session of one kind does not disturb one of the other.
+/// Both are shared: the VMM maps, unmaps and plugs through its own handles, and may also pass them to
+/// [`crate::transfer::Sender`]. Sessions of the two do not disturb each other.
 ///
 /// ```
 /// use std::sync::{Arc, Mutex};
@@ -175,8 +176,8 @@ impl MigratableDevice {
         Self { id: id.into(), tracker, devices, stops_told_by: None, state: State::Running(None) }
     }
 
-    /// Says how this value learns that devices have stopped. Needed where a source is imprecise, see
-    /// [`Tracker::imprecise_sources`]: its bits count from then on.
+    /// Sets how this value learns that the devices have stopped. Required with imprecise sources, see
+    /// [`Tracker::imprecise_sources`]: their bits count only after the stop.
     #[must_use]
     pub fn with_stops_told_by(self, told: StopsToldBy) -> Self {
         Self { stops_told_by: Some(told), ..self }
@@ -192,7 +193,8 @@ impl MigratableDevice {
         &self.devices
     }
 
-    /// Takes in that the VMM has stopped the pass-through devices itself: what imprecise sources cover is in the next table.
+    /// Records that the VMM has stopped the pass-through devices itself: the memory that imprecise sources cover is
+    /// in the next table.
     pub fn devices_stopped(&mut self) {
         match self.state {
             State::Running(_) => self.state.enter(State::Stopped),
@@ -201,7 +203,7 @@ impl MigratableDevice {
         }
     }
 
-    /// Takes in that the VMM has set the pass-through devices going itself.
+    /// Records that the VMM has resumed the pass-through devices itself.
     pub fn devices_run(&mut self) {
         if let Some(log) = self.state.log() {
             log.reported_since_stop = false;
@@ -212,10 +214,11 @@ impl MigratableDevice {
     /// Takes back the table that [`Migratable::dirty_log`] returned last: its pages are in the next one, once, with what was written
     /// meanwhile.
     ///
-    /// For a caller that has a table in hand when it decides to stop the VM, as Cloud Hypervisor's loop does. Sent together with the
-    /// table after it, pages that both name go twice, in the downtime. Drop what you have in hand: the next table is all there is to send.
-    /// Right only before the next `dirty_log`, which takes the table for received, and before any of it was sent: that part
-    /// would go again. The first pass over all RAM is the caller's own table, and stays with it.
+    /// For a caller that holds an unsent table when it decides to stop the VM, as Cloud Hypervisor's loop does: pages
+    /// in both this table and the next one would be sent twice, in the downtime. Drop the table after this call; the
+    /// next one has all its pages. Call it before the next `dirty_log`, which counts the table as received, and
+    /// before any of the table was sent. The first pass over all RAM is the caller's own table and is not handed
+    /// back.
     ///
     /// # Errors
     /// No log runs, or no table is out: none was returned since the log started, or it was handed back, or the log was
@@ -251,12 +254,12 @@ impl MigratableDevice {
         self.restore(child)
     }
 
-    /// Checks that the destination has all: call it before the destination is told to run the VM, after the last table was sent.
-    /// Where it says so, [`Migratable::complete_migration`] refuses nothing.
+    /// Checks that every page was in a table: call it after the last table was sent, before the destination is told
+    /// to run the VM. After it succeeds, [`Migratable::complete_migration`] does too.
     ///
     /// # Errors
-    /// No migration was started, its devices still run, or the log runs and owes pages: no table was asked for since the devices
-    /// stopped, or one was handed back and none asked for since. The VM is to run on here.
+    /// No migration was started, its devices still run, or the log runs and owes pages: no table was asked for since
+    /// the devices stopped, or one was handed back and none asked for since. Keep the VM running here.
     pub fn check_all_sent(&self) -> Result<(), MigratableDeviceError> {
         match &self.state {
             State::Running(_) | State::Stopped(_) => Err(MigratableDeviceError::NotMigrating),
@@ -277,8 +280,8 @@ impl MigratableDevice {
         Ok(())
     }
 
-    /// Ends the session, if there is one. A source that cannot be switched off counts as off, and is nobody's failure: the log has
-    /// told all it had to.
+    /// Ends the session, if there is one. A source that cannot be stopped counts as off and is only logged: nothing
+    /// more is needed from it.
     fn stop_log(&mut self) {
         let Some(log) = self.state.log().take() else { return };
         let ended = lock(&self.tracker).end(log.cursor);
@@ -287,7 +290,7 @@ impl MigratableDevice {
         }
     }
 
-    /// Refuses sources that count once the devices have stopped, where nobody would tell.
+    /// Refuses imprecise sources unless it is known how the devices' stop will be told.
     fn check_stop_is_told(&self, tracker: &Tracker) -> Result<(), MigratableDeviceError> {
         if self.stops_told_by.is_some() || self.state.is_stopped() {
             return Ok(());
@@ -408,7 +411,7 @@ impl Migratable for MigratableDevice {
         self.start_log().map_err(|error| MigratableError::StartDirtyLog(error.into()))
     }
 
-    /// Drops the session: what it handed out counts for nothing with the next one. Devices that still run are taken out of
+    /// Drops the session: the next one starts without regard to its tables. Devices that still run are taken out of
     /// the migration; stopped ones wait for [`Pausable::resume`] or [`Migratable::complete_migration`].
     ///
     /// A source that cannot be switched off is a warning in the log and no error: callers stop the log of a migration that
@@ -425,15 +428,15 @@ impl Migratable for MigratableDevice {
         self.next_table().map_err(|error| MigratableError::DirtyLog(error.into()))
     }
 
-    /// Lets devices that can begin to hand out their state while they run.
+    /// Moves devices that offer PRE_COPY to it: they hand out state while they run.
     fn start_migration(&mut self) -> Result<(), MigratableError> {
         self.begin_migration().map_err(|error| MigratableError::StartMigration(error.into()))
     }
 
     /// Ends the session of a migration that succeeded, and the devices' sessions with it. The devices are stopped by now.
     ///
-    /// Refused where [`MigratableDevice::check_all_sent`] does, which is to be asked while the VM may still run on here. Nothing has
-    /// changed then.
+    /// Refused, with nothing changed, where [`MigratableDevice::check_all_sent`] fails. Call that one first, while
+    /// the VM may still run on here.
     ///
     /// The destination may run the VM: a source that cannot be switched off, or a device that cannot end its session, is a
     /// warning in the log and no error.

@@ -2,7 +2,7 @@
 
 //! Convergence: when to go on copying a running VM, when to stop it, and when to give up.
 //!
-//! Numbers in, decision out. No clock, no socket, no thread: the sender measures, asks, and does what it is told.
+//! Numbers in, decision out. No clock, no socket, no thread: the sender measures, asks, and carries out the decision.
 //!
 //! ```
 //! use std::time::Duration;
@@ -22,13 +22,13 @@ use std::time::Duration;
 pub use forecast::{Blame, Forecast, SourceRate};
 pub use reason::{CancelReason, Obstacle};
 
-/// What to do when the timeout, or the last round allowed, comes before the downtime limit can be kept.
+/// What to do when the timeout or the last allowed round is reached before the downtime limit can be kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TimeoutStrategy {
     /// Give up; the VM runs on at the source.
     #[default]
     Cancel,
-    /// Switch over all the same; the downtime limit is broken.
+    /// Switch over anyway; the downtime limit is exceeded.
     Ignore,
 }
 
@@ -67,7 +67,7 @@ pub enum DeviceLeft {
     Exact(u64),
     /// About so many bytes.
     Estimate(u64),
-    /// Nobody can tell: counts as more than any limit allows.
+    /// Unknown: counts as more than any limit allows.
     Unknown,
 }
 
@@ -102,7 +102,8 @@ pub struct Observation {
     pub dirty_rate: u64,
     /// Device state that the downtime will carry, as the devices count it: all of it, for all of it is in State.
     pub device: DeviceLeft,
-    /// Bytes of it per second that both ends get done, however much the connections carry; 0: as much as they carry.
+    /// Bytes of it per second that both ends can process, whatever the connections carry; 0 for no limit of their
+    /// own.
     pub state_rate: u64,
     /// Device state that its devices want read before they are stopped.
     pub device_initial_bytes: u64,
@@ -180,7 +181,7 @@ const THROTTLE_STEP_PERCENT: u8 = 10;
 const MAX_THROTTLE_PERCENT: u8 = 99;
 
 impl Policy {
-    /// Times a VM is stopped and let run again because more was left than expected.
+    /// Most back-outs: the VM was stopped and resumed because more was left than expected.
     pub const MAX_BACK_OUTS: u32 = 3;
 
     /// How far beyond the limit the stopped VM's downtime must be before it is let run again.
@@ -281,7 +282,7 @@ impl Policy {
         Some(CancelReason::OutOfRounds { max_rounds, obstacle: self.obstacle(seen) })
     }
 
-    /// What most stands in the way of a switchover: what more rounds help least against comes first.
+    /// The main obstacle to a switchover; one that further rounds help least comes first.
     fn obstacle(&self, seen: &Observation) -> Obstacle {
         let breaks = |ms: Option<u64>| ms.is_some_and(|ms| ms > self.downtime_ms());
         let pinned_ms =

@@ -10,7 +10,8 @@ use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 /// The stack of a thread, as the standard library makes it, and what an error needs to be told.
 const ROOM_BYTES: usize = (2 << 20) + (1 << 20);
 
-/// What a thread of the library does before anything else: block signals, take on a seccomp filter, choose processors.
+/// A hook that runs first on every thread of the library: to block signals, apply a seccomp filter, or choose
+/// processors.
 ///
 /// A thread inherits the filters, signal mask and processors of the thread that starts it. [`std::thread::current`] has its name.
 ///
@@ -30,8 +31,8 @@ impl ThreadStart {
     /// Nothing.
     pub const NOTHING: Self = Self(None);
 
-    /// What `hook` does; whoever starts a thread waits for it. A thread whose hook panics counts as one that the system refused: what it
-    /// was for fails, or is done by the threads that there are.
+    /// Runs `hook`; the thread that starts another one waits for it. If the hook panics, the thread counts as one
+    /// that could not be started: its work fails, or other threads do it.
     pub const fn new(hook: &'static (dyn Fn() + Send + Sync)) -> Self {
         Self(Some(hook))
     }
@@ -109,7 +110,7 @@ fn expect_room() -> io::Result<()> {
     Ok(Vec::<u8>::new().try_reserve_exact(ROOM_BYTES)?)
 }
 
-/// Makes an error of what is left of a thread whose hook panicked.
+/// Makes an error of a thread whose hook panicked.
 fn panicked<T>(_thread: std::thread::Result<T>) -> io::Error {
     io::Error::other("what it does first (ThreadStart) panicked")
 }

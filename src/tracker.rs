@@ -32,11 +32,11 @@ pub use builder::{ImpreciseSource, TrackerBuilder};
 pub use mappings::{DeviceMappings, Disagreement, VmMappings};
 use mappings::{check_covers, check_devices, check_memory};
 
-/// Why a [`Tracker`] could not do its part.
+/// Why a call of [`Tracker`] failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TrackerError {
-    /// A source could not be switched on, or not be told of what happens.
+    /// A source could not be started, or refused a change of the VM.
     #[error("Cannot track dirty pages")]
     Source(#[from] SourceError),
     /// The IOVA map refuses a change.
@@ -48,13 +48,13 @@ pub enum TrackerError {
         /// The name.
         id: String,
     },
-    /// A source cannot tell written pages from pages that could have been written, and that was not allowed.
+    /// An imprecise source, which reports all pages that could have been written, was not allowed.
     #[error("Dirty source {id} is imprecise: it reports every page its devices could have written")]
     Imprecise {
         /// The source.
         id: String,
     },
-    /// A source that calls all it covers written stands beside others, and it is not said whose writes each reports.
+    /// An imprecise source is used beside others, and the devices whose writes each one reports were not named.
     #[error(
         "Dirty source {id} is imprecise: name the devices that it and every other device source speak for (source_of)"
     )]
@@ -62,7 +62,7 @@ pub enum TrackerError {
         /// The source.
         id: String,
     },
-    /// An imprecise source stands beside a precise one for the same device, and would drown it.
+    /// An imprecise source and a precise one report the same device: the imprecise one would make the other useless.
     #[error(
         "Dirty source {imprecise} is imprecise and would drown {precise}, which reports exactly what device {device} writes"
     )]
@@ -74,7 +74,7 @@ pub enum TrackerError {
         /// The device of both.
         device: String,
     },
-    /// There are sources, and nobody said what really maps the memory that they track.
+    /// There are sources, but [`TrackerBuilder::mappings`] was not called.
     #[error(
         "Dirty source {id} takes what really maps the VM's memory (TrackerBuilder::mappings), to be compared with what it covers"
     )]
@@ -82,7 +82,7 @@ pub enum TrackerError {
         /// The source.
         id: String,
     },
-    /// What is tracked is not what can be written.
+    /// The tracked memory differs from the memory that can be written.
     #[error("Tracked memory is not what the VM maps")]
     Disagreement(#[from] Disagreement),
     /// RAM can not be added or removed like this.
@@ -94,7 +94,7 @@ pub enum TrackerError {
         /// The name looked for.
         id: String,
     },
-    /// The source sees what its own device writes, and nothing of another's.
+    /// The source reports one device's writes only.
     #[error(
         "Dirty source {id} does not see what device {device} writes: add a source for that one (add_source)"
     )]
@@ -112,7 +112,7 @@ pub enum TrackerError {
         /// The name looked for.
         device: String,
     },
-    /// The source would be left without a device, and every session be refused.
+    /// This is the source's last device; without one every session would be refused.
     #[error("Device {device} is the last one of dirty source {id}: remove the source (remove_source)")]
     LastDevice {
         /// The source.
@@ -123,10 +123,11 @@ pub enum TrackerError {
     /// The cursor is closed.
     #[error("Dirty log is not running for this receiver")]
     CursorClosed,
-    /// A thread panicked in the middle of tracking, so that bits may be lost: begin anew, with a receiver that holds nothing.
+    /// A thread panicked while it held the tracker, so bits may be lost: build a new tracker, and start again with an
+    /// empty receiver.
     #[error("Tracking was cut short by a panic")]
     Poisoned,
-    /// Pages that should be saved together are elsewhere.
+    /// Some pages that should be saved together are still in flight.
     #[error("Cannot save all pending pages at once while {bytes} bytes are in flight")]
     InFlight {
         /// Bytes of the chunks that were neither committed nor rolled back.
@@ -134,10 +135,11 @@ pub enum TrackerError {
     },
 }
 
-/// What a source that fails does to a migration. All it covers counts as written either way.
+/// What the failure of a source does to a migration. In both cases all memory that the source covers counts as
+/// written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnFailure {
-    /// It goes on, with that as a degradation, unless the source is gone for good.
+    /// The migration goes on with a degradation, unless the source is gone for good.
     #[default]
     Widen,
     /// It ends.
@@ -146,9 +148,9 @@ pub enum OnFailure {
 
 /// Knows which pages of a VM are dirty: its sources, their address spaces, and a cursor for each receiver or snapshot base.
 ///
-/// Driven chunk by chunk by [`crate::transfer`], or table by table through [`crate::migratable::MigratableDevice`]. Who shares
-/// it puts it into an `Arc<Mutex<Tracker>>`: a sender locks it for each collect and each chunk, never while bytes are sent, so
-/// that the VMM can plug, unplug, map and unmap meanwhile.
+/// [`crate::transfer`] reads it chunk by chunk, [`crate::migratable::MigratableDevice`] table by table. To share it,
+/// put it into an `Arc<Mutex<Tracker>>`: a sender locks it for each collect and each chunk, never while it sends
+/// bytes, so the VMM can plug, unplug, map and unmap during a migration.
 ///
 /// ```
 /// use vfio_migration::{granule::Granule, layout::Layout, ledger::{ChunkLimits, Start}, range::GpaRange, tracker::Tracker};
@@ -172,11 +174,11 @@ pub struct Tracker {
     tracking: bool,
 }
 
-/// Tells what maps the VM's memory at the moment.
+/// Returns what maps the VM's memory now.
 type Mappings = Box<dyn Fn() -> VmMappings + Send>;
 
 impl Tracker {
-    /// Starts naming what tracks the dirty pages of a VM with this RAM.
+    /// Starts a builder for a VM with this RAM.
     pub fn builder(layout: Layout) -> TrackerBuilder {
         TrackerBuilder::new(layout)
     }
@@ -186,16 +188,17 @@ impl Tracker {
         self.ledger.layout()
     }
 
-    /// Opens a cursor for a receiver that holds what `start` says; switches all sources on first, unless they run.
+    /// Opens a cursor for a receiver that holds what `start` says; starts all sources first, unless they run.
     ///
-    /// With [`Start::Copied`] and sources that ran before, pages whose bits stand in a kernel are pending: another write to
-    /// them shows no more once another receiver's copy has cleared them. A kernel that begins with every bit set has them cleared.
+    /// With [`Start::Copied`] and sources that already run, pages whose bits are set in a kernel are pending, because
+    /// the copy for another receiver may clear those bits. Where the kernel starts with every bit set, the bits are
+    /// cleared first.
     ///
     /// What the sources cover is compared with what really maps the VM's memory, see [`TrackerBuilder::mappings`].
     ///
     /// # Errors
-    /// A source could not be switched on, or not begin with clean pages, or memory can be written that no source covers; all are
-    /// off again unless another cursor is open.
+    /// A source could not be started, its initial bits could not be cleared, or no source covers memory that can be
+    /// written. All sources are off again unless another cursor is open.
     pub fn begin(&mut self, start: Start) -> Result<CursorId, TrackerError> {
         let ran_before = self.tracking;
         self.arm()?;
@@ -220,7 +223,7 @@ impl Tracker {
     /// Closes a cursor; switches all sources off when it was the last.
     ///
     /// # Errors
-    /// A source could not be switched off; the cursor is closed and the sources count as off all the same.
+    /// A source could not be stopped; the cursor is closed, and the sources count as off.
     pub fn end(&mut self, cursor: CursorId) -> Result<(), TrackerError> {
         self.ledger.close(cursor);
         if self.ledger.has_cursors() { Ok(()) } else { self.disarm() }
@@ -228,7 +231,8 @@ impl Tracker {
 
     /// Collects from every precise source into every cursor.
     ///
-    /// A source that fails has all it covers marked dirty; its error comes back as a degradation, and nothing is lost.
+    /// If a source fails, all memory it covers is marked dirty and its error is returned as a degradation. No page is
+    /// lost.
     #[must_use = "each error is a degradation to report"]
     pub fn collect(&mut self) -> Vec<SourceError> {
         self.collect_from(|attached| attached.precise)
@@ -254,7 +258,7 @@ impl Tracker {
         Ok(check_memory(self.layout(), &ranges, &absent)?)
     }
 
-    /// Whether pass-through devices write this VM's memory, as far as the sources and the VMM's mappings tell.
+    /// Whether pass-through devices can write this VM's memory, according to the sources and the VMM's mappings.
     #[cfg(feature = "transfer")]
     pub(crate) fn has_devices(&self) -> bool {
         let of_devices = |attached: &Attached| {
@@ -264,17 +268,18 @@ impl Tracker {
         self.sources.iter().any(of_devices) || mapped()
     }
 
-    /// Whether a source's failure ends a migration: it is gone for good, or that is what was asked for.
+    /// Whether a source's failure ends a migration: the source is gone for good, or [`OnFailure::Fail`] was chosen.
     pub fn is_fatal(&self, failure: &SourceError) -> bool {
         failure.gone || self.on_failure == OnFailure::Fail
     }
 
-    /// What is worse than it could be in the address spaces that were probed, see [`TrackerBuilder::address_space`].
+    /// Degradations of the address spaces that were probed, see [`TrackerBuilder::address_space`].
     pub fn space_degradations(&self) -> &[choose::Degradation] {
         &self.degradations
     }
 
-    /// Bytes that only [`Tracker::collect_final`] makes pending: the RAM imprecise sources cover, rather too much.
+    /// Bytes that only [`Tracker::collect_final`] makes pending: the RAM that imprecise sources cover. An upper
+    /// bound.
     pub fn imprecise_bytes(&self) -> u64 {
         let layout = self.ledger.layout();
         let imprecise = self.sources.iter().filter(|attached| !attached.precise);
@@ -293,7 +298,7 @@ impl Tracker {
         self.ledger.dirtied_bytes(cursor)
     }
 
-    /// RAM plugged in since the cursor was opened, whether it is there by now or not.
+    /// RAM plugged in since the cursor was opened, including RAM unplugged since.
     #[cfg(feature = "transfer")]
     pub(crate) fn plugged(&self, cursor: CursorId) -> &[GpaRange] {
         self.ledger.plugged(cursor)
@@ -310,7 +315,8 @@ impl Tracker {
         self.ledger.begin_round(cursor);
     }
 
-    /// Takes the round's next pages into flight and clears their standing bits: their bytes may be read from now on.
+    /// Takes the round's next pages into flight and clears their bits in the sources. Read their bytes after this
+    /// returns.
     ///
     /// # Errors
     /// A source could not clear its bits; the pages are pending again.
@@ -335,14 +341,14 @@ impl Tracker {
 
     /// Hands all pending pages to `save` at once: committed if it succeeds, pending again if it fails, for another attempt.
     ///
-    /// This is how one snapshot after another is taken: see [`crate::snapshot`]. Call [`Tracker::collect_final`]
-    /// right before, when vCPUs and devices are stopped and their state is captured. `save` is called even if nothing is pending.
-    /// A VM that is to run on once its pages are copied, before they are safe on disk, does the same with `take`, `commit` and
-    /// `roll_back`.
+    /// Use it for a series of snapshots, see [`crate::snapshot`]. Call [`Tracker::collect_final`] right before, when
+    /// vCPUs and devices are stopped and their state is captured. `save` is called even if nothing is pending. To let
+    /// the VM run on as soon as its pages are copied, before they are on disk, use `take`, `commit` and `roll_back`
+    /// instead.
     ///
     /// # Errors
-    /// The cursor is closed, a chunk of it is neither committed nor rolled back, a source could not clear its bits, or `save`
-    /// failed. What was pending is pending.
+    /// The cursor is closed, a chunk of it is neither committed nor rolled back, a source could not clear its bits,
+    /// or `save` failed. The pages stay pending.
     pub fn save_pending<T, E: From<TrackerError>>(
         &mut self,
         cursor: CursorId,
@@ -363,7 +369,7 @@ impl Tracker {
         saved
     }
 
-    /// Pages each source reported since this value was built, by source id.
+    /// Pages that each source has reported since the tracker was built, by source id.
     pub fn attribution(&self) -> impl Iterator<Item = (&str, Attribution)> {
         let ids = self.sources.iter().map(|attached| attached.source.id());
         ids.zip(self.ledger.attribution().iter().copied())
@@ -420,8 +426,8 @@ impl Tracker {
         degradations
     }
 
-    /// Collects from source number `first` on, and absorbs what all sources reported; unless one fails, whose number is returned:
-    /// then what was reported so far waits in the ledger.
+    /// Collects from source number `first` on, then absorbs all reports. If a source fails, returns its number; the
+    /// reports so far wait in the ledger.
     fn collect_until_failure(
         &mut self,
         first: usize,
@@ -452,7 +458,7 @@ pub(crate) fn locked(tracker: &Mutex<Tracker>) -> Result<MutexGuard<'_, Tracker>
     tracker.lock().map_err(|_| TrackerError::Poisoned)
 }
 
-/// Tells of degradations where nobody but the log will hear of them.
+/// Logs degradations that are not returned to a caller.
 pub(crate) fn warn_of(degradations: Vec<SourceError>) {
     for degradation in degradations {
         log::warn!("{}; all it covers counts as written", Chain(&degradation));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Figures as a log line or an error tells them.
+//! Numbers as text for log lines and errors.
 
 use std::fmt;
 #[cfg(feature = "transfer")]

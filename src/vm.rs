@@ -26,8 +26,8 @@ pub type VmError = Box<dyn Error + Send + Sync>;
 
 /// A paused VM as it was captured: what the State message carries.
 ///
-/// A migration turns neither into the other: a tree is written to the receiver as it is gone through, which takes no memory.
-/// Whoever wants the text of either has [`Captured::into_text`].
+/// A migration converts neither: a tree is serialised straight to the receiver, without a copy in memory.
+/// [`Captured::into_text`] returns the text of either.
 #[derive(Clone)]
 #[non_exhaustive]
 pub enum Captured {
@@ -56,26 +56,25 @@ impl From<Snapshot> for Captured {
     }
 }
 
-/// The VM as its sender sees it. Pass-through devices are the [`crate::device::DeviceSet`]'s business, not its.
+/// The VM as its sender sees it. Pass-through devices are handled by [`crate::device::DeviceSet`], not here.
 pub trait Vm {
     /// The VM's guest memory.
     type Memory: GuestMemoryBackend + Send + Sync + 'static;
 
     /// The guest memory as it stands; all of it is copied.
     ///
-    /// The tracker is locked meanwhile, as a rule, so that no RAM goes between the choice of its pages and this: do not wait in it for
-    /// anybody who may wait for the tracker, as who plugs and unplugs does. RAM unplugged through
-    /// [`Tracker::remove_ram`](crate::tracker::Tracker::remove_ram) may be pending or on its way then; what was returned before stays
-    /// mapped until its bytes are sent.
+    /// The tracker is usually locked during this call, so that no RAM is unplugged after its pages were chosen: do
+    /// not wait here for a thread that may wait for the tracker, such as one that plugs or unplugs. RAM unplugged
+    /// through [`Tracker::remove_ram`](crate::tracker::Tracker::remove_ram) may be pending or on its way then; what
+    /// was returned before stays mapped until its bytes are sent.
     ///
     /// Memory that gives no slices ([`HostAddressNotAvailable`](vm_memory::GuestMemoryError::HostAddressNotAvailable)) is read through its
     /// [`Bytes`](vm_memory::Bytes): it is in a file, and nowhere in this process. All its regions are of that kind, or none is.
     fn memory(&self) -> Arc<Self::Memory>;
 
-    /// Tells what lies behind the memory, so that pages nobody ever wrote can be left out of the first pass over it.
+    /// Returns what backs the memory, so that pages never written can be skipped in the first pass.
     ///
-    /// [`Backing::of_mmap`] tells it from most VMMs' own mappings; [`Backing::default`] says nothing, and costs nothing but
-    /// time.
+    /// [`Backing::of_mmap`] works for most VMMs; [`Backing::default`] is always safe, and skips nothing.
     fn backing(&self) -> Backing;
 
     /// Describes the VM to the receiver, before any page: the JSON text of the Config message.
@@ -104,7 +103,7 @@ pub trait Vm {
     /// The VMM cannot capture its VM.
     fn state(&mut self, devices: Snapshot) -> Result<Captured, VmError>;
 
-    /// Lets go of what the receiver takes for itself when it is given State, as the locks of disks. The VM is paused.
+    /// Releases what the receiver takes when it gets State, such as disk locks. The VM is paused.
     ///
     /// # Errors
     /// Something cannot be let go; [`Vm::reclaim`] follows.
@@ -112,11 +111,11 @@ pub trait Vm {
         Ok(())
     }
 
-    /// Takes back what [`Vm::release`] let go, because the receiver will not run the VM after all. [`Vm::resume`] follows,
+    /// Takes back what [`Vm::release`] released, because the receiver will not run the VM. [`Vm::resume`] follows,
     /// unless the VM was paused before.
     ///
     /// # Errors
-    /// Something cannot be had again: the VM is stuck, and not resumed.
+    /// Something could not be taken back: the VM is stuck, and not resumed.
     fn reclaim(&mut self) -> Result<(), VmError> {
         Ok(())
     }

@@ -38,7 +38,7 @@ const EXIT_STATUS: &str = "Exit status: 0 done, 1 compared snapshots differ, or 
     after_help = EXIT_STATUS
 )]
 pub(crate) struct Arguments {
-    /// How much to tell on stderr.
+    /// How much to log on stderr.
     #[arg(long, global = true, default_value = "warn", value_name = "LEVEL", ignore_case = true)]
     #[arg(value_parser = log_levels())]
     pub(crate) log_level: LevelFilter,
@@ -77,16 +77,16 @@ pub(crate) enum Command {
     /// check themselves. Prints who dirtied what. Without a usable /dev/kvm a software vCPU stands in, and says so.
     #[cfg(feature = "demo")]
     Demo(demo::DemoArguments),
-    /// Tells what this host, and each VFIO device on it, can do for a migration, and what stands in the way.
+    /// Reports what this host and each VFIO device on it support, and what prevents a migration.
     ///
-    /// Looks at KVM, the container interface, iommufd, and every device that a VFIO driver holds and nobody uses. Works
-    /// unprivileged as far as it can, and says what it could not see. Opening a device may reset it.
+    /// Looks at KVM, the container interface, iommufd, and every unused device bound to a VFIO driver. Without
+    /// privileges it reports what it can and names what it could not see. Opening a device may reset it.
     Probe {
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
     },
-    /// Prints what makes a shell complete this tool's words.
+    /// Prints a completion script for a shell.
     Completions {
         /// The shell.
         shell: Shell,
@@ -109,21 +109,22 @@ pub(crate) struct ReceiveArguments {
     /// Let the source's VM run on: once all is safe on disk, answer its last message with an error.
     #[arg(long)]
     pub(crate) checkpoint: bool,
-    /// Run CMD in a shell while the VM is paused and its disks are quiet: the place to snapshot them. DIR's path to be is
-    /// in VFIO_MIGRATE_INTO. When CMD fails or its time is over, when the source goes away, and when vfio-migrate is given
-    /// up or killed, nothing is kept and the source's VM runs on: CMD and what it started get a SIGTERM, 2 s later a
-    /// SIGKILL, and 1 s later the VM waits no longer. Out of reach is what makes a session or a process group of its own,
-    /// such as setsid, or sudo with use_pty, and what runs as another user. What CMD prints goes to stderr.
+    /// Run CMD in a shell while the VM is paused and its disks are quiet, for example to snapshot them.
+    /// VFIO_MIGRATE_INTO has the future path of DIR. If CMD fails or times out, if the source disconnects, or if
+    /// vfio-migrate is cancelled or killed, nothing is kept and the source's VM runs on: CMD and its children get
+    /// SIGTERM, 2 s later SIGKILL, and 1 s later the VM resumes. Processes in a session or process group of their own
+    /// (setsid, sudo with use_pty) and those of another user are not reached. Output of CMD goes to stderr.
     #[arg(long, value_name = "CMD")]
     pub(crate) on_paused: Option<OsString>,
-    /// Longest that CMD may take, in seconds, for the VM stands still meanwhile. A source may have less patience; Cloud
-    /// Hypervisor waits.
+    /// Longest that CMD may take, in seconds; the VM is paused meanwhile. Cloud Hypervisor waits that long, other
+    /// sources may time out earlier.
     #[arg(long, requires = "on_paused", default_value_t = 60, value_name = "S", value_parser = seconds())]
     pub(crate) on_paused_timeout: u64,
-    /// Take a VM with writable disks though nothing is done about them.
+    /// Accept a VM with writable disks without storing them.
     #[arg(long)]
     pub(crate) memory_only: bool,
-    /// Keep only what differs from the snapshot DIR; repeated, the full one first, where it is a differential itself.
+    /// Store only what differs from the snapshot DIR. If that is a differential itself, repeat the option for its
+    /// whole chain, the full one first.
     #[arg(long, value_name = "DIR")]
     pub(crate) base: Vec<PathBuf>,
     /// Mutual TLS, with ca-cert.pem, server-cert.pem and server-key.pem from DIR.
@@ -142,7 +143,7 @@ pub(crate) struct ReceiveArguments {
 }
 
 impl ReceiveArguments {
-    /// What the source is held to.
+    /// The limits for the source.
     pub(crate) fn limits(&self) -> PeerLimits {
         PeerLimits {
             connections: self.connections,
@@ -154,9 +155,9 @@ impl ReceiveArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct Patience {
-    /// Longest silence of the other side between messages, in seconds; also the time in which 64 KiB have to move in the
-    /// middle of one [default: 120 between, 30 in the middle]. The answer to the last message may take 1 h whatever S is, for
-    /// a receiver may write everything to disk before it.
+    /// Longest silence of the other side between messages, in seconds; also the time in which 64 KiB of a message
+    /// have to move [default: 120 between messages, 30 within one]. The answer to the last message may take 1 h in
+    /// any case, since a receiver may first write everything to disk.
     #[arg(long, value_name = "S", value_parser = seconds())]
     pub(crate) idle_timeout: Option<u64>,
 }
@@ -179,13 +180,14 @@ impl Patience {
 pub(crate) struct SendArguments {
     /// Where the receiver waits: unix:PATH or tcp:HOST:PORT.
     pub(crate) url: Url,
-    /// The full snapshot to send. Nobody may change it meanwhile.
-    /// Every byte is checked against the manifest while it is sent, and the receiver gets no VM where one was altered;
-    /// a snapshot with no manifest is sent as it is.
+    /// The full snapshot to send. It must not change meanwhile. Every byte is checked against the manifest while it
+    /// is sent; if one was altered, the receiver does not run the VM. A snapshot without a manifest is sent
+    /// unchecked.
     #[arg(long, value_name = "DIR")]
     pub(crate) from: PathBuf,
-    /// Send FILE as the VM's configuration, in place of DIR's config.json: for a host where disks, taps and files have other
-    /// names. An edited config.json of DIR has to be named here, too, or taken by `snapshot seal --edited-config`.
+    /// Send FILE as the VM's configuration, in place of DIR's config.json: for a host where disks, taps and files
+    /// have other names. To send an edited config.json of DIR, name it here, or accept it first with `snapshot seal
+    /// --edited-config`.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Connections that carry memory, 1 to 128; several take TCP.
@@ -197,7 +199,7 @@ pub(crate) struct SendArguments {
     /// Leave the VM paused at the receiver.
     #[arg(long)]
     pub(crate) paused: bool,
-    /// Longest acceptable downtime, in milliseconds; a stored VM stands still anyway.
+    /// Longest acceptable downtime, in milliseconds; of no effect on a stored VM, which does not run.
     #[arg(long, default_value_t = 300, value_name = "MS")]
     pub(crate) downtime_ms: u64,
     /// Longest acceptable migration, in seconds.
@@ -206,11 +208,11 @@ pub(crate) struct SendArguments {
     /// What to do when it takes longer.
     #[arg(long, default_value = "cancel", value_name = "WHAT")]
     pub(crate) timeout_strategy: Strategy,
-    /// Most bytes of memory a second while the VM may run, a number with K, M or G behind it; what is left when the time is up
-    /// goes as fast as it can [default: as many as go].
+    /// Rate limit for memory while the VM runs, in bytes per second, as a number with K, M or G; after --timeout-s the
+    /// rest goes at full speed [default: no limit].
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) bandwidth: Option<u64>,
-    /// Send holes and zero pages, too: for a receiver whose memory does not read zero. So it is done anyway where DIR's
+    /// Send holes and zero pages too, for a receiver whose memory does not read zero. Always on if DIR's
     /// configuration has a memory zone backed by a file.
     #[arg(long)]
     pub(crate) all_pages: bool,
@@ -227,7 +229,7 @@ pub(crate) struct SendArguments {
 }
 
 impl SendArguments {
-    /// What the receiver is held to; not to hurry with the State, for a stored VM stands still anyway.
+    /// The limits for the receiver; no limit on the time for State, since a stored VM has no downtime.
     pub(crate) fn limits(&self) -> PeerLimits {
         let state_bytes = self.sizes.state_limit;
         PeerLimits { switchover_timeout: Duration::MAX, state_bytes, ..self.patience.limits() }

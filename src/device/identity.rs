@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Who a device is to the other end of a stream, and whether the other end has the same.
+//! The identity of a streamed device, compared between both ends.
 
 use std::fmt;
 
@@ -19,7 +19,7 @@ pub struct StreamIdentity {
     pub stream_version: u32,
 }
 
-/// Something in which two ends have to agree.
+/// A property in which both ends have to agree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IdentityField {
     /// [`StreamIdentity::model`].
@@ -40,11 +40,11 @@ impl fmt::Display for IdentityField {
     }
 }
 
-/// Two ends that do not have the same devices.
+/// How the devices of the two ends differ.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum IdentityMismatch {
-    /// They have a device of this name, and it is not the same one.
+    /// Both ends have a device of this name, but it is not the same one.
     #[error(
         "Device {name:?} has {field} {source_has:?} at the source and {destination_has:?} at the destination"
     )]

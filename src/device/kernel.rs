@@ -12,7 +12,7 @@ use vfio_bindings::bindings::vfio::{VFIO_MIGRATION_P2P, VFIO_MIGRATION_PRE_COPY,
 use super::{Capabilities, DataRead, DeviceError, DeviceIo, DeviceOperation, DeviceState, PrecopyInfo};
 use crate::sys::vfio::device as sys;
 
-/// What a kernel device refused, or did that it should not.
+/// Why a kernel device cannot be migrated, or failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum KernelDeviceError {
@@ -31,7 +31,7 @@ pub enum KernelDeviceError {
         /// What the kernel said.
         number: u32,
     },
-    /// Kernels have been seen to loop for ever over this move.
+    /// The move is blocked: some kernels loop forever over it.
     #[error("Device cannot move from {from} to {to}")]
     NoArc {
         /// Where the device is.
@@ -39,7 +39,7 @@ pub enum KernelDeviceError {
         /// Where it was to go.
         to: DeviceState,
     },
-    /// A data session ended, began, or began anew on its own: the device was reset behind the caller's back.
+    /// A data session ended or began unexpectedly: something else reset the device.
     #[error("Device is out of sync: its data session changed while it moved to {to}")]
     OutOfSync {
         /// Where the device went.
@@ -100,11 +100,12 @@ enum Outcome {
     Ended,
     /// One began.
     Began,
-    /// The kernel and we disagree.
+    /// The kernel's session differs from the expected one.
     OutOfSync,
 }
 
-/// Tells what a successful move from `before` to `to` did to the data session; `descriptor` is whether the kernel handed one out.
+/// Returns what a successful move from `before` to `to` did to the data session; `descriptor` is whether the kernel
+/// returned one.
 fn outcome(before: Option<Kind>, to: DeviceState, descriptor: bool) -> Outcome {
     match (before, Kind::of(to), descriptor) {
         (Some(old), Some(new), false) if old == new => Outcome::Kept,
@@ -115,7 +116,7 @@ fn outcome(before: Option<Kind>, to: DeviceState, descriptor: bool) -> Outcome {
     }
 }
 
-/// Whether the move is one of those that must never be asked of a kernel.
+/// Whether the move must never be requested of a kernel.
 fn is_forbidden(from: DeviceState, to: DeviceState) -> bool {
     from == DeviceState::StopCopy && goes_on(to)
 }
@@ -218,7 +219,7 @@ impl<F: AsRawFd + Send> DeviceIo for KernelDevice<F> {
     }
 }
 
-/// Reads once, telling the end (no bytes) from nothing for now (`ENOMSG`).
+/// Reads once; distinguishes the end (no bytes) from a temporary end (`ENOMSG`).
 ///
 /// Where the state `goes_on`, no bytes are nothing for now as well: the kernel's own sample driver answers so.
 fn data_read(mut data: impl Read, buffer: &mut [u8], goes_on: bool) -> io::Result<DataRead> {

@@ -24,13 +24,14 @@ use super::{
 use crate::error::Chain;
 use crate::units::Count;
 
-/// Bytes of state a device is taken to have when it fails to tell: so many that no downtime limit is met by ignorance.
+/// State size assumed for a device that fails to report it: so large that no downtime limit is met by mistake.
 pub const UNKNOWN_STATE_BYTES: u64 = 100 << 30;
 
-/// Bytes of state a device is taken to have when its interface has no way to ask and none was read from it yet.
+/// State size assumed for a device whose interface cannot report it, until some of its state was read.
 pub const UNASKABLE_STATE_BYTES: u64 = 16 << 20;
 
-/// When a device in PRE_COPY is asked what it still has to bring. Some begin another piece of their state whenever they are.
+/// When to ask a device in PRE_COPY how much is left. Some devices start another piece of their state whenever they
+/// are asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Asking {
     /// As long as its last answer had initial bytes left.
@@ -144,7 +145,7 @@ impl fmt::Debug for Device {
 }
 
 impl Device {
-    /// Takes a device in under a name that is unique in the VM.
+    /// Makes a device with a name that is unique in the VM.
     pub fn new(name: impl Into<String>, io: Box<dyn DeviceIo>) -> Self {
         Self {
             identity: Identity { name: name.into(), kind: String::new() },
@@ -179,8 +180,8 @@ impl Device {
 
     /// Sets the most bytes that the device's state may have, saved or loaded; [`STATE_LIMIT_BYTES`] unless set.
     ///
-    /// A device that says that it has more is refused while it runs. In State four bytes carry three of it, so that the
-    /// receiver's limit on that text may have to grow, too.
+    /// A device that reports more is refused while it still runs. State carries it in base64, four bytes for three,
+    /// so the receiver's limit on State may have to grow too.
     #[must_use]
     pub fn state_limit(mut self, bytes: usize) -> Self {
         self.stream.set_limit(bytes);
@@ -226,7 +227,7 @@ impl Device {
 
     /// Asks where the device is.
     ///
-    /// Notices when something else moved it: what was read in a session that is over is dropped.
+    /// If something else moved it and its session is over, drops what was read in that session.
     ///
     /// # Errors
     /// The device does not answer, or lost a loaded state.
@@ -311,9 +312,9 @@ impl Device {
         Ok(PrecopyRead { drained: read.drained || self.worth_reading()? == 0, ..read })
     }
 
-    /// Bytes that are worth reading while the device runs, now that all it hands out travels in the downtime.
+    /// Bytes worth reading while the device runs, given that all of its state is sent in the downtime.
     ///
-    /// The initial bytes are. Whatever is read of the rest may change again, and is then sent twice.
+    /// These are the initial bytes. The rest may change again and would be read twice.
     fn worth_reading(&mut self) -> Result<u64, DeviceFailure> {
         let told = match self.size.precopy() {
             Some(info) => Some(info),
@@ -322,7 +323,8 @@ impl Device {
         Ok(told.map_or_else(|| self.stream.worth_reading_untold(), |info| info.initial_bytes))
     }
 
-    /// Estimates what the device has still to hand over once it is stopped. Ignorance is an estimate too.
+    /// Estimates how much state the device has left to hand over once it is stopped. An unknown size gets an estimate
+    /// too.
     ///
     /// # Errors
     /// The device is gone for good, or says that its state is larger than allowed.
@@ -358,7 +360,7 @@ impl Device {
         Ok(Estimate { state_bytes, known_bytes, stop_copy_bytes: state_bytes - read, initial_bytes, basis })
     }
 
-    /// Asks what PRE_COPY still has to bring; `None` where the interface has no such question.
+    /// Asks how much PRE_COPY has left; `None` if the interface cannot report it.
     fn ask_precopy(&mut self) -> Result<Option<PrecopyInfo>, DeviceFailure> {
         let info = self.io.lock().precopy_info()?;
         if let Some(info) = info {
@@ -367,7 +369,8 @@ impl Device {
         Ok(info)
     }
 
-    /// Bytes to read before the device is stopped. One that tells nothing has some, however many, until it has paused once.
+    /// Bytes to read before the device is stopped. A device that reports no sizes counts as having some until it has
+    /// paused once.
     fn initial_bytes(&self) -> u64 {
         let untold = || (self.stream.is_short_of_first_pause() && !self.is_futile()).into();
         self.size.precopy().map_or_else(untold, |info| info.initial_bytes)
@@ -407,7 +410,8 @@ impl Device {
         guess.max(self.size.least(read))
     }
 
-    /// Brings a running device to rest before any is stopped on the way to `goal`, if it has a state for that.
+    /// Makes a running device P2P-quiescent on the way to `goal`, if it has such a state, before any device is
+    /// stopped.
     pub(super) fn quiesce(&mut self, goal: DeviceState) -> Result<(), DeviceFailure> {
         let now = self.state()?;
         match quiescent_state(now, goal, self.capabilities) {
@@ -425,12 +429,12 @@ impl Device {
         }
     }
 
-    /// Forgets that the device holds a loaded state, so that it may be found without.
+    /// Forgets that the device holds a loaded state, so that its loss is no error.
     pub(super) fn give_up_loaded(&mut self) {
         self.holds_loaded = false;
     }
 
-    /// Makes the device run whatever it takes: asks again, through a named state, and resets it in the end.
+    /// Makes the device run: retries, then goes through intermediate states, and resets it as a last resort.
     ///
     /// # Errors
     /// The device was reset, or is lost.
@@ -454,7 +458,7 @@ impl Device {
         Err(DeviceFailure::Reset)
     }
 
-    /// Resets the device; it is seen to be RUNNING afterwards, with its state lost.
+    /// Resets the device and checks that it is RUNNING; its state is lost.
     fn reset(&mut self) -> Result<(), DeviceFailure> {
         error!("Resetting device {:?}: its state is lost", self.identity.name);
         self.end_session();
@@ -495,8 +499,7 @@ impl Device {
         Ok(())
     }
 
-    /// Makes the device's node of the Snapshot tree from the state read, which is in it alone from then on: whoever wants
-    /// another has it read again.
+    /// Moves the state read into the device's node of the Snapshot tree. To make another node, read the state again.
     pub(super) fn take_snapshot(
         &mut self,
         version: SavedVersion,
@@ -508,7 +511,7 @@ impl Device {
         Ok(blob_to_snapshot(&self.identity, self.stream.take(), precopy_bytes, version)?)
     }
 
-    /// Makes ready for [`Device::write_state`] a device that earlier attempts left anywhere.
+    /// Prepares a device for [`Device::write_state`], whatever state earlier attempts left it in.
     pub(super) fn prepare_to_load(&mut self) -> Result<(), DeviceFailure> {
         self.give_up_loaded();
         match self.state()? {
@@ -517,10 +520,10 @@ impl Device {
         }
     }
 
-    /// Gives the stopped device a saved state; it checks that and is in STOP afterwards.
+    /// Writes a saved state into the stopped device, which checks it and is in STOP afterwards.
     ///
     /// # Errors
-    /// The state was refused, and the device holds a part of it: it has to be reset.
+    /// The device refused the state and holds a part of it: it has to be reset.
     pub(super) fn write_state(&mut self, state: &[u8]) -> Result<(), DeviceFailure> {
         self.go(DeviceState::Resuming)?;
         write_all(self.io.lock().as_mut(), state)?;
@@ -536,7 +539,7 @@ impl Device {
         }
     }
 
-    /// Ends the saving session of a stopped device, whose state another one goes on with.
+    /// Ends the saving session of a stopped device whose VM has moved.
     pub(super) fn retire(&mut self) -> Result<(), DeviceFailure> {
         match self.state()? {
             DeviceState::StopCopy => self.go(DeviceState::Stop),

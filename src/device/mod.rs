@@ -2,9 +2,9 @@
 
 //! Device state: moving a device through VFIO migration v2, and its state from one host to the other.
 //!
-//! A back end implements [`DeviceIo`] for one device. A [`DeviceSet`] moves all devices of a VM in the order they need,
-//! reads their states in bounded pieces, sees to it that they run again when something fails, and turns their states into
-//! a Snapshot tree and back.
+//! A back end implements [`DeviceIo`] for one device. A [`DeviceSet`] moves all devices of a VM in the order they
+//! need, reads their states in bounded pieces, makes them run again after a failure, and converts their states to and
+//! from a Snapshot tree.
 
 use std::error::Error;
 use std::fmt;
@@ -79,15 +79,15 @@ pub use {
     stream::{CHUNK_BYTES, StreamError},
 };
 
-/// Most bytes one device's state may have unless its `Device::state_limit` says otherwise: as many as fit 4 GiB of base64, with
-/// room for the rest of the VM's state.
+/// Default of `Device::state_limit`: the most state that fits 4 GiB of base64 with room for the rest of the VM's
+/// state.
 pub const STATE_LIMIT_BYTES: usize = (3 << 30) - (64 << 20);
 
 /// States of `enum vfio_device_mig_state` in `linux/vfio.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum DeviceState {
-    /// The device failed; only a reset leads out.
+    /// The device failed; only a reset helps.
     Error = 0,
     /// No DMA, no interrupts, registers frozen.
     Stop = 1,
@@ -153,7 +153,7 @@ pub struct Capabilities {
 pub enum DataRead {
     /// So many bytes, at least one.
     Bytes(usize),
-    /// Nothing now, perhaps more later: the temporary end in PRE_COPY (`ENOMSG`).
+    /// Nothing now, maybe more later: the temporary end in PRE_COPY (`ENOMSG`).
     NothingNow,
     /// The state is complete: the end in STOP_COPY.
     End,
@@ -173,27 +173,28 @@ pub struct PrecopyInfo {
 pub struct PrecopyStep {
     /// Bytes read.
     pub bytes: u64,
-    /// Whether no device has more for now that is worth reading.
+    /// Whether no device has more worth reading for now.
     pub drained: bool,
 }
 
-/// How well an [`Estimate`] is founded; the least of its parts counts.
+/// How reliable an [`Estimate`] is: as reliable as its least reliable part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Basis {
     /// The devices told it.
     Told,
-    /// A device's interface has no such question; this is guessed from what was read of its state before.
+    /// A device's interface cannot report it; guessed from the state read before.
     Guessed,
-    /// A device failed to tell; so much is assumed that nobody switches over on it.
+    /// A device failed to report it; assumed so large that no switchover happens.
     Unknown,
 }
 
-/// What devices hand over, and what of it they have still to hand over.
+/// How much state devices have, and how much of it is left to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Estimate {
-    /// Bytes of their whole state, what was read while they ran included; rather too many than too few.
+    /// Bytes of their whole state, including what was already read; an upper estimate.
     pub state_bytes: u64,
-    /// Of these, bytes that are no guess: what devices told, and of the others what was read or is known to be left.
+    /// Of these, bytes that are known: the sizes devices reported, and for the others what was read or is known to be
+    /// left.
     pub known_bytes: u64,
     /// Of these, bytes to read once the devices are stopped, in the downtime.
     pub stop_copy_bytes: u64,
@@ -254,7 +255,7 @@ impl fmt::Display for DeviceOperation {
     }
 }
 
-/// A device that failed, at what, and why. Who it is, the caller knows.
+/// A device that failed, at what, and why. The caller knows which device it is.
 #[derive(Debug, Error)]
 #[error("Device cannot {operation}")]
 #[non_exhaustive]
@@ -269,14 +270,14 @@ pub struct DeviceError {
 }
 
 impl DeviceError {
-    /// Names the operation that `cause` stopped. An `ENODEV` of the kernel in it means that the device is gone.
+    /// Names the operation that failed with `cause`. An `ENODEV` of the kernel in it means that the device is gone.
     pub fn new(operation: DeviceOperation, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let cause = cause.into();
         let gone = tells_of_lost_device(&*cause);
         Self { operation, cause, gone }
     }
 
-    /// Adds what the back end knows of the cause: `gone` means that the device will not come back.
+    /// Records what the back end knows about the cause: `gone` means that the device will not come back.
     #[must_use]
     pub fn or_gone(self, gone: bool) -> Self {
         Self { gone: self.gone || gone, ..self }
@@ -285,7 +286,7 @@ impl DeviceError {
 
 /// The migration interface of one device: kernel VFIO, a vfio-user process, a fake.
 ///
-/// State numbers, orders and rules are those of `linux/vfio.h`; a back end without an optional state never sees it asked for.
+/// State numbers and rules are those of `linux/vfio.h`; a back end is never asked for an optional state it lacks.
 pub trait DeviceIo: Send {
     /// What the device offers; does not change while it is open.
     fn capabilities(&self) -> Capabilities;
@@ -315,13 +316,13 @@ pub trait DeviceIo: Send {
     /// The device refused them: only a reset helps.
     fn write_data(&mut self, data: &[u8]) -> Result<(), DeviceError>;
 
-    /// Asks how much is left to read in PRE_COPY; `None` where the interface has no such question.
+    /// Asks how much is left to read in PRE_COPY; `None` if the interface cannot report it.
     ///
     /// # Errors
     /// The device is not in PRE_COPY, or does not answer.
     fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError>;
 
-    /// Asks for an estimate of the bytes STOP_COPY would bring now; `None` where the interface has no such question.
+    /// Asks for an estimate of the bytes STOP_COPY would bring now; `None` if the interface cannot report it.
     ///
     /// # Errors
     /// The device does not answer.
@@ -330,6 +331,6 @@ pub trait DeviceIo: Send {
     /// Resets the device: it is RUNNING afterwards, with nothing of its state left.
     ///
     /// # Errors
-    /// The device cannot be helped. Where the interface leaves the state as it was, it is moved to RUNNING and asked.
+    /// The reset failed. Back ends whose reset keeps the migration state then move the device to RUNNING and check.
     fn reset(&mut self) -> Result<(), DeviceError>;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How slowly a device may hand out its state or take one in. Pure: bytes and clock readings come in.
+//! The minimum rate at which a device must hand out or accept its state. Pure: bytes and clock readings come in.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ pub(super) const LEAST_BYTES_PER_SECOND: u64 = 1 << 20;
 /// How long a device may fall behind that before it is given up, as for a pause to gather its state.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Keeps the time that one stream of state is still given: each byte earns some, up to the patience.
+/// The time that one stream of state still has: each byte adds some, up to the patience.
 #[derive(Debug)]
 pub(super) struct Pace {
     patience: Duration,
@@ -22,7 +22,7 @@ impl Pace {
         Self { patience, left: patience, last: now }
     }
 
-    /// Begins to count again, after a time that was not the device's.
+    /// Restarts the clock after a delay that the device did not cause.
     pub(super) fn go_on(&mut self, now: Instant) {
         self.last = now;
     }

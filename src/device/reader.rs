@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Reads one device's state piece by piece, on a thread of its own, for whoever sends it away.
+//! Reads one device's state piece by piece, on its own thread, for the sender.
 
 use std::time::{Duration, Instant};
 
@@ -123,7 +123,7 @@ impl StateReader {
     pub(crate) fn end(mut self) -> StateRead {
         self.read.took = self.begun.elapsed();
         let crawls = self.read.took >= TURN && (self.read.bytes as f64) < self.least_bytes();
-        // A device in PRE_COPY that hands out its state in crumbs counts as one that has no more for now.
+        // A device in PRE_COPY that hands out tiny pieces counts as having no more for now.
         self.read.drained |= crawls && self.until != Until::End;
         self.read
     }

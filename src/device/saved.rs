@@ -2,10 +2,10 @@
 
 //! A device's saved state in the Snapshot tree.
 //!
-//! The device's node has two children. [`STATE_CHILD`] is `{"blob": "<base64>"}`, the device's stream and nothing else:
-//! Cloud Hypervisor's shape, so that snapshots cross over both ways. [`META_CHILD`], which Cloud Hypervisor does not look
-//! at, is `{"version": 2, "meta": "<base64>"}` and says whose the stream is and how to tell that it is whole. A node without
-//! it is taken as it is.
+//! The device's node has two children. [`STATE_CHILD`] is `{"blob": "<base64>"}`, the device's stream and nothing
+//! else: Cloud Hypervisor's shape, so that snapshots cross over both ways. [`META_CHILD`], which Cloud Hypervisor
+//! does not look at, is `{"version": 2, "meta": "<base64>"}` with the identity of the device and the stream's length
+//! and checksum. A node without it is loaded unchecked.
 //!
 //! Cloud Hypervisor keeps the stream one level further down, in [`COMMON_CHILD`] of the device's node. [`Nesting`] says where
 //! it is written; it is read wherever it is.
@@ -148,7 +148,7 @@ pub enum SavedStateError {
     Identity {
         /// Whose it is.
         saved: Identity,
-        /// Who was to take it.
+        /// The device it was loaded into.
         device: Identity,
     },
 }
@@ -193,7 +193,7 @@ pub fn text_bytes(state_bytes: u64) -> u64 {
     state_bytes.div_ceil(3).saturating_mul(4)
 }
 
-/// Who a device is, as far as its state is concerned.
+/// The identity of a device that its saved state must match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     /// Its name in this VM: `net0`.

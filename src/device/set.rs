@@ -3,8 +3,8 @@
 //! All devices of a VM, moved together and in order.
 //!
 //! vCPUs are paused first and resumed last; that is the caller's part. In between, no device is stopped before every
-//! device is P2P-quiescent, and none runs without restraint while another is still stopped: so no device starts DMA to one
-//! that cannot answer.
+//! device is P2P-quiescent, and none leaves that state on resume while another is still stopped, so no device starts
+//! DMA to one that cannot answer.
 
 mod streaming;
 
@@ -19,7 +19,7 @@ use super::saved::{
 use super::{DeviceState, Estimate, PrecopyStep};
 use crate::error::Chain;
 
-/// Why the devices of a VM could not be taken together, or moved.
+/// Why a set of devices cannot be made, moved, saved or loaded.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum DeviceSetError {
@@ -33,7 +33,7 @@ pub enum DeviceSetError {
         /// What went wrong.
         source: DeviceFailure,
     },
-    /// A device reaches others' registers and cannot be kept from it, and there are others.
+    /// A device that can reach other devices has no P2P-quiescent state, and there are other devices.
     #[error(
         "Device {name:?} cannot be made P2P-quiescent and maps more than RAM, so it cannot move together with others"
     )]
@@ -123,7 +123,7 @@ impl std::fmt::Display for Attempt {
     }
 }
 
-/// What the devices were last brought to, and so should go back to when an operation fails.
+/// The state in which the devices were last put, to which they return when an operation fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Phase {
     #[default]
@@ -153,7 +153,8 @@ impl DeviceSet {
         Ok(set)
     }
 
-    /// Takes in one device more, which was plugged in and runs. Plugged in during precopy, it hands out all of its state at the switchover.
+    /// Adds a device that was plugged in and runs. If added during precopy, it hands out all of its state at the
+    /// switchover.
     ///
     /// # Errors
     /// As [`DeviceSet::new`], or the devices are stopped; the set is as it was.
@@ -177,7 +178,8 @@ impl DeviceSet {
         Ok(())
     }
 
-    /// Gives back the device `name`, which is about to be unplugged; it runs, outside any session, if it can be made to.
+    /// Removes and returns the device `name`, which is about to be unplugged. If possible it runs, outside any
+    /// session.
     ///
     /// # Errors
     /// There is no such device, or the devices are stopped; the set is as it was.
@@ -195,7 +197,7 @@ impl DeviceSet {
         Ok(device)
     }
 
-    /// Says how far down in each device's node its state is saved; [`Nesting::Flat`] unless said.
+    /// Sets how deep in each device's node its state is saved; [`Nesting::Flat`] by default.
     #[must_use]
     pub fn nesting(self, nesting: Nesting) -> Self {
         Self { nesting, ..self }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a device's answers about the size of its state come to. Pure: answers and counts in, bytes out.
+//! The size of a device's state, from its answers. Pure: answers and counts in, bytes out.
 //!
 //! `MIG_DATA_SIZE` holds what PRE_COPY may still bring, so the answers to `VFIO_MIG_GET_PRECOPY_INFO` are never added to it.
 //! Whether it holds what was read already differs between drivers: some (mlx5) tell the whole size whatever was read, others

@@ -32,7 +32,7 @@ pub enum ArcError {
         /// Where it was to go.
         to: DeviceState,
     },
-    /// Only a device itself enters ERROR.
+    /// ERROR cannot be requested: only a failure leads there.
     #[error("ERROR is no state to ask for")]
     Error,
 }
@@ -173,7 +173,7 @@ pub(super) fn quiescent_state(
 /// What helps a device that should run and does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Recovery {
-    /// It runs, or as good as: nothing better can be had without losing its state.
+    /// Nothing: it runs, or cannot be improved without losing its state.
     Settled,
     /// Asking it to move to this state.
     Move(DeviceState),

@@ -242,7 +242,7 @@ impl StateStream {
 
     /// Reads what a device in PRE_COPY has now, at most `budget` bytes, and no more than the limit leaves room for.
     ///
-    /// A device that hands out its state in crumbs counts as one that has no more for now.
+    /// A device that hands out tiny pieces counts as having no more for now.
     ///
     /// # Errors
     /// The session is over, and what was read of it worthless.

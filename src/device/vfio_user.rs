@@ -57,7 +57,8 @@ impl VfioUserDeviceError {
 
 /// The migration interface of a vfio-user device.
 ///
-/// The protocol has no question for the bytes left, so [`DeviceIo::precopy_info`] and [`DeviceIo::data_size`] are `None`.
+/// The protocol cannot ask for the bytes left, so [`DeviceIo::precopy_info`] and [`DeviceIo::data_size`] return
+/// `None`.
 #[derive(Debug)]
 pub struct VfioUserDevice {
     client: SharedClient,

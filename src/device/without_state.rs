@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What stands for the devices of a VM whose VMM moves their state itself: none.
+//! Stand-in without the feature `device-state`: the VMM moves devices' state itself, so the set is always empty.
 
 use thiserror::Error;
 use vm_migration::Snapshot;

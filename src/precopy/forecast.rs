@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Whether a migration will come to its switchover, and what keeps it from that.
+//! Whether a migration will converge, and what keeps it from that.
 
 use std::fmt;
 
@@ -72,7 +72,7 @@ pub enum Blame {
         /// Bytes per second that the connections carry.
         bandwidth: u64,
     },
-    /// No source alone is to blame.
+    /// No single source is the cause.
     Together {
         /// What all dirty, in bytes per second.
         dirty_rate: u64,

@@ -51,7 +51,7 @@ pub enum CancelReason {
     },
 }
 
-/// What stood between a migration and its switchover.
+/// What kept a migration from its switchover.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Obstacle {

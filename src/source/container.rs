@@ -29,7 +29,7 @@ pub use info::{ContainerInfo, DirtyBitmapInfo};
 pub enum Meaning {
     /// A device wrote there: every device in the container is a mediated one, whose writes the kernel performs itself.
     Written,
-    /// The page is mapped: the container holds a pass-through device, whose writes nobody sees, so every read reports every
+    /// The page is mapped: the container holds a pass-through device, whose writes it cannot see, so it reports every
     /// mapped page.
     Mapped,
 }
@@ -38,19 +38,19 @@ pub enum Meaning {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ContainerLogError {
-    /// The container has another model than type 1 version 2; there the ioctl would mean something else.
+    /// The container's IOMMU model is not type 1 version 2, the only one with a dirty bitmap.
     #[error("Container of IOMMU model {model} has no dirty bitmap; only model 3 (type 1 version 2) has")]
     Model {
         /// What the container was given with `VFIO_SET_IOMMU`.
         model: u32,
     },
-    /// The container does not tell what it can do.
+    /// The container's capabilities could not be read.
     #[error("Cannot read the container's information")]
     Info(#[source] io::Error),
     /// The container has no migration capability: an old kernel, or an iommufd that poses as a container.
     #[error("Container has no dirty bitmap")]
     NoDirtyBitmap,
-    /// The bitmap's smallest page size is none.
+    /// The bitmap's smallest page size is invalid.
     #[error("Container's dirty bitmap offers page sizes {page_sizes:#x}")]
     PageSizes {
         /// One bit per size.
@@ -69,7 +69,7 @@ pub enum ContainerLogError {
     /// The log could not be switched on.
     #[error("Cannot start the container's dirty log")]
     Start(#[source] io::Error),
-    /// The bits of a span could not be read; what they said is gone. The log was started anew.
+    /// The bits of a span could not be read and are lost. The log was restarted.
     #[error("Cannot read the dirty bitmap of IOVA {iova}")]
     Read {
         /// What was asked for.
@@ -92,7 +92,7 @@ pub enum ContainerLogError {
 
 /// The dirty bitmap of a type1 container, over any container descriptor.
 ///
-/// Without a virtual IOMMU it takes for granted that the VM's RAM is mapped region by region, each by one mapping or by several.
+/// Without a virtual IOMMU it assumes that each RAM region is mapped whole, by one mapping or several.
 #[derive(Debug)]
 pub struct ContainerLog<F> {
     id: String,
@@ -139,15 +139,16 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
         self.limits.granule
     }
 
-    /// Takes the mappings in `iova` down, which may be many but must be whole, and reports their dirty pages as it goes;
-    /// returns the bytes unmapped. Where the log is off it only unmaps.
+    /// Unmaps the mappings in `iova`, each of which must lie wholly inside, and reports their dirty pages; returns
+    /// the bytes unmapped. If the log is off it only unmaps.
     ///
-    /// One lock is held over both in the kernel. That closes the gap for the kernel's own writes; a pass-through device may still
-    /// write between the two (C14).
+    /// The kernel reads the bitmap and unmaps under one lock, so none of its own writes falls in between; a
+    /// pass-through device may still write between the two (C14).
     ///
     /// # Errors
-    /// What a bitmap said is lost, so all pages behind it are marked; the mappings are gone all the same. Where it says
-    /// [`Operation::Unmap`], one of them stands, and so do those above it; those below it are gone, and reported or marked.
+    /// If a bitmap is lost, all its pages are marked and the mappings are gone. If the error names
+    /// [`Operation::Unmap`], one mapping could not be removed: it and those above it still exist, those below it are
+    /// gone and were reported or marked.
     pub fn unmap_with_bitmap(&mut self, iova: IovaRange, sink: &mut Sink<'_>) -> Result<u64, SourceError> {
         self.try_unmap(iova, sink).map_err(|cause| {
             let stands = matches!(cause, ContainerLogError::Unmap { .. });
@@ -201,7 +202,7 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
         Ok(())
     }
 
-    /// Starts a log anew that a failed read may have left damaged; the caller takes every page for dirty.
+    /// Restarts a log that a failed read may have damaged; the caller marks every page dirty.
     fn rearm(&self) -> io::Result<()> {
         sys::dirty_pages_stop(&self.container)?;
         sys::dirty_pages_start(&self.container)
@@ -210,7 +211,7 @@ impl<F: AsRawFd + Send> ContainerLog<F> {
 
 const COUNTED: &str = "the words were counted for this range";
 
-/// Takes `requests` down one after the other, without its bitmap where one cannot be read: then it counts as written all over.
+/// Unmaps `requests` one after the other. If a bitmap cannot be read, unmaps without it and marks all its pages.
 fn take_down(
     requests: Vec<IovaRange>,
     mapped: &mut Mapped,
@@ -224,7 +225,7 @@ fn take_down(
             Ok(unmapped) => bytes += unmapped,
             Err(unread) => {
                 bytes += without(request)?;
-                // Here, and not by the caller alone, who hears nothing of it when a later request cannot be taken down.
+                // Marked here: if a later request cannot be unmapped, the caller sees only that error.
                 sink.iova_range(request);
                 lost = lost.or(Some(unread));
             }
@@ -339,7 +340,7 @@ impl<F: AsRawFd + Send> DirtySource for ContainerLog<F> {
 
     fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
         if !self.on {
-            // A read would fail, and the log be started anew behind everybody's back.
+            // A read would fail and restart the log unnoticed.
             return Ok(());
         }
         let result = self.try_collect(sink);
@@ -351,7 +352,7 @@ impl<F: AsRawFd + Send> DirtySource for ContainerLog<F> {
         result.map_err(|cause| SourceError::new(&self.id, Operation::Collect, cause))
     }
 
-    /// Refuses one whose bitmap could never be read. It stands until it is taken down again, and counts as written all over until then.
+    /// Refuses a mapping whose bitmap could never be read. Until it is unmapped, all its pages count as written.
     fn mapped(&mut self, mapping: &Mapping) -> Result<(), SourceError> {
         self.mapped.add(*mapping);
         self.requests.clear();

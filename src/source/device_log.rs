@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `VFIO_DEVICE_FEATURE_DMA_LOGGING_*`: what a device wrote, by its own account.
+//! `VFIO_DEVICE_FEATURE_DMA_LOGGING_*`: a device's own log of its DMA writes.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -23,12 +23,12 @@ mod ranges;
 use interface::DmaLogging;
 use ranges::{Search, in_words, merged, rounded, word_bytes};
 
-/// The IOVAs a device is asked to log. They cannot change while it logs: a mapping outside them has the log started anew.
+/// The IOVAs a device is asked to log. They are fixed while it logs: a mapping outside them restarts the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Coverage {
-    /// What is mapped when the log is started: right without a virtual IOMMU.
+    /// What is mapped when the log starts: for VMs without a virtual IOMMU.
     Mappings,
-    /// These, and what is mapped at the start must lie inside: for a virtual IOMMU, all that the guest may map.
+    /// These ranges, which must contain all mappings: for a virtual IOMMU, everything that the guest may map.
     Ranges(Vec<IovaRange>),
 }
 
@@ -42,13 +42,13 @@ pub enum DeviceLogError {
     /// Nothing is mapped, so there is nothing to log.
     #[error("No memory is mapped for the device")]
     NothingMapped,
-    /// A range does not begin and end at a host page, nor does the mapped memory around it.
+    /// A range cannot be rounded to host pages within mapped memory.
     #[error("DMA logging ranges cannot be rounded to pages of {page} within mapped memory")]
     Unaligned {
         /// The host's page size.
         page: Granule,
     },
-    /// The device accepted none of the ways to put it.
+    /// The device accepted no number of ranges.
     #[error("Cannot start DMA logging of {}, {first} to {last}, at {granule}", Count(.ranges, "range"))]
     Start {
         /// How many ranges there were in the last attempt.
@@ -68,7 +68,7 @@ pub enum DeviceLogError {
     /// The log starts but cannot be read; a kernel built without iommufd answers so.
     #[error("Device logs its DMA, but the kernel cannot report it")]
     NoReport(#[source] io::Error),
-    /// A report failed: the log is corrupt. It was started anew.
+    /// A report failed, so the log was corrupt. It was restarted.
     #[error("Cannot report the DMA to IOVA {iova}")]
     Report {
         /// What was asked for.
@@ -76,7 +76,7 @@ pub enum DeviceLogError {
         /// The kernel's answer.
         source: io::Error,
     },
-    /// The log had failed before and was lost in between. It was started anew.
+    /// The log was lost in an earlier failure. It was restarted.
     #[error("DMA log was lost at an earlier failure")]
     Lost,
     /// The device writes through a mapping that the log does not cover.
@@ -107,17 +107,17 @@ pub struct DeviceLog<F> {
     words: Vec<u64>,
 }
 
-/// What the device was asked to log, and how it does.
+/// What the device was asked to log, and in what state its log is.
 #[derive(Debug, Clone)]
 struct Armed {
     ranges: Vec<IovaRange>,
     asked: Granule,
     chosen: Granule,
-    /// The log's content is lost, or not even running: nothing it reports counts until it is started anew.
+    /// The log's content is lost, or it is off: its reports are ignored until it is restarted.
     lost: bool,
-    /// The log was off for a moment: whatever is mapped may have been written, and nobody was told yet.
+    /// The log was off for a moment: anything mapped may have been written, which is still to be reported.
     gap: bool,
-    /// The device refused to log more than this once; it is not asked again.
+    /// The device once refused to log more than this, and is not asked again.
     full: bool,
 }
 
@@ -126,7 +126,7 @@ struct Armed {
 struct Requests {
     /// Read these.
     reports: Vec<IovaRange>,
-    /// Of these nothing is known: START did not cover them.
+    /// Mark these: START did not cover them.
     unknown: Vec<IovaRange>,
 }
 
@@ -157,19 +157,19 @@ impl<F> DeviceLog<F> {
         }
     }
 
-    /// Chooses what to log; [`Coverage::Mappings`] unless told.
+    /// Chooses what to log; [`Coverage::Mappings`] by default.
     #[must_use]
     pub fn with_coverage(self, coverage: Coverage) -> Self {
         Self { coverage, ..self }
     }
 
-    /// Lowers the number of ranges to a device's own limit, where that is known; else it is found by trying.
+    /// Limits the number of ranges to what the device accepts, if that is known; otherwise it is found by trying.
     #[must_use]
     pub fn with_max_ranges(self, max_ranges: usize) -> Self {
         Self { max_ranges: max_ranges.min(self.max_ranges), ..self }
     }
 
-    /// Asks for a coarser granule than the host page; the device has the last word.
+    /// Asks for a coarser granule than the host page; the device decides.
     #[must_use]
     pub fn with_granule(self, hint: Granule) -> Self {
         Self { hint, ..self }
@@ -180,7 +180,7 @@ impl<F> DeviceLog<F> {
         self.armed.as_ref().map(|armed| armed.chosen)
     }
 
-    /// The IOVAs that the device was asked to log, gaps it had to take in included; none while the log is off.
+    /// The IOVAs that the device logs, including gaps between mappings; none while the log is off.
     pub fn covered(&self) -> &[IovaRange] {
         self.armed.as_ref().map_or(&[], |armed| &armed.ranges)
     }
@@ -294,7 +294,7 @@ impl<F: DmaLogging> DeviceLog<F> {
         Ok(())
     }
 
-    /// Starts a corrupt log anew, as it was; the caller takes every page for dirty.
+    /// Restarts a corrupt log over the same ranges; the caller marks every page dirty.
     fn rearm(&mut self) {
         let Some(armed) = self.armed.take() else { return };
         let _already_failed = self.device.stop();
@@ -302,7 +302,7 @@ impl<F: DmaLogging> DeviceLog<F> {
         self.armed = Some(self.armed_again(armed));
     }
 
-    /// Starts the log that was stopped as it was; it is lost where the device refuses.
+    /// Restarts the stopped log over the same ranges; it is lost if the device refuses.
     fn armed_again(&self, before: Armed) -> Armed {
         match self.arm(&before.ranges, before.asked) {
             Ok(anew) => Armed { full: before.full, ..anew },
@@ -310,10 +310,10 @@ impl<F: DmaLogging> DeviceLog<F> {
         }
     }
 
-    /// Starts the log anew over what it covered and all that is mapped; if the device refuses, over what it covered.
+    /// Restarts the log over what it covered and everything mapped; if the device refuses, over what it covered.
     ///
-    /// What the device writes between stop and start is not logged, so all that is mapped counts as written, once. That is more
-    /// than the old log could tell, which is stopped unread.
+    /// What the device writes between stop and start is not logged, so everything mapped counts as written, once. The
+    /// old log need not be read first: its pages are included.
     fn widen(&mut self) -> Result<(), DeviceLogError> {
         let Some(before) = self.armed.take() else { return Ok(()) };
         let wanted = united(before.ranges.iter().copied().chain(self.mapped_iovas()));
@@ -410,9 +410,9 @@ impl<F: DmaLogging + Send> DirtySource for DeviceLog<F> {
         result.map_err(|cause| SourceError::new(&self.id, Operation::Collect, cause))
     }
 
-    /// Takes in a mapping. For one that the log does not cover it is started anew, and all that is mapped is reported once more.
-    /// Where the device refuses that, it is an error, and the mapping counts as dirty at every collect until it goes or the log
-    /// is stopped.
+    /// Adds a mapping. If the log does not cover it, restarts the log and reports everything mapped once more. If the
+    /// device refuses, returns an error, and the mapping counts as dirty at every collect until it is removed or the
+    /// log stops.
     fn mapped(&mut self, mapping: &Mapping) -> Result<(), SourceError> {
         self.mapped.add(*mapping);
         self.requests = None;
@@ -450,7 +450,7 @@ impl<F: DmaLogging + Send> DirtySource for DeviceLog<F> {
         if result.is_err()
             && let Some(armed) = &mut self.armed
         {
-            // The whole log is corrupt, of which only this mapping's part is told here.
+            // The whole log is corrupt; only this mapping's part is reported here.
             armed.lost = true;
         }
         result.map_err(|cause| SourceError::new(&self.id, Operation::Unmapped, cause))

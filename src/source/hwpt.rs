@@ -16,7 +16,7 @@ use crate::layout::Layout;
 use crate::range::IovaRange;
 use crate::sys::iommufd::{self as sys, Afterwards};
 
-/// What a page table refused.
+/// Why a page table's dirty bits cannot be used.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum HwptLogError {
@@ -25,7 +25,7 @@ pub enum HwptLogError {
     Switch {
         /// The page table's object number.
         hwpt_id: u32,
-        /// Which way.
+        /// On or off.
         on: bool,
         /// The kernel's answer.
         source: io::Error,
@@ -44,8 +44,9 @@ pub enum HwptLogError {
 
 /// The dirty bits of one page table of an iommufd, over any iommufd descriptor.
 ///
-/// The page table was allocated with `IOMMU_HWPT_ALLOC_DIRTY_TRACKING`. An address space with several page tables takes a source
-/// for each. Without a virtual IOMMU every RAM region must be mapped throughout: a hole inside one can pass for clean memory.
+/// The page table was allocated with `IOMMU_HWPT_ALLOC_DIRTY_TRACKING`. An address space with several page tables
+/// takes a source for each. Without a virtual IOMMU every RAM region must be mapped without holes: an unmapped part
+/// would be reported clean.
 #[derive(Debug)]
 pub struct HwptLog<F> {
     id: String,
@@ -87,7 +88,7 @@ impl<F: AsRawFd + Send> HwptLog<F> {
         })
     }
 
-    /// Reads one mapping's bits, and nothing of what lies beside it: a hole may be answered with success and no bits.
+    /// Reads the bits of one mapping only: for an unmapped range the kernel may report success and no bits.
     fn read(
         &mut self,
         mapping: IovaRange,
@@ -131,7 +132,7 @@ impl<F: AsRawFd + Send> DirtySource for HwptLog<F> {
         Cover { ranges: self.mapped.gpa_ranges(), precise: true }
     }
 
-    /// Switches tracking on, once: doing so again would clear bits nobody has read.
+    /// Switches tracking on, once: a second call would clear bits not yet read.
     fn start(&mut self, layout: &Layout, iova: &IovaMap) -> Result<(), SourceError> {
         if self.on {
             return Ok(());

@@ -47,7 +47,7 @@ pub enum KvmLogError {
         slot: u32,
         /// The slot's pages.
         gpa: GpaRange,
-        /// Which way.
+        /// On or off.
         on: bool,
         /// KVM's answer.
         source: io::Error,

@@ -56,7 +56,7 @@ pub enum KvmRingError {
         slot: u32,
         /// The slot's pages.
         gpa: GpaRange,
-        /// Which way.
+        /// On or off.
         on: bool,
         /// KVM's answer.
         source: io::Error,

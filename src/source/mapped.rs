@@ -8,7 +8,7 @@ use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
 use crate::range::{GpaRange, IovaRange, Range};
 
-/// The mappings that stand, as one source knows them: disjoint in IOVA.
+/// The current mappings, as one source knows them: disjoint in IOVA.
 #[derive(Debug, Default)]
 pub(super) struct Mapped {
     by_iova: BTreeMap<u64, Mapping>,

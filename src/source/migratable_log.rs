@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A component of the VMM that keeps a dirty log of its own and hands it out as tables.
+//! A VMM component that keeps its own dirty log and returns it as tables.
 
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::thread;
@@ -22,7 +22,7 @@ pub enum MigratableLogError {
     /// A thread panicked while it held the component's lock.
     #[error("Lock of the component is poisoned")]
     Poisoned,
-    /// The component's lock was not to be had.
+    /// The component's lock could not be taken in time.
     #[error(
         "Component stayed locked for {} ms: whoever holds its lock may be waiting for this very call, a deadlock",
         .limit.as_millis()
@@ -34,7 +34,7 @@ pub enum MigratableLogError {
     /// The component's own log failed.
     #[error(transparent)]
     Component(#[from] MigratableError),
-    /// The component's table holds what is no range.
+    /// An entry of the component's table is not a valid range.
     #[error("Entry {index} of the component's table is no range")]
     Entry {
         /// Position in the table.
@@ -47,16 +47,17 @@ pub enum MigratableLogError {
 /// The dirty log of a [`Migratable`] component: a vhost-user device of the VMM's own, another hypervisor's memory, anything that
 /// returns a table.
 ///
-/// What is wrapped leaves the VMM's own loop, start and stop included: its `start_dirty_log`, `dirty_log` and `stop_dirty_log` are
-/// called from here and from nowhere else, or its pages go to whoever asks first. Everything else stays with the VMM: `pause`,
+/// A wrapped component must leave the VMM's own loop: `start_dirty_log`, `dirty_log` and `stop_dirty_log` are called
+/// from here only. A second caller would take pages from this one. Everything else stays with the VMM: `pause`,
 /// `resume`, `snapshot`, `start_migration` and `complete_migration` are never called from here.
 ///
-/// Never wrap the object that calls this library, nor one whose lock its caller holds: Cloud Hypervisor's `DeviceManager` holds its
-/// device tree and each device in turn while it asks for `dirty_log`, and waiting for one of these locks would be for ever. The lock
-/// is therefore waited for 5 seconds and no longer; then the read has failed, with an error that names the deadlock.
+/// Never wrap the object that calls this library, nor one whose lock its caller holds: Cloud Hypervisor's
+/// `DeviceManager` holds its device tree and each device in turn while it asks for `dirty_log`, and waiting for one
+/// of these locks would deadlock. The source therefore waits 5 seconds for the lock; then the read fails with an
+/// error that names the deadlock.
 ///
-/// A component whose tables name what could have been written, rather than what was, belongs behind another source: this one
-/// counts as precise. Its cover is all RAM, since nothing tells where a component writes.
+/// Do not wrap a component whose tables name pages that could have been written: this source counts as precise. Its
+/// cover is all RAM, since a component may write anywhere.
 ///
 /// ```
 /// use std::sync::{Arc, Mutex};
@@ -143,7 +144,7 @@ impl DirtySource for MigratableLog {
         Ok(())
     }
 
-    /// Marks the pages of the component's table, in whatever order they come and however often; what is not RAM is ignored.
+    /// Marks the pages of the component's table, in any order, with repetitions; what is not RAM is ignored.
     fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
         if !self.on {
             return Ok(());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What can report dirty pages, and where it reports them to.
+//! The sources of dirty pages, and the sink they report to.
 //!
 //! One file per kernel or wire interface. A source knows that interface and nothing else; the [`Sink`] turns what it
 //! read into bits of host pages.
@@ -100,14 +100,16 @@ pub struct SourceError {
 }
 
 impl SourceError {
-    /// Names the source and the operation that `cause` stopped. An `ENODEV` of the kernel in it means that the device is gone.
+    /// Names the source and the operation that failed with `cause`. An `ENODEV` of the kernel in it means that the
+    /// device is gone.
     pub fn new(id: &str, operation: Operation, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let cause = cause.into();
         let gone = tells_of_lost_device(&*cause);
         Self { id: id.to_owned(), operation, cause, gone }
     }
 
-    /// Adds what the back end knows of the cause: `gone` means that what lies behind the source will not come back.
+    /// Records what the back end knows about the cause: `gone` means that the device or process behind the source
+    /// will not come back.
     #[must_use]
     pub fn or_gone(self, gone: bool) -> Self {
         Self { gone: self.gone || gone, ..self }
@@ -133,7 +135,7 @@ pub struct Cover {
 }
 
 impl Cover {
-    /// What a precise source speaks for that may write anywhere, RAM that is plugged in later included.
+    /// The cover of a precise source whose writer may write anywhere, including RAM plugged in later.
     pub(crate) fn everything() -> Self {
         let all = GpaRange::from_bounds(0, u64::MAX).expect("0 lies below the last address");
         Self { ranges: vec![all], precise: true }
@@ -149,18 +151,18 @@ pub enum Reports {
     Vmm,
     /// Pass-through devices'.
     Devices,
-    /// Those of a component of the VMM that says itself what it wrote.
+    /// Those of a VMM component that keeps its own dirty log.
     Component,
 }
 
-/// When the bits of a mapping that goes are read.
+/// When the bits of a mapping that is removed are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Harvest {
-    /// Before it is taken down: its bits go with it. Page tables, and devices in another process.
+    /// Before the unmapping, which drops the bits: page tables, and devices in another process.
     BeforeUnmap,
-    /// After it was taken down, when the device can write through it no more: the device keeps the log itself.
+    /// After the unmapping, when the device can no longer write through it: devices that keep their own log.
     AfterUnmap,
-    /// As it is taken down, which the source does itself: a type1 container.
+    /// While unmapping, which the source does itself: a type1 container.
     ByUnmapping,
 }
 
@@ -187,8 +189,8 @@ pub trait DirtySource: Send {
     /// The pages it speaks for, which are marked dirty when it fails: complete while it runs.
     fn cover(&self) -> Cover;
 
-    /// Bytes of pages that the last reports all held and that the next will hold again, whatever is written: a mediated
-    /// device's driver keeps them pinned. 0 where there are none, or it is not known yet.
+    /// Bytes of pages that every report contains whatever is written, because a mediated device's driver keeps them
+    /// pinned. 0 if there are none or it is not known yet.
     fn standing_bytes(&self) -> u64 {
         0
     }
@@ -220,7 +222,7 @@ pub trait DirtySource: Send {
         Ok(())
     }
 
-    /// Takes in a mapping that now stands.
+    /// Adds a new mapping.
     ///
     /// # Errors
     /// The device's writes through it would not be logged.
@@ -228,8 +230,7 @@ pub trait DirtySource: Send {
         Ok(())
     }
 
-    /// Whether it reports what further devices write, too, that join what it reads: a container or a page table. A log that is one
-    /// device's own does not.
+    /// Whether devices may join this source: true for a container or a page table, false for the log of one device.
     fn devices_may_join(&self) -> bool {
         false
     }
@@ -239,12 +240,12 @@ pub trait DirtySource: Send {
         Harvest::BeforeUnmap
     }
 
-    /// Reports the dirty pages of a mapping that goes, at the time that [`DirtySource::harvest`] tells. The source knows the mapping
-    /// until [`DirtySource::forget`].
+    /// Reports the dirty pages of a mapping that is removed, at the time [`DirtySource::harvest`] names. The source
+    /// keeps the mapping until [`DirtySource::forget`].
     ///
     /// # Errors
-    /// As [`DirtySource::collect`], for the mapping's pages. The mapping goes all the same, except where the source takes it down
-    /// itself and could not: [`Operation::Unmap`].
+    /// As [`DirtySource::collect`], for the mapping's pages. The mapping is removed nevertheless, unless the source
+    /// unmaps by itself and failed: [`Operation::Unmap`].
     fn unmapped(&mut self, _mapping: &Mapping, _sink: &mut Sink<'_>) -> Result<(), SourceError> {
         Ok(())
     }
@@ -252,12 +253,13 @@ pub trait DirtySource: Send {
     /// Forgets a mapping that is gone.
     fn forget(&mut self, _mapping: &Mapping) {}
 
-    /// Takes in RAM that is about to be used: its slot, if it has one, is registered. Writes to it are reported from then on.
+    /// Adds RAM that is about to be used; its memory slot, if it has one, is registered. Writes to it are reported
+    /// from then on.
     ///
-    /// What a device reaches it is told by [`DirtySource::mapped`].
+    /// Devices' access to it is announced separately, by [`DirtySource::mapped`].
     ///
     /// # Errors
-    /// Writes to it would go unseen; the source is as it was.
+    /// Writes to it would be missed; the source is unchanged.
     fn plugged(&mut self, _ram: &PluggedRam) -> Result<(), SourceError> {
         Ok(())
     }
@@ -272,7 +274,7 @@ pub trait DirtySource: Send {
     fn stop(&mut self) -> Result<(), SourceError>;
 }
 
-/// A bitmap too short for the range it is said to speak of.
+/// A bitmap is too short for its range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("Bitmap of {} is too short for {}", Count(.words, "word"), Count(.bits, "bit"))]
 #[non_exhaustive]
@@ -292,17 +294,18 @@ pub struct Sink<'a> {
     layout: &'a Layout,
     iova: &'a IovaMap,
     pub(crate) marks: &'a mut Marks,
-    /// Words to be read when all sources have reported; `None` where nobody will, and all is copied into the marks.
+    /// Lent words, to be read when all sources have reported; `None` where lending is off and all is copied into the
+    /// marks.
     pub(crate) lent: Option<Vec<Lent<'a>>>,
 }
 
 impl<'a> Sink<'a> {
-    /// Makes a sink that copies what it is told into `marks`.
+    /// Makes a sink that copies every report into `marks`.
     pub(crate) fn new(layout: &'a Layout, iova: &'a IovaMap, marks: &'a mut Marks) -> Self {
         Self { layout, iova, marks, lent: None }
     }
 
-    /// Makes a sink that keeps words lent to it, for who unites what all sources reported.
+    /// Makes a sink that also accepts lent words, for the ledger that unites all reports.
     pub(crate) fn lending(layout: &'a Layout, iova: &'a IovaMap, marks: &'a mut Marks) -> Self {
         let lent = Some(marks.room_for_loans());
         Self { layout, iova, marks, lent }
@@ -403,7 +406,7 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    /// Tells that the bits set in `words` were reported, and counted for their source, before; they were left standing.
+    /// Declares that the bits set in `words` were reported and counted before, and left set in the kernel.
     ///
     /// # Errors
     /// As [`Sink::gpa_words`].

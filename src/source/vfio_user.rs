@@ -28,7 +28,7 @@ pub enum VfioUserSourceError {
         /// The device's name.
         device: String,
     },
-    /// The log does not run, or is lost since an earlier failure: what it held cannot be told.
+    /// The log is off, or was lost in an earlier failure.
     #[error("DMA log of vfio-user device {device} is not running")]
     NotRunning {
         /// The device's name.
@@ -42,7 +42,7 @@ pub enum VfioUserSourceError {
         /// The mapping.
         iova: IovaRange,
     },
-    /// The device takes so long over its log that nothing else of a migration would get done.
+    /// The device took longer than the limit to report its log.
     #[error("vfio-user device {device} did not report its log within {} s", .limit.as_secs())]
     Slow {
         /// The device's name.
@@ -67,12 +67,12 @@ impl VfioUserSourceError {
 
 /// The DMA log of one vfio-user device, over all memory its client mapped for it.
 ///
-/// Each REPORT names just what one DMA_MAP did, since some servers take nothing else; only a bitmap over the server's
-/// limit is asked for in pieces. After a failed report the log is stopped and started anew: what it held is lost, which the
-/// failure says, and the next report is good again.
+/// Each REPORT names exactly the range of one DMA_MAP, since some servers accept nothing else; only a bitmap over the
+/// server's limit is read in pieces. After a failed report the log is restarted: its content is lost, as the error
+/// says, and the next report is valid again.
 ///
-/// The log is of what was mapped when it was switched on; for a mapping that comes later, as that of RAM which is plugged in, it is
-/// started anew over everything, and all that is mapped counts as written once.
+/// The log covers what was mapped when it started. For a later mapping, such as plugged-in RAM, it is restarted over
+/// everything, and everything mapped counts as written once.
 #[derive(Debug)]
 pub struct VfioUserSource {
     id: String,
@@ -83,7 +83,7 @@ pub struct VfioUserSource {
     host_page: Granule,
     /// What START named; none logs everything.
     logged: Option<Vec<IovaRange>>,
-    /// The log was started anew since the last report, and what was written meanwhile is not in it.
+    /// The log was restarted since the last report and lacks what was written meanwhile.
     gap: bool,
     /// The pages any IOVA may lead to, when IOVAs are not GPAs.
     ram: Option<Vec<GpaRange>>,

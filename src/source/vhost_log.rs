@@ -43,7 +43,7 @@ impl LogBase<'_> {
     }
 }
 
-/// What became of a log that was offered to a back end.
+/// A back end's answer to a log that was offered to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogBaseAnswer {
     /// The back end has answered, and from now on sets bits in this log alone.
@@ -53,13 +53,15 @@ pub enum LogBaseAnswer {
     Stopped,
 }
 
-/// The messages by which a back end is made to log: the embedder sends them over its own vhost-user connection.
+/// The vhost-user messages that make a back end log: the embedder sends them over its own connection.
 ///
-/// [`VhostUserLog`] calls these in the order the protocol needs. The protocol features `LOG_SHMFD` and, so that an answer means that
-/// a message was heeded, `REPLY_ACK` are negotiated. For a device whose driver has not set it up yet there is nobody to send a message
-/// to: remember what was asked, do it when the device is set up, and say [`LogBaseAnswer::Stopped`] until then.
+/// [`VhostUserLog`] calls these in the order the protocol needs. The protocol features `LOG_SHMFD` and, so that an
+/// answer means that a message was heeded, `REPLY_ACK` are negotiated. If the guest's driver has not set the device
+/// up yet, no message can be sent: store the request, send it when the device is set up, and return
+/// [`LogBaseAnswer::Stopped`] until then.
 pub trait VhostUserBackEnd: Send {
-    /// Sends `VHOST_USER_SET_LOG_BASE` and returns once it is answered; a descriptor that was sent and not answered is no success.
+    /// Sends `VHOST_USER_SET_LOG_BASE` and returns once the back end has answered; without an answer it must return
+    /// an error.
     ///
     /// # Errors
     /// The back end did not answer, or refused. It may log to either memory from now on; both are read.
@@ -74,8 +76,8 @@ pub trait VhostUserBackEnd: Send {
     /// Sends `VHOST_USER_SET_VRING_ADDR` for each ring: where `on`, with `VHOST_VRING_F_LOG` among its flags and the used ring's
     /// guest-physical address as `log_guest_addr`.
     ///
-    /// `VHOST_F_LOG_ALL` alone covers buffers and not the used rings, and a used ring that stays behind hangs the device on the other
-    /// side. A ring that the driver sets up again while the log is on has to get the same flag.
+    /// `VHOST_F_LOG_ALL` alone covers buffers but not the used rings, and a stale used ring hangs the device at the
+    /// destination. A ring that the driver sets up again while the log is on needs the same flag.
     ///
     /// # Errors
     /// The back end did not answer.
@@ -107,14 +109,14 @@ pub enum VhostUserLogError {
     Switch {
         /// What would be logged.
         what: &'static str,
-        /// Which way.
+        /// On or off.
         on: bool,
         /// What the connection said.
         source: VhostUserError,
     },
 }
 
-/// The two logs that take turns: what the back end sets bits in, and the one it is given next.
+/// The two alternating logs: the one the back end sets bits in, and the one it gets next.
 #[derive(Debug)]
 struct Logs {
     given: SharedWords,
@@ -149,19 +151,20 @@ impl Logs {
 
 /// The dirty log of one vhost-user back end, at one bit per 4 KiB of guest-physical memory whatever the host's page size.
 ///
-/// Each collect gives the back end another log before it reads the one that it had, so that no bit is set in what was read already.
-/// Two logs take turns, and both are read each time: one that the back end went on using, because the answer to a swap got lost or a
-/// thread of it was late, gives up its bits at the next collect. So does one that was too short for RAM plugged in. A swap that fails leaves all
-/// as it was.
+/// Each collect gives the back end another log before it reads the one that it had, so that no bit is set in what was
+/// read already. Two logs take turns, and both are read each time: one that the back end went on using, because the
+/// answer to a swap got lost or a thread of it was late, gives up its bits at the next collect. A log that was too
+/// short for plugged-in RAM is read the same way. A failed swap changes nothing.
 ///
-/// The memory is the library's own: it outlives the back end. When the rings are stopped and the back end is about to go, or has
-/// gone, [`LogBaseAnswer::Stopped`] makes the last collect read what it left behind. A back end that died without that is a failed
-/// read: it may have written pages whose bits it did not come to set.
+/// The memory is the library's own: it outlives the back end. When the rings are stopped and the back end is about to
+/// go, or has gone, [`LogBaseAnswer::Stopped`] makes the last collect read its bits. A back end that died without
+/// that is a failed read: it may have written pages before it set their bits.
 ///
-/// The log reaches from address 0 to the highest byte of RAM. Where RAM is plugged in above that, the back end is given a longer one before
-/// [`crate::tracker::Tracker::add_ram`] returns: give it the RAM itself afterwards, since some back ends end themselves when they write past
-/// the end of their log. One that refuses has the RAM refused; with [`VhostUserLog::reaching`] the log is long enough from the start. Its
-/// memory is taken page by page as bits are set.
+/// The log reaches from address 0 to the highest byte of RAM. Where RAM is plugged in above that, the back end is
+/// given a longer one before [`crate::tracker::Tracker::add_ram`] returns: give it the RAM itself afterwards, since
+/// some back ends end themselves when they write past the end of their log. If the back end refuses, the RAM is
+/// refused. [`VhostUserLog::reaching`] makes the log long enough from the start; its memory is allocated page by page
+/// as bits are set.
 #[derive(Debug)]
 pub struct VhostUserLog<B> {
     id: String,

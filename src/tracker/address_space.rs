@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The way in for devices: what tracks their writes is asked of the kernel, chosen and attached.
+//! Address spaces of VFIO devices: asks the kernel what can track the devices' writes, chooses sources and attaches
+//! them.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -18,7 +19,7 @@ use crate::source::{
     Meaning,
 };
 
-/// One IOVA address space, the devices in it, and what is below them.
+/// One IOVA address space, its devices, and the container or page table that maps memory for them.
 #[derive(Debug)]
 pub struct AddressSpace {
     /// Where its IOVAs lead: [`IovaMap::Identity`] without a virtual IOMMU.
@@ -65,7 +66,7 @@ pub enum SpaceTable {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum AddressSpaceError {
-    /// Nothing that is there sees all the devices' writes.
+    /// No available source sees all writes of the devices.
     #[error("{blocker}; {}", .blocker.remedy())]
     Blocked {
         /// What is missing.
@@ -85,13 +86,15 @@ pub enum AddressSpaceError {
 }
 
 impl TrackerBuilder {
-    /// Adds an address space: asks its devices and what is below them what they can track, chooses the sources that speak for all of
-    /// them, and attaches these. What is worse than it could be is in [`super::Tracker::space_degradations`].
+    /// Adds an address space: asks its devices and their container or page table what they can track, chooses the
+    /// sources that together see all writes, and attaches them. Degradations are in
+    /// [`super::Tracker::space_degradations`].
     ///
     /// Each device's log, or the page table's tracking, is switched on and off again for a moment: nobody else may use it yet.
     ///
     /// # Errors
-    /// Some device's writes would go unseen, or only be seen in a way that was refused; nothing was added.
+    /// Some device's writes would be missed, or only an imprecise source sees them and that was refused. Nothing was
+    /// added.
     pub fn address_space(&mut self, space: AddressSpace) -> Result<SpaceId, AddressSpaceError> {
         let AddressSpace { map, devices, below, imprecise } = space;
         let facts: Vec<_> = devices.iter().map(facts_of).collect();
@@ -111,7 +114,7 @@ impl TrackerBuilder {
         Ok(id)
     }
 
-    /// Asks what is below the devices whether it tracks.
+    /// Asks the container or page table below the devices whether it tracks writes.
     fn probe_below(&self, below: &SpaceTable, map: &IovaMap) -> Below {
         match below {
             SpaceTable::Container { file, model } => {

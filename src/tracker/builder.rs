@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Naming the sources and address spaces of a [`Tracker`].
+//! The builder of a [`Tracker`]: its sources and address spaces.
 
 use thiserror::Error;
 
@@ -22,7 +22,7 @@ pub struct TrackerBuilder {
     pub(super) degradations: Vec<choose::Degradation>,
 }
 
-/// Names a source whose reports say what could have been written, for the migration's degradations.
+/// Names an imprecise source in a migration's degradations.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error(
     "Dirty source {id} reports every page its devices could have written; they are sent in the last round"
@@ -45,11 +45,12 @@ impl TrackerBuilder {
         }
     }
 
-    /// Says what really maps the VM's memory, whenever it is asked: at the start of every session, and when RAM is plugged in.
+    /// Sets the closure that returns what really maps the VM's memory. It is called at the start of every session and
+    /// when RAM is plugged in, with the tracker locked.
     ///
-    /// Every source needs it: the VM's RAM is compared with the layout, and what the sources cover with what can be written; a
-    /// difference is refused by name. So RAM that was plugged in and not told of is not missed without a word. Where only the VMM and its
-    /// own components write, [`VmMappings::of_memory`] is all there is to say. The tracker is locked meanwhile.
+    /// Every source needs it: the VM's RAM is compared with the layout, and what the sources cover with what can be
+    /// written; a difference is refused by name. This finds RAM that was plugged in without a call of
+    /// [`Tracker::add_ram`]. Where only the VMM and its own components write, return [`VmMappings::of_memory`].
     pub fn mappings(self, mappings: impl Fn() -> VmMappings + Send + 'static) -> Self {
         Self { mappings: Some(Box::new(mappings)), ..self }
     }
@@ -80,14 +81,15 @@ impl TrackerBuilder {
         SpaceId(self.spaces.len() - 1)
     }
 
-    /// Allows sources that cannot tell written pages from pages that could have been written, which [`TrackerBuilder::build`] refuses
-    /// otherwise. What they cover is sent in the last round, while the VM stands still, and each is named as a degradation.
+    /// Allows imprecise sources, which report all pages that could have been written; [`TrackerBuilder::build`]
+    /// refuses them otherwise. The memory they cover is sent in the last round, while the VM is paused, and each is
+    /// named as a degradation.
     pub fn allow_imprecise(mut self) -> Self {
         self.allow_imprecise = true;
         self
     }
 
-    /// Says what the failure of a source does to a migration; [`OnFailure::Widen`] unless told.
+    /// Sets what the failure of a source does to a migration; [`OnFailure::Widen`] by default.
     pub fn on_failure(self, on_failure: OnFailure) -> Self {
         Self { on_failure, ..self }
     }
@@ -95,8 +97,8 @@ impl TrackerBuilder {
     /// Builds it, with no log running.
     ///
     /// # Errors
-    /// Two sources share an id; one is imprecise and that was not allowed, or it stands beside a precise one for the same device,
-    /// or beside one of whose devices nothing is said; or there are sources, and nobody says what maps the memory.
+    /// Two sources share an id; an imprecise one was not allowed, or is used beside a precise one for the same device
+    /// or beside one whose devices are not named; or there are sources, but no [`TrackerBuilder::mappings`].
     pub fn build(self) -> Result<Tracker, TrackerError> {
         check_sources(&self.sources, self.allow_imprecise, self.mappings.is_some())?;
         Ok(Tracker {
@@ -134,7 +136,7 @@ pub(super) fn check_sources(
     imprecise.into_iter().try_for_each(|attached| check_imprecise(attached, sources))
 }
 
-/// Checks that an imprecise source drowns no other (C64).
+/// Checks that no imprecise source reports a device that a precise one reports too (C64).
 fn check_imprecise(imprecise: &Attached, sources: &[Attached]) -> Result<(), TrackerError> {
     let id = |attached: &Attached| attached.source.id().to_owned();
     let others = sources.iter().filter(|other| other.precise && other.source.reports() == Reports::Devices);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A world that changes while pages are tracked: mappings, RAM and sources that come and go.
+//! Changes of the VM while pages are tracked: mappings, RAM and sources are added and removed.
 //!
-//! Whoever changes it calls in here under the tracker's lock, so that no collect and no take falls in between.
+//! The VMM makes these calls under the tracker's lock, so no collect and no take can fall in between.
 
 use super::builder::check_sources;
 use super::{Attached, SpaceId, Tracker, TrackerError, check_covers, check_memory};
@@ -11,23 +11,24 @@ use crate::range::{GpaRange, IovaRange};
 use crate::source::{DirtySource, Harvest, Operation, PluggedRam, SourceError};
 
 impl Tracker {
-    /// Takes in a mapping that a virtual IOMMU has made.
+    /// Adds a mapping that a virtual IOMMU has made.
     ///
     /// # Errors
-    /// It overlaps one that stands, or a source would not see writes through it: take it down again, or end the migration.
+    /// It overlaps an existing mapping, or a source would not see writes through it: unmap it again, or end the
+    /// migration.
     pub fn map(&mut self, space: SpaceId, mapping: Mapping) -> Result<(), TrackerError> {
         self.spaces[space.0].map(mapping)?;
         Ok(self.tell_mapped(space, &mapping)?)
     }
 
-    /// Takes the mappings in `iova` down, with `unmap`, and reports their dirty pages: before it or after it, as each source has
-    /// to be asked.
+    /// Removes the mappings in `iova` by calling `unmap`, and collects their dirty pages before or after that call,
+    /// as each source requires.
     ///
-    /// A type1 container whose log is on unmaps itself. Then `unmap` is called only where the space has sources besides that
-    /// read before the unmapping, page tables or devices in another process, for what the container does not take down. The IOVA is
-    /// free when this returns.
+    /// A type1 container whose log is on is unmapped by its source. `unmap` is then called only if the space also has
+    /// sources that must be read before the unmapping (page tables, devices in another process), to unmap what the
+    /// container does not. The IOVA is free when this returns.
     ///
-    /// Returns the degradations: a mapping whose bits could not be read counts as written all over.
+    /// Returns the degradations: if a mapping's bits could not be read, all its pages count as written.
     ///
     /// # Errors
     /// `iova` would cut a mapping in two, or `unmap` or a container failed: the mappings and the bits behind them stay.
@@ -52,14 +53,15 @@ impl Tracker {
         Ok(degradations)
     }
 
-    /// Takes in RAM that is about to be used: it is in the guest memory and has its slot, and nobody writes to it yet. It is pending
-    /// for every cursor.
+    /// Adds RAM that is about to be used: it is part of the guest memory and has its memory slot, and nobody writes
+    /// to it yet. It is pending for every cursor.
     ///
     /// A Cloud Hypervisor at the other end refuses pages of RAM that its Config did not name: such a migration fails, and the VM
     /// runs on.
     ///
     /// # Errors
-    /// It overlaps other RAM, or a source would not see writes to it. Nothing changed: do not use the RAM, or end the migration.
+    /// It overlaps other RAM, or a source would not see writes to it. Nothing changed: leave the RAM unused, or end
+    /// the migration.
     pub fn add_ram(&mut self, ram: &PluggedRam) -> Result<(), TrackerError> {
         let layout = self.layout().with(ram.gpa)?;
         let told = self.tell_plugged(ram).map_err(TrackerError::from).and_then(|()| {
@@ -76,7 +78,8 @@ impl Tracker {
         told
     }
 
-    /// Takes RAM out, with `remove`, after which nobody can write to it any more and its slot is gone. No cursor lacks it any more.
+    /// Removes RAM by calling `remove`, after which nobody can write to it and its memory slot is gone. It is pending
+    /// for no cursor from then on.
     ///
     /// # Errors
     /// `gpa` is not one or more whole regions, nothing would be left, or `remove` failed: nothing changed.
@@ -92,11 +95,11 @@ impl Tracker {
         Ok(())
     }
 
-    /// Adds a source that reports IOVAs of `space`, with the devices whose writes it reports, where it reports devices'. It is
-    /// switched on if pages are being tracked: add it before its writer may write.
+    /// Adds a source that reports IOVAs of `space`; `devices` are those whose writes it reports, none for other
+    /// writers. It is started if pages are being tracked: add it before its writer may write.
     ///
     /// # Errors
-    /// It does not go together with the others, see [`super::TrackerBuilder::build`], or could not be switched on.
+    /// It conflicts with another source, see [`super::TrackerBuilder::build`], or could not be started.
     pub fn add_source(
         &mut self,
         space: SpaceId,
@@ -114,11 +117,11 @@ impl Tracker {
         started
     }
 
-    /// Says that the source `id` reports what `device` writes, too: a device that joins a container or a page table which is tracked
-    /// already. Call it before the device may write.
+    /// Adds `device` to those whose writes the source `id` reports: the device joins a container or page table that
+    /// is already tracked. Call it before the device may write.
     ///
-    /// A container's bitmap that is exact because all devices in it are mediated ones is so no more with a pass-through device in it:
-    /// that one takes a source of its own.
+    /// A container's bitmap is exact only while all its devices are mediated. A pass-through device in it needs a
+    /// source of its own.
     ///
     /// # Errors
     /// There is no such source, it sees only devices of its own ([`DirtySource::devices_may_join`]), or it would not go together with the
@@ -137,7 +140,8 @@ impl Tracker {
         })
     }
 
-    /// Says that the source `id` has no more to do with `device`, which has stopped writing and left; the source goes on for the others.
+    /// Removes `device`, which has stopped writing, from those whose writes the source `id` reports; the source goes
+    /// on for the others.
     ///
     /// # Errors
     /// There is no such source, it does not report what `device` writes, or no device would be left: that takes
@@ -161,9 +165,9 @@ impl Tracker {
         index.ok_or_else(|| TrackerError::NoSuchSource { id: id.to_owned() })
     }
 
-    /// Removes the source `id`: collects what it has to say a last time, and switches it off. Its writer has stopped writing.
+    /// Removes the source `id` after a last collect, and stops it. Its writer has stopped writing.
     ///
-    /// Returns the degradations: a source that fails has all it covers marked dirty.
+    /// Returns the degradations: if the source fails, all memory it covers is marked dirty.
     ///
     /// # Errors
     /// There is no such source.
@@ -190,7 +194,8 @@ impl Tracker {
         self.sources.iter_mut().filter(move |attached| attached.space == space)
     }
 
-    /// Tells the sources of a mapping. All are told, whoever fails: one that did not know of it would take it for clean.
+    /// Tells all sources of a mapping, even if one fails: a source that does not know the mapping would report it
+    /// clean.
     fn tell_mapped(&mut self, space: SpaceId, mapping: &Mapping) -> Result<(), SourceError> {
         let tracking = self.tracking;
         let mut told = Ok(());
@@ -200,7 +205,7 @@ impl Tracker {
         told
     }
 
-    /// Tells the sources of RAM; those of the space where IOVA equals GPA, that it is mapped there.
+    /// Tells all sources of new RAM, and those of the identity space that it is mapped there.
     fn tell_plugged(&mut self, ram: &PluggedRam) -> Result<(), SourceError> {
         for attached in &mut self.sources {
             attached.source.plugged(ram)?;
@@ -215,7 +220,7 @@ impl Tracker {
         self.in_space(SpaceId::IDENTITY).for_each(|attached| attached.source.forget(&Mapping::identity(gpa)));
     }
 
-    /// Whether somebody else than a source has to take mappings of `space` down.
+    /// Whether the caller has to unmap in `space`, rather than a source.
     fn is_unmapped_by_caller(&mut self, space: SpaceId) -> bool {
         let tracking = self.tracking;
         let is = |harvest| move |attached: &mut Attached| attached.source.harvest() == harvest;
@@ -223,10 +228,10 @@ impl Tracker {
         !by_source || self.in_space(space).any(is(Harvest::BeforeUnmap))
     }
 
-    /// Reads the bits of mappings that go from the sources whose time it is.
+    /// Reads the bits of mappings about to be removed, from the sources that are read at this point.
     ///
     /// # Errors
-    /// A source that takes them down itself could not.
+    /// A source that unmaps by itself could not do so.
     fn harvest(
         &mut self,
         space: SpaceId,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What really maps a VM's memory, and whether that is what is tracked.
+//! What really maps a VM's memory, compared with what is tracked.
 
 use thiserror::Error;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -10,17 +10,18 @@ use crate::layout::{Layout, Region};
 use crate::range::{GpaRange, first_outside};
 use crate::source::Reports;
 
-/// What maps a VM's memory at one moment, as its VMM knows it: not what it should be, but what was registered.
+/// What maps a VM's memory at one moment: what the VMM has registered, not what the layout says.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct VmMappings {
     /// The VM's RAM, as its guest memory has it.
     pub ram: Vec<GpaRange>,
-    /// Parts of `ram` that the guest does not have now: unplugged blocks of virtio-mem. They are no part of the layout.
+    /// Parts of `ram` that the guest does not have now, such as unplugged virtio-mem blocks. The layout leaves them
+    /// out.
     pub absent: Vec<GpaRange>,
     /// The vCPUs' memory slots; none where the VMM tracks their writes itself.
     pub vcpu_slots: Vec<GpaRange>,
-    /// The guest memory that each pass-through device reaches through its IOMMU, which may be none. What of it is not RAM is ignored.
-    /// A device that a source speaks for is among them.
+    /// The guest memory that each pass-through device reaches through its IOMMU, which may be none. What of it is not
+    /// RAM is ignored. Every device that a source reports must be listed.
     pub devices: Vec<DeviceMappings>,
 }
 
@@ -42,7 +43,7 @@ pub struct DeviceMappings {
     pub gpa: Vec<GpaRange>,
 }
 
-/// What is tracked is not what could be written.
+/// The tracked memory differs from the memory that can be written.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum Disagreement {
@@ -64,15 +65,15 @@ pub enum Disagreement {
         /// The first such range.
         gpa: GpaRange,
     },
-    /// The sources of one kind do not see all that its writer reaches.
+    /// The sources of one kind do not cover all memory that their writer reaches.
     #[error("{writer} can write RAM at {gpa}, which no dirty source covers for them")]
     Uncovered {
-        /// Whose writes go unseen.
+        /// Whose writes would be missed.
         writer: String,
         /// The first such range.
         gpa: GpaRange,
     },
-    /// A source speaks for a device, and nothing says what that reaches.
+    /// A source reports a device that [`VmMappings::devices`] lacks.
     #[error("Dirty source {id} speaks for device {device}, and the VM's mappings do not have that device")]
     DeviceNotMapped {
         /// The source.
@@ -80,7 +81,7 @@ pub enum Disagreement {
         /// The device.
         device: String,
     },
-    /// A source reports devices' writes, and it is not said of which devices.
+    /// A source reports devices' writes, but no devices were named for it.
     #[error("Dirty source {id} reports devices' writes: name the devices that it speaks for (source_of)")]
     NoDevices {
         /// The source.

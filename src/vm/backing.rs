@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What lies behind guest memory, as far as it tells which pages nobody ever wrote.
+//! What backs guest memory, to find the pages that were never written.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use crate::range::GpaRange;
 /// Such a page reads zero, and does not have to be sent to a receiver whose own memory reads zero. Memory that nothing is
 /// said about counts as written, all of it: a private mapping of a file has to, because the file's holes say nothing of it.
 ///
-/// A page that a userfaultfd has yet to fill looks just so, and does not read zero. A sender leaves such memory out of this,
-/// and reads it through its mapping, which has the handler fill it: the handler has to serve until the migration is over. It
-/// knows what is registered for the mappings of its own process; for what is registered in another, see
+/// A page that a userfaultfd has yet to fill looks the same, but does not read zero. A sender skips nothing in such
+/// memory and reads it through its mapping, so that the handler fills it: keep the handler running until the
+/// migration is over. The sender sees registrations of its own process only; for those of another one, see
 /// [`Backing::shared_file`].
 ///
 /// ```
@@ -32,7 +32,7 @@ pub struct Backing {
     parts: Vec<(GpaRange, Behind)>,
 }
 
-/// Who knows the untouched pages of a part.
+/// How the untouched pages of a part are found.
 #[derive(Debug, Clone)]
 pub(crate) enum Behind {
     /// A file, by its holes.
@@ -58,8 +58,8 @@ impl Backing {
     ///
     /// The file's cursor moves.
     ///
-    /// Not for a file that another process maps and has a userfaultfd fill there: no one can tell here, and through this
-    /// mapping its missing pages read zero.
+    /// Do not use it for a file that another process registers with a userfaultfd: that cannot be detected here, and
+    /// missing pages read zero through this mapping.
     #[must_use]
     pub fn shared_file(mut self, gpa: GpaRange, file: Arc<File>, offset: u64) -> Self {
         self.parts.push((gpa, Behind::SharedFile { file, offset }));

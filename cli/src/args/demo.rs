@@ -12,9 +12,9 @@ pub(crate) struct DemoArguments {
     /// Guest RAM, 16M to 128G, or to 16T with --sparse: a number of bytes with K, M, G or T behind it.
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = size)]
     pub(crate) memory: u64,
-    /// Leave most of the RAM unpopulated, so that there may be more than the host has: of each of the two regions, only what
-    /// guest, device and VMM write (38 MiB at most) and 16 MiB that nobody does are there. The device
-    /// reaches what is below 4 GiB. More than 128G needs --no-kvm.
+    /// Leave most of the RAM unpopulated, so that it may exceed the host's: each of the two regions has only what
+    /// guest, device and VMM write (38 MiB at most) and 16 MiB that nobody writes. The device reaches what is below 4
+    /// GiB. More than 128G needs --no-kvm.
     #[arg(long)]
     pub(crate) sparse: bool,
     /// Pages a second that the guest writes.
@@ -29,8 +29,8 @@ pub(crate) struct DemoArguments {
     /// Longest acceptable downtime, in milliseconds.
     #[arg(long, default_value_t = 300, value_name = "MS")]
     pub(crate) downtime_ms: u64,
-    /// Longest the guest is copied while it runs, in seconds. The demo insists: then it is stopped and moved, however long
-    /// the downtime gets; 30 s later the demo gives up.
+    /// Longest the guest is copied while it runs, in seconds. Then it is stopped and moved, however long the downtime
+    /// gets; 30 s later the demo gives up.
     #[arg(long, default_value_t = 60, value_name = "S", value_parser = seconds())]
     pub(crate) timeout_s: u64,
     /// How the two processes are connected: tcp, tcp:PORT or unix.
@@ -42,10 +42,10 @@ pub(crate) struct DemoArguments {
     /// Print one JSON object instead of the report, and no progress bar.
     #[arg(long)]
     pub(crate) json: bool,
-    /// What memory content, device stream and injected faults depend on.
+    /// Seed of memory content, device stream and injected faults.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) seed: u64,
-    /// Let something go wrong: corrupt-page, forget-SOURCE (kvm-log, vmm-writes, device-log), kill-destination@round=N with N
+    /// Inject a fault: corrupt-page, forget-SOURCE (kvm-log, vmm-writes, device-log), kill-destination@round=N with N
     /// from 2 to 100.
     #[arg(long, value_name = "FAULT")]
     pub(crate) inject: Option<Inject>,

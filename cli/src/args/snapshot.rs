@@ -9,7 +9,7 @@ use vfio_migration::snapshot;
 
 use super::size;
 
-/// How large a snapshot may be: what lies on disk is no more to be trusted than a source.
+/// Size limits for a snapshot: files on disk are trusted no more than a source.
 #[derive(Debug, Args)]
 pub(crate) struct SizeLimits {
     /// Longest State, the message or state.json, which holds the devices' state in base64; a number of bytes with K, M or G
@@ -39,8 +39,8 @@ pub(crate) struct SnapshotArguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum SnapshotCommand {
-    /// Says what a snapshot holds, which pass-through devices its VM has, and what of the VM is not in it; its memory is not
-    /// read.
+    /// Reports what a snapshot holds, the pass-through devices of its VM, and which memory is not in it. Does not
+    /// read the memory.
     Info {
         /// A snapshot of either kind.
         dir: PathBuf,
@@ -50,8 +50,7 @@ pub(crate) enum SnapshotCommand {
     },
     /// Checks every byte of a snapshot against its manifest; names files and guest-physical addresses that were altered.
     ///
-    /// Exit status 5 where something was altered; 1 where nothing was but config.json, which still is the configuration of a VM:
-    /// somebody edited it.
+    /// Exit status 5 if something was altered; 1 if only config.json was edited and still is a valid configuration.
     Verify {
         /// A snapshot of either kind.
         dir: PathBuf,
@@ -69,8 +68,8 @@ pub(crate) enum SnapshotCommand {
     Seal {
         /// A full snapshot; with --edited-config, one of either kind.
         dir: PathBuf,
-        /// Take config.json as it stands, edited since, into the manifest that there is. State and memory stay what they were,
-        /// and are not read; differentials to the snapshot still fit.
+        /// Accept the edited config.json into the existing manifest. State and memory are not read; differentials of
+        /// the snapshot stay valid.
         #[arg(long)]
         edited_config: bool,
         /// Print one JSON object.
@@ -97,7 +96,7 @@ pub(crate) struct DiffArguments {
     pub(crate) first: PathBuf,
     /// The other one.
     pub(crate) second: PathBuf,
-    /// What lies below those of the two that are differentials; repeated, the full one first.
+    /// The chain below snapshots that are differentials; repeat the option, the full one first.
     #[arg(long, value_name = "DIR")]
     pub(crate) base: Vec<PathBuf>,
     /// Print one JSON object.
@@ -110,7 +109,7 @@ pub(crate) struct CreateArguments {
     /// The snapshot to take it from.
     #[arg(long, value_name = "DIR")]
     pub(crate) from: PathBuf,
-    /// The snapshot to differ from; repeated, the full one first, where it is a differential itself.
+    /// The base snapshot. If it is a differential itself, repeat the option for its whole chain, the full one first.
     #[arg(long, required = true, value_name = "DIR")]
     pub(crate) base: Vec<PathBuf>,
     /// The differential to be: absent, or an empty directory.

@@ -15,7 +15,7 @@ impl DeviceSet {
         self.devices.iter().map(Device::stream_identity).collect()
     }
 
-    /// Has the states of the devices that are `listed` go away as streams; each device's number is its place in the list.
+    /// Streams the states of the devices in `listed`; each device's number is its place in the list.
     pub(crate) fn begin_streaming(&mut self, listed: &[StreamIdentity]) {
         for device in &mut self.devices {
             let number = (0..).zip(listed).find(|(_, listed)| listed.name == device.identity().name);
@@ -25,12 +25,12 @@ impl DeviceSet {
         }
     }
 
-    /// Has all states go into the Snapshot tree again.
+    /// Puts all states into the Snapshot tree again, and streams none.
     pub(crate) fn end_streaming(&mut self) {
         self.devices.iter_mut().for_each(Device::end_streaming);
     }
 
-    /// Returns what reads the running devices' states on, each on a thread of its own; none where nothing is worth reading now.
+    /// Returns a reader for each running device that has state worth reading now; each reader runs on its own thread.
     ///
     /// # Errors
     /// A device failed, or something else moved it: its whole state follows in STOP_COPY, and the next call goes on with the others.
@@ -57,7 +57,7 @@ impl DeviceSet {
         readers.flatten().collect()
     }
 
-    /// Takes in what the reader of a device brought, all of which has arrived.
+    /// Records a finished turn of a device's reader, after all its bytes have arrived at the destination.
     ///
     /// # Errors
     /// The device failed, and what it handed over in this session is worth nothing.
@@ -70,7 +70,7 @@ impl DeviceSet {
         device.finish_read(read).map_err(failed(device, attempt))
     }
 
-    /// Readies all devices of a VM that does not run to take their states in as they come.
+    /// Prepares all devices of a stopped VM to accept streamed states.
     ///
     /// # Errors
     /// A device failed; all that had been readied were reset.
@@ -87,7 +87,7 @@ impl DeviceSet {
         sinks.inspect_err(|_| self.abandon_loading())
     }
 
-    /// Drops what came of the devices' states, unless all of it was loaded: resets every device that takes some in.
+    /// Unless all states were loaded, drops what arrived: resets every device that accepted a part.
     pub(crate) fn abandon_loading(&mut self) {
         for device in self.devices.iter_mut().filter(|device| device.is_loading()) {
             device.end_loading();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a type1 container says of itself: `struct vfio_iommu_type1_info` and its capability chain.
+//! A type1 container's `struct vfio_iommu_type1_info` and its capability chain.
 
 use vfio_bindings::bindings::vfio::VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION as CAP_MIGRATION;
 
@@ -9,7 +9,7 @@ const FLAG_CAPS: u32 = 2;
 
 const FIXED_BYTES: usize = 24;
 const CAP_HEADER_BYTES: usize = 8;
-/// More capabilities than a chain can hold that does not run in a circle.
+/// Limit on capabilities, so that a circular chain ends.
 const CAPS_MAX: usize = 64;
 
 /// What a type1 container says of itself.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Pages that every report of a container holds: those that a mediated device's driver keeps pinned (C54).
+//! Pages that every report of a container contains, because a mediated device's driver keeps them pinned (C54).
 //!
-//! The kernel sets their bits anew whenever the bitmap was read, for it does not see what is done to them meanwhile.
+//! The kernel sets their bits again after every read, since it cannot see whether they are written.
 
 use crate::granule::Granule;
 

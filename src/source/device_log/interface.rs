@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a device's log is asked.
+//! The interface of a device's DMA log.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -9,7 +9,7 @@ use crate::granule::Granule;
 use crate::range::IovaRange;
 use crate::sys::vfio::device as sys;
 
-/// A log of a device's DMA: behind every descriptor of a VFIO device, if the device has one.
+/// A device's DMA log, reached through a VFIO device descriptor.
 pub trait DmaLogging {
     /// Starts logging writes to `ranges`, at `granule` if it can; returns the bytes per bit it chose.
     ///
