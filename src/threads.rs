@@ -64,9 +64,7 @@ impl ThreadStart {
     ) -> io::Result<()> {
         expect_room()?;
         let run = move || {
-            if let Some(hook) = self.0 {
-                hook();
-            }
+            self.first();
             work();
         };
         Builder::new().name(name.into()).spawn(run).map(drop)
@@ -90,10 +88,15 @@ impl ThreadStart {
         if self.is_over(&begun) { Ok(thread) } else { Err(panicked(thread.join())) }
     }
 
-    fn and_then<T>(self, ready: SyncSender<()>, work: impl FnOnce() -> T) -> T {
+    /// Does what comes first on a thread, on this one.
+    fn first(self) {
         if let Some(hook) = self.0 {
             hook();
         }
+    }
+
+    fn and_then<T>(self, ready: SyncSender<()>, work: impl FnOnce() -> T) -> T {
+        self.first();
         let _nobody_waits_without_a_hook = ready.send(());
         drop(ready);
         work()

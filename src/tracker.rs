@@ -170,7 +170,7 @@ pub struct Tracker {
     mappings: Option<Mappings>,
     allow_imprecise: bool,
     on_failure: OnFailure,
-    degradations: Vec<choose::Degradation>,
+    degradations: Vec<choose::SpaceDegradation>,
     tracking: bool,
 }
 
@@ -274,7 +274,7 @@ impl Tracker {
     }
 
     /// Degradations of the address spaces that were probed, see [`TrackerBuilder::address_space`].
-    pub fn space_degradations(&self) -> &[choose::Degradation] {
+    pub fn space_degradations(&self) -> &[choose::SpaceDegradation] {
         &self.degradations
     }
 

@@ -7,7 +7,8 @@ use std::process::ExitCode;
 
 use indicatif::HumanBytes;
 use vfio_migration::probe::{
-    ContainerFacts, Device, DeviceProbe, Finding, KvmFacts, LogFacts, Report, Roots, Seen, evaluate, read,
+    ContainerFacts, DeviceProbe, KvmFacts, LogFacts, ProbeFinding, ProbeReport, ProbedDevice, Roots, Seen,
+    evaluate, read,
 };
 
 use crate::output::Output;
@@ -20,14 +21,14 @@ pub(crate) fn probe(json: bool) -> ExitCode {
 }
 
 /// The report for a person, with no line break at its end.
-fn text(report: &Report) -> String {
+fn text(report: &ProbeReport) -> String {
     let mut text = String::new();
     write_report(report, &mut text).expect("memory takes every write");
     text.truncate(text.trim_end().len());
     text
 }
 
-fn write_report(report: &Report, text: &mut String) -> fmt::Result {
+fn write_report(report: &ProbeReport, text: &mut String) -> fmt::Result {
     let facts = &report.facts;
     writeln!(text, "{:<12} Linux {}", "kernel", facts.kernel)?;
     writeln!(text, "{:<12} {}", "KVM", seen(&facts.kvm, kvm))?;
@@ -72,7 +73,7 @@ fn container(facts: &ContainerFacts) -> String {
     if facts.type1v2 { "type 1 version 2" } else { "no type 1 version 2, so no dirty bitmap" }.to_owned()
 }
 
-fn write_device(device: &Device, text: &mut String) -> fmt::Result {
+fn write_device(device: &ProbedDevice, text: &mut String) -> fmt::Result {
     let driver = device.driver.as_deref().unwrap_or("no driver");
     writeln!(text, "\n{} ({driver})", device.name)?;
     match &device.probe {
@@ -112,7 +113,7 @@ fn write_probe(probe: &DeviceProbe, text: &mut String) -> fmt::Result {
     writeln!(text, "  page table tracks {tracks}")
 }
 
-fn write_findings(kind: &str, findings: &[Finding], text: &mut String) -> fmt::Result {
+fn write_findings(kind: &str, findings: &[ProbeFinding], text: &mut String) -> fmt::Result {
     for finding in findings {
         writeln!(
             text,

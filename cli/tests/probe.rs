@@ -5,7 +5,7 @@
 
 use std::process::Command;
 
-use vfio_migration::probe::{Report, Seen};
+use vfio_migration::probe::{ProbeReport, Seen};
 
 fn probe(arguments: &[&str]) -> String {
     let output =
@@ -16,7 +16,7 @@ fn probe(arguments: &[&str]) -> String {
 
 #[test]
 fn the_json_is_the_librarys_report_and_agrees_with_kvm() {
-    let report: Report = serde_json::from_str(&probe(&["--json"])).unwrap();
+    let report: ProbeReport = serde_json::from_str(&probe(&["--json"])).unwrap();
     let usable = vfio_migration_integration::vmm::probe_kvm().is_ok();
     assert_eq!(matches!(report.facts.kvm, Seen::Seen(_)), usable);
     for finding in report.blockers.iter().chain(&report.degradations).chain(&report.unseen) {
@@ -27,7 +27,7 @@ fn the_json_is_the_librarys_report_and_agrees_with_kvm() {
 
 #[test]
 fn the_text_names_every_finding() {
-    let report: Report = serde_json::from_str(&probe(&["--json"])).unwrap();
+    let report: ProbeReport = serde_json::from_str(&probe(&["--json"])).unwrap();
     let text = probe(&[]);
     for part in ["KVM", "containers", "iommufd"] {
         assert!(text.contains(part), "{text}");

@@ -2,11 +2,13 @@
 
 //! From what was read to what stands in the way.
 
-use super::facts::{BusKind, Device, DeviceProbe, Facts, KvmFacts, LogFacts, MigrationFacts, Seen};
-use super::{Finding, Report};
+use super::facts::{BusKind, DeviceProbe, Facts, KvmFacts, LogFacts, MigrationFacts, ProbedDevice, Seen};
+use super::{ProbeFinding, ProbeReport};
 use crate::device::STATE_LIMIT_BYTES;
 use crate::source::Meaning;
-use crate::source::choose::{Blocker, Degradation, DeviceFacts, Imprecise, OwnLog, Tracker, Writer, choose};
+use crate::source::choose::{
+    Blocker, DeviceFacts, Imprecise, OwnLog, SpaceDegradation, SpaceTracker, Writer, choose,
+};
 
 const HOST: &str = "host";
 
@@ -14,7 +16,7 @@ const HOST: &str = "host";
 const WHOLE_HUGE_BITS: (u32, u32) = (6, 11);
 
 /// Judges what was read of a host.
-pub fn evaluate(facts: Facts) -> Report {
+pub fn evaluate(facts: Facts) -> ProbeReport {
     let mut verdict = Verdict::default();
     verdict.kvm(&facts.kvm);
     verdict.vfio(&facts);
@@ -22,19 +24,19 @@ pub fn evaluate(facts: Facts) -> Report {
         verdict.device(device, &facts);
     }
     let Verdict { blockers, degradations, unseen } = verdict;
-    Report { facts, blockers, degradations, unseen }
+    ProbeReport { facts, blockers, degradations, unseen }
 }
 
 #[derive(Debug, Default)]
 struct Verdict {
-    blockers: Vec<Finding>,
-    degradations: Vec<Finding>,
-    unseen: Vec<Finding>,
+    blockers: Vec<ProbeFinding>,
+    degradations: Vec<ProbeFinding>,
+    unseen: Vec<ProbeFinding>,
 }
 
-fn finding(code: &str, subject: &str, reason: impl Into<String>, remedy: &str) -> Finding {
+fn finding(code: &str, subject: &str, reason: impl Into<String>, remedy: &str) -> ProbeFinding {
     let (code, subject, remedy) = (code.to_owned(), subject.to_owned(), remedy.to_owned());
-    Finding { code, subject, reason: reason.into(), remedy }
+    ProbeFinding { code, subject, reason: reason.into(), remedy }
 }
 
 impl Verdict {
@@ -81,7 +83,7 @@ impl Verdict {
         }
     }
 
-    fn device(&mut self, device: &Device, facts: &Facts) {
+    fn device(&mut self, device: &ProbedDevice, facts: &Facts) {
         match &device.probe {
             Seen::Seen(probe) => {
                 self.migration(&device.name, probe.migration, facts.devices.len() > 1);
@@ -150,9 +152,9 @@ impl Verdict {
     }
 
     /// What is worse than it could be in what was chosen.
-    fn chosen(&mut self, degradation: &Degradation, name: &str, kernel: &str) {
+    fn chosen(&mut self, degradation: &SpaceDegradation, name: &str, kernel: &str) {
         let reason = match degradation {
-            Degradation::LargePages { .. } => large_pages(kernel),
+            SpaceDegradation::LargePages { .. } => large_pages(kernel),
             other => other.to_string(),
         };
         self.degradations.push(finding(degradation.code(), name, reason, degradation.remedy()));
@@ -168,7 +170,7 @@ impl Verdict {
         ));
     }
 
-    fn tracking(&mut self, device: &Device, probe: &DeviceProbe, kernel: &str) {
+    fn tracking(&mut self, device: &ProbedDevice, probe: &DeviceProbe, kernel: &str) {
         if let LogFacts::Fails { reason } = &probe.log {
             let reason = format!("The device's DMA log does not start: {reason}");
             let remedy = "see the kernel's log, and use newer firmware for the device";
@@ -201,11 +203,11 @@ fn release(kernel: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?, numbers.next()?))
 }
 
-fn blocked(blocker: &Blocker, name: &str) -> Finding {
+fn blocked(blocker: &Blocker, name: &str) -> ProbeFinding {
     finding(blocker.code(), name, blocker.to_string(), blocker.remedy())
 }
 
-fn device_facts(device: &Device, probe: &DeviceProbe) -> DeviceFacts {
+fn device_facts(device: &ProbedDevice, probe: &DeviceProbe) -> DeviceFacts {
     let own_log = match probe.log {
         LogFacts::Absent | LogFacts::Fails { .. } => OwnLog::Absent,
         LogFacts::Unreportable => OwnLog::Unreportable,
@@ -219,12 +221,12 @@ fn device_facts(device: &Device, probe: &DeviceProbe) -> DeviceFacts {
 }
 
 /// Returns the better of the two trackers that the device could be put on.
-fn tracker(probe: &DeviceProbe) -> Tracker {
+fn tracker(probe: &DeviceProbe) -> SpaceTracker {
     match (probe.page_table_tracks, probe.container_bitmap) {
-        (Some(true), _) => Tracker::PageTable { tracks: true },
-        (_, Some(bitmap)) => Tracker::Container { bitmap: Some(bitmap.into()), largest_mapping: 0 },
-        (Some(false), None) => Tracker::PageTable { tracks: false },
-        (None, None) => Tracker::Container { bitmap: None, largest_mapping: 0 },
+        (Some(true), _) => SpaceTracker::PageTable { tracks: true },
+        (_, Some(bitmap)) => SpaceTracker::Container { bitmap: Some(bitmap.into()), largest_mapping: 0 },
+        (Some(false), None) => SpaceTracker::PageTable { tracks: false },
+        (None, None) => SpaceTracker::Container { bitmap: None, largest_mapping: 0 },
     }
 }
 
@@ -251,7 +253,7 @@ mod tests {
         })
     }
 
-    fn host(devices: Vec<Device>) -> Facts {
+    fn host(devices: Vec<ProbedDevice>) -> Facts {
         let container = Seen::Seen(ContainerFacts { type1v2: true });
         Facts { kernel: "6.12.0".to_owned(), kvm: kvm(), container, iommufd: Seen::Absent, devices }
     }
@@ -262,24 +264,24 @@ mod tests {
         Some(MigrationFacts { flags, stop_copy: has(1), p2p: has(2), pre_copy: has(4), stop_copy_bytes })
     }
 
-    fn device(bus: BusKind, migration: Option<MigrationFacts>, log: LogFacts) -> Device {
+    fn device(bus: BusKind, migration: Option<MigrationFacts>, log: LogFacts) -> ProbedDevice {
         let container_bitmap = Some(BITMAP);
         let probe = Seen::Seen(DeviceProbe { migration, log, container_bitmap, page_table_tracks: None });
         let (name, driver) = ("0000:00:03.0".to_owned(), Some("vfio-pci".to_owned()));
-        Device { name, bus, driver, group: Some(3), cdev: None, probe }
+        ProbedDevice { name, bus, driver, group: Some(3), cdev: None, probe }
     }
 
     fn works() -> LogFacts {
         LogFacts::Works { granule_bytes: 4096 }
     }
 
-    fn codes(findings: &[Finding]) -> Vec<&str> {
+    fn codes(findings: &[ProbeFinding]) -> Vec<&str> {
         findings.iter().map(|finding| finding.code.as_str()).collect()
     }
 
     fn judged(facts: Facts) -> (Vec<String>, Vec<String>, Vec<String>) {
         let report = evaluate(facts);
-        let own = |findings: &[Finding]| codes(findings).into_iter().map(str::to_owned).collect();
+        let own = |findings: &[ProbeFinding]| codes(findings).into_iter().map(str::to_owned).collect();
         (own(&report.blockers), own(&report.degradations), own(&report.unseen))
     }
 
@@ -441,6 +443,6 @@ mod tests {
             "unseen": [],
         });
         assert_eq!(json, expected);
-        assert_eq!(serde_json::from_value::<Report>(json).unwrap(), report);
+        assert_eq!(serde_json::from_value::<ProbeReport>(json).unwrap(), report);
     }
 }

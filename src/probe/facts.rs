@@ -43,7 +43,7 @@ pub struct Facts {
     /// The iommufd interface.
     pub iommufd: Seen<IommufdFacts>,
     /// Devices that a VFIO driver holds.
-    pub devices: Vec<Device>,
+    pub devices: Vec<ProbedDevice>,
 }
 
 /// What KVM has for tracking the vCPUs' writes.
@@ -82,7 +82,7 @@ pub enum BusKind {
 
 /// A device that a VFIO driver holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Device {
+pub struct ProbedDevice {
     /// As sysfs names it.
     pub name: String,
     /// What kind of device it is.

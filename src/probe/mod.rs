@@ -13,28 +13,28 @@ mod read;
 
 pub use evaluate::evaluate;
 pub use facts::{
-    BitmapFacts, BusKind, ContainerFacts, Device, DeviceProbe, Facts, IommufdFacts, KvmFacts, LogFacts,
-    MigrationFacts, Seen,
+    BitmapFacts, BusKind, ContainerFacts, DeviceProbe, Facts, IommufdFacts, KvmFacts, LogFacts,
+    MigrationFacts, ProbedDevice, Seen,
 };
 pub use read::{Roots, read};
 
 /// What a host can do for a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Report {
+pub struct ProbeReport {
     /// What was read.
     #[serde(flatten)]
     pub facts: Facts,
     /// What makes a migration impossible.
-    pub blockers: Vec<Finding>,
+    pub blockers: Vec<ProbeFinding>,
     /// What makes it worse than it could be.
-    pub degradations: Vec<Finding>,
+    pub degradations: Vec<ProbeFinding>,
     /// What could not be looked at.
-    pub unseen: Vec<Finding>,
+    pub unseen: Vec<ProbeFinding>,
 }
 
 /// One thing that stands in the way, for machines and for people.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Finding {
+pub struct ProbeFinding {
     /// A short name for machines; does not change.
     pub code: String,
     /// What it is about: `host`, or a device's name.

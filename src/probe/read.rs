@@ -15,8 +15,8 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use super::facts::{
-    BitmapFacts, BusKind, ContainerFacts, Device, DeviceProbe, Facts, IommufdFacts, KvmFacts, LogFacts,
-    MigrationFacts, Seen,
+    BitmapFacts, BusKind, ContainerFacts, DeviceProbe, Facts, IommufdFacts, KvmFacts, LogFacts,
+    MigrationFacts, ProbedDevice, Seen,
 };
 use crate::granule::Granule;
 use crate::range::IovaRange;
@@ -92,7 +92,7 @@ fn read_container(container: &File) -> io::Result<ContainerFacts> {
     Ok(ContainerFacts { type1v2: open::has_extension(container, VFIO_TYPE1v2_IOMMU)? })
 }
 
-fn read_devices(roots: &Roots) -> Vec<Device> {
+fn read_devices(roots: &Roots) -> Vec<ProbedDevice> {
     let buses = [("bus/pci/devices", BusKind::Pci), ("bus/mdev/devices", BusKind::Mediated)];
     let mut devices: Vec<_> = buses
         .into_iter()
@@ -106,7 +106,7 @@ fn read_devices(roots: &Roots) -> Vec<Device> {
 }
 
 /// Reads one device; `None` where no VFIO driver holds it.
-fn read_device(roots: &Roots, folder: &Path, bus: BusKind, name: String) -> Option<Device> {
+fn read_device(roots: &Roots, folder: &Path, bus: BusKind, name: String) -> Option<ProbedDevice> {
     let driver = link_name(&folder.join("driver"));
     let cdev = names_in(&folder.join("vfio-dev")).into_iter().next();
     let held = cdev.is_some()
@@ -117,7 +117,7 @@ fn read_device(roots: &Roots, folder: &Path, bus: BusKind, name: String) -> Opti
     let group = link_name(&folder.join("iommu_group")).and_then(|group| group.parse().ok());
     held.then(|| {
         let probe = probe_device(roots, &name, group, cdev.as_deref());
-        Device { name, bus, driver, group, cdev, probe }
+        ProbedDevice { name, bus, driver, group, cdev, probe }
     })
 }
 

@@ -43,7 +43,7 @@ pub struct DeviceFacts {
 
 /// What tracks writes below the devices of an address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Tracker {
+pub enum SpaceTracker {
     /// A type1 container.
     Container {
         /// Its dirty bitmap, if it has one.
@@ -68,13 +68,13 @@ pub struct Choice {
     /// Whether to use the container's bitmap, and what a bit of it means.
     pub container: Option<Meaning>,
     /// What is worse than it could be.
-    pub degradations: Vec<Degradation>,
+    pub degradations: Vec<SpaceDegradation>,
 }
 
 /// Something that makes a migration slower, or, where it says so, wrong on an old kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
-pub enum Degradation {
+pub enum SpaceDegradation {
     /// Nothing but the container's bitmap sees the devices' writes, and it sees every mapped page.
     #[error("Writes of {} cannot be told apart: every page mapped for them is sent in the final round", .devices.join(", "))]
     Imprecise {
@@ -126,7 +126,7 @@ pub enum Blocker {
     },
 }
 
-impl Degradation {
+impl SpaceDegradation {
     /// A short name for machines; does not change.
     pub fn code(&self) -> &'static str {
         match self {
@@ -185,7 +185,11 @@ pub enum Imprecise {
 ///
 /// # Errors
 /// Some device's writes would go unseen, or be seen only in a way that is refused.
-pub fn choose(devices: &[DeviceFacts], tracker: Tracker, imprecise: Imprecise) -> Result<Choice, Blocker> {
+pub fn choose(
+    devices: &[DeviceFacts],
+    tracker: SpaceTracker,
+    imprecise: Imprecise,
+) -> Result<Choice, Blocker> {
     let unlogged = names(devices.iter().filter(|device| device.own_log != OwnLog::Works));
     if unlogged.is_empty() {
         return Ok(Choice { device_logs: names(devices.iter()), ..Choice::default() });
@@ -193,11 +197,11 @@ pub fn choose(devices: &[DeviceFacts], tracker: Tracker, imprecise: Imprecise) -
     let mut degradations: Vec<_> = devices
         .iter()
         .filter(|device| device.own_log == OwnLog::Unreportable)
-        .map(|device| Degradation::Unreportable { device: device.id.clone() })
+        .map(|device| SpaceDegradation::Unreportable { device: device.id.clone() })
         .collect();
     match tracker {
-        Tracker::PageTable { tracks } => choose_page_table(devices, tracks, degradations),
-        Tracker::Container { bitmap, largest_mapping } => {
+        SpaceTracker::PageTable { tracks } => choose_page_table(devices, tracks, degradations),
+        SpaceTracker::Container { bitmap, largest_mapping } => {
             check_bitmap(bitmap, largest_mapping, &unlogged)?;
             let exact = devices.iter().all(|device| device.writer == Writer::Kernel);
             let meaning = if exact { Meaning::Written } else { Meaning::Mapped };
@@ -205,7 +209,7 @@ pub fn choose(devices: &[DeviceFacts], tracker: Tracker, imprecise: Imprecise) -
                 if imprecise == Imprecise::Refused {
                     return Err(Blocker::ImpreciseNotAllowed { devices: unlogged });
                 }
-                degradations.push(Degradation::Imprecise { devices: unlogged });
+                degradations.push(SpaceDegradation::Imprecise { devices: unlogged });
             }
             Ok(Choice { container: Some(meaning), degradations, ..Choice::default() })
         }
@@ -216,7 +220,7 @@ pub fn choose(devices: &[DeviceFacts], tracker: Tracker, imprecise: Imprecise) -
 fn choose_page_table(
     devices: &[DeviceFacts],
     tracks: bool,
-    mut degradations: Vec<Degradation>,
+    mut degradations: Vec<SpaceDegradation>,
 ) -> Result<Choice, Blocker> {
     let seen = |device: &&DeviceFacts| tracks && device.writer == Writer::Hardware;
     let logged = |device: &&DeviceFacts| device.own_log == OwnLog::Works;
@@ -225,7 +229,7 @@ fn choose_page_table(
         return Err(Blocker::NoSource { devices: unseen });
     }
     let device_logs = names(devices.iter().filter(|device| !seen(device)));
-    degradations.push(Degradation::LargePages { devices: names(devices.iter().filter(seen)) });
+    degradations.push(SpaceDegradation::LargePages { devices: names(devices.iter().filter(seen)) });
     Ok(Choice { device_logs, page_table: true, container: None, degradations })
 }
 
@@ -255,12 +259,12 @@ mod tests {
     const LOGS: [OwnLog; 3] = [OwnLog::Absent, OwnLog::Unreportable, OwnLog::Works];
     const BITMAP: DirtyBitmapInfo = DirtyBitmapInfo { page_sizes: 0x4020_1000, max_bytes: 256 << 20 };
 
-    fn trackers() -> [Tracker; 4] {
+    fn trackers() -> [SpaceTracker; 4] {
         [
-            Tracker::Container { bitmap: Some(BITMAP), largest_mapping: 1 << 40 },
-            Tracker::Container { bitmap: None, largest_mapping: 1 << 40 },
-            Tracker::PageTable { tracks: true },
-            Tracker::PageTable { tracks: false },
+            SpaceTracker::Container { bitmap: Some(BITMAP), largest_mapping: 1 << 40 },
+            SpaceTracker::Container { bitmap: None, largest_mapping: 1 << 40 },
+            SpaceTracker::PageTable { tracks: true },
+            SpaceTracker::PageTable { tracks: false },
         ]
     }
 
@@ -292,7 +296,9 @@ mod tests {
         own || choice.container.is_some() || (choice.page_table && device.writer == Writer::Hardware)
     }
 
-    fn for_each_case(mut check: impl FnMut(&[DeviceFacts], Tracker, Imprecise, Result<Choice, Blocker>)) {
+    fn for_each_case(
+        mut check: impl FnMut(&[DeviceFacts], SpaceTracker, Imprecise, Result<Choice, Blocker>),
+    ) {
         let sets = device_sets();
         assert_eq!(sets.len(), 1 + 6 + 36 + 216);
         for devices in &sets {
@@ -320,7 +326,8 @@ mod tests {
     fn an_imprecise_source_stands_alone_and_only_where_it_is_allowed_and_told_of() {
         for_each_case(|devices, _, imprecise, chosen| {
             let Ok(choice) = chosen else { return };
-            let told = choice.degradations.iter().any(|one| matches!(one, Degradation::Imprecise { .. }));
+            let told =
+                choice.degradations.iter().any(|one| matches!(one, SpaceDegradation::Imprecise { .. }));
             assert_eq!(told, choice.container == Some(Meaning::Mapped));
             if told {
                 assert_eq!(imprecise, Imprecise::Allowed);
@@ -338,7 +345,7 @@ mod tests {
         for_each_case(|devices, _, _, chosen| {
             let Ok(choice) = chosen else { return };
             let told = choice.degradations.iter().find_map(|one| match one {
-                Degradation::LargePages { devices } => Some(devices.clone()),
+                SpaceDegradation::LargePages { devices } => Some(devices.clone()),
                 _ => None,
             });
             let hardware = names(devices.iter().filter(|device| device.writer == Writer::Hardware));
@@ -365,8 +372,8 @@ mod tests {
                 Blocker::NoSource { devices: named } => {
                     assert!(!named.is_empty());
                     let unseen = unlogged().filter(|device| match tracker {
-                        Tracker::PageTable { tracks } => !tracks || device.writer == Writer::Kernel,
-                        Tracker::Container { bitmap, .. } => bitmap.is_none(),
+                        SpaceTracker::PageTable { tracks } => !tracks || device.writer == Writer::Kernel,
+                        SpaceTracker::Container { bitmap, .. } => bitmap.is_none(),
                     });
                     assert_eq!(named, names(unseen));
                 }
@@ -384,8 +391,9 @@ mod tests {
         for_each_case(|devices, _, _, chosen| {
             let Ok(choice) = chosen else { return };
             for device in devices {
-                let told =
-                    choice.degradations.contains(&Degradation::Unreportable { device: device.id.clone() });
+                let told = choice
+                    .degradations
+                    .contains(&SpaceDegradation::Unreportable { device: device.id.clone() });
                 assert_eq!(told, device.own_log == OwnLog::Unreportable);
             }
         });
@@ -395,7 +403,7 @@ mod tests {
     fn c16_a_mapping_beyond_the_containers_limit_is_a_blocker() {
         let mdev = [DeviceFacts { id: "m".to_owned(), writer: Writer::Kernel, own_log: OwnLog::Absent }];
         let with = |largest_mapping| {
-            let tracker = Tracker::Container { bitmap: Some(BITMAP), largest_mapping };
+            let tracker = SpaceTracker::Container { bitmap: Some(BITMAP), largest_mapping };
             choose(&mdev, tracker, Imprecise::Refused)
         };
         assert!(with(8 << 40).is_ok());

@@ -11,9 +11,7 @@ use vfio_bindings::bindings::vfio::VFIO_TYPE1v2_IOMMU;
 use super::{Attached, SpaceId, TrackerBuilder};
 use crate::iova::IovaMap;
 use crate::layout::Region;
-use crate::source::choose::{
-    Blocker, Choice, DeviceFacts, Imprecise, OwnLog, Tracker as Below, Writer, choose,
-};
+use crate::source::choose::{Blocker, Choice, DeviceFacts, Imprecise, OwnLog, SpaceTracker, Writer, choose};
 use crate::source::{
     ContainerInfo, ContainerLog, ContainerLogError, DeviceLog, DeviceLogError, DirtyBitmapInfo, HwptLog,
     Meaning,
@@ -115,17 +113,17 @@ impl TrackerBuilder {
     }
 
     /// Asks the container or page table below the devices whether it tracks writes.
-    fn probe_below(&self, below: &SpaceTable, map: &IovaMap) -> Below {
+    fn probe_below(&self, below: &SpaceTable, map: &IovaMap) -> SpaceTracker {
         match below {
             SpaceTable::Container { file, model } => {
                 let info = ContainerLog::<OwnedFd>::info(file).ok();
-                Below::Container {
+                SpaceTracker::Container {
                     bitmap: info.and_then(|info| bitmap_of(*model, info)),
                     largest_mapping: self.largest_mapping(map),
                 }
             }
             SpaceTable::PageTable { iommufd, hwpt_id } => {
-                Below::PageTable { tracks: HwptLog::new("", iommufd.as_raw_fd(), *hwpt_id).tracks() }
+                SpaceTracker::PageTable { tracks: HwptLog::new("", iommufd.as_raw_fd(), *hwpt_id).tracks() }
             }
         }
     }

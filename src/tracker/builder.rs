@@ -19,7 +19,7 @@ pub struct TrackerBuilder {
     mappings: Option<Mappings>,
     pub(super) allow_imprecise: bool,
     on_failure: OnFailure,
-    pub(super) degradations: Vec<choose::Degradation>,
+    pub(super) degradations: Vec<choose::SpaceDegradation>,
 }
 
 /// Names an imprecise source in a migration's degradations.

@@ -149,14 +149,13 @@ impl Tracker {
     pub fn remove_device_from(&mut self, id: &str, device: &str) -> Result<(), TrackerError> {
         let index = self.index_of(id)?;
         let devices = &mut self.sources[index].devices;
-        let (id, device) = (|| id.to_owned(), || device.to_owned());
-        if !devices.contains(&device()) {
-            return Err(TrackerError::NoSuchDevice { id: id(), device: device() });
-        }
+        let Some(at) = devices.iter().position(|name| name == device) else {
+            return Err(TrackerError::NoSuchDevice { id: id.to_owned(), device: device.to_owned() });
+        };
         if devices.len() == 1 {
-            return Err(TrackerError::LastDevice { id: id(), device: device() });
+            return Err(TrackerError::LastDevice { id: id.to_owned(), device: device.to_owned() });
         }
-        devices.retain(|name| *name != device());
+        devices.remove(at);
         Ok(())
     }
 

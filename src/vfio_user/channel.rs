@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 use super::decode::DecodeError;
 use super::dma::DmaServer;
 use super::error::{BrokenBy, Error, ServeError};
-use super::message::{Command, HEADER_BYTES, Header, Kind, MAX_REQUEST_DATA_BYTES};
+use super::message::{HEADER_BYTES, Header, MAX_REQUEST_DATA_BYTES, MessageKind, VfioUserCommand};
 use super::transport::{Deadline, Stopped, Transport, first_can_be_read};
 
 /// Room in every reply for its fixed part, whatever newer servers append to it, in bytes.
@@ -84,7 +84,7 @@ impl Channel {
     /// The reply may hold `data_bytes` of data besides its fixed part.
     pub(super) fn exchange(
         &mut self,
-        command: Command,
+        command: VfioUserCommand,
         parts: &[&[u8]],
         fd: Option<BorrowedFd<'_>>,
         data_bytes: usize,
@@ -97,7 +97,7 @@ impl Channel {
     pub(super) fn exchange_before(
         &mut self,
         deadline: Deadline,
-        command: Command,
+        command: VfioUserCommand,
         parts: &[&[u8]],
         data_bytes: usize,
     ) -> Result<usize, Error> {
@@ -106,15 +106,19 @@ impl Channel {
     }
 
     /// Puts the next request into its buffer.
-    fn compose(&mut self, command: Command, parts: &[&[u8]]) -> Result<(), Error> {
+    fn compose(&mut self, command: VfioUserCommand, parts: &[&[u8]]) -> Result<(), Error> {
         self.check_usable()?;
         let payload_bytes = parts.iter().map(|part| part.len()).sum();
         if payload_bytes > MAX_REQUEST_BYTES {
             return Err(self.too_large("request", payload_bytes as u64, MAX_REQUEST_BYTES as u64));
         }
-        let header =
-            Header::new(self.next_id, command.to_wire(), Kind::Command { no_reply: false }, payload_bytes)
-                .expect("a request is far smaller than the largest message");
+        let header = Header::new(
+            self.next_id,
+            command.to_wire(),
+            MessageKind::Command { no_reply: false },
+            payload_bytes,
+        )
+        .expect("a request is far smaller than the largest message");
         self.request.clear();
         self.request.extend_from_slice(&header.encode());
         parts.iter().for_each(|part| self.request.extend_from_slice(part));
@@ -123,7 +127,7 @@ impl Channel {
 
     fn converse(
         &mut self,
-        command: Command,
+        command: VfioUserCommand,
         fd: Option<BorrowedFd<'_>>,
         data_bytes: usize,
         deadline: Deadline,
@@ -136,7 +140,7 @@ impl Channel {
 
     fn try_converse(
         &mut self,
-        command: Command,
+        command: VfioUserCommand,
         fd: Option<BorrowedFd<'_>>,
         limit: usize,
         deadline: Deadline,
@@ -158,7 +162,7 @@ impl Channel {
                 continue;
             }
             let (header, passed) = receive_header(&mut self.main, deadline)?;
-            let Kind::Command { .. } = header.kind() else {
+            let MessageKind::Command { .. } = header.kind() else {
                 self.passed = passed;
                 return Ok(header);
             };
@@ -179,7 +183,7 @@ impl Channel {
         &mut self,
         header: &Header,
         id: u16,
-        command: Command,
+        command: VfioUserCommand,
         limit: usize,
         deadline: Deadline,
     ) -> Result<usize, Failure> {
@@ -192,7 +196,7 @@ impl Channel {
         echoed("message id of the reply", header.id(), id)?;
         echoed("command of the reply", header.command(), command.to_wire())?;
         match header.kind() {
-            Kind::ErrorReply { errno } => Err(Failure::Refused(errno)),
+            MessageKind::ErrorReply { errno } => Err(Failure::Refused(errno)),
             _ => Ok(payload_bytes),
         }
     }
@@ -268,7 +272,7 @@ impl Channel {
     /// Passes on what a reply was decoded to; one that could not be ends the connection.
     pub(super) fn checked<T>(
         &mut self,
-        command: Command,
+        command: VfioUserCommand,
         decoded: Result<T, DecodeError>,
     ) -> Result<T, Error> {
         let device = &self.device;
@@ -293,7 +297,7 @@ impl Channel {
         }
     }
 
-    fn name(&self, command: Command, failure: Failure, deadline: Deadline) -> Error {
+    fn name(&self, command: VfioUserCommand, failure: Failure, deadline: Deadline) -> Error {
         let device = self.device.clone();
         match failure {
             Failure::Refused(errno) => Error::Refused { device, command, errno },
@@ -359,7 +363,7 @@ fn serve_next(
     deadline: Deadline,
 ) -> Result<usize, Fault> {
     let (header, _) = receive_header(line, deadline)?;
-    let Kind::Command { .. } = header.kind() else {
+    let MessageKind::Command { .. } = header.kind() else {
         let (what, value) = ("reply to no request, of message id", header.id().into());
         return Err(DecodeError::Invalid { what, value }.into());
     };
@@ -381,13 +385,13 @@ fn serve(
     buffers.reply.clear();
     buffers.reply.resize(HEADER_BYTES, 0);
     let kind = match dma.answer(header.command(), &buffers.request, &mut buffers.reply) {
-        Ok(()) => Kind::Reply,
-        Err(errno) => Kind::ErrorReply { errno },
+        Ok(()) => MessageKind::Reply,
+        Err(errno) => MessageKind::ErrorReply { errno },
     };
-    if header.kind() == (Kind::Command { no_reply: true }) {
+    if header.kind() == (MessageKind::Command { no_reply: true }) {
         return Ok(());
     }
-    if kind != Kind::Reply {
+    if kind != MessageKind::Reply {
         buffers.reply.truncate(HEADER_BYTES);
     }
     let answered = buffers.reply.len() - HEADER_BYTES;

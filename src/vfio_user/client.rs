@@ -13,10 +13,10 @@ use super::channel::{Channel, echoed};
 use super::decode::DecodeError;
 use super::dma::DmaServer;
 use super::error::Error;
-use super::message::{Command, DeviceInfo, MAX_REQUEST_DATA_BYTES, RegionAccess, RegionInfo};
+use super::message::{DeviceInfo, MAX_REQUEST_DATA_BYTES, RegionAccess, RegionInfo, VfioUserCommand};
 use super::version::{
-    Capabilities, MAX_DATA_XFER_BYTES, MAX_VERSION_DATA_BYTES, MIN_BITMAP_BYTES, MIN_DATA_XFER_BYTES,
-    MigrationCapability, TwinSocketCapability, Version,
+    MAX_DATA_XFER_BYTES, MAX_VERSION_DATA_BYTES, MIN_BITMAP_BYTES, MIN_DATA_XFER_BYTES, MigrationCapability,
+    PeerCapabilities, TwinSocketCapability, Version,
 };
 use crate::granule::Granule;
 
@@ -109,7 +109,7 @@ impl Client {
         twin_socket: Option<TwinSocketCapability>,
     ) -> Result<Self, Error> {
         let limit = data_xfer_limit(options);
-        let proposal = Version::current(Capabilities {
+        let proposal = Version::current(PeerCapabilities {
             max_msg_fds: Some(1),
             max_data_xfer_size: Some(limit),
             pgsizes: Some(options.page_size.bytes()),
@@ -118,14 +118,14 @@ impl Client {
                 max_bitmap_size: None,
             }),
             twin_socket,
-            ..Capabilities::default()
+            ..PeerCapabilities::default()
         });
         let request = proposal.encode();
-        let reply = channel.exchange(Command::Version, &[&request], None, MAX_VERSION_DATA_BYTES)?;
+        let reply = channel.exchange(VfioUserCommand::Version, &[&request], None, MAX_VERSION_DATA_BYTES)?;
         let server = Version::decode(channel.payload(reply)).and_then(|server| accept(&proposal, server));
-        let server = channel.checked(Command::Version, server)?;
+        let server = channel.checked(VfioUserCommand::Version, server)?;
         let passed = channel.take_passed();
-        let twin = channel.checked(Command::Version, twin_socket_of(&proposal, &server, passed))?;
+        let twin = channel.checked(VfioUserCommand::Version, twin_socket_of(&proposal, &server, passed))?;
         twin.into_iter().for_each(|twin| channel.serve_over(twin));
         let allowed = limit.min(server.capabilities.data_xfer_bytes());
         let data_xfer_bytes = usize::try_from(allowed).unwrap_or(usize::MAX);
@@ -138,7 +138,7 @@ impl Client {
     }
 
     /// Returns what the server said it can do.
-    pub fn capabilities(&self) -> &Capabilities {
+    pub fn capabilities(&self) -> &PeerCapabilities {
         &self.server.capabilities
     }
 
@@ -154,8 +154,8 @@ impl Client {
     /// As every request: see [`Error`].
     pub fn device_info(&mut self) -> Result<DeviceInfo, Error> {
         let request = DeviceInfo { argsz: size_u32::<DeviceInfo>().into(), ..DeviceInfo::default() };
-        let reply = self.channel.exchange(Command::DeviceGetInfo, &[request.as_bytes()], None, 0)?;
-        self.channel.checked(Command::DeviceGetInfo, DeviceInfo::decode(self.channel.payload(reply)))
+        let reply = self.channel.exchange(VfioUserCommand::DeviceGetInfo, &[request.as_bytes()], None, 0)?;
+        self.channel.checked(VfioUserCommand::DeviceGetInfo, DeviceInfo::decode(self.channel.payload(reply)))
     }
 
     /// Returns the size and access flags of region `index`.
@@ -166,12 +166,13 @@ impl Client {
     pub fn region_info(&mut self, index: u32) -> Result<RegionInfo, Error> {
         let argsz = size_u32::<RegionInfo>().into();
         let request = RegionInfo { argsz, index: index.into(), ..RegionInfo::default() };
-        let reply = self.channel.exchange(Command::DeviceGetRegionInfo, &[request.as_bytes()], None, 0)?;
+        let reply =
+            self.channel.exchange(VfioUserCommand::DeviceGetRegionInfo, &[request.as_bytes()], None, 0)?;
         let info = RegionInfo::decode(self.channel.payload(reply)).and_then(|info| {
             echoed("region index", info.index.get(), index)?;
             Ok(info)
         });
-        self.channel.checked(Command::DeviceGetRegionInfo, info)
+        self.channel.checked(VfioUserCommand::DeviceGetRegionInfo, info)
     }
 
     /// Fills `buf` from `offset` of region `region`, in as many messages as it takes.
@@ -185,14 +186,15 @@ impl Client {
         for chunk in buf.chunks_mut(self.data_xfer_bytes) {
             let access = region_access(region, at, chunk.len());
             let parts = [access.as_bytes()];
-            let reply = self.channel.exchange_before(deadline, Command::RegionRead, &parts, chunk.len())?;
+            let reply =
+                self.channel.exchange_before(deadline, VfioUserCommand::RegionRead, &parts, chunk.len())?;
             let copied =
                 RegionAccess::decode_with_data(self.channel.payload(reply)).and_then(|(done, data)| {
                     access_echoed(&access, &done)?;
                     chunk.copy_from_slice(data);
                     Ok(())
                 });
-            self.channel.checked(Command::RegionRead, copied)?;
+            self.channel.checked(VfioUserCommand::RegionRead, copied)?;
             at = at.wrapping_add(chunk.len() as u64);
         }
         Ok(())
@@ -209,10 +211,10 @@ impl Client {
         for chunk in data.chunks(self.request_data_bytes()) {
             let access = region_access(region, at, chunk.len());
             let parts = [access.as_bytes(), chunk];
-            let reply = self.channel.exchange_before(deadline, Command::RegionWrite, &parts, 0)?;
+            let reply = self.channel.exchange_before(deadline, VfioUserCommand::RegionWrite, &parts, 0)?;
             let done = RegionAccess::decode(self.channel.payload(reply));
             self.channel
-                .checked(Command::RegionWrite, done.and_then(|done| access_echoed(&access, &done)))?;
+                .checked(VfioUserCommand::RegionWrite, done.and_then(|done| access_echoed(&access, &done)))?;
             at = at.wrapping_add(chunk.len() as u64);
         }
         Ok(())
@@ -226,7 +228,7 @@ impl Client {
     ///
     /// As every request: see [`Error`]; some servers refuse it while the device is stopped.
     pub fn reset(&mut self) -> Result<(), Error> {
-        self.channel.exchange(Command::DeviceReset, &[], None, 0).map(drop)
+        self.channel.exchange(VfioUserCommand::DeviceReset, &[], None, 0).map(drop)
     }
 
     /// Returns the most bytes of data in one request.

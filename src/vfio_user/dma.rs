@@ -8,7 +8,7 @@ use std::fmt;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use zerocopy::IntoBytes;
 
-use super::message::{Command, DmaAccess};
+use super::message::{DmaAccess, VfioUserCommand};
 use crate::range::IovaRange;
 
 /// Describes memory given to the device.
@@ -123,9 +123,9 @@ impl DmaServer {
     pub(super) fn answer(&mut self, command: u16, request: &[u8], reply: &mut Vec<u8>) -> Result<(), i32> {
         let access = self.access.as_mut().ok_or(libc::EOPNOTSUPP)?;
         let malformed = |_| libc::EINVAL;
-        let (asked, data) = match Command::from_wire(command) {
-            Some(Command::DmaRead) => (DmaAccess::decode(request).map_err(malformed)?, None),
-            Some(Command::DmaWrite) => {
+        let (asked, data) = match VfioUserCommand::from_wire(command) {
+            Some(VfioUserCommand::DmaRead) => (DmaAccess::decode(request).map_err(malformed)?, None),
+            Some(VfioUserCommand::DmaWrite) => {
                 let (asked, data) = DmaAccess::decode_with_data(request).map_err(malformed)?;
                 (asked, Some(data))
             }
@@ -179,7 +179,12 @@ mod tests {
         DmaAccess { iova: iova.into(), count: count.into() }
     }
 
-    fn ask(server: &mut DmaServer, command: Command, asked: DmaAccess, data: &[u8]) -> Result<Vec<u8>, i32> {
+    fn ask(
+        server: &mut DmaServer,
+        command: VfioUserCommand,
+        asked: DmaAccess,
+        data: &[u8],
+    ) -> Result<Vec<u8>, i32> {
         let mut reply = Vec::new();
         server.answer(command.to_wire(), &[asked.as_bytes(), data].concat(), &mut reply)?;
         Ok(reply)
@@ -189,8 +194,8 @@ mod tests {
     fn what_is_written_can_be_read_and_is_marked_dirty_page_by_page() {
         let (mut server, memory) = server();
         let asked = access(0x1ffe, 4);
-        assert_eq!(ask(&mut server, Command::DmaWrite, asked, b"four").unwrap(), asked.as_bytes());
-        let read = ask(&mut server, Command::DmaRead, asked, &[]).unwrap();
+        assert_eq!(ask(&mut server, VfioUserCommand::DmaWrite, asked, b"four").unwrap(), asked.as_bytes());
+        let read = ask(&mut server, VfioUserCommand::DmaRead, asked, &[]).unwrap();
         assert_eq!(read, [asked.as_bytes(), b"four"].concat());
         let region = memory.find_region(GuestAddress(0)).unwrap();
         let dirty: Vec<_> = (0..8).filter(|page| region.bitmap().dirty_at(page << 12)).collect();
@@ -201,7 +206,8 @@ mod tests {
     fn what_is_not_mapped_or_not_writeable_or_not_memory_is_refused() {
         let (mut server, memory) = server();
         let mut write = |iova, count: usize| {
-            ask(&mut server, Command::DmaWrite, access(iova, count as u64), &vec![1; count]).unwrap_err()
+            ask(&mut server, VfioUserCommand::DmaWrite, access(iova, count as u64), &vec![1; count])
+                .unwrap_err()
         };
         assert_eq!(write(0x0fff, 2), libc::EFAULT, "begins below what is mapped");
         assert_eq!(write(0x2fff, 2), libc::EFAULT, "ends past it");
@@ -210,16 +216,16 @@ mod tests {
         assert_eq!(write(0x1000, 0), libc::EINVAL);
         assert_eq!(write(u64::MAX, 2), libc::EINVAL);
         assert_eq!(write(0x1000, 0x2001), libc::EINVAL, "more than was announced");
-        let short = ask(&mut server, Command::DmaWrite, access(0x1000, 9), &[1; 8]);
+        let short = ask(&mut server, VfioUserCommand::DmaWrite, access(0x1000, 9), &[1; 8]);
         assert_eq!(short, Err(libc::EINVAL));
-        let endless = ask(&mut server, Command::DmaRead, access(0x1000, u64::MAX), &[]);
+        let endless = ask(&mut server, VfioUserCommand::DmaRead, access(0x1000, u64::MAX), &[]);
         assert_eq!(endless, Err(libc::EINVAL));
-        assert_eq!(ask(&mut server, Command::DeviceReset, access(0, 1), &[]), Err(libc::EOPNOTSUPP));
+        assert_eq!(ask(&mut server, VfioUserCommand::DeviceReset, access(0, 1), &[]), Err(libc::EOPNOTSUPP));
         assert!(
             (0..8).all(|page| !memory.find_region(GuestAddress(0)).unwrap().bitmap().dirty_at(page << 12))
         );
         server.access = None;
-        assert_eq!(ask(&mut server, Command::DmaRead, access(0x1000, 1), &[]), Err(libc::EOPNOTSUPP));
+        assert_eq!(ask(&mut server, VfioUserCommand::DmaRead, access(0x1000, 1), &[]), Err(libc::EOPNOTSUPP));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::io;
 
 use super::decode::DecodeError;
-use super::message::Command;
+use super::message::VfioUserCommand;
 use crate::range::IovaRange;
 
 /// Says what made a client drop its connection.
@@ -14,22 +14,22 @@ use crate::range::IovaRange;
 pub enum BrokenBy {
     /// A request was not answered in time.
     #[error("{0} was not answered in time")]
-    Timeout(Command),
+    Timeout(VfioUserCommand),
     /// The server hung up.
     #[error("The server closed the connection during {0}")]
-    Disconnected(Command),
+    Disconnected(VfioUserCommand),
     /// The socket failed.
     #[error("The socket failed during {0}")]
-    Socket(Command),
+    Socket(VfioUserCommand),
     /// An answer was not what the protocol says.
     #[error("{0} was answered with a malformed message")]
-    Malformed(Command),
+    Malformed(VfioUserCommand),
     /// A request of the server could not be served.
     #[error("A request of the server could not be served")]
     Serving,
     /// The thread that made a request panicked before it had the answer.
     #[error("{0} was left unfinished")]
-    Interrupted(Command),
+    Interrupted(VfioUserCommand),
 }
 
 /// Says why a request of the server could not be served. A request that is merely refused is served.
@@ -66,7 +66,7 @@ pub enum Error {
         /// The device's name.
         device: String,
         /// The request.
-        command: Command,
+        command: VfioUserCommand,
         /// The server's errno.
         errno: i32,
     },
@@ -76,7 +76,7 @@ pub enum Error {
         /// The device's name.
         device: String,
         /// The request.
-        command: Command,
+        command: VfioUserCommand,
         /// The time it had.
         timeout_ms: u128,
     },
@@ -86,7 +86,7 @@ pub enum Error {
         /// The device's name.
         device: String,
         /// The request.
-        command: Command,
+        command: VfioUserCommand,
     },
     /// The socket failed in another way.
     #[error("Cannot exchange {command} with vfio-user device {device}")]
@@ -94,7 +94,7 @@ pub enum Error {
         /// The device's name.
         device: String,
         /// The request.
-        command: Command,
+        command: VfioUserCommand,
         /// The failed system call's error.
         source: io::Error,
     },
@@ -104,7 +104,7 @@ pub enum Error {
         /// The device's name.
         device: String,
         /// The request.
-        command: Command,
+        command: VfioUserCommand,
         /// What is wrong with it.
         source: DecodeError,
     },

@@ -87,12 +87,12 @@ impl FeatureHeader {
     Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
 )]
 #[repr(C)]
-pub struct Migration {
+pub struct MigrationFeature {
     /// [`MIGRATION_STOP_COPY`], [`MIGRATION_P2P`] and [`MIGRATION_PRE_COPY`].
     pub flags: U64,
 }
 
-impl Migration {
+impl MigrationFeature {
     /// Decodes the data of a reply.
     pub fn decode(data: &[u8]) -> Result<Self, DecodeError> {
         split("migration support", data).map(|(migration, _)| *migration)
@@ -259,9 +259,9 @@ mod tests {
     #[test]
     fn migration_support_has_the_specified_bytes() {
         let golden = [5, 0, 0, 0, 0, 0, 0, 0];
-        let migration = Migration { flags: (MIGRATION_STOP_COPY | MIGRATION_PRE_COPY).into() };
+        let migration = MigrationFeature { flags: (MIGRATION_STOP_COPY | MIGRATION_PRE_COPY).into() };
         assert_eq!(migration.as_bytes(), golden);
-        assert_eq!(Migration::decode(&golden).unwrap(), migration);
+        assert_eq!(MigrationFeature::decode(&golden).unwrap(), migration);
     }
 
     #[test]
@@ -312,7 +312,7 @@ mod tests {
         #[test]
         fn any_bytes_decode_within_bounds_or_not_at_all(bytes in proptest::collection::vec(any::<u8>(), 0..96)) {
             prop_assert_eq!(FeatureHeader::decode(&bytes).is_ok(), bytes.len() >= 8);
-            prop_assert_eq!(Migration::decode(&bytes).is_ok(), bytes.len() >= 8);
+            prop_assert_eq!(MigrationFeature::decode(&bytes).is_ok(), bytes.len() >= 8);
             prop_assert_eq!(MigState::decode(&bytes).is_ok(), bytes.len() >= 8);
             prop_assert_eq!(LoggingReport::decode(&bytes).is_ok(), bytes.len() >= 24);
             if let Ok((control, ranges)) = LoggingControl::decode(&bytes) {

@@ -46,7 +46,7 @@ const FLAG_ERROR: u32 = 1 << 5;
 /// Names the requests this library makes and answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u16)]
-pub enum Command {
+pub enum VfioUserCommand {
     /// `VFIO_USER_VERSION`: negotiates version and capabilities.
     Version = 1,
     /// `VFIO_USER_DMA_MAP`: gives the device a range of IOVA space.
@@ -75,11 +75,11 @@ pub enum Command {
     MigDataWrite = 18,
 }
 
-impl Command {
+impl VfioUserCommand {
     /// Returns the command with this number, or `None` for one this library does not know.
     pub fn from_wire(number: u16) -> Option<Self> {
-        use Command::*;
-        const ALL: [Command; 13] = [
+        use VfioUserCommand::*;
+        const ALL: [VfioUserCommand; 13] = [
             Version,
             DmaMap,
             DmaUnmap,
@@ -103,29 +103,29 @@ impl Command {
     }
 }
 
-impl fmt::Display for Command {
+impl fmt::Display for VfioUserCommand {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Command::Version => "VERSION",
-            Command::DmaMap => "DMA_MAP",
-            Command::DmaUnmap => "DMA_UNMAP",
-            Command::DeviceGetInfo => "DEVICE_GET_INFO",
-            Command::DeviceGetRegionInfo => "DEVICE_GET_REGION_INFO",
-            Command::RegionRead => "REGION_READ",
-            Command::RegionWrite => "REGION_WRITE",
-            Command::DmaRead => "DMA_READ",
-            Command::DmaWrite => "DMA_WRITE",
-            Command::DeviceReset => "DEVICE_RESET",
-            Command::DeviceFeature => "DEVICE_FEATURE",
-            Command::MigDataRead => "MIG_DATA_READ",
-            Command::MigDataWrite => "MIG_DATA_WRITE",
+            VfioUserCommand::Version => "VERSION",
+            VfioUserCommand::DmaMap => "DMA_MAP",
+            VfioUserCommand::DmaUnmap => "DMA_UNMAP",
+            VfioUserCommand::DeviceGetInfo => "DEVICE_GET_INFO",
+            VfioUserCommand::DeviceGetRegionInfo => "DEVICE_GET_REGION_INFO",
+            VfioUserCommand::RegionRead => "REGION_READ",
+            VfioUserCommand::RegionWrite => "REGION_WRITE",
+            VfioUserCommand::DmaRead => "DMA_READ",
+            VfioUserCommand::DmaWrite => "DMA_WRITE",
+            VfioUserCommand::DeviceReset => "DEVICE_RESET",
+            VfioUserCommand::DeviceFeature => "DEVICE_FEATURE",
+            VfioUserCommand::MigDataRead => "MIG_DATA_READ",
+            VfioUserCommand::MigDataWrite => "MIG_DATA_WRITE",
         })
     }
 }
 
 /// Says what a message is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum MessageKind {
     /// A request, answered unless it says otherwise.
     Command {
         /// The sender wants no answer.
@@ -145,7 +145,7 @@ pub enum Kind {
 pub struct Header {
     id: u16,
     command: u16,
-    kind: Kind,
+    kind: MessageKind,
     message_bytes: u32,
 }
 
@@ -165,7 +165,7 @@ impl Header {
     /// # Errors
     ///
     /// [`DecodeError::OverLimit`] when the message would exceed [`MAX_MESSAGE_BYTES`].
-    pub fn new(id: u16, command: u16, kind: Kind, payload_bytes: usize) -> Result<Self, DecodeError> {
+    pub fn new(id: u16, command: u16, kind: MessageKind, payload_bytes: usize) -> Result<Self, DecodeError> {
         let value = (payload_bytes as u64).saturating_add(HEADER_BYTES as u64);
         match u32::try_from(value) {
             Ok(message_bytes) if value <= MAX_MESSAGE_BYTES => {
@@ -190,11 +190,11 @@ impl Header {
         })?;
         let flags = raw.flags.get();
         let kind = match flags & TYPE_MASK {
-            TYPE_COMMAND => Kind::Command { no_reply: flags & FLAG_NO_REPLY != 0 },
+            TYPE_COMMAND => MessageKind::Command { no_reply: flags & FLAG_NO_REPLY != 0 },
             TYPE_REPLY if flags & FLAG_ERROR != 0 => {
-                Kind::ErrorReply { errno: i32::try_from(raw.errno.get()).unwrap_or(0) }
+                MessageKind::ErrorReply { errno: i32::try_from(raw.errno.get()).unwrap_or(0) }
             }
-            TYPE_REPLY => Kind::Reply,
+            TYPE_REPLY => MessageKind::Reply,
             other => return Err(DecodeError::Invalid { what: "message type", value: other.into() }),
         };
         Header::new(raw.id.get(), raw.command.get(), kind, payload_bytes)
@@ -203,10 +203,10 @@ impl Header {
     /// Encodes the header.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         let (flags, errno) = match self.kind {
-            Kind::Command { no_reply: false } => (TYPE_COMMAND, 0),
-            Kind::Command { no_reply: true } => (TYPE_COMMAND | FLAG_NO_REPLY, 0),
-            Kind::Reply => (TYPE_REPLY, 0),
-            Kind::ErrorReply { errno } => (TYPE_REPLY | FLAG_ERROR, errno.unsigned_abs()),
+            MessageKind::Command { no_reply: false } => (TYPE_COMMAND, 0),
+            MessageKind::Command { no_reply: true } => (TYPE_COMMAND | FLAG_NO_REPLY, 0),
+            MessageKind::Reply => (TYPE_REPLY, 0),
+            MessageKind::ErrorReply { errno } => (TYPE_REPLY | FLAG_ERROR, errno.unsigned_abs()),
         };
         zerocopy::transmute!(RawHeader {
             id: self.id.into(),
@@ -228,7 +228,7 @@ impl Header {
     }
 
     /// Returns what the message is.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> MessageKind {
         self.kind
     }
 
@@ -444,10 +444,10 @@ mod tests {
 
     #[test]
     fn header_has_the_specified_bytes() {
-        let request = Header::new(0x1234, 16, Kind::Command { no_reply: false }, 8).unwrap();
+        let request = Header::new(0x1234, 16, MessageKind::Command { no_reply: false }, 8).unwrap();
         assert_eq!(request.encode(), REQUEST);
         assert_eq!(Header::decode(&REQUEST).unwrap(), request);
-        let refusal = Header::new(0x1234, 16, Kind::ErrorReply { errno: 22 }, 0).unwrap();
+        let refusal = Header::new(0x1234, 16, MessageKind::ErrorReply { errno: 22 }, 0).unwrap();
         assert_eq!(refusal.encode(), ERROR_REPLY);
         assert_eq!(Header::decode(&ERROR_REPLY).unwrap(), refusal);
     }
@@ -541,15 +541,15 @@ mod tests {
 
     #[test]
     fn every_command_survives_its_number() {
-        let known = (0..=u16::MAX).filter_map(Command::from_wire).collect::<Vec<_>>();
+        let known = (0..=u16::MAX).filter_map(VfioUserCommand::from_wire).collect::<Vec<_>>();
         assert_eq!(known.len(), 13);
-        assert!(known.iter().all(|c| Command::from_wire(c.to_wire()) == Some(*c)));
+        assert!(known.iter().all(|c| VfioUserCommand::from_wire(c.to_wire()) == Some(*c)));
     }
 
     proptest! {
         #[test]
         fn header_roundtrips(id: u16, command: u16, pick in 0..3_usize, errno in 0..4096, payload in 0..1_usize << 20) {
-            let kind = [Kind::Command { no_reply: errno % 2 == 0 }, Kind::Reply, Kind::ErrorReply { errno }][pick];
+            let kind = [MessageKind::Command { no_reply: errno % 2 == 0 }, MessageKind::Reply, MessageKind::ErrorReply { errno }][pick];
             let header = Header::new(id, command, kind, payload).unwrap();
             prop_assert_eq!(Header::decode(&header.encode()).unwrap(), header);
         }

@@ -33,12 +33,12 @@ pub struct Version {
     /// Minor version; the reply's is at most the request's.
     pub minor: u16,
     /// What the sender can do.
-    pub capabilities: Capabilities,
+    pub capabilities: PeerCapabilities,
 }
 
 /// Holds what a peer says it can do; what it leaves out has the specification's default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Capabilities {
+pub struct PeerCapabilities {
     /// Most file descriptors the sender takes in one message.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_msg_fds: Option<u32>,
@@ -59,7 +59,7 @@ pub struct Capabilities {
     pub twin_socket: Option<TwinSocketCapability>,
 }
 
-/// Holds the parameters of the second socket of [`Capabilities`].
+/// Holds the parameters of the second socket of [`PeerCapabilities`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TwinSocketCapability {
     /// Whether the sender can use one; in a reply, whether one is passed along.
@@ -70,7 +70,7 @@ pub struct TwinSocketCapability {
     pub fd_index: Option<u32>,
 }
 
-/// Holds the migration parameters of [`Capabilities`].
+/// Holds the migration parameters of [`PeerCapabilities`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MigrationCapability {
     /// Bytes for each bit of a dirty bitmap.
@@ -81,7 +81,7 @@ pub struct MigrationCapability {
     pub max_bitmap_size: Option<u64>,
 }
 
-impl Capabilities {
+impl PeerCapabilities {
     /// Returns the most bytes of data in one message.
     pub fn data_xfer_bytes(&self) -> u64 {
         self.max_data_xfer_size.unwrap_or(DEFAULT_DATA_XFER_BYTES)
@@ -104,12 +104,12 @@ struct VersionHeader {
 #[derive(Default, Serialize, Deserialize)]
 struct VersionData {
     #[serde(default)]
-    capabilities: Capabilities,
+    capabilities: PeerCapabilities,
 }
 
 impl Version {
     /// Returns this library's version with `capabilities`.
-    pub fn current(capabilities: Capabilities) -> Self {
+    pub fn current(capabilities: PeerCapabilities) -> Self {
         Version { major: MAJOR, minor: MINOR, capabilities }
     }
 
@@ -156,7 +156,7 @@ mod tests {
         \"twin_socket\":{\"supported\":true,\"fd_index\":0}}}\0";
 
     fn full() -> Version {
-        Version::current(Capabilities {
+        Version::current(PeerCapabilities {
             max_msg_fds: Some(8),
             max_data_xfer_size: Some(1 << 20),
             pgsizes: Some(4096),
@@ -185,7 +185,7 @@ mod tests {
     fn version_without_data_has_the_defaults() {
         for payload in [&b"\0\0\x01\0"[..], b"\0\0\x01\0\0", b"\0\0\x01\0{}\0"] {
             let version = Version::decode(payload).unwrap();
-            assert_eq!(version.capabilities, Capabilities::default());
+            assert_eq!(version.capabilities, PeerCapabilities::default());
             assert_eq!(version.capabilities.data_xfer_bytes(), DEFAULT_DATA_XFER_BYTES);
         }
     }
@@ -206,7 +206,7 @@ mod tests {
         fn version_roundtrips(fds: Option<u32>, xfer: Option<u64>, pgsizes: Option<u64>, maps: Option<u64>,
                               migration: Option<(Option<u64>, Option<u64>)>,
                               twin_socket: Option<(bool, Option<u32>)>) {
-            let version = Version::current(Capabilities {
+            let version = Version::current(PeerCapabilities {
                 max_msg_fds: fds,
                 max_data_xfer_size: xfer,
                 pgsizes,

@@ -9,13 +9,15 @@ use std::sync::Arc;
 
 use vfio_migration::vfio_user::feature::{
     FEATURE_GET, FEATURE_PROBE, FEATURE_SET, Feature, FeatureHeader, LoggingControl, LoggingReport,
-    MIGRATION_PRE_COPY, MIGRATION_STOP_COPY, MigState, Migration,
+    MIGRATION_PRE_COPY, MIGRATION_STOP_COPY, MigState, MigrationFeature,
 };
 use vfio_migration::vfio_user::message::{
-    Command, DEVICE_FLAGS_RESET, DeviceInfo, DmaMap, DmaUnmap, HEADER_BYTES, Header, Kind, MigData,
-    REGION_INFO_FLAG_READ, REGION_INFO_FLAG_WRITE, RegionAccess, RegionInfo,
+    DEVICE_FLAGS_RESET, DeviceInfo, DmaMap, DmaUnmap, HEADER_BYTES, Header, MessageKind, MigData,
+    REGION_INFO_FLAG_READ, REGION_INFO_FLAG_WRITE, RegionAccess, RegionInfo, VfioUserCommand,
 };
-use vfio_migration::vfio_user::version::{Capabilities, MAX_DATA_XFER_BYTES, MigrationCapability, Version};
+use vfio_migration::vfio_user::version::{
+    MAX_DATA_XFER_BYTES, MigrationCapability, PeerCapabilities, Version,
+};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use zerocopy::IntoBytes;
 
@@ -71,7 +73,7 @@ impl Server {
                 Fate::Refused(errno) => Err(errno),
                 Fate::Fatal(error) => return Err(error),
             };
-            if request.header.kind() == (Kind::Command { no_reply: true }) {
+            if request.header.kind() == (MessageKind::Command { no_reply: true }) {
                 continue;
             }
             match self.reply(&request.header, outcome) {
@@ -96,7 +98,7 @@ impl Server {
             file = file.or(passed);
         }
         let header = Header::decode(&bytes)?;
-        if !matches!(header.kind(), Kind::Command { .. }) {
+        if !matches!(header.kind(), MessageKind::Command { .. }) {
             return Err(ServeError::NotARequest);
         }
         let (size, limit) = (header.payload_bytes() as u64, self.xfer_bytes() + FIXED_REQUEST_BYTES);
@@ -121,8 +123,8 @@ impl Server {
 
     fn reply(&mut self, request: &Header, outcome: Result<Vec<u8>, Errno>) -> io::Result<()> {
         let (kind, payload) = match outcome {
-            Ok(payload) => (Kind::Reply, payload),
-            Err(Errno(errno)) => (Kind::ErrorReply { errno }, Vec::new()),
+            Ok(payload) => (MessageKind::Reply, payload),
+            Err(Errno(errno)) => (MessageKind::ErrorReply { errno }, Vec::new()),
         };
         let header = Header::new(request.id(), request.command(), kind, payload.len());
         let mut message = header.map_err(io::Error::other)?.encode().to_vec();
@@ -161,34 +163,34 @@ impl Server {
     }
 
     fn answer(&mut self, request: &mut Request) -> Result<Vec<u8>, Errno> {
-        let command = Command::from_wire(request.header.command()).ok_or(Errno(libc::EINVAL))?;
+        let command = VfioUserCommand::from_wire(request.header.command()).ok_or(Errno(libc::EINVAL))?;
         let payload = request.payload.as_slice();
-        if command != Command::Version && self.client_xfer_bytes.is_none() {
+        if command != VfioUserCommand::Version && self.client_xfer_bytes.is_none() {
             return Err(Errno(libc::EINVAL));
         }
         match command {
-            Command::Version => self.version(payload),
-            Command::DmaMap => self.dma_map(payload, request.file.take()),
-            Command::DmaUnmap => self.dma_unmap(payload),
-            Command::DeviceGetInfo => device_info(payload),
-            Command::DeviceGetRegionInfo => region_info(payload),
-            Command::RegionRead => self.region_read(payload),
-            Command::RegionWrite => self.region_write(payload),
-            Command::DeviceReset => {
+            VfioUserCommand::Version => self.version(payload),
+            VfioUserCommand::DmaMap => self.dma_map(payload, request.file.take()),
+            VfioUserCommand::DmaUnmap => self.dma_unmap(payload),
+            VfioUserCommand::DeviceGetInfo => device_info(payload),
+            VfioUserCommand::DeviceGetRegionInfo => region_info(payload),
+            VfioUserCommand::RegionRead => self.region_read(payload),
+            VfioUserCommand::RegionWrite => self.region_write(payload),
+            VfioUserCommand::DeviceReset => {
                 self.device.change(|engine| engine.reset())?;
                 Ok(Vec::new())
             }
-            Command::DmaRead | Command::DmaWrite => Err(Errno(libc::EINVAL)),
-            Command::DeviceFeature => self.feature(payload),
-            Command::MigDataRead => self.read_data(payload),
-            Command::MigDataWrite => self.write_data(payload),
+            VfioUserCommand::DmaRead | VfioUserCommand::DmaWrite => Err(Errno(libc::EINVAL)),
+            VfioUserCommand::DeviceFeature => self.feature(payload),
+            VfioUserCommand::MigDataRead => self.read_data(payload),
+            VfioUserCommand::MigDataWrite => self.write_data(payload),
         }
     }
 
     fn version(&mut self, payload: &[u8]) -> Result<Vec<u8>, Errno> {
         let client = Version::decode(payload)?;
         let migration = MigrationCapability { pgsize: Some(PAGE_BYTES as u64), max_bitmap_size: None };
-        let ours = Version::current(Capabilities {
+        let ours = Version::current(PeerCapabilities {
             max_msg_fds: Some(1),
             max_data_xfer_size: Some(self.xfer_bytes()),
             pgsizes: Some(PAGE_BYTES as u64),
@@ -289,7 +291,7 @@ impl Server {
 
     fn migration(&self) -> Vec<u8> {
         let pre_copy = if self.config.pre_copy { MIGRATION_PRE_COPY } else { 0 };
-        Migration { flags: (MIGRATION_STOP_COPY | pre_copy).into() }.as_bytes().to_vec()
+        MigrationFeature { flags: (MIGRATION_STOP_COPY | pre_copy).into() }.as_bytes().to_vec()
     }
 
     fn state(&self) -> Vec<u8> {

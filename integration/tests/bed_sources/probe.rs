@@ -6,20 +6,22 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::kernel::bed;
-use vfio_migration::probe::{BusKind, Device, Finding, LogFacts, Report, Roots, Seen, evaluate, read};
+use vfio_migration::probe::{
+    BusKind, LogFacts, ProbeFinding, ProbeReport, ProbedDevice, Roots, Seen, evaluate, read,
+};
 use vfio_migration_integration::skipped;
 
-fn codes<'a>(findings: &'a [Finding], subject: &str) -> Vec<&'a str> {
+fn codes<'a>(findings: &'a [ProbeFinding], subject: &str) -> Vec<&'a str> {
     let about = findings.iter().filter(|finding| finding.subject == subject);
     about.map(|finding| finding.code.as_str()).collect()
 }
 
-fn report() -> Report {
+fn report() -> ProbeReport {
     evaluate(read(&Roots::default()))
 }
 
 /// The devices of a kind that the bed says it has.
-fn devices<'a>(report: &'a Report, names: Option<&String>) -> Vec<&'a Device> {
+fn devices<'a>(report: &'a ProbeReport, names: Option<&String>) -> Vec<&'a ProbedDevice> {
     let names: Vec<_> = names.map_or(Vec::new(), |names| names.split_whitespace().collect());
     let found = |name: &&str| report.facts.devices.iter().find(|device| device.name == *name);
     names.iter().map(|name| found(name).unwrap_or_else(|| panic!("{name} is not listed"))).collect()
@@ -104,7 +106,7 @@ fn the_tool_prints_the_same_report() {
         return skipped(test, format!("no {TOOL} (integration/testbed/run --bin vfio-migrate)"));
     }
     let report = report();
-    assert_eq!(serde_json::from_str::<Report>(&printed(&["--json"])).unwrap(), report);
+    assert_eq!(serde_json::from_str::<ProbeReport>(&printed(&["--json"])).unwrap(), report);
     let text = printed(&[]);
     for finding in [&report.blockers, &report.degradations, &report.unseen].into_iter().flatten() {
         let named = format!("{} ({})", finding.code, finding.subject);

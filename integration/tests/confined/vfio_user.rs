@@ -17,8 +17,8 @@ use vfio_migration::ledger::{Ledger, Start};
 use vfio_migration::range::{GpaRange, IovaRange};
 use vfio_migration::source::{DirtySource, VfioUserSource};
 use vfio_migration::syscalls;
-use vfio_migration::vfio_user::message::{DmaAccess, HEADER_BYTES, Header, Kind};
-use vfio_migration::vfio_user::version::{Capabilities, TwinSocketCapability, Version};
+use vfio_migration::vfio_user::message::{DmaAccess, HEADER_BYTES, Header, MessageKind};
+use vfio_migration::vfio_user::version::{PeerCapabilities, TwinSocketCapability, Version};
 use vfio_migration::vfio_user::{Client, DmaRegion, Options, SharedClient};
 use vfio_migration_integration::confined::check;
 use vfio_migration_integration::device::control;
@@ -93,7 +93,7 @@ fn answer(client: &mut UnixStream, payload: &[u8], passed: Option<&UnixStream>) 
     client.read_exact(&mut header).unwrap();
     let request = Header::decode(&header).unwrap();
     client.read_exact(&mut vec![0; request.payload_bytes()]).unwrap();
-    let reply = Header::new(request.id(), request.command(), Kind::Reply, payload.len()).unwrap();
+    let reply = Header::new(request.id(), request.command(), MessageKind::Reply, payload.len()).unwrap();
     let descriptors: Vec<_> = passed.iter().map(|passed| passed.as_raw_fd()).collect();
     client.send_with_fds(&[&[&reply.encode()[..], payload].concat()[..]], &descriptors).unwrap();
 }
@@ -102,11 +102,11 @@ fn answer(client: &mut UnixStream, payload: &[u8], passed: Option<&UnixStream>) 
 fn serve_by_message(mut client: UnixStream) {
     let (mut line, passed) = UnixStream::pair().unwrap();
     let twin_socket = Some(TwinSocketCapability { supported: true, fd_index: Some(0) });
-    let version = Version::current(Capabilities { twin_socket, ..Capabilities::default() });
+    let version = Version::current(PeerCapabilities { twin_socket, ..PeerCapabilities::default() });
     answer(&mut client, &version.encode(), Some(&passed));
     answer(&mut client, &[], None);
     let access = DmaAccess { iova: 0.into(), count: 4096.into() };
-    let write = Header::new(1, 12, Kind::Command { no_reply: true }, 16 + 4096).unwrap();
+    let write = Header::new(1, 12, MessageKind::Command { no_reply: true }, 16 + 4096).unwrap();
     line.write_all(&[&write.encode()[..], access.as_bytes(), &[7; 4096]].concat()).unwrap();
     answer(&mut client, &[], None);
 }

@@ -6,9 +6,11 @@ use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use vfio_migration::device::{Device, DeviceError, DeviceSet};
-use vfio_migration::vfio_user::feature::{FeatureHeader, MIGRATION_PRE_COPY, MIGRATION_STOP_COPY, Migration};
-use vfio_migration::vfio_user::message::{HEADER_BYTES, Header, Kind, MigData};
-use vfio_migration::vfio_user::version::{Capabilities, Version};
+use vfio_migration::vfio_user::feature::{
+    FeatureHeader, MIGRATION_PRE_COPY, MIGRATION_STOP_COPY, MigrationFeature,
+};
+use vfio_migration::vfio_user::message::{HEADER_BYTES, Header, MessageKind, MigData};
+use vfio_migration::vfio_user::version::{PeerCapabilities, Version};
 use zerocopy::IntoBytes;
 
 use super::*;
@@ -102,12 +104,12 @@ fn scripted(mut script: impl FnMut(&Header, &[u8]) -> Answer + Send + 'static) -
             let mut payload = vec![0; header.payload_bytes()];
             theirs.read_exact(&mut payload).unwrap();
             let answer = match header.command() {
-                1 => Ok(Version::current(Capabilities::default()).encode()),
+                1 => Ok(Version::current(PeerCapabilities::default()).encode()),
                 _ => script(&header, &payload),
             };
             let (kind, payload) = match answer {
-                Ok(payload) => (Kind::Reply, payload),
-                Err(errno) => (Kind::ErrorReply { errno }, Vec::new()),
+                Ok(payload) => (MessageKind::Reply, payload),
+                Err(errno) => (MessageKind::ErrorReply { errno }, Vec::new()),
             };
             let reply = Header::new(header.id(), header.command(), kind, payload.len()).unwrap();
             if theirs.write_all(&[&reply.encode()[..], &payload].concat()).is_err() {
@@ -135,7 +137,9 @@ fn resettable(
                 visited.extend((next != now).then_some(next));
                 Ok(Vec::new())
             }
-            (16, Some([1, ..])) => Ok([&payload[..8], Migration { flags: 5.into() }.as_bytes()].concat()),
+            (16, Some([1, ..])) => {
+                Ok([&payload[..8], MigrationFeature { flags: 5.into() }.as_bytes()].concat())
+            }
             (16, Some([2, 0, 1, 0])) => Ok([&payload[..8], &now.to_le_bytes(), &[0; 4]].concat()),
             (16, Some([2, 0, 2, 0])) if allows(u32::from(payload[8])) => {
                 visited.push(payload[8].into());
@@ -201,7 +205,7 @@ fn c61_a_server_that_trickles_its_state_holds_nobody_up() {
     let client = scripted(move |header, payload| match (header.command(), payload.get(4..8)) {
         (16, Some([1, ..])) => {
             let flags = (MIGRATION_STOP_COPY | MIGRATION_PRE_COPY).into();
-            Ok([&payload[..8], Migration { flags }.as_bytes()].concat())
+            Ok([&payload[..8], MigrationFeature { flags }.as_bytes()].concat())
         }
         (16, Some([2, 0, 1, 0])) => Ok([&payload[..8], &state.to_le_bytes(), &[0; 4]].concat()),
         (16, Some([2, 0, 2, 0])) => {

@@ -57,8 +57,8 @@ impl<'a> Tracking<'a> {
         let mut tracker = self.tracker()?;
         tracker.check_memory(&*memory())?;
         self.cursor = Some(tracker.begin(Start::Empty)?);
-        let told = |degradation: &&choose::Degradation| {
-            !matches!(degradation, choose::Degradation::Imprecise { .. })
+        let told = |degradation: &&choose::SpaceDegradation| {
+            !matches!(degradation, choose::SpaceDegradation::Imprecise { .. })
         };
         tracker.space_degradations().iter().filter(told).for_each(|one| self.migration.degrade(one.clone()));
         tracker.imprecise_sources().for_each(|source| self.migration.degrade(source));

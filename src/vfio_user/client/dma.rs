@@ -11,7 +11,7 @@ use crate::range::IovaRange;
 use crate::vfio_user::decode::DecodeError;
 use crate::vfio_user::dma::DmaRegion;
 use crate::vfio_user::error::Error;
-use crate::vfio_user::message::{Command, DMA_MAP_READABLE, DMA_MAP_WRITEABLE, DmaMap, DmaUnmap};
+use crate::vfio_user::message::{DMA_MAP_READABLE, DMA_MAP_WRITEABLE, DmaMap, DmaUnmap, VfioUserCommand};
 
 impl Client {
     /// Gives the device `region`. Without `fd` the server cannot map it and asks for each access by message; what it writes
@@ -33,7 +33,7 @@ impl Client {
         };
         // The server may use the memory from the moment on that it reads of it, and so before its answer is read here.
         self.channel.dma.mappings.insert(region, fd.is_some());
-        let mapped = self.channel.exchange(Command::DmaMap, &[request.as_bytes()], fd, 0).map(drop);
+        let mapped = self.channel.exchange(VfioUserCommand::DmaMap, &[request.as_bytes()], fd, 0).map(drop);
         mapped.inspect_err(|_| self.channel.dma.mappings.remove(region.iova))
     }
 
@@ -67,9 +67,9 @@ impl Client {
             iova: iova.start().into(),
             size: iova.len().into(),
         };
-        let reply = self.channel.exchange(Command::DmaUnmap, &[request.as_bytes()], None, 0)?;
+        let reply = self.channel.exchange(VfioUserCommand::DmaUnmap, &[request.as_bytes()], None, 0)?;
         let unmapped = unmapped(self.channel.payload(reply), iova);
-        self.channel.checked(Command::DmaUnmap, unmapped)?;
+        self.channel.checked(VfioUserCommand::DmaUnmap, unmapped)?;
         self.channel.dma.mappings.remove(iova);
         Ok(())
     }

@@ -11,9 +11,9 @@ use crate::vfio_user::decode::DecodeError;
 use crate::vfio_user::error::Error;
 use crate::vfio_user::feature::{
     FEATURE_GET, FEATURE_PROBE, FEATURE_SET, Feature, FeatureHeader, LoggingControl, LoggingRange,
-    LoggingReport, MAX_LOGGING_RANGES, MigState, Migration,
+    LoggingReport, MAX_LOGGING_RANGES, MigState, MigrationFeature,
 };
-use crate::vfio_user::message::{Command, MigData};
+use crate::vfio_user::message::{MigData, VfioUserCommand};
 
 /// Bytes before the bitmap in the reply to DMA_LOGGING_REPORT; whole words, so that the bitmap can be lent as words.
 const BITMAP_OFFSET: usize = size_of::<FeatureHeader>() + size_of::<LoggingReport>();
@@ -35,10 +35,11 @@ impl Client {
     ///
     /// As every request: see [`Error`].
     pub fn migration_flags(&mut self) -> Result<Option<u64>, Error> {
-        let answer = self.feature(Feature::Migration, FEATURE_GET, &[], size_of::<Migration>());
+        let answer = self.feature(Feature::Migration, FEATURE_GET, &[], size_of::<MigrationFeature>());
         let Some(reply) = absent_is_none(answer)? else { return Ok(None) };
-        let migration = self.feature_data(reply).and_then(Migration::decode);
-        self.channel.checked(Command::DeviceFeature, migration.map(|migration| Some(migration.flags.get())))
+        let migration = self.feature_data(reply).and_then(MigrationFeature::decode);
+        self.channel
+            .checked(VfioUserCommand::DeviceFeature, migration.map(|migration| Some(migration.flags.get())))
     }
 
     /// Returns the device's migration state, a `VFIO_DEVICE_STATE_*` value.
@@ -49,7 +50,7 @@ impl Client {
     pub fn device_state(&mut self) -> Result<u32, Error> {
         let reply = self.feature(Feature::MigDeviceState, FEATURE_GET, &[], size_of::<MigState>())?;
         let state = self.feature_data(reply).and_then(MigState::decode);
-        self.channel.checked(Command::DeviceFeature, state.map(|state| state.device_state.get()))
+        self.channel.checked(VfioUserCommand::DeviceFeature, state.map(|state| state.device_state.get()))
     }
 
     /// Moves the device to `state`, a `VFIO_DEVICE_STATE_*` value; it is there once this returns.
@@ -62,7 +63,7 @@ impl Client {
         let reply = self.feature(Feature::MigDeviceState, FEATURE_SET, &[wanted.as_bytes()], 0)?;
         let reached = self.feature_data(reply).and_then(MigState::decode);
         let reached = reached.and_then(|now| echoed("device state", now.device_state.get(), state));
-        self.channel.checked(Command::DeviceFeature, reached)
+        self.channel.checked(VfioUserCommand::DeviceFeature, reached)
     }
 
     /// Begins to log DMA writes to `ranges` (all, when there are none) and returns the granule the device chose.
@@ -99,7 +100,7 @@ impl Client {
             Granule::new(page_size)
                 .map_err(|_| DecodeError::Invalid { what: "DMA log page size", value: page_size })
         });
-        self.channel.checked(Command::DeviceFeature, chosen)
+        self.channel.checked(VfioUserCommand::DeviceFeature, chosen)
     }
 
     /// Ends DMA logging; what was not reported is lost.
@@ -149,7 +150,7 @@ impl Client {
             echoed("reported length", report.length.get(), iova.len())?;
             echoed("reported page size", report.page_size.get(), granule.bytes())
         });
-        self.channel.checked(Command::DeviceFeature, checked)?;
+        self.channel.checked(VfioUserCommand::DeviceFeature, checked)?;
         let first = BITMAP_OFFSET / size_of::<u64>();
         Ok(self.channel.words(first, words))
     }
@@ -166,7 +167,8 @@ impl Client {
         let asked = buf.len().min(self.data_xfer_bytes);
         let buf = &mut buf[..asked];
         let request = mig_data(asked);
-        let reply = self.channel.exchange(Command::MigDataRead, &[request.as_bytes()], None, asked)?;
+        let reply =
+            self.channel.exchange(VfioUserCommand::MigDataRead, &[request.as_bytes()], None, asked)?;
         let copied = MigData::decode_with_data(self.channel.payload(reply)).and_then(|data| {
             let (value, limit) = (data.len() as u64, asked as u64);
             let target = buf.get_mut(..data.len()).ok_or(DecodeError::OverLimit {
@@ -177,7 +179,7 @@ impl Client {
             target.copy_from_slice(data);
             Ok(data.len())
         });
-        self.channel.checked(Command::MigDataRead, copied)
+        self.channel.checked(VfioUserCommand::MigDataRead, copied)
     }
 
     /// Writes all of `data` as migration data, in as many messages as it takes.
@@ -190,7 +192,7 @@ impl Client {
         for chunk in data.chunks(self.request_data_bytes()) {
             let request = mig_data(chunk.len());
             let parts = [request.as_bytes(), chunk];
-            self.channel.exchange_before(deadline, Command::MigDataWrite, &parts, 0)?;
+            self.channel.exchange_before(deadline, VfioUserCommand::MigDataWrite, &parts, 0)?;
         }
         Ok(())
     }
@@ -208,7 +210,7 @@ impl Client {
         let argsz = size_of::<FeatureHeader>() + sent + reply_data_bytes;
         let header = FeatureHeader::new(feature, methods, u32::try_from(argsz).unwrap_or(u32::MAX));
         let parts = [header.as_bytes(), first, second];
-        self.channel.exchange(Command::DeviceFeature, &parts, None, reply_data_bytes)
+        self.channel.exchange(VfioUserCommand::DeviceFeature, &parts, None, reply_data_bytes)
     }
 
     fn feature_data(&self, reply: usize) -> Result<&[u8], DecodeError> {

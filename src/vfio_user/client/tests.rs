@@ -14,7 +14,7 @@ use crate::range::IovaRange;
 use crate::vfio_user::DmaRegion;
 use crate::vfio_user::error::BrokenBy;
 use crate::vfio_user::feature::{FEATURE_SET, Feature, MAX_LOGGING_RANGES as MAX_RANGES};
-use crate::vfio_user::message::{HEADER_BYTES, Header, Kind, MigData};
+use crate::vfio_user::message::{HEADER_BYTES, Header, MessageKind, MigData};
 
 mod serving;
 
@@ -34,7 +34,7 @@ fn receive(stream: &mut UnixStream) -> Option<Request> {
     Some(Request { id: header.id(), command: header.command(), payload })
 }
 
-fn message(id: u16, command: u16, kind: Kind, payload: &[u8]) -> Vec<u8> {
+fn message(id: u16, command: u16, kind: MessageKind, payload: &[u8]) -> Vec<u8> {
     let mut bytes = Header::new(id, command, kind, payload.len()).unwrap().encode().to_vec();
     bytes.extend_from_slice(payload);
     bytes
@@ -49,7 +49,7 @@ fn server(
     let thread = thread::spawn(move || {
         while let Some(request) = receive(&mut theirs) {
             let answer = match request.command {
-                1 => message(request.id, 1, Kind::Reply, &version.encode()),
+                1 => message(request.id, 1, MessageKind::Reply, &version.encode()),
                 _ => script(&request),
             };
             if theirs.write_all(&answer).is_err() {
@@ -65,7 +65,7 @@ fn options() -> Options {
 }
 
 fn defaults() -> Version {
-    Version::current(Capabilities::default())
+    Version::current(PeerCapabilities::default())
 }
 
 fn client(script: impl FnMut(&Request) -> Vec<u8> + Send + 'static) -> Client {
@@ -78,11 +78,11 @@ fn iova(start: u64, length: u64) -> IovaRange {
 }
 
 fn reply(request: &Request, payload: &[u8]) -> Vec<u8> {
-    message(request.id, request.command, Kind::Reply, payload)
+    message(request.id, request.command, MessageKind::Reply, payload)
 }
 
 fn refusal(request: &Request, errno: i32) -> Vec<u8> {
-    message(request.id, request.command, Kind::ErrorReply { errno }, &[])
+    message(request.id, request.command, MessageKind::ErrorReply { errno }, &[])
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn silent_server_times_out_and_the_client_stays_broken() {
     let error = client.device_info().unwrap_err();
     assert_eq!(error.to_string(), "vfio-user device dma0 is lost: its connection was dropped");
     assert!(
-        matches!(error, Error::Broken { source: BrokenBy::Timeout(Command::DeviceReset), .. }),
+        matches!(error, Error::Broken { source: BrokenBy::Timeout(VfioUserCommand::DeviceReset), .. }),
         "{error:?}"
     );
 }
@@ -137,8 +137,9 @@ fn refusal_without_errno_is_still_a_refusal() {
 #[test]
 fn reply_to_another_request_is_rejected() {
     for (id, command) in [(1, 0), (0, 1)] {
-        let mut client =
-            client(move |request| message(request.id + id, request.command + command, Kind::Reply, &[]));
+        let mut client = client(move |request| {
+            message(request.id + id, request.command + command, MessageKind::Reply, &[])
+        });
         assert!(matches!(client.reset(), Err(Error::Malformed { .. })));
     }
 }
@@ -160,8 +161,8 @@ fn oversized_reply_is_rejected_before_its_bytes_are_awaited() {
 #[test]
 fn server_requests_in_between_are_declined_and_skipped() {
     let mut client = client(|request| {
-        let dma_read = message(77, 11, Kind::Command { no_reply: false }, &[0; 16]);
-        let silent = message(78, 11, Kind::Command { no_reply: true }, &[0; 16]);
+        let dma_read = message(77, 11, MessageKind::Command { no_reply: false }, &[0; 16]);
+        let silent = message(78, 11, MessageKind::Command { no_reply: true }, &[0; 16]);
         match request.command {
             13 => [dma_read, silent, reply(request, &[])].concat(),
             11 => Vec::new(),
@@ -177,18 +178,21 @@ fn version_that_cannot_work_is_rejected() {
     let with = |major, minor, xfer| Version {
         major,
         minor,
-        capabilities: Capabilities { max_data_xfer_size: xfer, ..Capabilities::default() },
+        capabilities: PeerCapabilities { max_data_xfer_size: xfer, ..PeerCapabilities::default() },
     };
     for version in [with(1, 0, None), with(0, 9, None), with(0, 1, Some(0))] {
         let (stream, _) = server(version.clone(), |_| Vec::new());
         let error = Client::connect(stream, "dma0", &options()).unwrap_err();
-        assert!(matches!(error, Error::Malformed { command: Command::Version, .. }), "{version:?}: {error}");
+        assert!(
+            matches!(error, Error::Malformed { command: VfioUserCommand::Version, .. }),
+            "{version:?}: {error}"
+        );
     }
 }
 
 #[test]
 fn transfers_are_cut_to_the_smaller_limit() {
-    let small = Capabilities { max_data_xfer_size: Some(4096), ..Capabilities::default() };
+    let small = PeerCapabilities { max_data_xfer_size: Some(4096), ..PeerCapabilities::default() };
     let mut written = Vec::new();
     let (stream, _) = server(Version::current(small), move |request| match request.command {
         18 => {
@@ -272,7 +276,7 @@ fn report_that_is_short_or_about_something_else_is_rejected() {
 #[test]
 fn report_over_the_servers_bitmap_limit_is_not_sent() {
     let migration = MigrationCapability { pgsize: None, max_bitmap_size: Some(MIN_BITMAP_BYTES) };
-    let version = Capabilities { migration: Some(migration), ..Capabilities::default() };
+    let version = PeerCapabilities { migration: Some(migration), ..PeerCapabilities::default() };
     let (stream, _) = server(Version::current(version), |_| panic!("nothing is to be sent"));
     let mut client = Client::connect(stream, "dma0", &options()).unwrap();
     assert_eq!(client.report_bytes(Granule::KIB_4), 2048 << 12);
@@ -285,7 +289,7 @@ fn report_over_the_servers_bitmap_limit_is_not_sent() {
 fn a_server_that_reports_its_log_in_crumbs_is_refused() {
     for max_bitmap_size in [0, 8, MIN_BITMAP_BYTES - 1] {
         let migration = MigrationCapability { pgsize: None, max_bitmap_size: Some(max_bitmap_size) };
-        let version = Capabilities { migration: Some(migration), ..Capabilities::default() };
+        let version = PeerCapabilities { migration: Some(migration), ..PeerCapabilities::default() };
         let (stream, _) = server(Version::current(version), |_| panic!("nothing is to be sent"));
         let error = Client::connect(stream, "dma0", &options()).unwrap_err();
         let Error::Malformed { source, .. } = error else { panic!("{error}") };
@@ -332,7 +336,8 @@ fn c59_no_request_is_larger_than_a_socket_buffer_takes_at_once() {
     client.region_write(0, 0, &vec![0; 100_000]).unwrap();
     client.write_migration_data(&vec![0; 100_000]).unwrap();
     client.start_dma_logging(Granule::KIB_4, &ranges).unwrap();
-    let error = client.channel.exchange(Command::MigDataWrite, &[&vec![0; 34_000]], None, 0).unwrap_err();
+    let error =
+        client.channel.exchange(VfioUserCommand::MigDataWrite, &[&vec![0; 34_000]], None, 0).unwrap_err();
     assert!(matches!(error, Error::TooLarge { .. }) && error.leaves_connection_usable(), "{error}");
 }
 
@@ -344,7 +349,9 @@ fn c59_a_connection_out_of_step_is_hung_up_and_every_later_request_says_why() {
         theirs.write_all(&reply(&request, &defaults().encode())).unwrap();
         // The request's rest is taken for another: the refusal bears an identifier that nobody gave.
         let request = receive(&mut theirs).unwrap();
-        theirs.write_all(&message(request.id + 7, 0x4141, Kind::ErrorReply { errno: 22 }, &[])).unwrap();
+        theirs
+            .write_all(&message(request.id + 7, 0x4141, MessageKind::ErrorReply { errno: 22 }, &[]))
+            .unwrap();
         theirs.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         theirs.read(&mut [0])
     });
@@ -364,7 +371,7 @@ fn c59_a_connection_out_of_step_is_hung_up_and_every_later_request_says_why() {
 fn c61_a_server_that_allows_only_crumbs_is_refused() {
     for max_data_xfer_size in [1, MIN_DATA_XFER_BYTES - 1] {
         let version =
-            Capabilities { max_data_xfer_size: Some(max_data_xfer_size), ..Capabilities::default() };
+            PeerCapabilities { max_data_xfer_size: Some(max_data_xfer_size), ..PeerCapabilities::default() };
         let (stream, _) = server(Version::current(version), |_| panic!("nothing is to be sent"));
         let error = Client::connect(stream, "dma0", &options()).unwrap_err();
         let Error::Malformed { source, .. } = error else { panic!("{error}") };
@@ -396,7 +403,7 @@ fn c62_an_empty_answer_to_an_unmap_is_a_success() {
     client.dma_unmap(region.iova).unwrap();
     client.dma_map(&region, None).unwrap();
     let error = client.dma_unmap(region.iova).unwrap_err();
-    assert!(matches!(error, Error::Malformed { command: Command::DmaUnmap, .. }), "{error}");
+    assert!(matches!(error, Error::Malformed { command: VfioUserCommand::DmaUnmap, .. }), "{error}");
 }
 
 #[test]

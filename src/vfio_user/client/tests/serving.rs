@@ -57,14 +57,14 @@ fn answer_plainly(mut main: &UnixStream, version: &Request) -> UnixStream {
 fn answer_with_twin(main: &UnixStream, version: &Request, fd_index: Option<u32>) -> UnixStream {
     let (line, passed) = UnixStream::pair().unwrap();
     let twin_socket = Some(TwinSocketCapability { supported: true, fd_index });
-    let answer = Version::current(Capabilities { twin_socket, ..Capabilities::default() });
+    let answer = Version::current(PeerCapabilities { twin_socket, ..PeerCapabilities::default() });
     main.send_with_fds(&[&reply(version, &answer.encode())[..]], &[passed.as_raw_fd()]).unwrap();
     line
 }
 
 fn dma(id: u16, command: u16, no_reply: bool, iova: u64, count: usize, data: &[u8]) -> Vec<u8> {
     let access = DmaAccess { iova: iova.into(), count: (count as u64).into() };
-    message(id, command, Kind::Command { no_reply }, &[access.as_bytes(), data].concat())
+    message(id, command, MessageKind::Command { no_reply }, &[access.as_bytes(), data].concat())
 }
 
 fn write(id: u16, iova: u64, data: &[u8]) -> Vec<u8> {
@@ -105,7 +105,7 @@ fn a_server_is_served_while_nothing_is_asked_of_it_and_its_writes_are_marked_dir
         assert_eq!((answers[1][0], &data), (2, b"guest"));
         let mut refusal = [0; HEADER_BYTES];
         served.line.read_exact(&mut refusal).unwrap();
-        let refused = Kind::ErrorReply { errno: libc::EFAULT };
+        let refused = MessageKind::ErrorReply { errno: libc::EFAULT };
         assert_eq!(Header::decode(&refusal).unwrap().kind(), refused, "memory it was not given");
 
         served.memory.read_slice(&mut data, GuestAddress(0x1ffe)).unwrap();
@@ -197,7 +197,7 @@ fn a_flood_of_requests_neither_holds_a_request_nor_the_event_loop() {
 #[test]
 fn a_message_that_is_no_whole_request_ends_the_connection() {
     let late = write(1, 0, b"data")[..30].to_vec();
-    let reply = message(1, DMA_WRITE, Kind::Reply, &[]);
+    let reply = message(1, DMA_WRITE, MessageKind::Reply, &[]);
     let mut huge = write(1, 0, b"data");
     huge[4..8].copy_from_slice(&(1_u32 << 27).to_le_bytes());
     for (bytes, twin) in [(late, true), (reply, false), (huge, true), (Vec::new(), true)] {
@@ -231,7 +231,7 @@ fn a_server_that_says_it_passes_a_socket_along_must() {
                 return Some(answer_with_twin(&main, &request, fd_index));
             }
             let twin_socket = Some(TwinSocketCapability { supported: true, fd_index });
-            let answer = Version::current(Capabilities { twin_socket, ..Capabilities::default() });
+            let answer = Version::current(PeerCapabilities { twin_socket, ..PeerCapabilities::default() });
             main.write_all(&reply(&request, &answer.encode())).unwrap();
             None
         });
