@@ -3,6 +3,8 @@
 //! A receiver in a process that may open few files: a process of its own, as what is open is the whole process's.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[expect(dead_code, reason = "other tests use the rest")]
+mod frames;
 #[expect(dead_code, reason = "the transfer's other tests use the rest")]
 #[path = "transfer/peer.rs"]
 mod peer;

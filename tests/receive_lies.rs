@@ -6,6 +6,8 @@
 //! together, stays under 64 MiB.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[expect(dead_code, reason = "other tests use the rest")]
+mod frames;
 #[expect(dead_code, reason = "the transfer's other tests use the rest")]
 #[path = "transfer/peer.rs"]
 mod peer;
@@ -13,7 +15,6 @@ mod peer;
 #[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
 mod skip;
 
-use std::error::Error;
 use std::fs;
 use std::sync::Arc;
 use std::thread;
@@ -25,10 +26,8 @@ use vfio_migration::transfer::receive::{Completion, Destination, PageStore, Rece
 use vfio_migration::vm::VmError;
 use vm_migration::{Snapshot, snapshot_from_id};
 
-use peer::{
-    CONFIG, HIGH, MEMORY, Peer, REGION, START, STATE, Vmm, memory, message, receive_on_pair, receive_on_tcp,
-    request,
-};
+use frames::{CONFIG, MEMORY, START, STATE, memory, message, request, table};
+use peer::{HIGH, Peer, REGION, Vmm, begun_on_two, receive_on_pair, receive_on_tcp, text_of};
 
 const LIMIT_KIB: u64 = 64 << 10;
 
@@ -75,12 +74,6 @@ fn check_memory() {
         return skip::skip("no VmHWM in /proc/self/status to measure memory by");
     };
     assert!(peak_kib < LIMIT_KIB, "this process took {peak_kib} KiB");
-}
-
-/// The whole of an error, its sources after it.
-fn text_of(error: &dyn Error) -> String {
-    let causes = std::iter::successors(error.source(), |&error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Tells a receiver `lie` after `before`, and returns what it says of it.
@@ -215,7 +208,7 @@ fn start_of_device_area_0_in_config() {
 
 /// Encodes a Memory whose one range is a lie.
 fn lying_table(gpa: u64, length: u64) -> Vec<u8> {
-    message(MEMORY, &[gpa.to_le_bytes(), length.to_le_bytes()].concat())
+    table(&[(gpa, length)])
 }
 
 #[test]
@@ -240,10 +233,7 @@ fn a_worker_that_stalls_in_mid_request() {
         ..PeerLimits::default()
     };
     let (received, (answer, after)) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
-        let mut main = Peer::to(listener);
-        main.begin();
-        let mut worker = Peer::to(listener);
-        worker.send(&[1, 0]);
+        let (_main, mut worker) = begun_on_two(listener);
         worker.send(&memory(&[(0, &[1; 4096])])[..50]);
         let stalled = Instant::now();
         (worker.answer(), stalled.elapsed())
@@ -257,15 +247,10 @@ fn a_worker_that_stalls_in_mid_request() {
 #[test]
 fn page_bytes_without_end() {
     // All of a region in each range, again and again: legal, and no memory beyond the table's.
-    let table: Vec<u8> = [0_u64.to_le_bytes(), REGION.to_le_bytes()]
-        .concat()
-        .into_iter()
-        .cycle()
-        .take(usize::try_from(RAM / 4096 * 16).unwrap())
-        .collect();
+    let ranges = vec![(0, REGION); usize::try_from(RAM / 4096).unwrap()];
     let (received, sent) = receive_on_pair(PeerLimits::default(), &mut Vmm::new(), |mut peer| {
         peer.say(&configured());
-        peer.send(&message(MEMORY, &table));
+        peer.send(&table(&ranges));
         let begun = Instant::now();
         let mut sent = 0_u64;
         // On a fast host the table's 512 MiB would be over before the time is.

@@ -4,6 +4,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may end at any surprise")]
 
+#[expect(dead_code, reason = "other tests use the rest")]
+mod frames;
+
 use std::error::Error;
 use std::fs;
 use std::io::{Read, Write};
@@ -13,6 +16,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use frames::{
+    ABANDON, COMPLETE, CONFIG, ERROR, MEMORY_FD, OK, START, STATE, config_document, message, state_document,
+    table,
+};
 use tempfile::TempDir;
 use vfio_migration::snapshot::{
     Base, DestinationError, DestinationOptions, Differential, FullSnapshot, MEMORY_FILE, STATE_FILE,
@@ -23,45 +30,25 @@ use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::Pace;
 use vfio_migration::transfer::receive::{Completion, ReceiveError, Received, Receiver};
 
-const START: u16 = 1;
-const CONFIG: u16 = 2;
-const STATE: u16 = 3;
-const MEMORY: u16 = 4;
-const COMPLETE: u16 = 5;
-const ABANDON: u16 = 6;
-const MEMORY_FD: u16 = 7;
-
-const OK: u16 = 1;
-const ERROR: u16 = 2;
-
 const REGION: usize = 1 << 20;
 const HIGH: u64 = 4 << 30;
 const VM_CONFIG: &str = r#"{"memory":{"size":2097152},"disks":null}"#;
 
+const RAM: [(u64, u64); 2] = [(0, REGION as u64), (HIGH, REGION as u64)];
+
 fn config(vm_config: &str) -> String {
-    let mapping = |gpa| format!(r#"{{"slot":0,"gpa":{gpa},"size":{REGION},"virtio_mem":false}}"#);
-    let (low, high) = (mapping(0), mapping(HIGH));
-    format!(r#"{{"vm_config":{vm_config},"memory_manager_data":{{"guest_ram_mappings":[{low},{high}]}}}}"#)
+    config_document(vm_config, &RAM)
 }
 
 fn state() -> String {
-    let range = |gpa| format!(r#"{{\"gpa\":{gpa},\"length\":{REGION}}}"#);
-    let memory = format!(r#"{{\"memory_ranges\":{{\"data\":[{},{}]}}}}"#, range(0), range(HIGH));
-    let child = format!(r#"{{"snapshots":{{}},"snapshot_data":{{"state":"{memory}"}}}}"#);
-    format!(r#"{{"snapshots":{{"memory-manager":{child}}},"snapshot_data":null}}"#)
-}
-
-/// A request and its payload.
-fn message(command: u16, payload: &[u8]) -> Vec<u8> {
-    [&command.to_le_bytes()[..], &[0; 6], &(payload.len() as u64).to_le_bytes(), payload].concat()
+    state_document(&RAM)
 }
 
 /// A Memory with `ranges`, each filled with one byte.
 fn memory(ranges: &[(u64, usize, u8)]) -> Vec<u8> {
-    let entry = |&(gpa, length, _): &(u64, usize, u8)| [gpa.to_le_bytes(), (length as u64).to_le_bytes()];
-    let table: Vec<u8> = ranges.iter().flat_map(entry).flatten().collect();
+    let spans: Vec<_> = ranges.iter().map(|&(gpa, length, _)| (gpa, length as u64)).collect();
     let pages = ranges.iter().flat_map(|&(_, length, byte)| vec![byte; length]);
-    message(MEMORY, &table).into_iter().chain(pages).collect()
+    table(&spans).into_iter().chain(pages).collect()
 }
 
 /// The messages of a migration up to the State.

@@ -4,6 +4,9 @@
 #![expect(unsafe_code, reason = "a global allocator that counts")]
 #![expect(clippy::unwrap_used, reason = "a test may end at any surprise")]
 
+#[expect(dead_code, reason = "other tests use the rest")]
+mod frames;
+
 use std::alloc::{GlobalAlloc, Layout as Allocation, System};
 use std::error::Error;
 use std::io::{Read, Write};
@@ -14,6 +17,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use frames::{COMPLETE, CONFIG, START, STATE, component, config_document, memory_ranges, message, request};
 use vfio_migration::snapshot::{
     DestinationOptions, FullSnapshot, SnapshotChain, SnapshotDestination, SnapshotLimits, SnapshotSource,
     VmState, apply, describe, verify,
@@ -74,48 +78,27 @@ fn most_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
     (done, MOST.load(Ordering::Relaxed) - held)
 }
 
-const START: u16 = 1;
-const CONFIG: u16 = 2;
-const STATE: u16 = 3;
-const COMPLETE: u16 = 5;
-
 const REGION: u64 = 1 << 20;
 /// Bytes of base64 in a State.
 const BLOB_BYTES: usize = 64 << 20;
 const PIECE: &[u8] = &[b'Q'; 1 << 16];
 
 fn config() -> String {
-    let mapping = format!(r#"{{"slot":0,"gpa":0,"size":{REGION},"virtio_mem":false}}"#);
-    format!(
-        r#"{{"vm_config":{{"memory":{{"size":{REGION}}}}},"memory_manager_data":{{"guest_ram_mappings":[{mapping}]}}}}"#
-    )
-}
-
-fn child(id: &str, children: &str, state: &str) -> String {
-    format!(r#""{id}":{{"snapshots":{{{children}}},"snapshot_data":{{"state":"{state}"}}}}"#)
+    config_document(&format!(r#"{{"memory":{{"size":{REGION}}}}}"#), &[(0, REGION)])
 }
 
 /// The begin and the end of a State; base64 goes in between.
 fn around_the_blob(ranges: &[(u64, u64)]) -> [String; 2] {
-    let range = |(gpa, length): &(u64, u64)| format!(r#"{{\"gpa\":{gpa},\"length\":{length}}}"#);
-    let ranges: Vec<_> = ranges.iter().map(range).collect();
     let mapping = format!(r#"{{\"slot\":0,\"gpa\":0,\"size\":{REGION},\"virtio_mem\":false}}"#);
-    let manager = format!(
-        r#"{{\"memory_ranges\":{{\"data\":[{}]}},\"guest_ram_mappings\":[{mapping}]}}"#,
-        ranges.join(",")
-    );
-    let device = child("vfio_migration", "", r#"{\"blob\":\"@\"}"#);
-    let devices = child("device-manager", &child("net0", &device, "{}"), "{}");
+    let manager = format!(r#"{{{},\"guest_ram_mappings\":[{mapping}]}}"#, memory_ranges(ranges));
+    let device = component("vfio_migration", "", r#"{\"blob\":\"@\"}"#);
+    let devices = component("device-manager", &component("net0", &device, "{}"), "{}");
     let tree = format!(
         r#"{{"snapshots":{{{},{devices}}},"snapshot_data":{{"state":"{{}}"}}}}"#,
-        child("memory-manager", "", &manager)
+        component("memory-manager", "", &manager)
     );
     let (begin, end) = tree.split_once('@').unwrap();
     [begin.to_owned(), end.to_owned()]
-}
-
-fn request(command: u16, length: usize) -> Vec<u8> {
-    [&command.to_le_bytes()[..], &[0; 6], &(length as u64).to_le_bytes()].concat()
 }
 
 /// Sends a VM whose State has [`BLOB_BYTES`] of base64, piece by piece.
@@ -127,11 +110,11 @@ fn source(mut stream: UnixStream, ranges: &[(u64, u64)]) {
     };
     let config = config();
     let [begin, end] = around_the_blob(ranges);
-    for message in [request(START, 0), [&request(CONFIG, config.len()), config.as_bytes()].concat()] {
+    for message in [message(START, b""), message(CONFIG, config.as_bytes())] {
         stream.write_all(&message).unwrap();
         answer(&mut stream);
     }
-    stream.write_all(&request(STATE, begin.len() + BLOB_BYTES + end.len())).unwrap();
+    stream.write_all(&request(STATE, (begin.len() + BLOB_BYTES + end.len()) as u64)).unwrap();
     stream.write_all(begin.as_bytes()).unwrap();
     (0..BLOB_BYTES / PIECE.len()).for_each(|_| stream.write_all(PIECE).unwrap());
     stream.write_all(end.as_bytes()).unwrap();
@@ -231,7 +214,7 @@ fn filled(begin: &str, piece: &str, end: &str) -> Vec<u8> {
 
 fn with_manager(manager: [&str; 3]) -> Vec<u8> {
     let [begin, piece, end] = manager;
-    let tree = child("memory-manager", "", "@");
+    let tree = component("memory-manager", "", "@");
     let (before, after) = tree.split_once('@').unwrap();
     let begin = format!(r#"{{"snapshots":{{{before}{begin}"#);
     filled(&begin, piece, &format!("{end}{after}}}}}"))
@@ -249,7 +232,7 @@ fn read(name: &str, text: Vec<u8>, limits: &SnapshotLimits, times: usize) -> Str
 
 /// The begin of a tree that is sound but for its end.
 fn sound() -> String {
-    let manager = child("memory-manager", "", r#"{\"memory_ranges\":{\"data\":[]}}"#);
+    let manager = component("memory-manager", "", r#"{\"memory_ranges\":{\"data\":[]}}"#);
     format!(r#"{{"snapshots":{{{manager}}}"#)
 }
 
@@ -320,7 +303,7 @@ fn a_broken_text_is_refused_for_what_it_is() {
             "state.json holds no state of memory-manager",
         ),
         (
-            format!(r#"{{"snapshots":{{{}}}}}"#, child("memory-manager", "", r"\ud800")).into_bytes(),
+            format!(r#"{{"snapshots":{{{}}}}}"#, component("memory-manager", "", r"\ud800")).into_bytes(),
             "Cannot read state of memory-manager in state.json, which another version may have written: \
             unexpected end of hex escape",
         ),

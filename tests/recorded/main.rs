@@ -10,6 +10,9 @@ mod bare_tls;
 #[expect(dead_code, reason = "certificates that fail are for the tests of TLS")]
 mod certificates;
 mod encrypted;
+#[path = "../frames/mod.rs"]
+#[expect(dead_code, reason = "sources in bytes are for the other tests")]
+mod frames;
 mod relay;
 #[path = "../../integration/src/skip.rs"]
 #[expect(dead_code, unreachable_pub, reason = "other crates' tests use the rest")]
@@ -25,6 +28,7 @@ use std::thread;
 use std::time::Duration;
 
 use certificates::Files;
+use frames::{ABANDON, COMPLETE, COMPLETE_PAUSED, CONFIG, ERROR, MEMORY, OK, START, STATE};
 use relay::{Relay, Route};
 use tempfile::TempDir;
 use vfio_migration::precopy::TimeoutStrategy;
@@ -38,7 +42,7 @@ use vfio_migration::transfer::url::{Endpoint, Url};
 use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent};
 use vfio_migration::vm::VmError;
 use vm::{FakeVm, HIGH, LOW, Memory, PAGE, PAGES, empty_memory, page_gpa, read_page};
-use wire::{ABANDON, COMPLETE, COMPLETE_PAUSED, CONFIG, ERROR, Exchange, MEMORY, OK, START, STATE};
+use wire::Exchange;
 
 /// A VMM that keeps what it is told, and refuses one thing if it has to.
 struct Vmm {

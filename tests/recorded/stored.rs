@@ -14,8 +14,9 @@ use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::{SendOptions, Sender};
 
 use crate::Way;
+use crate::frames::{COMPLETE, CONFIG, STATE};
 use crate::skip::skip;
-use crate::wire::{COMPLETE, CONFIG, Exchange, STATE};
+use crate::wire::Exchange;
 
 const RAM: usize = 64 << 20;
 

@@ -4,18 +4,8 @@
 //!
 //! It accounts for every byte that went over every connection, both ways, or fails.
 
+use crate::frames::{ABANDON, COMPLETE, COMPLETE_PAUSED, CONFIG, ERROR, MEMORY, OK, START, STATE};
 use crate::relay::{Said, Spoken};
-
-pub(crate) const START: u16 = 1;
-pub(crate) const CONFIG: u16 = 2;
-pub(crate) const STATE: u16 = 3;
-pub(crate) const MEMORY: u16 = 4;
-pub(crate) const COMPLETE: u16 = 5;
-pub(crate) const ABANDON: u16 = 6;
-pub(crate) const COMPLETE_PAUSED: u16 = 8;
-
-pub(crate) const OK: u16 = 1;
-pub(crate) const ERROR: u16 = 2;
 
 /// Reads bytes from the front.
 struct Bytes<'a> {

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{Phase, SendError, SendOptions, Sender};
 
-use crate::peer::{ABANDON, COMPLETE, CONFIG, Fault, MEMORY, Peer, START, STATE};
+use crate::frames::{ABANDON, COMPLETE, CONFIG, MEMORY, START, STATE};
+use crate::peer::{Fault, Peer};
 use crate::vm::FakeVm;
 use crate::{assert_retry_loses_nothing, options};
 

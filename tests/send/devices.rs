@@ -17,7 +17,8 @@ use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::{PinningReceiver, Populated, SendError, SendOptions, Sender, Sent, SourceVm};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::peer::{COMPLETE, CONFIG, Fault, Peer, STATE};
+use crate::frames::{COMPLETE, CONFIG, STATE};
+use crate::peer::{Fault, Peer};
 use crate::vm::{FakeDevice, FakeVm, HIGH, LOW, Machine, PAGE, PAGES, page_gpa, sparse_memory};
 use crate::{log_of, options};
 

@@ -5,7 +5,8 @@
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{PeerError, Phase, SendError, SendStep, Sender, SourceVm};
 
-use crate::peer::{COMPLETE, CONFIG, Fault, MEMORY, Peer, START, STATE};
+use crate::frames::{COMPLETE, CONFIG, MEMORY, START, STATE};
+use crate::peer::{Fault, Peer};
 use crate::vm::FakeVm;
 use crate::{assert_retry_loses_nothing, options, send};
 

@@ -86,7 +86,7 @@ fn a_migration_logs_a_line_for_each_phase_and_round_and_none_for_a_chunk() {
 
 #[test]
 fn a_migration_that_fails_logs_why_and_where_that_leaves_the_vm() {
-    let (sent, lines) = move_one(Fault::Refuse(crate::peer::STATE));
+    let (sent, lines) = move_one(Fault::Refuse(crate::frames::STATE));
     assert_eq!(sent.unwrap_err(), SourceVm::AsBefore);
     let infos = of_level(&lines, Level::Info);
     let last = infos.last().unwrap();

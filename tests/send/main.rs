@@ -14,6 +14,9 @@ mod cancelling;
 mod certificates;
 mod devices;
 mod failures;
+#[path = "../frames/mod.rs"]
+#[expect(dead_code, reason = "other tests use the rest")]
+mod frames;
 mod logs;
 mod moving;
 mod pacing;

@@ -9,7 +9,8 @@ use vfio_migration::precopy::TimeoutStrategy;
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{Phase, SendError, SendOptions, SendOptionsError, SendStep, Sender};
 
-use crate::peer::{COMPLETE, COMPLETE_PAUSED, CONFIG, Fault, MEMORY, Peer, START, STATE, Seen};
+use crate::frames::{COMPLETE, COMPLETE_PAUSED, CONFIG, MEMORY, START, STATE, message, table};
+use crate::peer::{Fault, Peer, Seen};
 use crate::vm::{self, FakeVm, PAGE, PAGES, note, page_gpa};
 use crate::{log_of, options, send};
 
@@ -36,17 +37,9 @@ fn c04_a_quiet_vm_is_sent_byte_for_byte_with_what_its_capture_wrote() {
     let (transcript, outcome) = peer.end();
     outcome.unwrap();
 
-    let message = |command: u16, payload: &[u8]| {
-        let mut bytes = vec![0; 16];
-        bytes[..2].copy_from_slice(&command.to_le_bytes());
-        bytes[8..].copy_from_slice(&(payload.len() as u64).to_le_bytes());
-        [&bytes, payload].concat()
-    };
     let memory = |ranges: &[(u64, u64)], pages: std::ops::Range<u64>| {
-        let table =
-            ranges.iter().flat_map(|(gpa, length)| [gpa.to_le_bytes(), length.to_le_bytes()].concat());
         let bytes: Vec<u8> = pages.flat_map(|page| vm.page(page)).collect();
-        [message(MEMORY, &table.collect::<Vec<_>>()), bytes].concat()
+        [table(ranges), bytes].concat()
     };
     // C4: page 3 is written while the state is captured, after it went over for the first time.
     let mut first = memory(&[vm::LOW, vm::HIGH], 0..PAGES);

@@ -8,7 +8,8 @@ use vfio_migration::precopy::{Blame, CancelReason, Forecast, TimeoutStrategy};
 use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
 use vfio_migration::transfer::{SendError, Sender, SourceVm};
 
-use crate::peer::{Fault, Peer, STATE};
+use crate::frames::STATE;
+use crate::peer::{Fault, Peer};
 use crate::vm::{FakeVm, Machine, PAGES, Report, ScriptedSource};
 use crate::{assert_retry_loses_nothing, log_of, options, send, with_device};
 

@@ -13,15 +13,8 @@ use std::time::Duration;
 
 use vfio_migration::transfer::url::Url;
 
+use crate::frames::{ABANDON, COMPLETE, COMPLETE_PAUSED, CONFIG, FOR_MEMORY, MEMORY, STATE};
 use crate::vm::{FakeVm, PAGE, PAGES, page_gpa};
-
-pub(crate) const START: u16 = 1;
-pub(crate) const CONFIG: u16 = 2;
-pub(crate) const STATE: u16 = 3;
-pub(crate) const MEMORY: u16 = 4;
-pub(crate) const COMPLETE: u16 = 5;
-pub(crate) const ABANDON: u16 = 6;
-pub(crate) const COMPLETE_PAUSED: u16 = 8;
 
 /// How the receiver misbehaves.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -187,7 +180,7 @@ impl Talk {
     fn lane(mut self) -> io::Result<()> {
         let mut role = [0; 2];
         self.read(&mut role)?;
-        assert_eq!(role, [1, 0], "role of an additional connection");
+        assert_eq!(role, FOR_MEMORY, "role of an additional connection");
         while let Some(command) = self.request()? {
             assert_eq!(command, MEMORY, "additional connections carry memory only");
         }

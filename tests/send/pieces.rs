@@ -13,10 +13,8 @@ use vfio_migration::transfer::connection::Connection;
 use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver};
 
+use crate::frames::{COMPLETE, CONFIG, DEVICE_STATE, DEVICES, STATE, message};
 use crate::streams::{Taker, Vmm};
-
-const DEVICES: u16 = 0x8001;
-const DEVICE_STATE: u16 = 0x8002;
 
 /// One piece, as it should be.
 #[derive(Clone)]
@@ -55,10 +53,6 @@ fn payload(piece: &Piece) -> Vec<u8> {
     let checksum = crc32c::crc32c(&[&head, piece.data].concat());
     head.extend(checksum.to_le_bytes());
     [&head, piece.data].concat()
-}
-
-fn message(command: u16, payload: &[u8]) -> Vec<u8> {
-    [&command.to_le_bytes()[..], &[0; 6], &(payload.len() as u64).to_le_bytes(), payload].concat()
 }
 
 /// The two devices a destination has, as a list.
@@ -115,7 +109,7 @@ fn receive(
 }
 
 fn config() -> Vec<u8> {
-    message(2, b"{}")
+    message(CONFIG, b"{}")
 }
 
 /// State and Complete of a VM whose devices' states went ahead.
@@ -125,7 +119,7 @@ fn end(bytes: u64) -> [Vec<u8>; 2] {
     let device = format!(r#"{{"snapshots":{{"vfio_migration_streamed":{leaf}}}}}"#);
     let tree =
         format!(r#"{{"snapshots":{{"devices":{{"snapshots":{{"dev0":{device},"dev1":{device}}}}}}}}}"#);
-    [message(3, tree.as_bytes()), message(5, b"")]
+    [message(STATE, tree.as_bytes()), message(COMPLETE, b"")]
 }
 
 /// All of a VM, its second device's pieces as they should be and its first device's as `first` has them.

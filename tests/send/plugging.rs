@@ -26,7 +26,8 @@ use vm_memory::{
 };
 use vm_migration::Snapshot;
 
-use crate::peer::{Fault, Peer, STATE, Transcript};
+use crate::frames::STATE;
+use crate::peer::{Fault, Peer, Transcript};
 use crate::vm::{FakeDevice, Log, Memory, PAGE};
 
 pub(crate) const BASE: (u64, u64) = (0, 8 << 20);

@@ -19,7 +19,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::bare_tls;
 use crate::certificates::Files;
-use crate::peer::{COMPLETE, CONFIG, MEMORY, STATE};
+use crate::frames::{COMPLETE, CONFIG, FOR_MEMORY, MEMORY, STATE};
 use crate::vm::{FakeVm, Memory, PAGES, empty_memory, read_page};
 
 type Stream = StreamOwned<ServerConnection, TcpStream>;
@@ -63,7 +63,7 @@ impl Receiver {
                         let mut lane = self.accept()?;
                         let mut role = [0; 2];
                         lane.read_exact(&mut role)?;
-                        assert_eq!(role, [1, 0]);
+                        assert_eq!(role, FOR_MEMORY);
                         workers.push(scope.spawn(move || self.work(lane)));
                     }
                 }

@@ -16,8 +16,9 @@ use vfio_migration::transfer::{Sender, Sent};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::both_ends::{Vmm, loopback, moves};
+use crate::frames::MEMORY;
 use crate::options;
-use crate::peer::{Fault, MEMORY, Peer, Transcript};
+use crate::peer::{Fault, Peer, Transcript};
 use crate::vm::{FakeVm, LOW, Machine, Memory, PAGE, PAGES, empty_memory, page_gpa, sparse_memory};
 
 /// Bytes of pages 0 to 2, which the tests write: data, zeros, nothing.

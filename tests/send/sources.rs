@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use vfio_migration::transfer::{SendError, Sender, SourceVm};
 
-use crate::peer::{ABANDON, CONFIG, Fault, MEMORY, Peer, START};
+use crate::frames::{ABANDON, CONFIG, MEMORY, START};
+use crate::peer::{Fault, Peer};
 use crate::vm::{FakeVm, Machine, PAGE, PAGES, Report, ScriptedSource};
 use crate::{assert_retry_loses_nothing, log_of, options, send};
 

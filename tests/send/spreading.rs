@@ -9,7 +9,8 @@ use vfio_migration::precopy::TimeoutStrategy;
 use vfio_migration::transfer::limits::ConnectionCount;
 use vfio_migration::transfer::{SendOptions, Sender};
 
-use crate::peer::{Fault, MEMORY, Peer, Seen};
+use crate::frames::MEMORY;
+use crate::peer::{Fault, Peer, Seen};
 use crate::vm::{FakeVm, Machine, PAGE, PAGES, Report, ScriptedSource};
 
 /// Bytes below which a round is cut no finer.

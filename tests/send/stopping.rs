@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use vfio_migration::device::DeviceState;
 use vfio_migration::transfer::{SendError, SourceVm};
 
-use crate::peer::{ABANDON, COMPLETE, Fault, Peer, STATE};
+use crate::frames::{ABANDON, COMPLETE, STATE};
+use crate::peer::{Fault, Peer};
 use crate::vm::{FakeVm, page_gpa};
 use crate::{assert_retry_loses_nothing, log_of, send, with_device};
 

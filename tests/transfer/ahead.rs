@@ -10,7 +10,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_migration::transfer::receive::{GuestPages, Received};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
-use crate::peer::{MEMORY, Peer, Vmm, memory, quick, receive_on_pair, request};
+use crate::frames::{memory, table};
+use crate::peer::{Peer, Vmm, quick, receive_on_pair};
 
 const MIB: usize = 1 << 20;
 
@@ -72,10 +73,9 @@ fn memory_left_to_faults_and_memory_that_was_populated_is_not_allocated_ahead() 
 #[test]
 fn a_source_that_announces_much_and_sends_nothing_makes_little_resident() {
     let (mut vmm, file, _) = sparse_vmm(256);
-    let table = [0_u64.to_le_bytes(), (256_u64 << 20).to_le_bytes()].concat();
     let (received, ()) = receive_on_pair(quick(), &mut vmm, |mut peer: Peer| {
         peer.begin();
-        peer.send(&[request(MEMORY, 16), table, vec![7; 4096]].concat());
+        peer.send(&[table(&[(0, 256 << 20)]), vec![7; 4096]].concat());
     });
     received.unwrap_err();
     assert!(resident_bytes(&file) <= 2 * MIB, "{} bytes", resident_bytes(&file));

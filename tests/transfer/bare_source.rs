@@ -13,7 +13,8 @@ use vfio_migration::transfer::url::Endpoint;
 
 use crate::bare_tls;
 use crate::certificates::Files;
-use crate::peer::{COMPLETE, Peer, STATE, Vmm, memory, message, quick};
+use crate::frames::{COMPLETE, STATE, memory, message};
+use crate::peer::{Peer, Vmm, announce, quick};
 
 fn connect(listener: &Listener, files: &Files) -> Peer {
     let Endpoint::Tcp { port, .. } = listener.url().endpoint() else { unreachable!() };
@@ -36,7 +37,7 @@ fn additional_connections_that_end_without_a_goodbye_have_ended() {
             let mut main = connect(&listener, &files);
             main.begin();
             let mut lanes: Vec<_> = (0..4).map(|_| connect(&listener, &files)).collect();
-            lanes.iter_mut().for_each(|lane| lane.send(&[1, 0]));
+            lanes.iter_mut().for_each(announce);
             // One has all there is to send; the others never hear a word.
             lanes[1].say(&[memory(&[(0x1000, &[7; 4096])])]);
             drop(lanes);

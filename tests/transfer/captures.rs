@@ -12,7 +12,8 @@ use vfio_migration::vm::VmError;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vm_migration::Snapshot;
 
-use crate::peer::{COMPLETE, CONFIG, START, STATE, memory, message, quick, receive_on_pair};
+use crate::frames::{COMPLETE, CONFIG, START, STATE, memory, message};
+use crate::peer::{quick, receive_on_pair};
 use crate::skip::skip;
 
 /// Returns the bytes of a captured payload, or says loudly that there is none.

@@ -12,7 +12,8 @@ use vfio_migration::transfer::connection::Connection;
 use vfio_migration::transfer::limits::{Pace, PeerLimits};
 use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver};
 
-use crate::peer::{COMPLETE, CONFIG, HIGH, START, STATE, Vmm, memory, message};
+use crate::frames::{COMPLETE, CONFIG, START, STATE, memory, message};
+use crate::peer::{HIGH, Vmm};
 
 fn exchange() -> Vec<u8> {
     [

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A source that says what it is told to, in bytes spelled out here, and a destination that keeps what it gets.
+//! A source that says what it is told to, and a destination that keeps what it gets.
 
+use std::error::Error;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -18,44 +19,30 @@ use vfio_migration::transfer::url::Endpoint;
 use vfio_migration::vm::VmError;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-pub(crate) const START: u16 = 1;
-pub(crate) const CONFIG: u16 = 2;
-pub(crate) const STATE: u16 = 3;
-pub(crate) const MEMORY: u16 = 4;
-pub(crate) const COMPLETE: u16 = 5;
-pub(crate) const ABANDON: u16 = 6;
-pub(crate) const MEMORY_FD: u16 = 7;
-pub(crate) const COMPLETE_PAUSED: u16 = 8;
-pub(crate) const PAGE_FAULT: u16 = 9;
+use crate::frames::{COMPLETE, CONFIG, FOR_MEMORY, START, STATE, message};
 
 /// Bytes of RAM of the VM that is received, in two regions with a hole between them.
 pub(crate) const REGION: u64 = 1 << 20;
 pub(crate) const HIGH: u64 = 4 << 30;
 
-/// Encodes a request.
-pub(crate) fn request(command: u16, length: u64) -> Vec<u8> {
-    [&command.to_le_bytes()[..], &[0; 6], &length.to_le_bytes()].concat()
-}
-
-/// Encodes a request with its payload.
-pub(crate) fn message(command: u16, payload: &[u8]) -> Vec<u8> {
-    [&request(command, payload.len() as u64)[..], payload].concat()
-}
-
-/// Encodes a Memory with `ranges` and the bytes that go there.
-pub(crate) fn memory(ranges: &[(u64, &[u8])]) -> Vec<u8> {
-    let table: Vec<u8> = ranges
-        .iter()
-        .flat_map(|(gpa, bytes)| [gpa.to_le_bytes(), (bytes.len() as u64).to_le_bytes()])
-        .flatten()
-        .collect();
-    let pages = ranges.iter().flat_map(|(_, bytes)| bytes.iter().copied());
-    message(MEMORY, &table).into_iter().chain(pages).collect()
-}
-
 /// Makes `connection` an additional one.
 pub(crate) fn announce(connection: &mut Peer) {
-    connection.send(&[1, 0]);
+    connection.send(&FOR_MEMORY);
+}
+
+/// Begins a migration on a main connection and one additional one.
+pub(crate) fn begun_on_two(listener: &Listener) -> (Peer, Peer) {
+    let mut main = Peer::to(listener);
+    main.begin();
+    let mut additional = Peer::to(listener);
+    announce(&mut additional);
+    (main, additional)
+}
+
+/// The whole of an error, its sources after it.
+pub(crate) fn text_of(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// What can carry a raw source's bytes.

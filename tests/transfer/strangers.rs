@@ -14,9 +14,8 @@ use vfio_migration::transfer::receive::{ReceiveError, Receiver};
 use vfio_migration::transfer::url::Endpoint;
 
 use crate::certificates::{Authority, Files};
-use crate::peer::{
-    ABANDON, CONFIG, Peer, START, STATE, Vmm, announce, memory, message, quick, receive_on_tcp, request,
-};
+use crate::frames::{ABANDON, CONFIG, FOR_FAULTS, FOR_MEMORY, START, STATE, memory, message, request};
+use crate::peer::{Peer, Vmm, announce, begun_on_two, quick, receive_on_tcp};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -212,7 +211,7 @@ fn strangers_that_sound_like_connections_take_none_of_the_sources() {
     let (received, _strangers) = receive_on_tcp(limits, &mut Vmm::new(), |listener| {
         let mut main = Peer::to(listener);
         main.begin();
-        let sound = [vec![1, 0], message(START, b""), vec![1, 0, 0, 0, 9]];
+        let sound = [FOR_MEMORY.to_vec(), message(START, b""), vec![1, 0, 0, 0, 9]];
         let mut strangers = visit(listener, &sound, 20);
         // Only their speaking at once shows that they are none of the source's.
         strangers.iter_mut().for_each(|stranger| stranger.write_all(&[0xff; 64]).unwrap_or_default());
@@ -236,14 +235,11 @@ fn strangers_that_sound_like_connections_take_none_of_the_sources() {
 #[test]
 fn a_connection_that_waits_for_its_memory_makes_room_for_no_stranger() {
     let (received, _strangers) = receive_on_tcp(quick(), &mut Vmm::new(), |listener| {
-        let mut main = Peer::to(listener);
-        main.begin();
-        let mut additional = Peer::to(listener);
-        announce(&mut additional);
+        let (mut main, mut additional) = begun_on_two(listener);
         let announced = |_| {
             let mut stranger = TcpStream::connect(address(listener)).unwrap();
             // It may have had to go already.
-            let _ = stranger.write_all(&[1, 0]);
+            let _ = stranger.write_all(&FOR_MEMORY);
             stranger.set_nonblocking(true).unwrap();
             stranger
         };
@@ -264,7 +260,7 @@ fn strangers_that_sound_like_postcopy_end_no_migration() {
     let (received, _stranger) = receive_on_tcp(quick(), &mut Vmm::new(), |listener| {
         let mut main = Peer::to(listener);
         main.begin();
-        let strangers = visit(listener, &[vec![2, 0], message(CONFIG, b"{}")], 20);
+        let strangers = visit(listener, &[FOR_FAULTS.to_vec(), message(CONFIG, b"{}")], 20);
         thread::sleep(SECOND / 10);
         main.say(&[memory(&[(0, &[1; 64])])]);
         main.end();

@@ -2,7 +2,6 @@
 
 //! Who may talk to whom, and what they are told who may not.
 
-use std::error::Error;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -17,18 +16,7 @@ use vfio_migration::transfer::url::Endpoint;
 
 use crate::certificates::{Authority, Files, expired, loopback};
 use crate::connection::impatient;
-
-/// The whole of an error, its sources after it.
-fn text_of(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text += ": ";
-        text += &source.to_string();
-        next = source.source();
-    }
-    text
-}
+use crate::peer::text_of;
 
 /// What both ends, destination first, have to say of a connection with these files.
 fn outcomes(server: &Files, client: &Files) -> [Result<(), String>; 2] {

@@ -5,10 +5,10 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::raw::{
-    COMPLETE, CONFIG, ERROR, MEMORY, MEMORY_FD, NO_DISKS, OK, PAGE_FAULT, START, STATE, Source, Target,
-    config, memory, message, migration, precopy, request, state, table,
+use crate::frames::{
+    COMPLETE, CONFIG, ERROR, MEMORY, MEMORY_FD, OK, PAGE_FAULT, START, STATE, message, request, table,
 };
+use crate::raw::{NO_DISKS, Source, Target, config, memory, migration, precopy, state};
 use crate::stored::{Place, assert_same};
 use crate::tool::Tool;
 

@@ -12,6 +12,9 @@ mod dense;
 mod devices;
 mod faults;
 mod field;
+#[path = "../../../tests/frames/mod.rs"]
+#[expect(dead_code, reason = "the library's own tests use more of it")]
+mod frames;
 mod hostile_receiver;
 mod hostile_source;
 mod kills;

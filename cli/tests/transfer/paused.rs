@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use vfio_migration_integration::skip;
 
-use crate::raw::{COMPLETE, ERROR, NO_DISKS, OK, Target, message, migration, precopy, state};
+use crate::frames::{COMPLETE, ERROR, OK, message};
+use crate::raw::{NO_DISKS, Target, migration, precopy, state};
 use crate::stored::{Place, assert_same, assert_sound};
 use crate::tool::{Ended, Tool, is_empty};
 

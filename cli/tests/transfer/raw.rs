@@ -7,19 +7,9 @@ use std::net::TcpStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use crate::frames::{COMPLETE, CONFIG, OK, START, STATE, config_document, message, state_document, table};
 use crate::stored::Place;
 use crate::tool::{Ended, Tool, is_empty};
-
-pub(crate) const START: u16 = 1;
-pub(crate) const CONFIG: u16 = 2;
-pub(crate) const STATE: u16 = 3;
-pub(crate) const MEMORY: u16 = 4;
-pub(crate) const COMPLETE: u16 = 5;
-pub(crate) const MEMORY_FD: u16 = 7;
-pub(crate) const PAGE_FAULT: u16 = 9;
-
-pub(crate) const OK: u16 = 1;
-pub(crate) const ERROR: u16 = 2;
 
 /// Bytes of RAM of the VM that comes over the wire.
 pub(crate) const RAM: u64 = 1 << 20;
@@ -27,35 +17,14 @@ pub(crate) const RAM: u64 = 1 << 20;
 /// The configuration of a VM without disks.
 pub(crate) const NO_DISKS: &str = r#"{"memory":{"size":1048576},"disks":null}"#;
 
-/// Encodes a request.
-pub(crate) fn request(command: u16, length: u64) -> Vec<u8> {
-    [&command.to_le_bytes()[..], &[0; 6], &length.to_le_bytes()].concat()
-}
-
-/// Encodes a request with its payload.
-pub(crate) fn message(command: u16, payload: &[u8]) -> Vec<u8> {
-    [&request(command, payload.len() as u64)[..], payload].concat()
-}
-
 /// Encodes a Config with `vm_config`.
 pub(crate) fn config(vm_config: &str) -> Vec<u8> {
-    let mapping = format!(r#"{{"slot":0,"gpa":0,"size":{RAM},"virtio_mem":false}}"#);
-    let memory = format!(r#"{{"guest_ram_mappings":[{mapping}]}}"#);
-    message(CONFIG, format!(r#"{{"vm_config":{vm_config},"memory_manager_data":{memory}}}"#).as_bytes())
+    message(CONFIG, config_document(vm_config, &[(0, RAM)]).as_bytes())
 }
 
 /// Encodes the State that goes with every Config.
 pub(crate) fn state() -> Vec<u8> {
-    let memory = format!(r#"{{\"memory_ranges\":{{\"data\":[{{\"gpa\":0,\"length\":{RAM}}}]}}}}"#);
-    let child = format!(r#"{{"snapshots":{{}},"snapshot_data":{{"state":"{memory}"}}}}"#);
-    message(STATE, format!(r#"{{"snapshots":{{"memory-manager":{child}}},"snapshot_data":null}}"#).as_bytes())
-}
-
-/// Encodes the head and table of a Memory, without its pages.
-pub(crate) fn table(ranges: &[(u64, u64)]) -> Vec<u8> {
-    let table: Vec<u8> =
-        ranges.iter().flat_map(|(gpa, length)| [gpa.to_le_bytes(), length.to_le_bytes()]).flatten().collect();
-    message(MEMORY, &table)
+    message(STATE, state_document(&[(0, RAM)]).as_bytes())
 }
 
 /// Encodes a Memory with all RAM, filled with `byte`.

@@ -8,10 +8,11 @@ use std::path::Path;
 use serde_json::Value;
 use vfio_migration::snapshot::{CONFIG_FILE, MEMORY_FILE, STATE_FILE};
 
+use crate::frames::{COMPLETE, COMPLETE_PAUSED, CONFIG, ERROR, OK, STATE};
 use crate::relay::{Relay, Route};
 use crate::stored::{Place, assert_same, assert_sound};
 use crate::tool::{Ended, Tool};
-use crate::wire::{COMPLETE, COMPLETE_PAUSED, CONFIG, ERROR, Exchange, OK, STATE};
+use crate::wire::Exchange;
 
 /// Sends `from` to a receiver at the other end of a relay; returns how both ended and what they said.
 fn recorded(
