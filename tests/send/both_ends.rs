@@ -137,7 +137,7 @@ fn a_receiver_stopped_at_any_time_leaves_a_vm_that_can_be_sent_again() {
     let mut vm = FakeVm::new(20);
     for delay_ms in [0, 5, 10, 20, 40] {
         let listener = Listener::bind(&loopback()).unwrap();
-        // A receiver that is stopped before it lets us in leaves us waiting at its door.
+        // A receiver that is stopped before it accepts leaves this connection without an answer.
         let limits = PeerLimits { handshake_timeout: Duration::from_secs(1), ..PeerLimits::default() };
         let options = SendOptions::new(listener.url().clone()).limits(limits);
         let options = options.rate_limit(Some(100 << 20)).unwrap();

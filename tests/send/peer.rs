@@ -77,12 +77,12 @@ impl Transcript {
 trait Stream: Read + Write + Send {}
 impl<T: Read + Write + Send> Stream for T {}
 
-enum Door {
+enum Acceptor {
     Unix(UnixListener),
     Tcp(TcpListener),
 }
 
-impl Door {
+impl Acceptor {
     fn accept(&self) -> io::Result<Box<dyn Stream>> {
         Ok(match self {
             Self::Unix(listener) => Box::new(listener.accept()?.0),
@@ -107,22 +107,28 @@ impl Peer {
     pub(crate) fn unix(fault: Fault) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path: PathBuf = directory.path().join("peer");
-        let door = Door::Unix(UnixListener::bind(&path).unwrap());
-        Self::start(Url::unix(path).unwrap(), door, 1, fault, Some(directory))
+        let acceptor = Acceptor::Unix(UnixListener::bind(&path).unwrap());
+        Self::start(Url::unix(path).unwrap(), acceptor, 1, fault, Some(directory))
     }
 
     pub(crate) fn tcp(connections: usize, fault: Fault) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = Url::tcp("127.0.0.1", listener.local_addr().unwrap().port()).unwrap();
-        Self::start(url, Door::Tcp(listener), connections, fault, None)
+        Self::start(url, Acceptor::Tcp(listener), connections, fault, None)
     }
 
-    fn start(url: Url, door: Door, lanes: usize, fault: Fault, directory: Option<tempfile::TempDir>) -> Self {
+    fn start(
+        url: Url,
+        acceptor: Acceptor,
+        lanes: usize,
+        fault: Fault,
+        directory: Option<tempfile::TempDir>,
+    ) -> Self {
         let transcript = Arc::<Mutex<Transcript>>::default();
         let shared = Arc::clone(&transcript);
         let thread = thread::spawn(move || {
-            let stream = door.accept()?;
-            Talk { stream, connection: 0, fault, transcript: shared }.main(&door, lanes)
+            let stream = acceptor.accept()?;
+            Talk { stream, connection: 0, fault, transcript: shared }.main(&acceptor, lanes)
         });
         Self { url, transcript, thread, _directory: directory }
     }
@@ -158,12 +164,12 @@ struct Talk {
 }
 
 impl Talk {
-    fn main(mut self, door: &Door, lanes: usize) -> io::Result<()> {
+    fn main(mut self, acceptor: &Acceptor, lanes: usize) -> io::Result<()> {
         let mut threads = Vec::new();
         while let Some(command) = self.request()? {
             if command == CONFIG && lanes > 1 {
                 for connection in 1..=lanes {
-                    let stream = door.accept()?;
+                    let stream = acceptor.accept()?;
                     let transcript = Arc::clone(&self.transcript);
                     let talk = Talk { stream, connection, fault: self.fault, transcript };
                     threads.push(thread::spawn(move || talk.lane()));

@@ -90,7 +90,7 @@ fn the_strangers_heard_longest_make_room() {
         let mut main = Peer::to(listener);
         main.begin();
         closed_after(&mut silent[0]);
-        assert!(begun.elapsed() < 5 * SECOND, "silence alone is borne for longer: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < 5 * SECOND, "silence alone is tolerated for longer: {:?}", begun.elapsed());
         silent[299].set_nonblocking(true).unwrap();
         let open = silent[299].read(&mut [0]).unwrap_err();
         assert_eq!(open.kind(), std::io::ErrorKind::WouldBlock, "the last ones may stay");
