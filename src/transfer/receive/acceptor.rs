@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The acceptor: who comes in. The source first, its additional connections later, strangers never.
+//! The acceptor: accepts the source first, then its additional connections, and never a stranger.
 //!
-//! Every caller is heard on a thread of its own, for [`PeerLimits::handshake_timeout`](crate::transfer::limits::PeerLimits) and no
-//! longer. Where too many are heard, the one that came first has to go: so however many strangers come, and however they
-//! hold on, each caller has the time that it takes for [`CALLERS`] others to come.
+//! Each caller is read on a thread of its own, for [`PeerLimits::handshake_timeout`](crate::transfer::limits::PeerLimits) and no
+//! longer. When there are too many, the oldest one is closed. So however many strangers connect and stay, each caller has
+//! the time in which [`CALLERS`] others connect.
 //!
-//! A caller that announces an additional connection is not taken for the source before its first Memory: what other sources
-//! say begins with the same bytes.
+//! A caller that announces an additional connection counts as the source's only from its first Memory on, because what
+//! other sources send begins with the same bytes.
 
 use std::io;
 use std::sync::mpsc::Sender;
@@ -27,21 +27,21 @@ use crate::transfer::connection::{Connection, ConnectionError, Head, Listener};
 use crate::transfer::frame::{Command, ConnectionRole, Request};
 use crate::transfer::tls::ServerTls;
 
-/// Callers that are heard at a time, where this process may open files enough: all connections of a source, and as many
-/// strangers. As many again may have announced a connection.
+/// Callers that are read at a time, if this process may open enough files: all connections of a source, and as many
+/// strangers. The same number again may have announced a connection.
 const CALLERS: usize = 256;
 
 /// The part of its descriptors that this process leaves to callers.
 const DESCRIPTORS_SHARE: u64 = 4;
 
-/// Takes callers in from the listener.
+/// Accepts callers from the listener.
 #[derive(Clone, Copy)]
 pub(super) struct Acceptor<'env> {
     listener: &'env Listener,
     tls: Option<&'env ServerTls>,
     rejections: &'env Rejections,
     context: Context<'env>,
-    /// Callers that are heard at a time.
+    /// Callers that are read at a time.
     callers: usize,
 }
 
@@ -58,7 +58,7 @@ impl<'env> Acceptor<'env> {
         Self { listener, tls, rejections, context, callers }
     }
 
-    /// Lets callers in until the migration is over; a listener that fails ends it.
+    /// Accepts callers until the migration is over; a listener that fails ends the migration.
     pub(super) fn run<'scope>(self, scope: &'scope Scope<'scope, 'env>, first: &Sender<Source>) {
         let Context { gate, limits, .. } = self.context;
         while !gate.is_over() {
@@ -77,7 +77,7 @@ impl<'env> Acceptor<'env> {
         }
     }
 
-    /// Lets the caller that is heard longest go, so that there is a descriptor for the next one; that one waits meanwhile.
+    /// Closes the oldest caller, so that there is a descriptor for the next one, which waits in the listener's queue.
     fn make_room(self, error: ConnectionError) {
         if !self.context.connections.dismiss_caller() {
             self.rejections.count_unserved("a caller", error.into());
@@ -85,7 +85,7 @@ impl<'env> Acceptor<'env> {
         }
     }
 
-    /// Hears `connection` on a thread of its own.
+    /// Reads `connection` on a thread of its own.
     fn let_in<'scope>(
         self,
         scope: &'scope Scope<'scope, 'env>,
@@ -94,7 +94,7 @@ impl<'env> Acceptor<'env> {
     ) {
         let Context { gate, connections, .. } = self.context;
         let entry = connections.enter_caller(&connection, self.callers);
-        // After that: whoever ends the migration closes those that are on the list.
+        // Only after it is on the list: ending the migration closes every connection on it.
         let Some(caller) = gate.caller() else { return };
         let (peer, first) = (connection.peer().to_owned(), first.clone());
         let hear = move || self.hear(caller, connection, entry, &first);
@@ -103,11 +103,11 @@ impl<'env> Acceptor<'env> {
         }
     }
 
-    /// Finds out who calls, and serves who may come in.
+    /// Finds out who the caller is, and serves it if it is the source.
     fn hear(self, caller: Caller, mut connection: Connection, entry: Entry, first: &Sender<Source>) {
         let Context { gate, connections, limits, .. } = self.context;
         let (peer, handle) = (connection.peer().to_owned(), connection.handle());
-        // For all of it, however slowly it is said.
+        // One limit for all of the greeting, however slowly its bytes arrive.
         connection.end_at(Some(limits.handshake_timeout));
         let secured = self.secure(connection).map_err(Reason::from);
         let outcome = secured.and_then(|connection| match caller {
@@ -131,7 +131,7 @@ impl<'env> Acceptor<'env> {
         }
     }
 
-    /// Hands who says Start to the main thread, if it is the first to do so.
+    /// Hands the first caller that sends Start to the main thread.
     fn hear_source(
         self,
         mut connection: Connection,
@@ -153,7 +153,7 @@ impl<'env> Acceptor<'env> {
         }
     }
 
-    /// Begins the migration with who says Start, of whatever version.
+    /// Begins the migration with a caller that sent Start, of whatever version.
     fn admit(self, request: Request) -> Result<Request, Reason> {
         if request.command() != Command::Start {
             request.version().map_err(|source| ReceiveError::Start { source })?;

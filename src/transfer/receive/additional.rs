@@ -17,8 +17,8 @@ use crate::transfer::frame::{Command, Request, Response, Status};
 /// migration.
 ///
 /// # Errors
-/// What came first is no message at all: so spoke a stranger, as another source that says Start, and the migration goes on.
-/// A source that spoke so hears of it.
+/// What came first is not a message of an additional connection: the caller is a stranger, such as another source that sends
+/// Start. It gets an Error, and the migration goes on.
 pub(super) fn serve(
     mut connection: Connection,
     entry: Entry,
@@ -40,13 +40,13 @@ pub(super) fn serve(
     let mut under_way = None;
     let connected = gate.connect(limits.connections);
     let outcome = connected.and_then(|()| take_all(first, &mut connection, context, &mut under_way));
-    // Bounded by itself from here on: the end of the migration need not close it.
+    // From here on its own time limits end it: the end of the migration need not close it.
     drop(entry);
     match outcome {
         Ok(()) => connection.close(Duration::ZERO),
         Err(error) => {
             log::debug!("Connection from {} failed: {}", connection.peer(), in_full(&error));
-            // While the Memory it cut off is under way: State does not get in between.
+            // Report the failure while the Memory that was cut off still counts as under way, so that State cannot pass it.
             gate.fail(error);
             drop(under_way);
             refuse_and_close(connection, limits.linger);
@@ -58,7 +58,7 @@ pub(super) fn serve(
 /// Keeps a connection for page faults, which anybody can open, until State shows whether the source waits on it.
 ///
 /// # Errors
-/// The peer speaks before it is asked, so it is a stranger.
+/// The peer sends something before it is asked to, so it is a stranger.
 pub(super) fn keep_fault(mut connection: Connection, context: Context<'_>) -> Result<(), ReceiveError> {
     let fault = context.gate.enter_fault();
     let said = next_request(&mut connection, context);
@@ -100,7 +100,7 @@ fn take_all<'a>(
     Ok(())
 }
 
-/// Waits for a request; the main connection sees to it that this ends. `None` at the end.
+/// Waits for a request, without a limit of its own: the main connection ends the wait. `None` at the end.
 fn next_request(connection: &mut Connection, context: Context<'_>) -> Result<Option<Request>, ReceiveError> {
     while !context.gate.is_over() {
         let head = connection.await_head(TICK);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Who takes the VM in, and what came of it.
+//! What receives the VM, and the result.
 
 use std::sync::{Arc, Mutex};
 
@@ -29,7 +29,7 @@ pub trait Destination {
     /// Takes the JSON text of the Config, and tells where the pages go.
     ///
     /// # Errors
-    /// This VM cannot be had here.
+    /// This host cannot run this VM.
     fn config(&mut self, json: &[u8]) -> Result<Arc<dyn PageStore>, VmError>;
 
     /// Takes the JSON text of the State; every page is in place. Nobody else keeps the text, which may be large.
@@ -44,7 +44,7 @@ pub trait Destination {
     /// The VM does not run here: the source is told so, and runs it again.
     fn complete(&mut self, paused: bool) -> Result<Completion, VmError>;
 
-    /// Learns that the migration ended before [`Destination::complete`]: no more is coming.
+    /// Called when the migration ended before [`Destination::complete`]: nothing more will come.
     fn abandoned(&mut self);
 }
 

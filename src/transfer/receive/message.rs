@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Messages off a connection, each length against its limit first, and their answers.
+//! Reads messages from a connection, checking each length against its limit first, and answers them.
 
 use std::io::Write;
 use std::time::Duration;
@@ -121,9 +121,9 @@ pub(super) fn answer(
     sent.map_err(|source| ReceiveError::Answer { command, source })
 }
 
-/// Answers a request with Error; where that cannot be sent, the peer learns from the end of the connection.
+/// Answers a request with Error. If that cannot be sent, the end of the connection tells the peer.
 ///
-/// A peer that stalled before has spent its time, so this gets some of its own: `within`.
+/// A peer that stalled has used up its time, so the answer has a limit of its own: `within`.
 pub(super) fn refuse(connection: &mut Connection, within: Duration) {
     let _ = connection.send_within(&Response::new(Status::Error).to_bytes(), within);
 }

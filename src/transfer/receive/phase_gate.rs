@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The phase gate: what the connections of one migration know of each other, and when each message may come in.
+//! The phase gate: the state that the connections of one migration share, and which message may come in which phase.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -44,7 +44,7 @@ struct State {
 }
 
 impl State {
-    /// Keeps the first failure; after the end there is nobody to find it.
+    /// Keeps the first failure. After the end of the migration nobody would read one.
     fn fail(&mut self, error: ReceiveError) {
         if !matches!(self.phase, Phase::Over) {
             self.failure.get_or_insert(error);
@@ -53,7 +53,7 @@ impl State {
 
     /// Whether the source keeps the memory for a postcopy: there is State and a connection for page faults, and no memory.
     ///
-    /// Each of them alone shows nothing: a stranger can open the connection, and a VM of zeroes needs no memory.
+    /// Neither alone proves it: a stranger can open such a connection, and a VM whose memory is all zero sends none.
     fn is_postcopy(&self) -> bool {
         matches!(self.phase, Phase::Sealed) && self.faults > 0 && self.memory.messages == 0
     }
@@ -85,7 +85,7 @@ pub(super) struct PhaseGate {
 }
 
 impl PhaseGate {
-    /// Who somebody who calls now can be; `None` where the migration is over.
+    /// Which connection a caller can be at this point; `None` when the migration is over.
     pub(super) fn caller(&self) -> Option<Caller> {
         match self.lock().phase {
             Phase::Waiting | Phase::Begun => Some(Caller::Source),
@@ -163,7 +163,7 @@ impl PhaseGate {
 
     /// Waits until no Memory is under way on an additional connection.
     ///
-    /// Each of them keeps the pace or fails, so the wait ends.
+    /// The wait ends, because each of them keeps the minimum pace or fails.
     ///
     /// # Errors
     /// One of them failed.
@@ -219,7 +219,7 @@ impl PhaseGate {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // The state holds together after every statement, so also after a panic of one who held it.
+        // The state is consistent after every statement, so a poisoned lock is safe to use.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -230,7 +230,7 @@ fn take_failure(state: &mut State) -> Result<(), ReceiveError> {
 
 /// A Memory that is under way. Dropped before it is done, it ends the migration.
 ///
-/// Who knows why it is not done tells [`PhaseGate::fail`] first.
+/// Report the reason with [`PhaseGate::fail`] before dropping it.
 pub(super) struct Ticket<'a> {
     gate: &'a PhaseGate,
     pub(super) store: Arc<dyn PageStore>,
@@ -247,7 +247,7 @@ impl Ticket<'_> {
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
         let mut state = self.gate.lock();
-        // With the failure under one lock: no one may see that nothing is under way, and not that this was cut off.
+        // Under one lock with the failure: otherwise State could see that no Memory is under way before it sees the failure.
         state.under_way -= 1;
         if !self.done {
             state.fail(ReceiveError::Store { source: io::Error::other("Memory was taken in part") });

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Rejections: callers that were turned away. All are counted; a rate limit keeps those told of from filling a log.
+//! Rejections: callers that are not the source. All are counted; a rate limit keeps them from filling the log.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,10 +12,10 @@ use super::error::{Part, ReceiveError, in_full};
 use crate::transfer::connection::Stall;
 use crate::units::Count;
 
-/// Callers told of at once.
+/// Rejections that may be logged at once.
 const BURST: u32 = 10;
 
-/// How long it takes until another one may be told of.
+/// Time after which another rejection may be logged.
 const PERIOD: Duration = Duration::from_secs(10);
 
 /// Why a caller was turned away.
@@ -24,13 +24,13 @@ pub(super) enum Reason {
     /// Another source's VM is being received.
     #[error("Another source's migration is under way")]
     Occupied,
-    /// It had to make room before it said who it is, or found none.
+    /// It was closed to make room before it said who it is, or there was no room.
     #[error("Caller had to make room for others: {callers} are heard at a time")]
     Crowd {
         /// How many there may be.
         callers: usize,
     },
-    /// Its time is over, however much of it came.
+    /// Its time ran out before its greeting was complete.
     #[error("Caller did not say who it is in {:.1} s", .allowed.as_secs_f64())]
     Late {
         /// How long it had.
@@ -42,7 +42,7 @@ pub(super) enum Reason {
 }
 
 impl Reason {
-    /// Returns what it means that the first bytes of a caller cannot be read.
+    /// Returns the reason for a rejection from the error of reading a caller's first bytes.
     pub(super) fn of_reading(part: Part, source: io::Error) -> Self {
         match Stall::of(&source) {
             Some(Stall::Late { allowed }) => Self::Late { allowed },
@@ -56,7 +56,7 @@ impl Reason {
 pub(super) struct Rejections(Mutex<Tally>);
 
 impl Rejections {
-    /// Counts a caller, and says who was turned away and why, unless too many were of late.
+    /// Counts a rejected caller, and logs who it was and why, within the rate limit.
     pub(super) fn count(&self, peer: &str, reason: &Reason) {
         let reason = in_full(reason);
         // Not in the match: the lock would be held for as long as the log takes.
