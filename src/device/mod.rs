@@ -30,6 +30,8 @@ pub use vfio_user::{VfioUserDevice, VfioUserDeviceError};
 #[cfg(feature = "device-state")]
 mod blob;
 #[cfg(feature = "device-state")]
+mod failure;
+#[cfg(feature = "device-state")]
 mod identity;
 #[cfg(feature = "device-state")]
 mod incoming;
@@ -72,8 +74,9 @@ pub(crate) use {
 pub use without_state::{DeviceSet, DeviceSetError};
 #[cfg(feature = "device-state")]
 pub use {
+    failure::DeviceFailure,
     identity::{IdentityField, IdentityMismatch, StreamIdentity, compare_identities},
-    member::{Device, DeviceFailure, UNASKABLE_STATE_BYTES, UNKNOWN_STATE_BYTES},
+    member::{Device, UNASKABLE_STATE_BYTES, UNKNOWN_STATE_BYTES},
     saved::{Identity, Nesting, SavedStateError, SavedVersion},
     set::{Attempt, DeviceSet, DeviceSetError},
     stream::{CHUNK_BYTES, StreamError},

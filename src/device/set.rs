@@ -12,7 +12,8 @@ use log::{error, warn};
 use thiserror::Error;
 use vm_migration::{Snapshot, snapshot_from_id};
 
-use super::member::{Asking, Device, DeviceFailure};
+use super::failure::DeviceFailure;
+use super::member::{Asking, Device};
 use super::saved::{
     NAME_LIMIT_BYTES, Nesting, SavedState, SavedStateError, SavedVersion, state_node, streamed_bytes,
 };

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::failure::DeviceFailure;
 use super::incoming::Incoming;
-use super::member::DeviceFailure;
 use super::pace::{PATIENCE, Pace};
 use super::shared::SharedIo;
 use super::state::path;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use log::error;
 
-use super::{Device, DeviceFailure};
+use super::Device;
+use crate::device::DeviceFailure;
 use crate::device::identity::StreamIdentity;
 use crate::device::incoming::Incoming;
 use crate::device::outgoing::Outgoing;
