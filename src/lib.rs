@@ -88,6 +88,8 @@
 //! tracker.end(receiver)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+#![cfg_attr(feature = "transfer", doc = "")]
+#![cfg_attr(feature = "transfer", doc = include_str!("../docs/first-vmm.md"))]
 
 mod bitmap;
 pub mod device;
