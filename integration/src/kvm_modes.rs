@@ -171,7 +171,16 @@ fn harvest_when_full(harvester: Arc<OnceLock<Harvester<Arc<VmFd>>>>) -> ExitHook
     })
 }
 
-/// Pages sent in a round of a quarter of a second, after the first, by a guest that writes `pages_per_second` of `ram_bytes`: the
+/// Pages of an average round.
+#[derive(Debug, Clone, Copy)]
+pub struct Pages {
+    /// Pages that the guest wrote; the same one counts every time.
+    pub written: u64,
+    /// Pages that were sent.
+    pub sent: u64,
+}
+
+/// What is sent in a round of a quarter of a second, after the first, of a guest that writes `pages_per_second` of `ram_bytes`: the
 /// mean of so many `rounds`.
 ///
 /// # Errors
@@ -181,17 +190,22 @@ pub fn pages_per_round(
     ram_bytes: u64,
     pages_per_second: u32,
     rounds: u32,
-) -> anyhow::Result<u64> {
+) -> anyhow::Result<Pages> {
     let mut subject = Subject::start(Some(tracking), ram_bytes, Rate::PagesPerSecond(pages_per_second))?;
-    let mut sent = 0;
-    for round in 0..=rounds {
+    let mut round = || {
         let began = Instant::now();
         subject.collect()?;
-        let pages = subject.send(READING)?;
-        sent += if round > 0 { pages } else { 0 };
+        let sent = subject.send(READING)?;
         thread::sleep((began + ROUND).saturating_duration_since(Instant::now()));
+        anyhow::Ok((sent, subject.machine.pages_written()?))
+    };
+    let (_, written_before) = round()?;
+    let (mut sent, mut written) = (0, written_before);
+    for _ in 0..rounds {
+        let (pages, so_far) = round()?;
+        (sent, written) = (sent + pages, so_far);
     }
-    Ok(sent / u64::from(rounds))
+    Ok(Pages { written: (written - written_before) / u64::from(rounds), sent: sent / u64::from(rounds) })
 }
 
 /// A drain of a guest that has written about a hundred pages since the last one.
@@ -208,11 +222,15 @@ pub struct Drain {
 /// # Errors
 /// As [`pages_per_round`].
 pub fn drain(tracking: Tracking, ram_bytes: u64, drains: usize) -> anyhow::Result<Drain> {
-    const GAP: Duration = Duration::from_millis(10);
+    const LEAST_PAGES: u64 = 100;
     let mut subject = Subject::start(Some(tracking), ram_bytes, Rate::PagesPerSecond(10_000))?;
     let mut seen = Vec::with_capacity(drains);
     for _ in 0..drains {
-        thread::sleep(GAP);
+        let until = subject.machine.pages_written()? + LEAST_PAGES;
+        while subject.machine.pages_written()? < until {
+            subject.machine.health()?;
+            thread::sleep(Duration::from_millis(1));
+        }
         let (pages, took) = subject.collect()?;
         seen.push(Drain { pages, took });
         subject.send(Duration::ZERO)?;
@@ -273,9 +291,9 @@ mod tests {
         }
         for tracking in Tracking::ALL {
             let sent = pages_per_round(tracking, RAM_BYTES, 10_000, 2).unwrap();
-            assert!(sent > 100, "{tracking}: {sent} pages a round");
+            assert!(sent.sent > 100 && sent.written > 100, "{tracking}: {sent:?}");
             let drain = drain(tracking, RAM_BYTES, 5).unwrap();
-            assert!(drain.pages > 0, "{tracking}: {drain:?}");
+            assert!(drain.pages >= 100, "{tracking}: {drain:?}");
         }
         for tracking in [None, Some(Tracking::ClearAtRead)] {
             assert!(pages_per_cpu_second(tracking, RAM_BYTES, Duration::from_millis(200)).unwrap() > 1000.0);
