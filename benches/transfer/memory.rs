@@ -66,7 +66,7 @@ fn round(way: Way, source: &Arc<Memory>) -> Round {
     let full = fresh();
     (0..BYTES).step_by(PAGE as usize).for_each(|gpa| full.write_obj(1_u8, GuestAddress(gpa)).unwrap());
     let plain = |memory: Arc<Memory>| cost(|| copy_plainly(way, source, &memory));
-    let ours = |mut vmm: Vmm| cost(move || migrate(way, source, &mut vmm).0);
+    let ours = |mut vmm: Vmm| cost(|| migrate(way, source, &mut vmm).0);
     let round = Round {
         plain_fresh: plain(fresh()),
         ahead: ours(Vmm::new(fresh())),
