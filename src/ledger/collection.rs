@@ -7,7 +7,7 @@ use super::terms::Attribution;
 use crate::bitmap::{BLOCK_WORDS, WORD_BITS};
 use crate::iova::IovaMap;
 use crate::layout::Layout;
-use crate::source::{Marks, Sink};
+use crate::source::{Marks, Sink, emptied};
 use crate::sys::cpu::{self, Work};
 
 static IDENTITY: IovaMap = IovaMap::Identity;
@@ -50,12 +50,6 @@ impl<'a> Report<'a> {
             repeats: false,
         }
     }
-}
-
-/// Empties a vector whose memory serves reports of another collect.
-fn emptied<'b>(mut reports: Vec<Report<'_>>) -> Vec<Report<'b>> {
-    reports.clear();
-    reports.into_iter().map(|_| unreachable!("it was emptied")).collect()
 }
 
 impl<'a> Collection<'a> {

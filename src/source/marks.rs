@@ -137,8 +137,8 @@ impl Lent<'_> {
     }
 }
 
-/// Empties a vector whose memory serves words lent for another time.
-fn emptied<'b>(mut lent: Vec<Lent<'_>>) -> Vec<Lent<'b>> {
-    lent.clear();
-    lent.into_iter().map(|_| unreachable!("it was emptied")).collect()
+/// Empties a vector, and hands its memory on where the two kinds differ in a lifetime only.
+pub(crate) fn emptied<A, B>(mut vector: Vec<A>) -> Vec<B> {
+    vector.clear();
+    vector.into_iter().map(|_| unreachable!("it was emptied")).collect()
 }
