@@ -35,6 +35,7 @@
 //! | [`precopy`] | when to go on, slow down, switch over or give up: a pure function |
 //! | [`transfer`] | frames, connections, sender and receiver of Cloud Hypervisor's protocol |
 //! | [`snapshot`] | Cloud Hypervisor's snapshot directory: full, differential, received from a running VM, verified |
+//! | [`offload`] | memory that a VMM beside this process passes as descriptors |
 //! | [`error`] | an error and its causes as one line |
 //! | [`threads`] | what the threads of the library do first |
 //! | [`syscalls`] | the system calls of each source and part, for seccomp filters |
@@ -99,6 +100,8 @@ pub mod iova;
 pub mod layout;
 pub mod ledger;
 pub mod migratable;
+#[cfg(feature = "snapshot")]
+pub mod offload;
 pub mod precopy;
 #[cfg(feature = "probe")]
 pub mod probe;

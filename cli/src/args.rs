@@ -59,7 +59,11 @@ pub(crate) enum Command {
     /// logs as an error, and its VM runs on, but without the disk locks: keep other VMs from its disks yourself.
     ///
     /// Refused: VMs with writable disks, unless --on-paused or --memory-only is given; VMs with vDPA devices, which
-    /// would stay suspended at the source; sources that pass memory as descriptors (local=on) or on demand (postcopy).
+    /// would stay suspended at the source; sources that send memory on demand (postcopy).
+    ///
+    /// Over a UNIX socket, a source on this host may pass its memory as descriptors (local=on). It is copied while the VM
+    /// runs, and what changed meanwhile when it is paused. Without preserve_source=on all is as above. With it the source
+    /// keeps its disk locks; its VM stays paused until `ch-remote resume`, or, with --checkpoint, runs on by itself.
     #[command(after_help = EXIT_STATUS)]
     Receive(ReceiveArguments),
     /// Sends a snapshot directory to a VMM that waits in `ch-remote receive-migration`, or to `vfio-migrate receive`.
@@ -123,6 +127,13 @@ pub(crate) struct ReceiveArguments {
     /// Accept a VM with writable disks without storing them.
     #[arg(long)]
     pub(crate) memory_only: bool,
+    /// Longest that memory is copied while the VM runs, in seconds, of a source that passes it as descriptors (local=on). Such
+    /// a Cloud Hypervisor takes no other API call meanwhile, and ends if its guest reboots.
+    #[arg(long, default_value_t = 300, value_name = "S", value_parser = seconds())]
+    pub(crate) warm_timeout: u64,
+    /// Do not copy memory while the VM runs, but all of it when it is paused, of a source that passes it as descriptors.
+    #[arg(long, conflicts_with = "warm_timeout")]
+    pub(crate) no_warm_copy: bool,
     /// Store only what differs from the snapshot DIR. If that is a differential itself, repeat the option for its
     /// whole chain, the full one first.
     #[arg(long, value_name = "DIR")]
@@ -334,6 +345,7 @@ mod tests {
             include_str!("../../README.md"),
             include_str!("../../docs/vfio.md"),
             include_str!("../../docs/other-host.md"),
+            include_str!("../../docs/offload.md"),
         ];
         let lines = pages.iter().flat_map(|page| page.lines());
         let commands = lines.filter(|line| line.starts_with("vfio-migrate "));

@@ -27,6 +27,31 @@ pub(crate) enum Event<'a> {
         /// Over the last moments.
         bytes_per_second: u64,
     },
+    /// The source passed its memory as descriptors.
+    MemoryPassed {
+        /// The VM's memory.
+        ram_bytes: u64,
+        /// How long it is copied while the VM runs, at most; `null`: not at all.
+        warm_timeout_s: Option<u64>,
+    },
+    /// The copy of such memory while the VM runs is over.
+    MemoryCopied {
+        /// Memory that was copied; holes are none.
+        bytes: u64,
+        /// Whether that is all.
+        whole: bool,
+        /// How long it took.
+        took_ms: u128,
+    },
+    /// Such memory of the paused VM is stored.
+    MemoryStored {
+        /// Memory that was looked at while the VM was paused.
+        read_bytes: u64,
+        /// Memory that was written of it while the VM was paused.
+        written_bytes: u64,
+        /// How long it took.
+        took_ms: u128,
+    },
     /// The command of `--on-paused` begins; the source's VM is paused while it runs.
     CommandStarted {
         /// The command.

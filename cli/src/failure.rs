@@ -254,6 +254,10 @@ impl Class for DestinationError {
     fn exit(&self) -> Exit {
         match self {
             Self::Write(error) => exit_of_place(error).unwrap_or(Exit::Peer),
+            Self::Copy(error) => {
+                let written = error.get_ref().and_then(|inner| inner.downcast_ref::<WriteError>());
+                written.map_or(Exit::Peer, Class::exit)
+            }
             Self::OnPaused(error) => error.downcast_ref::<CommandError>().map_or(Exit::Io, Class::exit),
             _ => Exit::Peer,
         }
@@ -264,7 +268,7 @@ impl Class for DestinationError {
             Self::WritableDisks { .. } => {
                 Some("--on-paused CMD snapshots them, --memory-only leaves them as they are")
             }
-            Self::SharedZones { .. } => Some(OWN_MEMORY),
+            Self::SharedZones { .. } | Self::FileZones { .. } => Some(OWN_MEMORY),
             _ => None,
         }
     }

@@ -10,8 +10,10 @@ use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use indicatif::HumanBytes;
 use log::warn;
 use thiserror::Error;
+use vfio_migration::offload::LocalEvent;
 use vfio_migration::snapshot::OnPaused;
 use vfio_migration::transfer::receive::ReceiverHandle;
 
@@ -110,6 +112,8 @@ pub(crate) enum Note {
         /// How long it took.
         ran: Duration,
     },
+    /// What happens to memory that came as descriptors.
+    Local(LocalEvent),
     /// It was to end, and did not.
     RunsOn {
         /// The command.
@@ -139,11 +143,51 @@ impl Note {
                     format!("{command:?} {how} after {:.1} s", ran.as_secs_f64())
                 });
             }
+            Self::Local(event) => tell_local(event, output),
             Self::RunsOn { command, processes } => warn!(
                 "Cannot end {command:?}: processes {processes:?} are still there, as another user's or waiting for a device"
             ),
         }
         None
+    }
+}
+
+/// Tells how memory is copied that came as descriptors, and what cannot be done meanwhile.
+fn tell_local(event: LocalEvent, output: &Output) {
+    match event {
+        LocalEvent::Passed { ram_bytes, warm_timeout } => {
+            let warm_timeout_s = warm_timeout.map(|limit| limit.as_secs());
+            output.tell(&Event::MemoryPassed { ram_bytes, warm_timeout_s }, || match warm_timeout_s {
+                Some(limit) => format!(
+                    "The source passed its memory as descriptors. Copying {} while its VM runs, for at most {limit} s. \
+                     Until that is done a Cloud Hypervisor refuses every API call, and ends if its guest reboots. \
+                     With preserve_source=on its VM then stays paused until `ch-remote resume`, unless --checkpoint is given here",
+                    HumanBytes(ram_bytes)
+                ),
+                None => "The source passed its memory as descriptors; it is copied when the VM is paused".to_owned(),
+            });
+        }
+        LocalEvent::Copied { bytes, whole, took } => {
+            output.tell(&Event::MemoryCopied { bytes, whole, took_ms: took.as_millis() }, || {
+                let how = if whole { "all there is" } else { "the rest comes when it is paused" };
+                format!(
+                    "Copied {} of the running VM in {:.1} s, {how}",
+                    HumanBytes(bytes),
+                    took.as_secs_f64()
+                )
+            });
+        }
+        LocalEvent::Stored { read_bytes, written_bytes, took } => {
+            let took_ms = took.as_millis();
+            output.tell(&Event::MemoryStored { read_bytes, written_bytes, took_ms }, || {
+                format!(
+                    "Stored {} of the {} of the paused VM in {took_ms} ms",
+                    HumanBytes(written_bytes),
+                    HumanBytes(read_bytes)
+                )
+            });
+        }
+        _ => {}
     }
 }
 

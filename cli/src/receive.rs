@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
 use vfio_migration::error::Chain;
+use vfio_migration::offload::LocalOptions;
 use vfio_migration::snapshot::{
     Base, DestinationOptions, Digest, PassThrough, SnapshotDestination, describe,
 };
@@ -95,6 +96,13 @@ fn options(
     let lost = |source| HostError::Path { path: arguments.into.clone(), source };
     let into = std::path::absolute(&arguments.into).map_err(lost)?;
     let limit = Duration::from_secs(arguments.on_paused_timeout);
+    let told = notes.clone();
+    let local = LocalOptions {
+        warm_timeout: (!arguments.no_warm_copy).then(|| Duration::from_secs(arguments.warm_timeout)),
+        receiver: Some(receiver.clone()),
+        // Where nobody listens, nobody needs to know.
+        observer: Some(Box::new(move |event| drop(told.send(Note::Local(event))))),
+    };
     let on_paused = arguments.on_paused.clone();
     let on_paused = on_paused.map(|command| PausedCommand { command, into, limit, receiver, notes }.hook());
     Ok(DestinationOptions {
@@ -102,6 +110,7 @@ fn options(
         checkpoint: arguments.checkpoint,
         memory_only: arguments.memory_only,
         on_paused,
+        local,
         limits,
     })
 }

@@ -88,7 +88,7 @@ mod disk;
 mod format;
 mod migrate;
 mod ops;
-mod parallel;
+pub(crate) mod parallel;
 mod read;
 mod reserve;
 mod write;
@@ -96,7 +96,9 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use self::disk::next_data;
 pub use self::disk::{ManifestUse, ReadError, WriteError};
+pub(crate) use self::format::RamSlot;
 pub use self::format::{
     CHANGES_FILE, CONFIG_FILE, ConfigMessage, Digest, DigestError, Elsewhere, Extent, FormatError, Interface,
     LeftOut, MANIFEST_FILE, MEMORY_FILE, Manifest, PassThrough, Placement, PlacementError, STATE_FILE,

@@ -9,7 +9,7 @@ use std::thread;
 use crate::threads::ThreadStart;
 
 /// How many threads this process may run at once.
-pub(super) fn processors() -> usize {
+pub(crate) fn processors() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
@@ -22,7 +22,7 @@ pub(super) fn processors() -> usize {
 ///
 /// # Panics
 /// `work` panicked.
-pub(super) fn for_each<T: Sync, E: Send>(
+pub(crate) fn for_each<T: Sync, E: Send>(
     items: &[T],
     threads: usize,
     start: ThreadStart,

@@ -18,6 +18,7 @@ mod frames;
 mod hostile_receiver;
 mod hostile_source;
 mod kills;
+mod local;
 mod paused;
 mod raw;
 mod readme;

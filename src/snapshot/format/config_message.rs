@@ -27,9 +27,24 @@ struct MemoryManagerConfig {
 
 #[derive(Deserialize)]
 struct RamMapping {
+    #[serde(default)]
+    slot: u32,
     gpa: u64,
     size: u64,
     virtio_mem: bool,
+    #[serde(default)]
+    file_offset: u64,
+}
+
+/// Where a part of the RAM is in the descriptor of its slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RamSlot {
+    /// Its number.
+    pub(crate) slot: u32,
+    /// The RAM.
+    pub(crate) range: GpaRange,
+    /// Where that begins in the descriptor.
+    pub(crate) offset: u64,
 }
 
 /// A Config message: what a source says of its VM before any page.
@@ -38,6 +53,7 @@ pub struct ConfigMessage {
     vm_config: VmConfig,
     layout: Layout,
     hotpluggable: Vec<GpaRange>,
+    slots: Vec<RamSlot>,
 }
 
 impl ConfigMessage {
@@ -49,16 +65,17 @@ impl ConfigMessage {
         within("Config message", payload.len(), limits.config_bytes)?;
         let fields: ConfigFields = serde_json::from_slice(payload).map_err(json("Config message"))?;
         let mappings = fields.memory_manager_data.guest_ram_mappings;
-        let (mut ram, mut hotpluggable) = (Vec::new(), Vec::new());
+        let (mut ram, mut hotpluggable, mut slots) = (Vec::new(), Vec::new(), Vec::new());
         for (index, mapping) in mappings.iter().enumerate() {
             let range = GpaRange::new(mapping.gpa, mapping.size)
                 .map_err(|source| FormatError::Mapping { index, source })?;
             ram.push(range);
+            slots.push(RamSlot { slot: mapping.slot, range, offset: mapping.file_offset });
             hotpluggable.extend(mapping.virtio_mem.then_some(range));
         }
         Placement::new(ram.iter().copied(), limits).map_err(ranges("Config message"))?;
         let layout = Layout::new(ram, Granule::host_page())?;
-        Ok(Self { vm_config: VmConfig::from_raw(fields.vm_config)?, layout, hotpluggable })
+        Ok(Self { vm_config: VmConfig::from_raw(fields.vm_config)?, layout, hotpluggable, slots })
     }
 
     /// The VM's configuration.
@@ -69,6 +86,11 @@ impl ConfigMessage {
     /// The VM's RAM: all that may become `memory-ranges`.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// The RAM as it is in descriptors.
+    pub(crate) fn slots(&self) -> &[RamSlot] {
+        &self.slots
     }
 
     /// Parts of the RAM that virtio-mem devices plug and unplug; the state lists what is plugged.

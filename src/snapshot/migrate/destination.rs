@@ -4,13 +4,18 @@
 
 use std::fmt;
 use std::io::{self, BufReader, ErrorKind};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
+use std::time::Instant;
+
 use thiserror::Error;
 
 use crate::layout::Layout;
+use crate::offload::slots::{PassedSlots, SlotError, SlotFiles};
+use crate::offload::warm::{self, Copied, LocalEvent, LocalOptions};
 use crate::snapshot::disk::{StagedDir, WriteError};
 use crate::snapshot::format::{
     ConfigMessage, Digest, FormatError, PlacementError, SnapshotLimits, VmConfig, VmState, ZoneFile,
@@ -48,6 +53,18 @@ pub enum DestinationError {
         /// The memory zones and their files.
         zones: Vec<ZoneFile>,
     },
+    /// The descriptor of such memory lacks what the guest wrote.
+    #[error("VM passes memory as descriptors that do not hold what it wrote: {}", zone_files(.zones))]
+    FileZones {
+        /// The memory zones and their files.
+        zones: Vec<ZoneFile>,
+    },
+    /// Descriptors that were passed are not the VM's memory.
+    #[error("Cannot take the memory that the source passed")]
+    Slot(#[from] SlotError),
+    /// Memory in descriptors could not be copied.
+    #[error("Cannot copy the memory that the source passed")]
+    Copy(#[source] io::Error),
     /// A message is not what it should be.
     #[error(transparent)]
     Document(#[from] FormatError),
@@ -105,6 +122,8 @@ pub struct DestinationOptions {
     pub memory_only: bool,
     /// Done while the VM is paused.
     pub on_paused: Option<OnPaused>,
+    /// How memory is copied that comes as descriptors.
+    pub local: LocalOptions,
     /// How large messages and memory may be.
     pub limits: SnapshotLimits,
 }
@@ -116,6 +135,7 @@ impl fmt::Debug for DestinationOptions {
             .field("checkpoint", &self.checkpoint)
             .field("memory_only", &self.memory_only)
             .field("on_paused", &self.on_paused.is_some())
+            .field("local", &self.local)
             .field("limits", &self.limits)
             .finish()
     }
@@ -129,6 +149,9 @@ impl fmt::Debug for DestinationOptions {
 pub struct SnapshotDestination {
     options: DestinationOptions,
     phase: Phase,
+    passed: PassedSlots,
+    /// Where memory is, from Config to State, if it came as descriptors.
+    files: Option<SlotFiles>,
 }
 
 #[derive(Debug)]
@@ -147,7 +170,7 @@ impl SnapshotDestination {
     /// `target` is there and not an empty directory, or cannot be made.
     pub fn create(target: &Path, options: DestinationOptions) -> Result<Self, WriteError> {
         let staged = StagedDir::create(target)?;
-        Ok(Self { options, phase: Phase::Waiting(staged) })
+        Ok(Self { options, phase: Phase::Waiting(staged), passed: PassedSlots::default(), files: None })
     }
 
     /// What names the snapshot, once it is whole and safe on disk.
@@ -166,6 +189,8 @@ impl SnapshotDestination {
         let message = ConfigMessage::parse(json, &limits)?;
         self.check(message.vm_config())?;
         warn_of_devices(message.vm_config());
+        let passed = std::mem::take(&mut self.passed);
+        let files = if passed.is_empty() { None } else { Some(local_files(passed, &message)?) };
         let layout = message.layout().clone();
         let announced = AnnouncedRam::with_hotpluggable(layout.clone(), message.hotpluggable(), &limits)?;
         let writer = SnapshotWriter::begin(staged, announced, self.options.base.clone(), limits)?;
@@ -174,6 +199,10 @@ impl SnapshotDestination {
         let store =
             Arc::new(Store { layout, writer: RwLock::new(Some(writer)), closed: AtomicBool::new(false) });
         self.phase = Phase::Receiving { config: message.vm_config().clone(), store: Arc::clone(&store) };
+        if let Some(files) = &files {
+            self.copy_warm(files, &store)?;
+        }
+        self.files = files;
         Ok(store)
     }
 
@@ -202,7 +231,42 @@ impl SnapshotDestination {
         if let Some(on_paused) = &mut self.options.on_paused {
             on_paused().map_err(DestinationError::OnPaused)?;
         }
+        if let Some(files) = self.files.take() {
+            self.copy_paused(&files, &store)?;
+        }
         self.phase = Phase::Paused { config, state, store };
+        Ok(())
+    }
+
+    /// Copies the memory of the VM, which runs, for as long as it may.
+    fn copy_warm(&mut self, files: &SlotFiles, store: &Store) -> Result<(), DestinationError> {
+        let local = &mut self.options.local;
+        let warm_timeout = local.warm_timeout;
+        local.tell(LocalEvent::Passed { ram_bytes: store.layout.bytes(), warm_timeout });
+        let Some(timeout) = warm_timeout else { return Ok(()) };
+        let began = Instant::now();
+        let guard = store.writer();
+        let writer = guard.as_ref().ok_or(DestinationError::OutOfTurn { message: "Config" })?;
+        let copied = warm::copy(files, writer, began.checked_add(timeout), local.receiver.as_ref());
+        let copied = copied.and_then(|copied| writer.sync().map(|()| copied));
+        let Copied { bytes, whole, .. } = copied.map_err(DestinationError::Copy)?;
+        local.tell(LocalEvent::Copied { bytes, whole, took: began.elapsed() });
+        Ok(())
+    }
+
+    /// Stores the memory of the VM, which is paused, as far as it is not stored already.
+    fn copy_paused(&mut self, files: &SlotFiles, store: &Store) -> Result<(), DestinationError> {
+        let local = &mut self.options.local;
+        let began = Instant::now();
+        let guard = store.writer();
+        let writer = guard.as_ref().ok_or(DestinationError::OutOfTurn { message: "State" })?;
+        let receiver = local.receiver.as_ref();
+        let copied = match local.warm_timeout {
+            Some(_) => warm::update(files, writer, receiver),
+            None => warm::copy(files, writer, None, receiver),
+        };
+        let Copied { bytes, written, .. } = copied.map_err(DestinationError::Copy)?;
+        local.tell(LocalEvent::Stored { read_bytes: bytes, written_bytes: written, took: began.elapsed() });
         Ok(())
     }
 
@@ -217,7 +281,24 @@ impl SnapshotDestination {
     }
 }
 
+/// Checks descriptors against the Config that says what is in them.
+fn local_files(passed: PassedSlots, message: &ConfigMessage) -> Result<SlotFiles, DestinationError> {
+    let zones = message.vm_config().file_zones();
+    if !zones.is_empty() {
+        return Err(DestinationError::FileZones { zones: zones.to_vec() });
+    }
+    Ok(passed.settle(message.slots())?)
+}
+
 impl Destination for SnapshotDestination {
+    fn takes_descriptors(&self) -> bool {
+        matches!(self.phase, Phase::Waiting(_))
+    }
+
+    fn descriptor(&mut self, slot: u32, memory: OwnedFd) -> Result<(), VmError> {
+        Ok(self.passed.add(slot, memory).map_err(DestinationError::Slot)?)
+    }
+
     fn config(&mut self, json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
         Ok(self.begin(json)?)
     }

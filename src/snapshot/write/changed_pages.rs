@@ -109,6 +109,34 @@ impl ChangedPages {
         Ok(())
     }
 
+    /// Takes the bytes of `range` anew; returns how many bytes were written.
+    ///
+    /// # Errors
+    /// As [`ChangedPages::fill`].
+    pub(super) fn update(
+        &self,
+        range: GpaRange,
+        read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
+    ) -> Result<u64, FillError> {
+        let (mut before, mut written) = (Vec::new(), 0);
+        self.work.fill(range, read, |piece, bytes| {
+            let more = self.store(piece, bytes, &mut before)?;
+            written += more;
+            Ok(more)
+        })?;
+        Ok(written)
+    }
+
+    pub(super) fn stored(&self) -> io::Result<Vec<GpaRange>> {
+        let zeros = self.runs(self.placement(), |cell| cell.zero)?;
+        Ok([self.work.stored()?, zeros].concat())
+    }
+
+    /// Brings to disk what was written until now, and waits for it.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.work.file().sync_data()
+    }
+
     fn lock(&self, piece: Extent) -> io::Result<MutexGuard<'_, Cell>> {
         self.cells.lock(self.work.cell_of(piece))
     }

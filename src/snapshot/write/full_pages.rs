@@ -16,7 +16,7 @@ use crate::range::GpaRange;
 use crate::snapshot::disk::{data_parts, is_unsupported};
 use crate::snapshot::format::{BlockTable, Digest, Extent, Placement, block_bytes_of_full, is_zero};
 use crate::snapshot::parallel;
-use crate::snapshot::reserve::{index, list_of, zeros};
+use crate::snapshot::reserve::{index, list_of, resize, zeros};
 use crate::threads::ThreadStart;
 
 /// Smallest part of the file that one thread writes at a time.
@@ -78,6 +78,45 @@ impl FullPages {
         read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
     ) -> Result<(), FillError> {
         self.sparse.fill(range, read, |piece, bytes| self.store(piece, bytes).map_err(FillError::Write))
+    }
+
+    /// Writes those pages of `range`, whose bytes `read` supplies, that differ from what was written; returns how many bytes those are.
+    ///
+    /// # Errors
+    /// As [`FullPages::fill`].
+    pub(super) fn update(
+        &self,
+        range: GpaRange,
+        read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
+    ) -> Result<u64, FillError> {
+        let (mut before, mut changed) = (Vec::new(), 0);
+        self.sparse.fill(range, read, |piece, bytes| {
+            resize(&mut before, bytes.len()).map_err(FillError::Read)?;
+            let old = &mut before[..bytes.len()];
+            self.sparse.file().read_exact_at(old, piece.offset).map_err(FillError::Write)?;
+            if old == bytes {
+                return Ok(0);
+            }
+            let mut written = 0;
+            for run in differing(old, bytes, self.page_bytes) {
+                changed += run.len() as u64;
+                let start = piece.range.start() + run.start as u64;
+                let range = GpaRange::new(start, run.len() as u64).expect("it is a part of a range");
+                let part = Extent { range, offset: piece.offset + run.start as u64 };
+                written += self.store(part, &bytes[run]).map_err(FillError::Write)?;
+            }
+            Ok(written)
+        })?;
+        Ok(changed)
+    }
+
+    pub(super) fn stored(&self) -> io::Result<Vec<GpaRange>> {
+        self.sparse.stored()
+    }
+
+    /// Brings to disk what was written until now, and waits for it.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.sparse.file().sync_data()
     }
 
     /// Puts bytes in their place; returns how many were written, the others being zeros of a hole.
@@ -203,6 +242,22 @@ fn cut(start: usize, length: usize, unit: usize) -> impl Iterator<Item = (usize,
         next = length.min((at / unit + 1) * unit - start);
         (from < length).then_some((at, from..next))
     })
+}
+
+/// The runs of units in which two buffers of one length differ.
+fn differing(old: &[u8], new: &[u8], unit: usize) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (at, (old, new)) in old.chunks(unit).zip(new.chunks(unit)).enumerate() {
+        if old == new {
+            continue;
+        }
+        let start = at * unit;
+        match runs.last_mut() {
+            Some(last) if last.end == start => last.end = start + new.len(),
+            _ => runs.push(start..start + new.len()),
+        }
+    }
+    runs
 }
 
 fn locked(block: &Mutex<Block>) -> MutexGuard<'_, Block> {

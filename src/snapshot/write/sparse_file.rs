@@ -13,9 +13,9 @@ use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
 
 use crate::range::GpaRange;
-use crate::snapshot::disk::{WriteBack, WriteError, extend};
+use crate::snapshot::disk::{WriteBack, WriteError, data_parts, extend};
 use crate::snapshot::format::{Extent, Placement};
-use crate::snapshot::reserve::{index, resize};
+use crate::snapshot::reserve::{index, push, resize};
 use crate::threads::ThreadStart;
 use crate::vm::read_memory;
 
@@ -144,6 +144,18 @@ impl SparseFile {
             run = part.end..part.end;
         }
         Ok(written)
+    }
+
+    /// The memory that is data of the file, not a hole.
+    pub(super) fn stored(&self) -> io::Result<Vec<GpaRange>> {
+        let mut ranges = Vec::new();
+        for part in data_parts(&self.file, self.placement.bytes()) {
+            let part = part?;
+            for range in self.placement.gpas(part.start, part.end - part.start) {
+                push(&mut ranges, range)?;
+            }
+        }
+        Ok(ranges)
     }
 
     /// Begins to bring to disk what was written until now; does not wait for it.

@@ -22,6 +22,7 @@ use crate::snapshot::format::{
 };
 use crate::snapshot::parallel;
 use crate::snapshot::read::SnapshotChain;
+use crate::threads::ThreadStart;
 use crate::units::{Bytes, Millis};
 use crate::vm::ReadableCheck;
 
@@ -96,6 +97,31 @@ impl PageFile {
         match self {
             Self::Full(pages) => pages.fill(range, read),
             Self::Differential(_, pages) => pages.fill(range, read),
+        }
+    }
+
+    fn update(
+        &self,
+        range: GpaRange,
+        read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
+    ) -> Result<u64, FillError> {
+        match self {
+            Self::Full(pages) => pages.update(range, read),
+            Self::Differential(_, pages) => pages.update(range, read),
+        }
+    }
+
+    fn stored(&self) -> io::Result<Vec<GpaRange>> {
+        match self {
+            Self::Full(pages) => pages.stored(),
+            Self::Differential(_, pages) => pages.stored(),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        match self {
+            Self::Full(pages) => pages.sync(),
+            Self::Differential(_, pages) => pages.sync(),
         }
     }
 }
@@ -199,6 +225,39 @@ impl SnapshotWriter {
         self.readable.check(memory).map_err(io::Error::other)?;
         let filled = ranges.into_iter().try_for_each(|range| self.pages.fill(range, from_memory(memory)));
         filled.map_err(|error| self.fill_error(error))
+    }
+
+    /// Writes the bytes of `range` that `read` supplies piece by piece.
+    pub(crate) fn fill_with(
+        &self,
+        range: GpaRange,
+        read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.pages.fill(range, read).map_err(|error| self.fill_error(error))
+    }
+
+    /// Writes those pages of `range` that are not as they were stored already; returns how many bytes were written.
+    pub(crate) fn update_with(
+        &self,
+        range: GpaRange,
+        read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
+    ) -> io::Result<u64> {
+        self.pages.update(range, read).map_err(|error| self.fill_error(error))
+    }
+
+    /// The memory that is stored as data, and not as a hole.
+    pub(crate) fn stored(&self) -> io::Result<Vec<GpaRange>> {
+        self.pages.stored().map_err(|error| self.fill_error(FillError::Write(error)))
+    }
+
+    /// Brings to disk what was written until now, and waits for it.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.pages.sync().map_err(|error| self.fill_error(FillError::Write(error)))
+    }
+
+    /// What the threads that write do first.
+    pub(crate) fn threads(&self) -> ThreadStart {
+        self.limits.thread_start
     }
 
     fn fill_error(&self, error: FillError) -> io::Error {

@@ -2,22 +2,27 @@
 
 //! A socket whose waits are bounded and whose bytes are counted.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
-use rustix::net::{RecvFlags, recv};
-use socket2::Socket;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recv, recvmsg};
+use socket2::{Domain, Socket};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use super::pace::Stopwatch;
 use crate::sys::socket::{receive_slices, send_slices};
 use crate::transfer::limits::Pace;
+
+/// Descriptors taken with one message: one more than any may bring.
+const DESCRIPTORS_AT_ONCE: usize = 2;
 
 #[derive(Debug)]
 struct Shared {
@@ -132,6 +137,37 @@ impl Line {
         slices: &[VolatileSlice<'_, B>],
     ) -> io::Result<usize> {
         self.receive(|socket| receive_slices(socket, slices))
+    }
+
+    /// Whether descriptors can come over it.
+    pub(in crate::transfer) fn carries_descriptors(&self) -> bool {
+        self.shared.socket.domain().is_ok_and(|domain| domain == Domain::UNIX)
+    }
+
+    /// Receives into `bytes`, and no further, what comes with descriptors; these are added to `descriptors`.
+    ///
+    /// # Errors
+    /// As any read; or more descriptors came than are taken, or than this process may open.
+    pub(in crate::transfer) fn receive_descriptors(
+        &mut self,
+        bytes: &mut [u8],
+        descriptors: &mut Vec<OwnedFd>,
+    ) -> io::Result<usize> {
+        self.receive(|socket| {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_AT_ONCE))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut parts = [IoSliceMut::new(bytes)];
+            let came = recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(rights) = message {
+                    descriptors.extend(rights);
+                }
+            }
+            if came.flags.contains(ReturnFlags::CTRUNC) {
+                return Err(io::Error::other("More descriptors came than can be taken"));
+            }
+            Ok(came.bytes)
+        })
     }
 
     /// Looks whether anything is there to be read, without a wait and without taking it.

@@ -13,6 +13,7 @@ mod pace;
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -227,6 +228,30 @@ impl Connection {
             }
         }
         Ok(())
+    }
+
+    /// Whether descriptors can come over it: it is a UNIX socket.
+    pub(crate) fn carries_descriptors(&self) -> bool {
+        matches!(&self.stream, Stream::Plain(line) if line.carries_descriptors())
+    }
+
+    /// Reads exactly `N` bytes and the descriptors that come with them, over a UNIX socket.
+    ///
+    /// # Errors
+    /// The connection failed, stalled or ended, or more descriptors came than one message may bring.
+    pub(crate) fn read_with_descriptors<const N: usize>(&mut self) -> io::Result<([u8; N], Vec<OwnedFd>)> {
+        let (mut bytes, mut descriptors, mut filled) = ([0; N], Vec::new(), 0);
+        while filled < N {
+            let more = match &mut self.stream {
+                Stream::Plain(line) => line.receive_descriptors(&mut bytes[filled..], &mut descriptors)?,
+                Stream::Tls(session) => session.read(&mut bytes[filled..])?,
+            };
+            if more == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            filled += more;
+        }
+        Ok((bytes, descriptors))
     }
 
     /// Sends all of `bytes`, which may take `within` and need not keep the pace.

@@ -2,6 +2,7 @@
 
 //! What receives the VM, and the result.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use super::store::PageStore;
@@ -24,6 +25,21 @@ pub trait Destination {
     /// has to restore an interrupt controller before a device takes any of its state in, stays with it.
     fn device_streams(&mut self) -> Option<Arc<Mutex<DeviceSet>>> {
         None
+    }
+
+    /// Whether guest memory may come as descriptors (`local=on` of Cloud Hypervisor); `false`, the default: such a source is refused.
+    fn takes_descriptors(&self) -> bool {
+        false
+    }
+
+    /// Takes the descriptor of the memory in a slot that the Config will describe. Each is called for at once, before
+    /// [`Destination::config`]; no Memory comes after one.
+    ///
+    /// # Errors
+    /// The descriptor is not one of memory.
+    fn descriptor(&mut self, slot: u32, memory: OwnedFd) -> Result<(), VmError> {
+        drop((slot, memory));
+        Ok(())
     }
 
     /// Takes the JSON text of the Config, and tells where the pages go.

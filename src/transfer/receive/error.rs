@@ -208,6 +208,14 @@ pub enum ReceiveError {
         /// The most there may be.
         limit: ConnectionCount,
     },
+    /// A MemoryFd came without its descriptor, or with several.
+    #[error("MemoryFd for slot {slot} came with {} instead of one", Count(&(*found as u64), "descriptor"))]
+    SlotDescriptors {
+        /// The slot.
+        slot: u32,
+        /// Descriptors that came.
+        found: usize,
+    },
     /// The source passes guest memory as descriptors.
     #[error("Source passes guest memory as descriptors (local=on), which is not taken here")]
     LocalMemory,

@@ -3,6 +3,7 @@
 //! Reads messages from a connection, checking each length against its limit first, and answers them.
 
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use super::device_streams::DeviceStreams;
@@ -17,6 +18,9 @@ use crate::transfer::frame::{
     Response, Status, decode_devices, open_piece,
 };
 use crate::transfer::limits::{GUEST_PAGE_BYTES, PeerLimits};
+
+/// Bytes of the payload of a MemoryFd: the slot.
+const SLOT_BYTES: usize = 4;
 
 pub(super) fn decode(head: [u8; HEADER_BYTES]) -> Result<Request, ReceiveError> {
     Request::from_bytes(head).map_err(|source| ReceiveError::Frame { part: Part::Head, source })
@@ -44,6 +48,25 @@ pub(super) fn read_text(
     let read = connection.read_payload(request.length(), &mut text);
     read.map_err(|source| ReceiveError::Read { part, source })?;
     Ok(text)
+}
+
+/// Reads the slot and the descriptor of a MemoryFd.
+pub(super) fn read_descriptor(
+    connection: &mut Connection,
+    request: Request,
+) -> Result<(u32, OwnedFd), ReceiveError> {
+    let (command, length) = (request.command(), request.length());
+    if length != SLOT_BYTES as u64 {
+        return Err(ReceiveError::Payload { command, length });
+    }
+    let read = connection.read_with_descriptors::<SLOT_BYTES>();
+    let (slot, descriptors) =
+        read.map_err(|source| ReceiveError::Read { part: Part::Payload(command), source })?;
+    let (slot, found) = (u32::from_le_bytes(slot), descriptors.len());
+    match <[OwnedFd; 1]>::try_from(descriptors) {
+        Ok([memory]) => Ok((slot, memory)),
+        Err(_) => Err(ReceiveError::SlotDescriptors { slot, found }),
+    }
 }
 
 /// Reads the list of the source's devices.

@@ -11,7 +11,8 @@ use super::destination::{Completion, Destination, Received};
 use super::device_streams::DeviceStreams;
 use super::error::{Part, ReceiveError, Step, in_full};
 use super::message::{
-    answer, check_empty, decode, read_devices, read_text, refuse, take_device_state, take_memory,
+    answer, check_empty, decode, read_descriptor, read_devices, read_text, refuse, take_device_state,
+    take_memory,
 };
 use super::store::PageStore;
 use crate::device::{DeviceSet, StreamIdentity, compare_identities};
@@ -73,8 +74,9 @@ impl Session<'_> {
         let features = self.start(first, own)?;
         let agreed = features.is_some_and(|features| features.contains(Features::DEVICE_STREAMS));
         let streams = set.filter(|_| agreed).map(|set| self.devices(set)).transpose()?;
-        let store = self.config(destination, streams)?;
-        let state = self.memory(store.as_ref())?;
+        let (config, is_local) = self.descriptors(destination)?;
+        let store = self.config(config, destination, streams)?;
+        let state = if is_local { self.next_of(&[Command::State])? } else { self.memory(store.as_ref())? };
         let device_bytes = self.state(state, destination)?;
         let (paused, completion, confirmed) = self.complete(destination)?;
 
@@ -120,13 +122,31 @@ impl Session<'_> {
         Ok(Listed { set, listed })
     }
 
+    /// Takes descriptors of memory until Config comes; returns that, and whether there were any.
+    fn descriptors(&mut self, destination: &mut dyn Destination) -> Result<(Request, bool), ReceiveError> {
+        let commands = [Command::Config, Command::MemoryFd];
+        let taken = destination.takes_descriptors() && self.connection.carries_descriptors();
+        let commands = if taken { &commands[..] } else { &commands[..1] };
+        let mut is_local = false;
+        loop {
+            let request = self.next_of(commands)?;
+            if request.command() == Command::Config {
+                return Ok((request, is_local));
+            }
+            let (slot, memory) = read_descriptor(&mut self.connection, request)?;
+            destination.descriptor(slot, memory).map_err(|source| refused(request, source))?;
+            is_local = true;
+            self.answer_ok(request)?;
+        }
+    }
+
     /// Hands the Config over, and lets additional connections come before the source knows.
     fn config(
         &mut self,
+        request: Request,
         destination: &mut dyn Destination,
         devices: Option<Listed>,
     ) -> Result<Arc<dyn PageStore>, ReceiveError> {
-        let request = self.next_of(&[Command::Config])?;
         let text = read_text(&mut self.connection, request, self.context.limits)?;
         let store = destination.config(&text).map_err(|source| refused(request, source))?;
         log::info!("Took the VM's configuration, {}; its memory is next", Bytes(text.len() as u64));

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Copies memory out of the descriptors of a running VM, and finds what changed meanwhile once it is paused.
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use super::slots::SlotFiles;
+use crate::range::{GpaRange, united};
+use crate::snapshot::SnapshotWriter;
+use crate::snapshot::parallel;
+use crate::threads::ThreadStart;
+use crate::transfer::receive::ReceiverHandle;
+
+/// Memory that one thread copies at a time.
+const PIECE_BYTES: u64 = 1 << 20;
+
+/// Why copying ended early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("Source closed the connection, or the migration was given up here")]
+pub(crate) struct Ended;
+
+/// How a source that passes its memory as descriptors is treated.
+#[derive(Default)]
+pub struct LocalOptions {
+    /// How long memory may be copied while the VM runs, before Config is answered; `None`: not at all.
+    ///
+    /// A Cloud Hypervisor source takes no other API call meanwhile, and ends when its guest reboots.
+    pub warm_timeout: Option<Duration>,
+    /// Tells whether anybody waits for the copy.
+    pub receiver: Option<ReceiverHandle>,
+    /// Told how it goes, on the thread that the source waits for: it may not wait itself.
+    pub observer: Option<Box<dyn FnMut(LocalEvent) + Send>>,
+}
+
+impl fmt::Debug for LocalOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LocalOptions")
+            .field("warm_timeout", &self.warm_timeout)
+            .field("receiver", &self.receiver)
+            .field("observer", &self.observer.is_some())
+            .finish()
+    }
+}
+
+/// What happens to memory that came as descriptors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LocalEvent {
+    /// The source passed all its memory as descriptors.
+    Passed {
+        /// Bytes of RAM.
+        ram_bytes: u64,
+        /// How long it is copied while the VM runs, at most; `None`: it is copied when the VM is paused.
+        warm_timeout: Option<Duration>,
+    },
+    /// The copy of the running VM is over, and it is paused next.
+    Copied {
+        /// Bytes that were copied; holes are none.
+        bytes: u64,
+        /// Whether that is all there was.
+        whole: bool,
+        /// How long it took.
+        took: Duration,
+    },
+    /// The memory of the paused VM is stored.
+    Stored {
+        /// Bytes that were looked at while the VM was paused.
+        read_bytes: u64,
+        /// Bytes that were written of them while the VM was paused.
+        written_bytes: u64,
+        /// How long it took.
+        took: Duration,
+    },
+}
+
+impl LocalOptions {
+    pub(crate) fn tell(&mut self, event: LocalEvent) {
+        log::info!("Memory in descriptors: {event:?}");
+        if let Some(observer) = &mut self.observer {
+            observer(event);
+        }
+    }
+}
+
+/// Fails where nobody waits for the copy.
+fn check(receiver: Option<&ReceiverHandle>) -> io::Result<()> {
+    let ended = receiver.is_some_and(|receiver| receiver.is_stopped() || receiver.source_has_gone());
+    if ended { Err(io::Error::new(io::ErrorKind::BrokenPipe, Ended)) } else { Ok(()) }
+}
+
+/// What a copy came to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Copied {
+    pub(crate) bytes: u64,
+    pub(crate) written: u64,
+    pub(crate) whole: bool,
+}
+
+/// Copies all of `files` that is no hole to `writer`, on all processors, `until` it takes too long.
+///
+/// # Errors
+/// A descriptor was cut off, the disk is full, or nobody waits any more ([`Ended`]).
+pub(crate) fn copy(
+    files: &SlotFiles,
+    writer: &SnapshotWriter,
+    until: Option<Instant>,
+    receiver: Option<&ReceiverHandle>,
+) -> io::Result<Copied> {
+    each_piece(files.data()?, until, receiver, writer.threads(), |piece| {
+        writer.fill_with(piece, |range, buffer| files.read(range, buffer)).map(|()| piece.len())
+    })
+}
+
+/// Stores what of `files` is not as `writer` has it, on all processors.
+///
+/// # Errors
+/// As [`copy`].
+pub(crate) fn update(
+    files: &SlotFiles,
+    writer: &SnapshotWriter,
+    receiver: Option<&ReceiverHandle>,
+) -> io::Result<Copied> {
+    // What was there and is a hole now is zeros.
+    let stored = writer.stored()?;
+    let ranges = united(files.data()?.into_iter().chain(stored));
+    each_piece(ranges, None, receiver, writer.threads(), |piece| {
+        writer.update_with(piece, |range, buffer| files.read(range, buffer))
+    })
+}
+
+fn each_piece(
+    ranges: Vec<GpaRange>,
+    until: Option<Instant>,
+    receiver: Option<&ReceiverHandle>,
+    threads: ThreadStart,
+    work: impl Fn(GpaRange) -> io::Result<u64> + Sync,
+) -> io::Result<Copied> {
+    let pieces: Vec<_> = ranges.into_iter().flat_map(|range| range.pieces(PIECE_BYTES)).collect();
+    let (bytes, written, late) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+    parallel::for_each(&pieces, parallel::processors(), threads, |&piece| {
+        check(receiver)?;
+        if late.load(Ordering::Relaxed) || until.is_some_and(|until| Instant::now() >= until) {
+            late.store(true, Ordering::Relaxed);
+            return Ok(());
+        }
+        written.fetch_add(work(piece)?, Ordering::Relaxed);
+        bytes.fetch_add(piece.len(), Ordering::Relaxed);
+        Ok::<_, io::Error>(())
+    })?;
+    let whole = !late.into_inner();
+    Ok(Copied { bytes: bytes.into_inner(), written: written.into_inner(), whole })
+}
