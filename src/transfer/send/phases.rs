@@ -94,7 +94,9 @@ impl<'a, V: Vm> Session<'a, V> {
 
     /// The conversation with the receiver, from the first word to the last.
     fn converse(&mut self, control: &mut Control<'_>) -> Result<Sent, SendError> {
-        self.agree(control)?;
+        if agree_on_streams(&mut self.devices, control)? {
+            self.meter.expect_streams();
+        }
         self.describe(control)?;
         self.arm()?;
         self.copy_memory(control)?;
@@ -102,19 +104,6 @@ impl<'a, V: Vm> Session<'a, V> {
         self.copy_rest(control)?;
         self.hand_over(&state, control)?;
         Ok(self.retire())
-    }
-
-    /// Agrees on the protocol, and with a receiver of this crate on streams for the devices' states, if it has the same devices.
-    fn agree(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
-        let own = self.devices.stream_identities();
-        let offered = if own.is_empty() { Features::NONE } else { Features::DEVICE_STREAMS };
-        if !control.start(offered)?.contains(Features::DEVICE_STREAMS) {
-            return Ok(());
-        }
-        compare_identities(&own, &control.devices(&own)?)?;
-        self.devices.begin_streams(&own);
-        self.meter.expect_streams();
-        Ok(())
     }
 
     /// Describes the VM to the receiver, which lays out its memory.
@@ -325,6 +314,19 @@ impl<'a, V: Vm> Session<'a, V> {
             device_precopy_bytes,
         }
     }
+}
+
+/// Agrees on the protocol, and with a receiver of this crate on streams for the devices' states, if it has the same devices.
+/// Returns whether the states stream.
+fn agree_on_streams(devices: &mut DevicePrecopy<'_>, control: &mut Control<'_>) -> Result<bool, SendError> {
+    let own = devices.stream_identities();
+    let offered = if own.is_empty() { Features::NONE } else { Features::DEVICE_STREAMS };
+    if !control.start(offered)?.contains(Features::DEVICE_STREAMS) {
+        return Ok(false);
+    }
+    compare_identities(&own, &control.devices(&own)?)?;
+    devices.begin_streams(&own);
+    Ok(true)
 }
 
 /// Sets everything going again after a failure, devices before vCPUs, unless the receiver may run the VM.
