@@ -193,6 +193,32 @@ fn a_differential_holds_what_differs_from_its_base() {
 }
 
 #[test]
+fn a_hole_made_while_the_vm_ran_replaces_a_page_of_the_base() {
+    let mut bench = Bench::new(&[]);
+    let memory = guest();
+    bench.pass(0, &[memory.as_fd()]);
+    bench.ask(&one_slot());
+    assert_eq!(bench.finish(), Some(OK));
+    let (ended, base) = bench.end();
+    ended.succeeded();
+    let base_dir = base.path("into");
+
+    let mut bench = Bench::new(&["--base", base_dir.to_str().unwrap()]);
+    bench.pass(0, &[memory.as_fd()]);
+    // Copied while it is as in the base.
+    assert_eq!(bench.ask(&one_slot()), Some(OK));
+    let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(&memory, punch, 3 * PAGE, PAGE).unwrap();
+    assert_eq!(bench.finish(), Some(OK));
+    let (ended, place) = bench.end();
+    ended.succeeded();
+    let (into, whole) = (place.path("into"), place.path("whole"));
+    let words = ["snapshot", "apply", base_dir.to_str().unwrap(), into.to_str().unwrap(), "--into"];
+    run([&words[..], &[whole.to_str().unwrap()]].concat()).succeeded();
+    assert_eq!(std::fs::read(whole.join("memory-ranges")).unwrap(), contents(&memory));
+}
+
+#[test]
 fn descriptors_that_are_no_memory_are_refused_at_once() {
     let (reader, _writer): (PipeReader, _) = std::io::pipe().unwrap();
     let place = Place::new();

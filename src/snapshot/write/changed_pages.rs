@@ -127,9 +127,17 @@ impl ChangedPages {
         Ok(written)
     }
 
+    /// The memory that may differ from zeros as it is now: what came, and, as a page that came may be the same as there, what the base has.
     pub(super) fn stored(&self) -> io::Result<Vec<GpaRange>> {
-        let zeros = self.runs(self.placement(), |cell| cell.zero)?;
-        Ok([self.work.stored()?, zeros].concat())
+        let mut stored = self.work.stored()?;
+        let base = self.base.as_ref().map(|base| base.populated_as_written()).transpose()?;
+        for range in base.into_iter().flatten() {
+            let Some(range) = range.align_outward(self.page.bytes()) else { continue };
+            for extent in self.placement().locate(range) {
+                push(&mut stored, extent.range)?;
+            }
+        }
+        Ok(stored)
     }
 
     /// Brings to disk what was written until now, and waits for it.
