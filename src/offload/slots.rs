@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::fs::{FileType, OFlags, fcntl_get_seals, fcntl_getfl, fstat};
 use thiserror::Error;
 
 use crate::range::GpaRange;
@@ -125,6 +125,10 @@ impl PassedSlots {
         let flags = fcntl_getfl(&memory).map_err(look)?;
         if flags.contains(OFlags::PATH) || flags & OFlags::RWMODE == OFlags::WRONLY {
             return Err(SlotError::Unreadable { slot });
+        }
+        // Memory alone has seals to ask for; a read of any other file may wait for as long as its owner likes.
+        if fcntl_get_seals(&memory).is_err() {
+            return Err(SlotError::Kind { slot, kind: "file that is not in memory" });
         }
         match self.0.insert(slot, memory.into()) {
             Some(_) => Err(SlotError::Twice { slot }),

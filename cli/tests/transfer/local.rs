@@ -225,7 +225,9 @@ fn descriptors_that_are_no_memory_are_refused_at_once() {
     let directory = File::open(place.root()).unwrap();
     let write_only = File::create(place.path("file")).unwrap();
     let memory = guest();
-    let cases: [(&[BorrowedFd<'_>], &str); 5] = [
+    let file = File::open("/proc/version").unwrap();
+    let cases: [(&[BorrowedFd<'_>], &str); 6] = [
+        (&[file.as_fd()], "slot 0 is a file that is not in memory"),
         (&[reader.as_fd()], "slot 0 is a pipe"),
         (&[directory.as_fd()], "slot 0 is a directory"),
         (&[write_only.as_fd()], "slot 0 cannot be read"),
