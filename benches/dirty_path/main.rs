@@ -12,6 +12,9 @@
 //!
 //! Each finds the logs as the kernel would leave them: just gone through, untimed, and so in a cache as far as they fit.
 //!
+//! `--counted` times nothing: it does one warm round of ours within `counted_round`, for a tool that counts instructions, see
+//! `.ci/instructions`.
+//!
 //! Medians are compared within one run only. `cargo bench --bench dirty_path` does every pattern; names of patterns pick some;
 //! `--json` prints one JSON document. A limit that is missed is told, not failed on.
 
@@ -33,12 +36,13 @@ struct Options {
     ram_gib: u64,
     runs: usize,
     json: bool,
+    counted: bool,
     patterns: Vec<Pattern>,
 }
 
 impl Options {
     fn parse() -> Self {
-        let mut options = Self { ram_gib: 1024, runs: 5, json: false, patterns: Vec::new() };
+        let mut options = Self { ram_gib: 1024, runs: 5, json: false, counted: false, patterns: Vec::new() };
         let mut arguments = std::env::args().skip(1);
         while let Some(argument) = arguments.next() {
             let mut number = || arguments.next().unwrap().parse().unwrap();
@@ -46,6 +50,7 @@ impl Options {
                 "--ram-gib" => options.ram_gib = number(),
                 "--runs" => options.runs = number() as usize,
                 "--json" => options.json = true,
+                "--counted" => options.counted = true,
                 "--bench" => {}
                 name => {
                     let pattern = Pattern::named(name).unwrap_or_else(|| panic!("no pattern {name}"));
@@ -90,8 +95,23 @@ fn measure(pattern: Pattern, bits: &Bits, runs: usize) -> Figures {
     Figures::new(pattern, bits.pages(), &rounds)
 }
 
+/// One round of ours that has its memory already. A name of its own, to count between its start and its end.
+#[inline(never)]
+fn counted_round(ours: &mut Ours, bits: &Bits) -> u64 {
+    ours.round(bits).pages
+}
+
 fn main() {
     let options = Options::parse();
+    if options.counted {
+        for &pattern in &options.patterns {
+            let bits = Bits::new(pattern, options.ram_gib << 30);
+            let mut ours = Ours::new(&bits);
+            ours.round(&bits);
+            assert_eq!(counted_round(&mut ours, &bits), bits.pages());
+        }
+        return;
+    }
     let mut all = Vec::new();
     if !options.json {
         println!("{} GiB of RAM, medians of {}, milliseconds", options.ram_gib, options.runs);
