@@ -282,7 +282,7 @@ fn a_migration_that_fails_leaves_nothing() {
         ("Peer stalled", cut_off(precopy(VM_CONFIG))),
         ("abandoned", with(&message(ABANDON, b""))),
         ("not in the VM's RAM", with(&outside)),
-        ("local=on", vec![message(START, b""), message(MEMORY_FD, &[0; 4])]),
+        ("came with 0 descriptors", vec![message(START, b""), message(MEMORY_FD, &[0; 4])]),
         ("state.json", with(&message(STATE, b"{}"))),
         ("not announced as RAM", with(&message(STATE, unlisted.as_bytes()))),
         ("Memory", vec![message(START, b""), memory(&[(0, 4096, 1)])]),
