@@ -171,6 +171,11 @@ impl<F: AsRawFd + Send> DeviceIo for KernelDevice<F> {
         self.capabilities
     }
 
+    /// A reset takes the data session's descriptor away under a reader.
+    fn may_stream(&self) -> bool {
+        false
+    }
+
     fn state(&mut self) -> Result<DeviceState, DeviceError> {
         let number = sys::device_state(&self.device)
             .map_err(|cause| DeviceError::new(DeviceOperation::State, cause))?;

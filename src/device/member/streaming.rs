@@ -60,6 +60,11 @@ impl Device {
         self.outgoing.map(|outgoing| outgoing.number)
     }
 
+    /// Whether the state may go as a stream.
+    pub(in crate::device) fn may_stream(&self) -> bool {
+        self.io.lock().may_stream()
+    }
+
     /// Has the state go away as a stream from the next session on.
     pub(in crate::device) fn begin_streaming(&mut self, number: u16) {
         let (session, next_index) = (u32::from(self.in_session), 0);
