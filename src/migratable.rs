@@ -15,10 +15,8 @@ use vm_migration::{
 
 use crate::device::{DeviceSet, DeviceSetError};
 use crate::error::Chain;
-use crate::ledger::{Chunk, ChunkLimits, CursorId, Start};
 use crate::sync::lock;
-use crate::table::table_of;
-use crate::tracker::{Tracker, TrackerError, locked, warn_of};
+use crate::tracker::{TableLog, Tracker, TrackerError, locked};
 
 /// Why a call of [`MigratableDevice`] failed.
 #[derive(Debug, Error)]
@@ -83,62 +81,33 @@ pub enum StopsToldBy {
     Call,
 }
 
-/// The dirty log of the traits' caller: its cursor, and the last table returned, which it may hand back.
-#[derive(Debug)]
-struct Log {
-    cursor: CursorId,
-    handed_out: Option<Table>,
-    /// A table with the imprecise sources was returned since the devices stopped; they have nothing new until devices
-    /// run again.
-    reported_since_stop: bool,
-}
-
-impl Log {
-    fn new(cursor: CursorId) -> Self {
-        Self { cursor, handed_out: None, reported_since_stop: false }
-    }
-
-    /// Whether stopped devices wrote pages that were in no table yet.
-    fn owes(&self, tracker: &Tracker) -> bool {
-        let pending = tracker.outstanding(self.cursor).is_some_and(|left| left.pending_bytes > 0);
-        pending || !self.reported_since_stop
-    }
-}
-
-/// The pages of a table in flight; none, where nothing was dirty.
-#[derive(Debug)]
-struct Table(Option<Chunk>);
-
-/// The state of the devices, with the dirty log that runs meanwhile.
-#[derive(Debug)]
+/// What the devices do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// The devices run.
-    Running(Option<Log>),
-    /// The devices run; those that offer PRE_COPY are in it.
-    Migrating(Option<Log>),
-    /// The devices are stopped.
-    Stopped(Option<Log>),
-    /// The devices are stopped, their state ready to be read for a migration.
-    StoppedToMigrate(Option<Log>),
+    /// They run.
+    Running,
+    /// They run; those that offer PRE_COPY are in it.
+    Migrating,
+    /// They are stopped.
+    Stopped,
+    /// They are stopped, their state ready to be read for a migration.
+    StoppedToMigrate,
 }
 
 impl State {
-    fn log(&mut self) -> &mut Option<Log> {
+    fn is_stopped(self) -> bool {
+        matches!(self, Self::Stopped | Self::StoppedToMigrate)
+    }
+
+    fn stopped(self) -> Self {
         match self {
-            Self::Running(log) | Self::Migrating(log) | Self::Stopped(log) | Self::StoppedToMigrate(log) => {
-                log
-            }
+            Self::Running | Self::Stopped => Self::Stopped,
+            Self::Migrating | Self::StoppedToMigrate => Self::StoppedToMigrate,
         }
     }
 
-    fn is_stopped(&self) -> bool {
-        matches!(self, Self::Stopped(_) | Self::StoppedToMigrate(_))
-    }
-
-    /// Enters another state, keeping the log.
-    fn enter(&mut self, state: impl FnOnce(Option<Log>) -> Self) {
-        let log = self.log().take();
-        *self = state(log);
+    fn migrating(self) -> Self {
+        if self.is_stopped() { Self::StoppedToMigrate } else { Self::Migrating }
     }
 }
 
@@ -168,12 +137,13 @@ pub struct MigratableDevice {
     devices: Arc<Mutex<DeviceSet>>,
     stops_told_by: Option<StopsToldBy>,
     state: State,
+    log: Option<TableLog>,
 }
 
 impl MigratableDevice {
     /// Puts the traits over `tracker` and `devices`, which run; `id` names them in the VM's snapshot.
     pub fn new(id: impl Into<String>, tracker: Arc<Mutex<Tracker>>, devices: Arc<Mutex<DeviceSet>>) -> Self {
-        Self { id: id.into(), tracker, devices, stops_told_by: None, state: State::Running(None) }
+        Self { id: id.into(), tracker, devices, stops_told_by: None, state: State::Running, log: None }
     }
 
     /// Sets how this value learns that the devices have stopped. Required with imprecise sources, see
@@ -196,19 +166,15 @@ impl MigratableDevice {
     /// Records that the VMM has stopped the pass-through devices itself: the memory that imprecise sources cover is
     /// in the next table.
     pub fn devices_stopped(&mut self) {
-        match self.state {
-            State::Running(_) => self.state.enter(State::Stopped),
-            State::Migrating(_) => self.state.enter(State::StoppedToMigrate),
-            State::Stopped(_) | State::StoppedToMigrate(_) => {}
-        }
+        self.state = self.state.stopped();
     }
 
     /// Records that the VMM has resumed the pass-through devices itself.
     pub fn devices_run(&mut self) {
-        if let Some(log) = self.state.log() {
-            log.reported_since_stop = false;
+        if let Some(log) = &mut self.log {
+            log.devices_run();
         }
-        self.state.enter(State::Running);
+        self.state = State::Running;
     }
 
     /// Takes back the table that [`Migratable::dirty_log`] returned last: its pages are in the next one, once, with what was written
@@ -224,13 +190,9 @@ impl MigratableDevice {
     /// No log runs, or no table is out: none was returned since the log started, or it was handed back, or the log was
     /// asked again since. Nothing changed.
     pub fn hand_back(&mut self) -> Result<(), MigratableDeviceError> {
-        let log = self.state.log().as_mut().ok_or(MigratableDeviceError::NotLogging)?;
+        let log = self.log.as_mut().ok_or(MigratableDeviceError::NotLogging)?;
         let mut tracker = locked(&self.tracker)?;
-        let Table(pages) = log.handed_out.take().ok_or(MigratableDeviceError::NoTable)?;
-        if let Some(pages) = pages {
-            tracker.roll_back(pages);
-        }
-        Ok(())
+        log.hand_back(&mut tracker).ok_or(MigratableDeviceError::NoTable)
     }
 
     /// Restores the devices from a snapshot that [`Snapshottable::snapshot`] made, or the `vm-migration` tree around it.
@@ -261,30 +223,31 @@ impl MigratableDevice {
     /// No migration was started, its devices still run, or the log runs and owes pages: no table was asked for since
     /// the devices stopped, or one was handed back and none asked for since. Keep the VM running here.
     pub fn check_all_sent(&self) -> Result<(), MigratableDeviceError> {
-        match &self.state {
-            State::Running(_) | State::Stopped(_) => Err(MigratableDeviceError::NotMigrating),
-            State::Migrating(_) => Err(MigratableDeviceError::DevicesRun),
-            State::StoppedToMigrate(Some(log)) if log.owes(&lock(&self.tracker)) => {
-                Err(MigratableDeviceError::PagesOwed)
-            }
-            State::StoppedToMigrate(_) => Ok(()),
+        match self.state {
+            State::Running | State::Stopped => Err(MigratableDeviceError::NotMigrating),
+            State::Migrating => Err(MigratableDeviceError::DevicesRun),
+            State::StoppedToMigrate if self.owes_pages() => Err(MigratableDeviceError::PagesOwed),
+            State::StoppedToMigrate => Ok(()),
         }
+    }
+
+    fn owes_pages(&self) -> bool {
+        self.log.as_ref().is_some_and(|log| log.owes(&lock(&self.tracker)))
     }
 
     fn start_log(&mut self) -> Result<(), MigratableDeviceError> {
         self.stop_log();
         let mut tracker = locked(&self.tracker)?;
         self.check_stop_is_told(&tracker)?;
-        let cursor = tracker.begin(Start::Copied)?;
-        *self.state.log() = Some(Log::new(cursor));
+        self.log = Some(TableLog::start(&mut tracker)?);
         Ok(())
     }
 
     /// Ends the session, if there is one. A source that cannot be stopped counts as off and is only logged: nothing
     /// more is needed from it.
     fn stop_log(&mut self) {
-        let Some(log) = self.state.log().take() else { return };
-        let ended = lock(&self.tracker).end(log.cursor);
+        let Some(log) = self.log.take() else { return };
+        let ended = log.stop(&mut lock(&self.tracker));
         if let Err(error) = ended {
             log::warn!("Dirty log has ended, and not all of it is off: {}", Chain(&error));
         }
@@ -300,35 +263,20 @@ impl MigratableDevice {
     }
 
     fn next_table(&mut self) -> Result<MemoryRangeTable, MigratableDeviceError> {
-        let stopped = self.state.is_stopped();
         let mut tracker = locked(&self.tracker)?;
-        let stop_is_told = self.check_stop_is_told(&tracker);
-        let log = self.state.log().as_mut().ok_or(MigratableDeviceError::NotLogging)?;
         // Sources may have come since the log was started.
+        let stop_is_told = self.check_stop_is_told(&tracker);
+        let log = self.log.as_mut().ok_or(MigratableDeviceError::NotLogging)?;
         stop_is_told?;
-        if let Some(Table(Some(received))) = log.handed_out.take() {
-            tracker.commit(received);
-        }
-        let with_imprecise = stopped && !log.reported_since_stop;
-        let mut failures = if with_imprecise { tracker.collect_final() } else { tracker.collect() };
-        log.reported_since_stop |= with_imprecise;
-        if let Some(fatal) = failures.iter().position(|failure| tracker.is_fatal(failure)) {
-            return Err(TrackerError::Source(failures.swap_remove(fatal)).into());
-        }
-        warn_of(failures);
-        tracker.begin_round(log.cursor);
-        let chunk = tracker.take(log.cursor, ChunkLimits::NONE)?;
-        let table = table_of(chunk.as_ref().map_or(&[][..], Chunk::ranges).iter().copied());
-        log.handed_out = Some(Table(chunk));
-        Ok(table)
+        Ok(log.next(&mut tracker, self.state.is_stopped())?)
     }
 
     fn stop_devices(&mut self) -> Result<(), MigratableDeviceError> {
         let mut devices = lock(&self.devices);
         match self.state {
-            State::Running(_) => devices.stop()?,
-            State::Migrating(_) => drop(devices.stop_for_copy()?),
-            State::Stopped(_) | State::StoppedToMigrate(_) => {}
+            State::Running => devices.stop()?,
+            State::Migrating => drop(devices.stop_for_copy()?),
+            State::Stopped | State::StoppedToMigrate => {}
         }
         drop(devices);
         self.devices_stopped();
@@ -337,17 +285,13 @@ impl MigratableDevice {
 
     fn begin_migration(&mut self) -> Result<(), MigratableDeviceError> {
         lock(&self.devices).start_precopy()?;
-        match self.state {
-            State::Running(_) => self.state.enter(State::Migrating),
-            State::Stopped(_) => self.state.enter(State::StoppedToMigrate),
-            State::Migrating(_) | State::StoppedToMigrate(_) => {}
-        }
+        self.state = self.state.migrating();
         Ok(())
     }
 
     fn end_migration(&mut self) -> Result<(), MigratableDeviceError> {
         self.check_all_sent()?;
-        self.state.enter(State::Stopped);
+        self.state = State::Stopped;
         self.stop_log();
         // The VM may run at its destination: what fails now must not look like a reason to run it here.
         let retired = lock(&self.devices).retire();
@@ -359,14 +303,12 @@ impl MigratableDevice {
 
     /// Drops the log; takes devices that still run out of the migration.
     fn give_up(&mut self) -> Result<(), MigratableDeviceError> {
-        if let State::StoppedToMigrate(Some(log)) = &self.state
-            && log.owes(&lock(&self.tracker))
-        {
+        if self.state == State::StoppedToMigrate && self.owes_pages() {
             log::warn!("Dirty log ends with pages that no table had: right only if the migration has failed");
         }
         self.stop_log();
-        if matches!(self.state, State::Migrating(_)) {
-            self.state = State::Running(None);
+        if self.state == State::Migrating {
+            self.state = State::Running;
             lock(&self.devices).abort_to_running()?;
         }
         Ok(())

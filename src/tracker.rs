@@ -7,6 +7,7 @@ mod attached;
 mod builder;
 mod changes;
 mod mappings;
+mod table_log;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -31,6 +32,7 @@ pub use attached::SpaceId;
 pub use builder::{ImpreciseSource, TrackerBuilder};
 pub use mappings::{DeviceMappings, Disagreement, VmMappings};
 use mappings::{check_covers, check_devices, check_memory};
+pub(crate) use table_log::TableLog;
 
 /// Why a call of [`Tracker`] failed.
 #[derive(Debug, Error)]
