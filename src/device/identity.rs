@@ -2,8 +2,7 @@
 
 //! The identity of a streamed device, compared between both ends.
 
-use std::fmt;
-
+use derive_more::Display;
 use thiserror::Error;
 
 /// What two ends compare before a device's state streams from one to the other.
@@ -20,24 +19,17 @@ pub struct StreamIdentity {
 }
 
 /// A property in which both ends have to agree.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Display)]
 pub enum IdentityField {
     /// [`StreamIdentity::model`].
+    #[display("model")]
     Model,
     /// [`StreamIdentity::firmware`].
+    #[display("firmware")]
     Firmware,
     /// [`StreamIdentity::stream_version`].
+    #[display("stream version")]
     StreamVersion,
-}
-
-impl fmt::Display for IdentityField {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Model => "model",
-            Self::Firmware => "firmware",
-            Self::StreamVersion => "stream version",
-        })
-    }
 }
 
 /// How the devices of the two ends differ.

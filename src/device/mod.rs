@@ -7,8 +7,8 @@
 //! from a Snapshot tree.
 
 use std::error::Error;
-use std::fmt;
 
+use derive_more::Display;
 use thiserror::Error;
 
 use crate::source::tells_of_lost_device;
@@ -87,7 +87,8 @@ pub use {
 pub const STATE_LIMIT_BYTES: usize = (3 << 30) - (64 << 20);
 
 /// States of `enum vfio_device_mig_state` in `linux/vfio.h`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Display)]
+#[display(rename_all = "SCREAMING_SNAKE_CASE")]
 #[repr(u32)]
 pub enum DeviceState {
     /// The device failed; only a reset helps.
@@ -101,10 +102,12 @@ pub enum DeviceState {
     /// Stopped, and its state can be written.
     Resuming = 4,
     /// Running, but starts no DMA to other devices: P2P-quiescent.
+    #[display("RUNNING_P2P")]
     RunningP2p = 5,
     /// Running, and early parts of its state can be read.
     PreCopy = 6,
     /// P2P-quiescent, and early parts of its state can be read.
+    #[display("PRE_COPY_P2P")]
     PreCopyP2p = 7,
 }
 
@@ -124,21 +127,6 @@ impl DeviceState {
     /// Returns the state with this uAPI number.
     pub fn from_uapi(number: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|&state| state as u32 == number)
-    }
-}
-
-impl fmt::Display for DeviceState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Error => "ERROR",
-            Self::Stop => "STOP",
-            Self::Running => "RUNNING",
-            Self::StopCopy => "STOP_COPY",
-            Self::Resuming => "RESUMING",
-            Self::RunningP2p => "RUNNING_P2P",
-            Self::PreCopy => "PRE_COPY",
-            Self::PreCopyP2p => "PRE_COPY_P2P",
-        })
     }
 }
 
@@ -225,37 +213,30 @@ impl Estimate {
 }
 
 /// What a device was asked to do when it failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Display)]
 #[non_exhaustive]
 pub enum DeviceOperation {
     /// Telling its state.
+    #[display("tell its state")]
     State,
     /// Moving to a state.
+    #[display("move to {_0}")]
     SetState(DeviceState),
     /// Reading its migration data.
+    #[display("hand out its migration data")]
     ReadData,
     /// Taking its migration data.
+    #[display("take in its migration data")]
     WriteData,
     /// Telling how much data is left.
+    #[display("tell how much migration data is left")]
     PrecopyInfo,
     /// Estimating its data's size.
+    #[display("estimate the size of its migration data")]
     DataSize,
     /// Resetting.
+    #[display("reset")]
     Reset,
-}
-
-impl fmt::Display for DeviceOperation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::State => f.write_str("tell its state"),
-            Self::SetState(state) => write!(f, "move to {state}"),
-            Self::ReadData => f.write_str("hand out its migration data"),
-            Self::WriteData => f.write_str("take in its migration data"),
-            Self::PrecopyInfo => f.write_str("tell how much migration data is left"),
-            Self::DataSize => f.write_str("estimate the size of its migration data"),
-            Self::Reset => f.write_str("reset"),
-        }
-    }
 }
 
 /// A device that failed, at what, and why. The caller knows which device it is.

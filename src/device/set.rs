@@ -8,6 +8,7 @@
 
 mod streaming;
 
+use derive_more::Display;
 use log::{error, warn};
 use thiserror::Error;
 use vm_migration::{Snapshot, snapshot_from_id};
@@ -88,40 +89,33 @@ impl DeviceSetError {
 }
 
 /// What was being done with a device that failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Display)]
 #[non_exhaustive]
 pub enum Attempt {
     /// Entering PRE_COPY.
+    #[display("start precopy of")]
     StartPrecopy,
     /// Reading its state while it runs.
+    #[display("read state of running")]
     Precopy,
     /// Asking how much state it has left.
+    #[display("estimate state of")]
     Estimate,
     /// Stopping it.
+    #[display("stop")]
     Stop,
     /// Saving its state.
+    #[display("save state of")]
     Save,
     /// Loading a saved state.
+    #[display("load state of")]
     Load,
     /// Setting it going.
+    #[display("run")]
     Run,
     /// Ending its session after the move.
+    #[display("retire")]
     Retire,
-}
-
-impl std::fmt::Display for Attempt {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::StartPrecopy => "start precopy of",
-            Self::Precopy => "read state of running",
-            Self::Estimate => "estimate state of",
-            Self::Stop => "stop",
-            Self::Save => "save state of",
-            Self::Load => "load state of",
-            Self::Run => "run",
-            Self::Retire => "retire",
-        })
-    }
 }
 
 /// The state in which the devices were last put, to which they return when an operation fails.

@@ -371,3 +371,10 @@ fn a_state_of_another_device_is_refused_with_both_names() {
     );
     assert_eq!(states(&world), [Running]);
 }
+
+#[test]
+fn states_are_shown_as_the_uapi_names_them() {
+    let shown: Vec<_> = DeviceState::ALL.iter().map(ToString::to_string).collect();
+    let uapi = "ERROR STOP RUNNING STOP_COPY RESUMING RUNNING_P2P PRE_COPY PRE_COPY_P2P";
+    assert_eq!(shown.join(" "), uapi);
+}

@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use derive_more::Display;
+
 use crate::units::{Bytes, Count};
 
 /// Why a migration is given up.
@@ -52,49 +54,36 @@ pub enum CancelReason {
 }
 
 /// What kept a migration from its switchover.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Display)]
 #[non_exhaustive]
 pub enum Obstacle {
     /// More guest memory had changed than the downtime limit allows.
+    #[display("{} of memory had changed again", Bytes(*bytes))]
     Memory {
         /// Its bytes, those on their way included.
         bytes: u64,
     },
     /// Devices had state left that they want read before they are stopped.
+    #[display("{} of device state were to be read before the devices stop", Bytes(*bytes))]
     InitialBytes {
         /// Its bytes.
         bytes: u64,
     },
     /// The device state takes longer than the downtime limit.
+    #[display("device state of {} exceeds the downtime limit", Bytes(*bytes))]
     DeviceState {
         /// Its bytes.
         bytes: u64,
     },
     /// Nobody could tell the device state's size.
+    #[display("the size of the device state is unknown")]
     DeviceSizeUnknown,
     /// Pages that devices keep pinned take longer than the downtime limit.
+    #[display("{} of pinned pages come back in every round", Bytes(*bytes))]
     StandingPages {
         /// Their bytes.
         bytes: u64,
     },
-}
-
-impl fmt::Display for Obstacle {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Memory { bytes } => write!(f, "{} of memory had changed again", Bytes(*bytes)),
-            Self::InitialBytes { bytes } => {
-                write!(f, "{} of device state were to be read before the devices stop", Bytes(*bytes))
-            }
-            Self::DeviceState { bytes } => {
-                write!(f, "device state of {} exceeds the downtime limit", Bytes(*bytes))
-            }
-            Self::DeviceSizeUnknown => f.write_str("the size of the device state is unknown"),
-            Self::StandingPages { bytes } => {
-                write!(f, "{} of pinned pages come back in every round", Bytes(*bytes))
-            }
-        }
-    }
 }
 
 impl fmt::Display for CancelReason {

@@ -6,8 +6,8 @@
 //! read into bits of host pages.
 
 use std::error::Error;
-use std::fmt;
 
+use derive_more::Display;
 use thiserror::Error;
 
 use crate::iova::{IovaMap, Mapping};
@@ -45,40 +45,33 @@ pub use vhost_log::{
 };
 
 /// What a source was doing when it failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Display)]
 #[non_exhaustive]
 pub enum Operation {
     /// Switching its log on.
+    #[display("start logging")]
     Start,
     /// Reading (and perhaps clearing) its log.
+    #[display("report dirty pages")]
     Collect,
     /// Clearing the bits of pages about to be read.
+    #[display("clear dirty bits before a read")]
     BeforeRead,
     /// Taking in a new mapping.
+    #[display("take in a mapping")]
     Mapped,
     /// Reading the bits of a mapping that goes.
+    #[display("report the dirty pages of a mapping that goes")]
     Unmapped,
     /// Taking a mapping down, which still stands.
+    #[display("take a mapping down")]
     Unmap,
     /// Taking in RAM that is plugged in.
+    #[display("take in RAM that is plugged in")]
     Plugged,
     /// Switching its log off.
+    #[display("stop logging")]
     Stop,
-}
-
-impl fmt::Display for Operation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Start => "start logging",
-            Self::Collect => "report dirty pages",
-            Self::BeforeRead => "clear dirty bits before a read",
-            Self::Mapped => "take in a mapping",
-            Self::Unmapped => "report the dirty pages of a mapping that goes",
-            Self::Unmap => "take a mapping down",
-            Self::Plugged => "take in RAM that is plugged in",
-            Self::Stop => "stop logging",
-        })
-    }
 }
 
 /// A source that failed, at what, and why.

@@ -21,9 +21,9 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
 use std::ops::{BitAnd, BitOr};
 
+use derive_more::Display;
 use thiserror::Error;
 
 use crate::range::{GpaRange, RangeError};
@@ -110,7 +110,7 @@ pub enum FrameError {
 }
 
 /// What a [`Request`] asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Display)]
 #[repr(u16)]
 pub enum Command {
     /// Begins a migration and announces the protocol version.
@@ -160,12 +160,6 @@ impl TryFrom<u16> for Command {
     fn try_from(command: u16) -> Result<Self, FrameError> {
         let known = Self::ALL.into_iter().find(|&known| known as u16 == command);
         known.ok_or(FrameError::Command { command })
-    }
-}
-
-impl fmt::Display for Command {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self, f)
     }
 }
 

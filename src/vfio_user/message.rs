@@ -5,8 +5,7 @@
 //! Each payload is the specification's structure, byte for byte, with little-endian fields. `decode` accepts a longer
 //! payload than the structure (newer peers append fields) and never a shorter one; whatever follows is returned.
 
-use std::fmt;
-
+use derive_more::{Display, TryFrom};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -44,7 +43,9 @@ const FLAG_NO_REPLY: u32 = 1 << 4;
 const FLAG_ERROR: u32 = 1 << 5;
 
 /// Names the requests this library makes and answers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Display, TryFrom)]
+#[try_from(repr)]
+#[display(rename_all = "SCREAMING_SNAKE_CASE")]
 #[repr(u16)]
 pub enum VfioUserCommand {
     /// `VFIO_USER_VERSION`: negotiates version and capabilities.
@@ -78,48 +79,12 @@ pub enum VfioUserCommand {
 impl VfioUserCommand {
     /// Returns the command with this number, or `None` for one this library does not know.
     pub fn from_wire(number: u16) -> Option<Self> {
-        use VfioUserCommand::*;
-        const ALL: [VfioUserCommand; 13] = [
-            Version,
-            DmaMap,
-            DmaUnmap,
-            DeviceGetInfo,
-            DeviceGetRegionInfo,
-            RegionRead,
-            RegionWrite,
-            DmaRead,
-            DmaWrite,
-            DeviceReset,
-            DeviceFeature,
-            MigDataRead,
-            MigDataWrite,
-        ];
-        ALL.into_iter().find(|command| command.to_wire() == number)
+        Self::try_from(number).ok()
     }
 
     /// Returns the command's number.
     pub fn to_wire(self) -> u16 {
         self as u16
-    }
-}
-
-impl fmt::Display for VfioUserCommand {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            VfioUserCommand::Version => "VERSION",
-            VfioUserCommand::DmaMap => "DMA_MAP",
-            VfioUserCommand::DmaUnmap => "DMA_UNMAP",
-            VfioUserCommand::DeviceGetInfo => "DEVICE_GET_INFO",
-            VfioUserCommand::DeviceGetRegionInfo => "DEVICE_GET_REGION_INFO",
-            VfioUserCommand::RegionRead => "REGION_READ",
-            VfioUserCommand::RegionWrite => "REGION_WRITE",
-            VfioUserCommand::DmaRead => "DMA_READ",
-            VfioUserCommand::DmaWrite => "DMA_WRITE",
-            VfioUserCommand::DeviceReset => "DEVICE_RESET",
-            VfioUserCommand::DeviceFeature => "DEVICE_FEATURE",
-            VfioUserCommand::MigDataRead => "MIG_DATA_READ",
-            VfioUserCommand::MigDataWrite => "MIG_DATA_WRITE",
-        })
     }
 }
 
@@ -441,6 +406,15 @@ mod tests {
 
     const REQUEST: [u8; 16] = [0x34, 0x12, 16, 0, 24, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     const ERROR_REPLY: [u8; 16] = [0x34, 0x12, 16, 0, 16, 0, 0, 0, 0x21, 0, 0, 0, 22, 0, 0, 0];
+
+    #[test]
+    fn commands_are_shown_as_the_specification_names_them() {
+        let shown: Vec<_> =
+            (0..20).filter_map(VfioUserCommand::from_wire).map(|known| known.to_string()).collect();
+        let specified = "VERSION DMA_MAP DMA_UNMAP DEVICE_GET_INFO DEVICE_GET_REGION_INFO REGION_READ REGION_WRITE DMA_READ \
+                         DMA_WRITE DEVICE_RESET DEVICE_FEATURE MIG_DATA_READ MIG_DATA_WRITE";
+        assert_eq!(shown.join(" "), specified);
+    }
 
     #[test]
     fn header_has_the_specified_bytes() {

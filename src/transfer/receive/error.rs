@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use std::error::Error;
-use std::fmt;
 use std::io;
 use std::time::Duration;
 
+use derive_more::Display;
 use thiserror::Error;
 
 use super::piece_error::PieceError;
@@ -16,54 +16,40 @@ use crate::units::Count;
 use crate::vm::VmError;
 
 /// How far a migration has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Display)]
 pub enum Step {
     /// Nothing was taken yet.
+    #[display("before Start")]
     Nothing,
     /// Start was taken.
+    #[display("after Start")]
     Start,
     /// Config was taken, and perhaps memory.
+    #[display("after Config")]
     Config,
     /// State was taken: memory is complete.
+    #[display("after State")]
     State,
 }
 
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Nothing => "before Start",
-            Self::Start => "after Start",
-            Self::Config => "after Config",
-            Self::State => "after State",
-        })
-    }
-}
-
 /// A part of a message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Display)]
 pub enum Part {
     /// The 16 bytes at its head.
+    #[display("the head of a message")]
     Head,
     /// The role of an additional connection.
+    #[display("the role of a connection")]
     Role,
     /// The JSON text of a Config or State.
+    #[display("the payload of {_0}")]
     Payload(Command),
     /// The table of a Memory.
+    #[display("the table of Memory")]
     Table,
     /// The guest memory after the table of a Memory.
+    #[display("the pages of Memory")]
     Pages,
-}
-
-impl fmt::Display for Part {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Head => f.write_str("the head of a message"),
-            Self::Role => f.write_str("the role of a connection"),
-            Self::Payload(command) => write!(f, "the payload of {command}"),
-            Self::Table => f.write_str("the table of Memory"),
-            Self::Pages => f.write_str("the pages of Memory"),
-        }
-    }
 }
 
 /// Why no VM was received.

@@ -2,9 +2,9 @@
 
 //! [`SendError`]: why a VM did not move, and where that leaves it.
 
-use std::fmt;
 use std::io;
 
+use derive_more::Display;
 use thiserror::Error;
 
 use super::exchange::PeerError;
@@ -17,68 +17,54 @@ use crate::units::Count;
 use crate::vm::{UnreadableMemory, UserfaultError, VmError};
 
 /// What the sender was doing with its peer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Display)]
 #[non_exhaustive]
 pub enum SendStep {
     /// Reaching it.
+    #[display("connect to the receiver")]
     Connect,
     /// Agreeing on the protocol.
+    #[display("agree with the receiver on the protocol")]
     Start,
     /// Comparing devices with the receiver's.
+    #[display("compare devices with the receiver's")]
     Devices,
     /// Describing the VM.
+    #[display("describe VM to the receiver")]
     Config,
     /// Copying guest memory.
+    #[display("copy memory to the receiver")]
     Memory,
     /// Handing over the VM's state.
+    #[display("hand VM state to the receiver")]
     State,
     /// Handing over the VM.
+    #[display("hand VM over to the receiver")]
     Complete,
 }
 
-impl fmt::Display for SendStep {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Connect => "connect to the receiver",
-            Self::Start => "agree with the receiver on the protocol",
-            Self::Devices => "compare devices with the receiver's",
-            Self::Config => "describe VM to the receiver",
-            Self::Memory => "copy memory to the receiver",
-            Self::State => "hand VM state to the receiver",
-            Self::Complete => "hand VM over to the receiver",
-        })
-    }
-}
-
 /// What a VM was asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Display)]
 #[non_exhaustive]
 pub enum VmOperation {
     /// Describing itself.
+    #[display("describe itself")]
     Config,
     /// Standing still.
+    #[display("pause")]
     Pause,
     /// Letting go of what the receiver takes.
+    #[display("let go of what the receiver takes")]
     Release,
     /// Taking that back.
+    #[display("take back what it let go of")]
     Reclaim,
     /// Running again.
+    #[display("resume")]
     Resume,
     /// Telling its state.
+    #[display("tell its state")]
     State,
-}
-
-impl fmt::Display for VmOperation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Config => "describe itself",
-            Self::Pause => "pause",
-            Self::Release => "let go of what the receiver takes",
-            Self::Reclaim => "take back what it let go of",
-            Self::Resume => "resume",
-            Self::State => "tell its state",
-        })
-    }
 }
 
 /// Why a VM did not move. See [`SendError::source_vm`] for where that leaves it.

@@ -7,46 +7,41 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use derive_more::Display;
+
 use super::zero_filter::Skipped;
 use crate::ledger::Attribution;
 use crate::precopy::{Forecast, Observation};
 
 /// Where a migration stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Display)]
 #[non_exhaustive]
 pub enum Phase {
     /// Not begun.
     #[default]
+    #[display("idle")]
     Idle,
     /// Reaching the receiver and describing the VM to it.
+    #[display("connecting")]
     Connecting,
     /// Copying memory while the VM runs.
+    #[display("precopy")]
     Precopy,
     /// The VM stands still; the rest is on its way.
+    #[display("switchover")]
     SwitchOver,
     /// The receiver was told to run the VM, and has not answered.
+    #[display("completing")]
     Completing,
     /// The VM runs, or stands paused as asked, at the receiver.
+    #[display("completed")]
     Completed,
     /// Failed or cancelled; the VM runs on at the source.
+    #[display("abandoned")]
     Abandoned,
     /// The receiver may run the VM; it stands still at the source.
+    #[display("outcome unknown")]
     OutcomeUnknown,
-}
-
-impl fmt::Display for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Idle => "idle",
-            Self::Connecting => "connecting",
-            Self::Precopy => "precopy",
-            Self::SwitchOver => "switchover",
-            Self::Completing => "completing",
-            Self::Completed => "completed",
-            Self::Abandoned => "abandoned",
-            Self::OutcomeUnknown => "outcome unknown",
-        })
-    }
 }
 
 /// What one source reported since its device was first migrated.
