@@ -14,8 +14,6 @@
 //! Sessions are not resumed: every connection shows its certificate. Only TLS 1.3 is compiled in: Cargo unites features, so that
 //! TLS 1.2 here would be TLS 1.2 in the embedding VMM's own connections.
 
-mod session;
-
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
@@ -31,8 +29,6 @@ use rustls::{
     AlertDescription, ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection,
 };
 use thiserror::Error;
-
-pub(super) use session::Session;
 
 /// Bytes a certificate or key file may have.
 const FILE_BYTES: u64 = 1 << 20;
@@ -123,7 +119,7 @@ impl ClientTls {
     }
 
     /// Begins a session with `host`; `None` where no certificate can be for it.
-    fn session(&self, host: &str) -> Option<Result<ClientConnection, rustls::Error>> {
+    pub(super) fn session(&self, host: &str) -> Option<Result<ClientConnection, rustls::Error>> {
         // A zone says which interface leads there, not who is there.
         let host = host.split_once('%').map_or(host, |(address, _)| address);
         let name = ServerName::try_from(host.to_owned()).ok()?;
@@ -159,13 +155,13 @@ impl ServerTls {
     }
 
     /// Begins a session.
-    fn session(&self) -> Result<ServerConnection, rustls::Error> {
+    pub(super) fn session(&self) -> Result<ServerConnection, rustls::Error> {
         ServerConnection::new(Arc::clone(&self.0))
     }
 }
 
 /// Names the certificate as what the peer complains of, where that is what it says, and a connection that was cut as that.
-fn explain(error: io::Error) -> io::Error {
+pub(super) fn explain(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::UnexpectedEof && error.get_ref().is_some() {
         return io::Error::new(error.kind(), TlsError::Cut);
     }

@@ -3,72 +3,11 @@
 //! What stands for TLS without the feature `tls`: nobody can ask for it.
 
 use std::convert::Infallible;
-use std::io;
-
-use super::connection::{ConnectionError, Line, Look};
-use super::limits::PeerLimits;
 
 /// What the source of a migration shows and trusts; there is none without the feature `tls`.
 #[derive(Debug, Clone)]
-pub struct ClientTls(Infallible);
+pub struct ClientTls(pub(super) Infallible);
 
 /// What the destination of a migration shows and trusts; there is none without the feature `tls`.
 #[derive(Debug, Clone)]
-pub struct ServerTls(Infallible);
-
-/// A connection under TLS; there is none.
-#[derive(Debug)]
-pub(super) struct Session(Infallible);
-
-impl Session {
-    pub(super) fn client(
-        tls: &ClientTls,
-        _host: &str,
-        _line: Line,
-        _peer: &str,
-        _limits: &PeerLimits,
-    ) -> Result<Self, ConnectionError> {
-        match tls.0 {}
-    }
-
-    pub(super) fn server(
-        tls: &ServerTls,
-        _line: Line,
-        _peer: &str,
-        _limits: &PeerLimits,
-    ) -> Result<Self, ConnectionError> {
-        match tls.0 {}
-    }
-
-    pub(super) fn look(&mut self) -> io::Result<Look> {
-        match self.0 {}
-    }
-
-    pub(super) fn say_goodbye(&mut self) -> io::Result<()> {
-        match self.0 {}
-    }
-
-    pub(super) fn line(&self) -> &Line {
-        match self.0 {}
-    }
-
-    pub(super) fn line_mut(&mut self) -> &mut Line {
-        match self.0 {}
-    }
-}
-
-impl io::Read for Session {
-    fn read(&mut self, _bytes: &mut [u8]) -> io::Result<usize> {
-        match self.0 {}
-    }
-}
-
-impl io::Write for Session {
-    fn write(&mut self, _bytes: &[u8]) -> io::Result<usize> {
-        match self.0 {}
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match self.0 {}
-    }
-}
+pub struct ServerTls(pub(super) Infallible);

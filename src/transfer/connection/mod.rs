@@ -10,6 +10,8 @@ mod guest;
 mod line;
 mod listener;
 mod pace;
+#[cfg_attr(not(feature = "tls"), path = "without_tls.rs")]
+mod session;
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
@@ -20,14 +22,16 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
 use super::limits::PeerLimits;
-use super::tls::{ClientTls, ServerTls, Session};
+use super::tls::{ClientTls, ServerTls};
 use super::url::{Endpoint, Url};
 
 pub use error::ConnectionError;
-pub(super) use line::Line;
 pub use line::{ConnectionHandle, Look};
 pub use listener::Listener;
 pub use pace::Stall;
+
+use line::Line;
+use session::Session;
 
 /// Bytes taken up at first for a payload that claims more.
 const FIRST_BYTES: usize = 64 << 10;

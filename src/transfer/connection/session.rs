@@ -7,13 +7,14 @@ use std::ops::DerefMut;
 
 use rustls::{ClientConnection, ConnectionCommon, ServerConnection, SideData, StreamOwned};
 
-use super::{ClientTls, ServerTls, explain};
-use crate::transfer::connection::{ConnectionError, Line, Look};
+use super::error::ConnectionError;
+use super::line::{Line, Look};
 use crate::transfer::limits::PeerLimits;
+use crate::transfer::tls::{ClientTls, ServerTls, explain};
 
 /// A connection under TLS, its handshake done.
 #[derive(Debug)]
-pub(in crate::transfer) enum Session {
+pub(super) enum Session {
     Client(Box<StreamOwned<ClientConnection, Line>>),
     Server(Box<StreamOwned<ServerConnection, Line>>),
 }
@@ -23,7 +24,7 @@ impl Session {
     ///
     /// # Errors
     /// The two do not trust each other, or do not come to it within `limits.handshake_timeout`; the peer was told.
-    pub(in crate::transfer) fn client(
+    pub(super) fn client(
         tls: &ClientTls,
         host: &str,
         line: Line,
@@ -42,7 +43,7 @@ impl Session {
     ///
     /// # Errors
     /// As [`Session::client`].
-    pub(in crate::transfer) fn server(
+    pub(super) fn server(
         tls: &ServerTls,
         line: Line,
         peer: &str,
@@ -56,7 +57,7 @@ impl Session {
     }
 
     /// Looks what the peer said; what TLS says for itself does not count.
-    pub(in crate::transfer) fn look(&mut self) -> io::Result<Look> {
+    pub(super) fn look(&mut self) -> io::Result<Look> {
         let look = match self {
             Self::Client(stream) => look_through(stream),
             Self::Server(stream) => look_through(stream),
@@ -65,7 +66,7 @@ impl Session {
     }
 
     /// Tells the peer that nothing more comes.
-    pub(in crate::transfer) fn say_goodbye(&mut self) -> io::Result<()> {
+    pub(super) fn say_goodbye(&mut self) -> io::Result<()> {
         match self {
             Self::Client(stream) => stream.conn.send_close_notify(),
             Self::Server(stream) => stream.conn.send_close_notify(),
@@ -73,14 +74,14 @@ impl Session {
         self.flush()
     }
 
-    pub(in crate::transfer) fn line(&self) -> &Line {
+    pub(super) fn line(&self) -> &Line {
         match self {
             Self::Client(stream) => &stream.sock,
             Self::Server(stream) => &stream.sock,
         }
     }
 
-    pub(in crate::transfer) fn line_mut(&mut self) -> &mut Line {
+    pub(super) fn line_mut(&mut self) -> &mut Line {
         match self {
             Self::Client(stream) => &mut stream.sock,
             Self::Server(stream) => &mut stream.sock,
