@@ -3,7 +3,8 @@
 //! No files of the library use each other in a circle.
 //!
 //! A file uses another where a `use` names something in it. That a module hands its children's items on (`pub use`) does not count, and
-//! tests do not either. Of the wings of `snapshot`, each uses only those below it.
+//! tests do not either. Folders are held to the same: one uses what any file below it uses. Of the wings of `snapshot`, each uses only
+//! those below it.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -85,17 +86,22 @@ fn file_of(path: &str, module: &str, files: &BTreeMap<Module, String>) -> Option
     (0..=full.len()).rev().map(|length| full[..length].join("::")).find(|name| files.contains_key(name))
 }
 
-/// All that can be reached from each file.
-fn reach(files: &BTreeMap<Module, String>) -> BTreeMap<Module, BTreeSet<Module>> {
-    let mut reach: BTreeMap<Module, BTreeSet<Module>> = BTreeMap::new();
-    for (module, text) in files {
+/// The files that each file uses.
+fn direct_uses(files: &BTreeMap<Module, String>) -> Uses {
+    let uses = |(module, text): (&Module, &String)| {
         let used = uses_of(text).into_iter().filter_map(|path| file_of(&path, module, files));
-        reach.insert(module.clone(), used.filter(|used| used != module).collect());
-    }
+        (module.clone(), used.filter(|used| used != module).collect())
+    };
+    files.iter().map(uses).collect()
+}
+
+/// All that can be reached from each.
+fn reach(mut reach: Uses) -> Uses {
     loop {
         let mut grown = reach.clone();
         for all in grown.values_mut() {
-            let further: Vec<_> = all.iter().flat_map(|module| reach[module].clone()).collect();
+            let further: Vec<_> =
+                all.iter().filter_map(|module| reach.get(module)).flatten().cloned().collect();
             all.extend(further);
         }
         if grown == reach {
@@ -105,9 +111,34 @@ fn reach(files: &BTreeMap<Module, String>) -> BTreeMap<Module, BTreeSet<Module>>
     }
 }
 
+/// What each file uses.
+type Uses = BTreeMap<Module, BTreeSet<Module>>;
+
 /// The circles: each as the files in it, sorted.
 fn circles(files: &BTreeMap<Module, String>) -> BTreeSet<Vec<Module>> {
-    let reach = reach(files);
+    circles_of(direct_uses(files))
+}
+
+/// The circles of what lies in `folder`: a file or a folder in it uses what any file below it uses.
+fn circles_in(folder: &str, direct: &Uses) -> BTreeSet<Vec<Module>> {
+    let item_of = |module: &str| {
+        let inner =
+            if folder.is_empty() { module } else { module.strip_prefix(folder)?.strip_prefix("::")? };
+        let item = inner.split("::").next().filter(|item| !item.is_empty())?;
+        Some(if folder.is_empty() { item.to_owned() } else { format!("{folder}::{item}") })
+    };
+    let mut uses = Uses::new();
+    for (module, used) in direct {
+        let Some(item) = item_of(module) else { continue };
+        let others: BTreeSet<_> = used.iter().filter_map(|used| item_of(used)).collect();
+        uses.entry(item.clone()).or_default().extend(others.into_iter().filter(|other| *other != item));
+    }
+    circles_of(uses)
+}
+
+/// The circles: each as what is in it, sorted.
+fn circles_of(direct: Uses) -> BTreeSet<Vec<Module>> {
+    let reach = reach(direct);
     let members = reach.iter().filter(|(module, all)| all.contains(*module));
     members
         .map(|(module, all)| all.iter().filter(|other| reach[*other].contains(module)).cloned().collect())
@@ -123,8 +154,23 @@ fn no_files_use_each_other_in_a_circle() {
     assert!(found.is_empty(), "{found:#?}");
 }
 
+#[test]
+fn no_folders_use_each_other_in_a_circle() {
+    let mut files = BTreeMap::new();
+    files_below(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), "", &mut files);
+    let folders = files.keys().flat_map(|module| {
+        let ends = module.match_indices("::").map(|(at, _)| at);
+        ends.map(|end| module[..end].to_owned()).chain([String::new()]).collect::<Vec<_>>()
+    });
+    let folders: BTreeSet<_> = folders.collect();
+    assert!(folders.contains("snapshot::write"));
+    let direct = direct_uses(&files);
+    let found: Vec<_> = folders.iter().flat_map(|folder| circles_in(folder, &direct)).collect();
+    assert!(found.is_empty(), "{found:#?}");
+}
+
 /// The wings of `snapshot`, the lowest first.
-const WINGS: [&str; 6] = ["format", "disk", "read", "write", "ops", "migrate"];
+const WINGS: [&str; 7] = ["format", "disk", "read", "write", "ops", "passed", "migrate"];
 
 /// The uses of a higher wing of `snapshot` by a lower one: the file, and what it names.
 fn upward_uses(files: &BTreeMap<Module, String>) -> Vec<(Module, String)> {
@@ -183,4 +229,20 @@ fn a_circle_is_found_and_named_and_what_is_handed_on_is_none() {
     ]);
     let expected = ["a", "b", "b::d"].map(str::to_owned).to_vec();
     assert_eq!(circles(&circle), BTreeSet::from([expected]));
+
+    // No two files, but two folders.
+    let folders = files(&[
+        ("", ""),
+        ("a", ""),
+        ("a::x", "use crate::b::y::Y;\n"),
+        ("a::z", ""),
+        ("b", ""),
+        ("b::y", "use crate::a::z::Z;\n"),
+    ]);
+    assert_eq!(circles(&folders), BTreeSet::new());
+    assert_eq!(
+        circles_in("", &direct_uses(&folders)),
+        BTreeSet::from([["a", "b"].map(str::to_owned).to_vec()])
+    );
+    assert_eq!(circles_in("a", &direct_uses(&folders)), BTreeSet::new());
 }

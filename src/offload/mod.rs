@@ -8,10 +8,10 @@
 //! Descriptors of a peer are checked before they are believed ([`SlotError`]), and read with `pread`, never mapped: their owner may cut
 //! them off at any time.
 //!
+//! This room lies above [`snapshot`](crate::snapshot) and uses it; nothing in there uses this one. To receive over descriptors is a way of
+//! writing a snapshot, so its code is the wing `passed` of `snapshot`, below the destination that the transfer knows; what is public of it
+//! is named here. To restore over descriptors is a way of reading snapshots and a protocol of its own, and is at home here.
+//!
 //! [`SnapshotDestination`]: crate::snapshot::SnapshotDestination
 
-pub(crate) mod slots;
-pub(crate) mod warm;
-
-pub use slots::SlotError;
-pub use warm::{LocalEvent, LocalOptions};
+pub use crate::snapshot::passed::{LocalEvent, LocalOptions, SlotError};

@@ -18,7 +18,7 @@
 //! `docs/snapshot-format.md` has the bytes.
 //!
 //! Inside, each wing uses only those before it: `format` (what the files say), `disk` (files and directories), `read`, `write`, `ops`,
-//! `migrate` (the two sides of a transfer).
+//! `passed` (memory that comes as descriptors), `migrate` (the two sides of a transfer).
 //!
 //! # One snapshot after another
 //!
@@ -89,6 +89,7 @@ mod format;
 mod migrate;
 mod ops;
 pub(crate) mod parallel;
+pub(crate) mod passed;
 mod read;
 mod reserve;
 mod write;
@@ -96,9 +97,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use self::disk::next_data;
 pub use self::disk::{ManifestUse, ReadError, WriteError};
-pub(crate) use self::format::RamSlot;
 pub use self::format::{
     CHANGES_FILE, CONFIG_FILE, ConfigMessage, Digest, DigestError, Elsewhere, Extent, FormatError, Interface,
     LeftOut, MANIFEST_FILE, MEMORY_FILE, Manifest, PassThrough, Placement, PlacementError, STATE_FILE,

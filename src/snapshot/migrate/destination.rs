@@ -14,12 +14,11 @@ use std::time::Instant;
 use thiserror::Error;
 
 use crate::layout::Layout;
-use crate::offload::slots::{PassedSlots, SlotError, SlotFiles};
-use crate::offload::warm::{self, Copied, LocalEvent, LocalOptions};
 use crate::snapshot::disk::{StagedDir, WriteError};
 use crate::snapshot::format::{
     ConfigMessage, Digest, FormatError, PlacementError, SnapshotLimits, VmConfig, VmState, ZoneFile,
 };
+use crate::snapshot::passed::{self, Copied, LocalEvent, LocalOptions, PassedSlots, SlotError, SlotFiles};
 use crate::snapshot::write::{AnnouncedRam, Base, SnapshotWriter};
 use crate::transfer::frame::MemoryTable;
 use crate::transfer::receive::{Completion, Destination, PageStore, Pages};
@@ -247,7 +246,7 @@ impl SnapshotDestination {
         let began = Instant::now();
         let guard = store.writer();
         let writer = guard.as_ref().ok_or(DestinationError::OutOfTurn { message: "Config" })?;
-        let copied = warm::copy(files, writer, began.checked_add(timeout), local.receiver.as_ref());
+        let copied = passed::copy(files, writer, began.checked_add(timeout), local.receiver.as_ref());
         let copied = copied.and_then(|copied| writer.sync().map(|()| copied));
         let Copied { bytes, whole, .. } = copied.map_err(DestinationError::Copy)?;
         local.tell(LocalEvent::Copied { bytes, whole, took: began.elapsed() });
@@ -262,8 +261,8 @@ impl SnapshotDestination {
         let writer = guard.as_ref().ok_or(DestinationError::OutOfTurn { message: "State" })?;
         let receiver = local.receiver.as_ref();
         let copied = match local.warm_timeout {
-            Some(_) => warm::update(files, writer, receiver),
-            None => warm::copy(files, writer, None, receiver),
+            Some(_) => passed::update(files, writer, receiver),
+            None => passed::copy(files, writer, None, receiver),
         };
         let Copied { bytes, written, .. } = copied.map_err(DestinationError::Copy)?;
         local.tell(LocalEvent::Stored { read_bytes: bytes, written_bytes: written, took: began.elapsed() });

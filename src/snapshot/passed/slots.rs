@@ -12,7 +12,8 @@ use rustix::fs::{FileType, OFlags, fcntl_get_seals, fcntl_getfl, fstat};
 use thiserror::Error;
 
 use crate::range::GpaRange;
-use crate::snapshot::{RamSlot, next_data};
+use crate::snapshot::disk::next_data;
+use crate::snapshot::format::RamSlot;
 
 /// Most slots that a VM may pass memory in.
 const SLOTS_LIMIT: usize = 4096;

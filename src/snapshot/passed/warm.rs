@@ -11,8 +11,8 @@ use thiserror::Error;
 
 use super::slots::SlotFiles;
 use crate::range::{GpaRange, united};
-use crate::snapshot::SnapshotWriter;
 use crate::snapshot::parallel;
+use crate::snapshot::write::SnapshotWriter;
 use crate::threads::ThreadStart;
 use crate::transfer::receive::ReceiverHandle;
 
