@@ -34,6 +34,13 @@ pub(crate) enum Event<'a> {
         /// How long it is copied while the VM runs, at most; `null`: not at all.
         warm_timeout_s: Option<u64>,
     },
+    /// Such memory is on its way to the disk, or compared with what is there.
+    Copying {
+        /// Memory that was read in this pass over it.
+        copied_bytes: u64,
+        /// Memory that the pass reads: what is no hole.
+        data_bytes: u64,
+    },
     /// The copy of such memory while the VM runs is over.
     MemoryCopied {
         /// Memory that was copied; holes are none.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
 use vfio_migration::error::Chain;
-use vfio_migration::offload::LocalOptions;
+use vfio_migration::offload::{CopyProgress, LocalOptions};
 use vfio_migration::snapshot::{
     Base, DestinationOptions, Digest, PassThrough, SnapshotDestination, describe,
 };
@@ -70,10 +70,11 @@ fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept
     let receiver = Receiver::new(arguments.limits(), tls);
     let (notes, noted) = channel();
     let options = options(arguments, receiver.handle(), notes)?;
+    let copying = options.local.progress.clone();
     let mut destination = SnapshotDestination::create(&arguments.into, options)?;
     let listener = Listener::bind(&arguments.url)?;
     tell_listening(arguments, &listener, output);
-    let inbox = Inbox { stop: &stop, notes: &noted };
+    let inbox = Inbox { stop: &stop, notes: &noted, copying: &copying };
     let received = watch(&receiver, &listener, &mut destination, inbox, output)?;
     let received_bytes = receiver.handle().received_bytes();
     match (received, destination.kept()) {
@@ -100,6 +101,7 @@ fn options(
     let local = LocalOptions {
         warm_timeout: (!arguments.no_warm_copy).then(|| Duration::from_secs(arguments.warm_timeout)),
         receiver: Some(receiver.clone()),
+        progress: CopyProgress::default(),
         // Where nobody listens, nobody needs to know.
         observer: Some(Box::new(move |event| drop(told.send(Note::Local(event))))),
     };
@@ -122,6 +124,8 @@ struct Inbox<'a> {
     stop: &'a AtomicBool,
     /// What there is to tell of the command that the VM waits for.
     notes: &'a NoteReceiver<Note>,
+    /// How far memory is copied that came as descriptors.
+    copying: &'a CopyProgress,
 }
 
 /// Receives on a thread of its own, while this one shows progress and heeds signals.
@@ -146,7 +150,10 @@ fn watch(
                 give_up(&handle, output);
             }
             tell_notes(inbox.notes, &mut printed, output);
-            tell_progress(&handle, &mut rate, output);
+            match inbox.copying.total_bytes() {
+                0 => tell_progress(&handle, &mut rate, output),
+                data_bytes => tell_copying(inbox.copying.done_bytes(), data_bytes, output),
+            }
             thread::sleep(TICK);
         }
         tell_notes(inbox.notes, &mut printed, output);
@@ -200,6 +207,13 @@ fn tell_progress(handle: &ReceiverHandle, rate: &mut Rate, output: &mut Output) 
     }
     output.progress(&Event::Receiving { received_bytes, bytes_per_second }, received_bytes, None, || {
         format!("received {}, {}/s", HumanBytes(received_bytes), HumanBytes(bytes_per_second))
+    });
+}
+
+/// Tells how far memory is copied that came as descriptors, or compared.
+fn tell_copying(copied_bytes: u64, data_bytes: u64, output: &mut Output) {
+    output.progress(&Event::Copying { copied_bytes, data_bytes }, copied_bytes, Some(data_bytes), || {
+        format!("{} of {}", HumanBytes(copied_bytes), HumanBytes(data_bytes))
     });
 }
 

@@ -14,4 +14,4 @@
 //!
 //! [`SnapshotDestination`]: crate::snapshot::SnapshotDestination
 
-pub use crate::snapshot::passed::{LocalEvent, LocalOptions, SlotError};
+pub use crate::snapshot::passed::{CopyProgress, LocalEvent, LocalOptions, SlotError};

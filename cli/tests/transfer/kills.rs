@@ -24,7 +24,7 @@ const KILLS: &str = "VFIO_MIGRATE_TEST_KILLS";
 const FEW: usize = 12;
 
 /// How many kills to try.
-fn kills() -> usize {
+pub(crate) fn kills() -> usize {
     env::var(KILLS).map_or(FEW, |text| text.parse().unwrap())
 }
 
@@ -62,7 +62,7 @@ impl Moment {
 }
 
 /// From 0 to 1, another one each time.
-fn random() -> f64 {
+pub(crate) fn random() -> f64 {
     let bits = RandomState::new().hash_one(0) >> 32;
     f64::from(u32::try_from(bits).unwrap()) / f64::from(u32::MAX)
 }

@@ -2,12 +2,15 @@
 
 //! A source that passes its memory as descriptors (`local=on`), in bytes spelled out here, honest and otherwise.
 
+mod unlucky;
+
 use std::fs::File;
 use std::io::{IoSlice, PipeReader, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -51,45 +54,39 @@ fn one_slot() -> Vec<u8> {
     config(NO_DISKS, &[(0, 0, RAM, 0)])
 }
 
-/// A receiver and a source at it that has said Start.
-struct Bench {
-    place: Place,
-    tool: Tool,
-    source: UnixStream,
-}
+/// A source of a local migration.
+struct Source(UnixStream);
 
-impl Bench {
-    fn new(options: &[&str]) -> Self {
-        let place = Place::new();
-        let socket = format!("unix:{}", place.path("socket").display());
-        let (tool, _) = Tool::receive(&socket, &place.path("into"), options);
-        let source = UnixStream::connect(place.path("socket")).unwrap();
-        source.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let mut bench = Self { place, tool, source };
-        assert_eq!(bench.ask(&message(START, b"")), Some(OK));
-        bench
+impl Source {
+    /// Connects to `socket` and says Start.
+    fn start(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut source = Self(stream);
+        assert_eq!(source.ask(&message(START, b"")), Some(OK));
+        source
     }
 
     fn answer(&mut self) -> Option<u16> {
         let mut answer = [0; 16];
-        self.source.read_exact(&mut answer).ok().map(|()| u16::from_le_bytes([answer[0], answer[1]]))
+        self.0.read_exact(&mut answer).ok().map(|()| u16::from_le_bytes([answer[0], answer[1]]))
     }
 
     fn ask(&mut self, message: &[u8]) -> Option<u16> {
-        let _ = self.source.write_all(message);
+        let _ = self.0.write_all(message);
         self.answer()
     }
 
     /// Sends a MemoryFd: its head, and in a message of their own the slot's 4 bytes, which the descriptors ride on.
     fn pass(&mut self, slot: u32, descriptors: &[BorrowedFd<'_>]) -> Option<u16> {
-        self.source.write_all(&request(MEMORY_FD, 4)).unwrap();
+        self.0.write_all(&request(MEMORY_FD, 4)).ok()?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !descriptors.is_empty() {
             assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
         }
         let slot = slot.to_le_bytes();
-        sendmsg(&self.source, &[IoSlice::new(&slot)], &mut control, SendFlags::empty()).unwrap();
+        sendmsg(&self.0, &[IoSlice::new(&slot)], &mut control, SendFlags::NOSIGNAL).ok()?;
         self.answer()
     }
 
@@ -97,6 +94,35 @@ impl Bench {
     fn finish(&mut self) -> Option<u16> {
         assert_eq!(self.ask(&state()), Some(OK));
         self.ask(&message(COMPLETE, b""))
+    }
+}
+
+/// A receiver and a source at it that has said Start.
+struct Bench {
+    place: Place,
+    tool: Tool,
+    source: Source,
+}
+
+impl Bench {
+    fn new(options: &[&str]) -> Self {
+        let place = Place::new();
+        let socket = format!("unix:{}", place.path("socket").display());
+        let (tool, _) = Tool::receive(&socket, &place.path("into"), options);
+        let source = Source::start(&place.path("socket"));
+        Self { place, tool, source }
+    }
+
+    fn ask(&mut self, message: &[u8]) -> Option<u16> {
+        self.source.ask(message)
+    }
+
+    fn pass(&mut self, slot: u32, descriptors: &[BorrowedFd<'_>]) -> Option<u16> {
+        self.source.pass(slot, descriptors)
+    }
+
+    fn finish(&mut self) -> Option<u16> {
+        self.source.finish()
     }
 
     fn end(self) -> (Ended, Place) {
@@ -216,6 +242,67 @@ fn a_hole_made_while_the_vm_ran_replaces_a_page_of_the_base() {
     let words = ["snapshot", "apply", base_dir.to_str().unwrap(), into.to_str().unwrap(), "--into"];
     run([&words[..], &[whole.to_str().unwrap()]].concat()).succeeded();
     assert_eq!(std::fs::read(whole.join("memory-ranges")).unwrap(), contents(&memory));
+}
+
+#[test]
+fn a_differential_writes_what_changed_since_the_warm_copy_and_not_since_the_base() {
+    let mut bench = Bench::new(&[]);
+    let memory = guest();
+    bench.pass(0, &[memory.as_fd()]);
+    bench.ask(&one_slot());
+    assert_eq!(bench.finish(), Some(OK));
+    let (ended, base) = bench.end();
+    ended.succeeded();
+    let base_dir = base.path("into");
+
+    // Twenty pages differ from the base, and one that it has is zero now.
+    (40..60).for_each(|page| memory.write_all_at(&[6; 4096], page * PAGE).unwrap());
+    memory.write_all_at(&[0; 4096], 3 * PAGE).unwrap();
+    let mut bench = Bench::new(&["--base", base_dir.to_str().unwrap()]);
+    bench.pass(0, &[memory.as_fd()]);
+    assert_eq!(bench.ask(&one_slot()), Some(OK));
+    // One of them changes again, one is as in the base again, and one that was zero is not.
+    memory.write_all_at(&[5; 4096], 40 * PAGE).unwrap();
+    memory.write_all_at(&[0; 4096], 41 * PAGE).unwrap();
+    memory.write_all_at(&[4; 4096], 3 * PAGE).unwrap();
+    assert_eq!(bench.finish(), Some(OK));
+    let (ended, place) = bench.end();
+    let ended = ended.succeeded();
+    let stored = ended.events().into_iter().find(|event| event["event"] == "memory-stored").unwrap();
+    assert_eq!(stored["written_bytes"], 2 * PAGE);
+    let (into, whole) = (place.path("into"), place.path("whole"));
+    assert_eq!(std::fs::metadata(into.join("memory-changes")).unwrap().len(), 20 * PAGE);
+    let words = ["snapshot", "apply", base_dir.to_str().unwrap(), into.to_str().unwrap(), "--into"];
+    run([&words[..], &[whole.to_str().unwrap()]].concat()).succeeded();
+    assert_eq!(std::fs::read(whole.join("memory-ranges")).unwrap(), contents(&memory));
+}
+
+#[test]
+fn the_hook_of_the_paused_vm_runs_beside_the_comparison() {
+    let go_on = Place::new();
+    let until = format!("until [ -e '{}' ]; do sleep 0.01; done", go_on.path("go").display());
+    let (mut bench, memory) = (Bench::new(&["--on-paused", &until]), guest());
+    bench.pass(0, &[memory.as_fd()]);
+    assert_eq!(bench.ask(&one_slot()), Some(OK));
+    bench.source.0.write_all(&state()).unwrap();
+    bench.tool.await_event("memory-stored");
+    File::create(go_on.path("go")).unwrap();
+    assert_eq!(bench.source.answer(), Some(OK));
+    assert_eq!(bench.ask(&message(COMPLETE, b"")), Some(OK));
+    let (ended, place) = bench.end();
+    ended.succeeded();
+    assert_eq!(kept_memory(&place), contents(&memory));
+}
+
+#[test]
+fn a_hook_that_fails_ends_a_snapshot_of_descriptors() {
+    let (mut bench, memory) = (Bench::new(&["--on-paused", "exit 7"]), guest());
+    bench.pass(0, &[memory.as_fd()]);
+    assert_eq!(bench.ask(&one_slot()), Some(OK));
+    assert_eq!(bench.ask(&state()), Some(ERROR));
+    let (ended, place) = bench.end();
+    ended.failed(4, "\"exit 7\" ended with exit status: 7");
+    assert!(is_empty(place.root()));
 }
 
 #[test]

@@ -78,6 +78,17 @@ impl Extent {
         Some(Self { range, offset: self.offset + (range.start() - self.range.start()) })
     }
 
+    /// Returns these of the extent's bytes.
+    ///
+    /// # Panics
+    /// They are none, or not all in it.
+    pub(crate) fn slice(self, bytes: &Range<usize>) -> Self {
+        let (start, length) = (bytes.start as u64, bytes.len() as u64);
+        assert!(start + length <= self.range.len(), "{bytes:?} are not in {}", self.range);
+        let range = GpaRange::new(self.range.start() + start, length).expect("it is a part of a range");
+        Self { range, offset: self.offset + start }
+    }
+
     /// Cuts the extent where its offsets cross multiples of `bytes`.
     pub(crate) fn cut(self, bytes: u64) -> impl Iterator<Item = Self> {
         let mut next = Some(self);

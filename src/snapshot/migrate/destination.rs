@@ -5,10 +5,11 @@
 use std::fmt;
 use std::io::{self, BufReader, ErrorKind};
 use std::os::fd::OwnedFd;
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
-
+use std::thread;
 use std::time::Instant;
 
 use thiserror::Error;
@@ -18,7 +19,9 @@ use crate::snapshot::disk::{StagedDir, WriteError};
 use crate::snapshot::format::{
     ConfigMessage, Digest, FormatError, PlacementError, SnapshotLimits, VmConfig, VmState, ZoneFile,
 };
-use crate::snapshot::passed::{self, Copied, LocalEvent, LocalOptions, PassedSlots, SlotError, SlotFiles};
+use crate::snapshot::passed::{
+    self, Copied, LocalEvent, LocalOptions, PassedSlots, SlotError, SlotFiles, Watch,
+};
 use crate::snapshot::write::{AnnouncedRam, Base, SnapshotWriter};
 use crate::transfer::frame::MemoryTable;
 use crate::transfer::receive::{Completion, Destination, PageStore, Pages};
@@ -106,6 +109,8 @@ fn warn_of_devices(config: &VmConfig) {
 }
 
 /// A hook that runs between the State and its answer, while the VM is paused: the place to snapshot its disks.
+///
+/// Memory that came as descriptors is stored meanwhile, on other threads; where that fails, the hook is waited for all the same.
 pub type OnPaused = Box<dyn FnMut() -> Result<(), VmError> + Send>;
 
 /// What is kept of a VM, and what becomes of the VM.
@@ -227,14 +232,34 @@ impl SnapshotDestination {
         let state = VmState::parse(json, &self.options.limits)?;
         store.check(&state)?;
         store.hurry();
-        if let Some(on_paused) = &mut self.options.on_paused {
-            on_paused().map_err(DestinationError::OnPaused)?;
-        }
-        if let Some(files) = self.files.take() {
-            self.copy_paused(&files, &store)?;
-        }
+        self.while_paused(&store)?;
         self.phase = Phase::Paused { config, state, store };
         Ok(())
+    }
+
+    /// Runs the hook, and beside it stores what the descriptors hold now, if memory came as some.
+    fn while_paused(&mut self, store: &Store) -> Result<(), DestinationError> {
+        let files = self.files.take();
+        let DestinationOptions { on_paused, local, limits, .. } = &mut self.options;
+        let hook = on_paused.as_mut().map(|hook| || hook().map_err(DestinationError::OnPaused));
+        let (files, hook) = match (files, hook) {
+            (Some(files), Some(hook)) => (files, hook),
+            (files, hook) => {
+                hook.map_or(Ok(()), |mut hook| hook())?;
+                return files
+                    .map_or(Ok(()), |files| copy_paused(local, &files, store, &AtomicBool::new(false)));
+            }
+        };
+        let ended = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let copy = || copy_paused(local, &files, store, &ended);
+            let copying = limits.thread_start.spawn_scoped(scope, "snapshot-passed", copy);
+            let copying = copying.map_err(DestinationError::Copy)?;
+            let (mut hook, ended) = (hook, &ended);
+            let hooked = hook().inspect_err(|_| ended.store(true, Ordering::Relaxed));
+            let copied = copying.join().unwrap_or_else(|panic| resume_unwind(panic));
+            hooked.and(copied)
+        })
     }
 
     /// Copies the memory of the VM, which runs, for as long as it may.
@@ -246,26 +271,11 @@ impl SnapshotDestination {
         let began = Instant::now();
         let guard = store.writer();
         let writer = guard.as_ref().ok_or(DestinationError::OutOfTurn { message: "Config" })?;
-        let copied = passed::copy(files, writer, began.checked_add(timeout), local.receiver.as_ref());
+        let ended = AtomicBool::new(false);
+        let copied = passed::copy(files, writer, began.checked_add(timeout), watch(local, &ended));
         let copied = copied.and_then(|copied| writer.sync().map(|()| copied));
         let Copied { bytes, whole, .. } = copied.map_err(DestinationError::Copy)?;
         local.tell(LocalEvent::Copied { bytes, whole, took: began.elapsed() });
-        Ok(())
-    }
-
-    /// Stores the memory of the VM, which is paused, as far as it is not stored already.
-    fn copy_paused(&mut self, files: &SlotFiles, store: &Store) -> Result<(), DestinationError> {
-        let local = &mut self.options.local;
-        let began = Instant::now();
-        let guard = store.writer();
-        let writer = guard.as_ref().ok_or(DestinationError::OutOfTurn { message: "State" })?;
-        let receiver = local.receiver.as_ref();
-        let copied = match local.warm_timeout {
-            Some(_) => passed::update(files, writer, receiver),
-            None => passed::copy(files, writer, None, receiver),
-        };
-        let Copied { bytes, written, .. } = copied.map_err(DestinationError::Copy)?;
-        local.tell(LocalEvent::Stored { read_bytes: bytes, written_bytes: written, took: began.elapsed() });
         Ok(())
     }
 
@@ -278,6 +288,29 @@ impl SnapshotDestination {
         self.phase = Phase::Kept(digest);
         Ok(if self.options.checkpoint { Completion::Checkpointed } else { Completion::Moved })
     }
+}
+
+/// Stores the memory of the VM, which is paused, as far as it is not stored already.
+fn copy_paused(
+    local: &mut LocalOptions,
+    files: &SlotFiles,
+    store: &Store,
+    ended: &AtomicBool,
+) -> Result<(), DestinationError> {
+    let began = Instant::now();
+    let guard = store.writer();
+    let writer = guard.as_ref().ok_or(DestinationError::OutOfTurn { message: "State" })?;
+    let copied = match local.warm_timeout {
+        Some(_) => passed::update(files, writer, watch(local, ended)),
+        None => passed::copy(files, writer, None, watch(local, ended)),
+    };
+    let Copied { bytes, written, .. } = copied.map_err(DestinationError::Copy)?;
+    local.tell(LocalEvent::Stored { read_bytes: bytes, written_bytes: written, took: began.elapsed() });
+    Ok(())
+}
+
+fn watch<'a>(local: &'a LocalOptions, ended: &'a AtomicBool) -> Watch<'a> {
+    Watch { receiver: local.receiver.as_ref(), progress: &local.progress, ended }
 }
 
 /// Checks descriptors against the Config that says what is in them.

@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -31,8 +32,10 @@ pub struct LocalOptions {
     ///
     /// A Cloud Hypervisor source takes no other API call meanwhile, and ends when its guest reboots.
     pub warm_timeout: Option<Duration>,
-    /// Tells whether anybody waits for the copy.
+    /// Tells whether anybody waits for the copy, which ends early where nobody does: [`ReceiverHandle::stop`] cancels it.
     pub receiver: Option<ReceiverHandle>,
+    /// Where to see how far it is.
+    pub progress: CopyProgress,
     /// Told how it goes, on the thread that the source waits for: it may not wait itself.
     pub observer: Option<Box<dyn FnMut(LocalEvent) + Send>>,
 }
@@ -42,6 +45,7 @@ impl fmt::Debug for LocalOptions {
         f.debug_struct("LocalOptions")
             .field("warm_timeout", &self.warm_timeout)
             .field("receiver", &self.receiver)
+            .field("progress", &self.progress)
             .field("observer", &self.observer.is_some())
             .finish()
     }
@@ -87,10 +91,55 @@ impl LocalOptions {
     }
 }
 
-/// Fails where nobody waits for the copy.
-fn check(receiver: Option<&ReceiverHandle>) -> io::Result<()> {
-    let ended = receiver.is_some_and(|receiver| receiver.is_stopped() || receiver.source_has_gone());
-    if ended { Err(io::Error::new(io::ErrorKind::BrokenPipe, Ended)) } else { Ok(()) }
+/// How far the copy of memory is that came as descriptors, for any thread to look at.
+#[derive(Debug, Clone, Default)]
+pub struct CopyProgress(Arc<CopyCounters>);
+
+#[derive(Debug, Default)]
+struct CopyCounters {
+    total: AtomicU64,
+    done: AtomicU64,
+}
+
+impl CopyProgress {
+    /// Bytes that the pass over memory which is under way, or was the last, looks at; 0 before the first.
+    pub fn total_bytes(&self) -> u64 {
+        self.0.total.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that it has looked at.
+    pub fn done_bytes(&self) -> u64 {
+        self.0.done.load(Ordering::Relaxed)
+    }
+
+    fn begin(&self, total: u64) {
+        self.0.done.store(0, Ordering::Relaxed);
+        self.0.total.store(total, Ordering::Relaxed);
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.0.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Who waits for a copy, and sees how far it is.
+#[derive(Clone, Copy)]
+pub(crate) struct Watch<'a> {
+    pub(crate) receiver: Option<&'a ReceiverHandle>,
+    pub(crate) progress: &'a CopyProgress,
+    /// Raised where something else has failed.
+    pub(crate) ended: &'a AtomicBool,
+}
+
+impl Watch<'_> {
+    /// Fails where nobody waits for the copy.
+    fn check(&self) -> io::Result<()> {
+        let has_gone = |receiver: &ReceiverHandle| receiver.is_stopped() || receiver.source_has_gone();
+        if self.ended.load(Ordering::Relaxed) || self.receiver.is_some_and(has_gone) {
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, Ended));
+        }
+        Ok(())
+    }
 }
 
 /// What a copy came to.
@@ -109,9 +158,9 @@ pub(crate) fn copy(
     files: &SlotFiles,
     writer: &SnapshotWriter,
     until: Option<Instant>,
-    receiver: Option<&ReceiverHandle>,
+    watch: Watch<'_>,
 ) -> io::Result<Copied> {
-    each_piece(files.data()?, until, receiver, writer.threads(), |piece| {
+    each_piece(files.data()?, until, watch, writer.threads(), |piece| {
         writer.fill_with(piece, |range, buffer| files.read(range, buffer)).map(|()| piece.len())
     })
 }
@@ -120,15 +169,11 @@ pub(crate) fn copy(
 ///
 /// # Errors
 /// As [`copy`].
-pub(crate) fn update(
-    files: &SlotFiles,
-    writer: &SnapshotWriter,
-    receiver: Option<&ReceiverHandle>,
-) -> io::Result<Copied> {
+pub(crate) fn update(files: &SlotFiles, writer: &SnapshotWriter, watch: Watch<'_>) -> io::Result<Copied> {
     // What was there and is a hole now is zeros.
     let stored = writer.stored()?;
     let ranges = united(files.data()?.into_iter().chain(stored));
-    each_piece(ranges, None, receiver, writer.threads(), |piece| {
+    each_piece(ranges, None, watch, writer.threads(), |piece| {
         writer.update_with(piece, |range, buffer| files.read(range, buffer))
     })
 }
@@ -136,20 +181,22 @@ pub(crate) fn update(
 fn each_piece(
     ranges: Vec<GpaRange>,
     until: Option<Instant>,
-    receiver: Option<&ReceiverHandle>,
+    watch: Watch<'_>,
     threads: ThreadStart,
     work: impl Fn(GpaRange) -> io::Result<u64> + Sync,
 ) -> io::Result<Copied> {
     let pieces: Vec<_> = ranges.into_iter().flat_map(|range| range.pieces(PIECE_BYTES)).collect();
+    watch.progress.begin(pieces.iter().map(|piece| piece.len()).sum());
     let (bytes, written, late) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
     parallel::for_each(&pieces, parallel::processors(), threads, |&piece| {
-        check(receiver)?;
+        watch.check()?;
         if late.load(Ordering::Relaxed) || until.is_some_and(|until| Instant::now() >= until) {
             late.store(true, Ordering::Relaxed);
             return Ok(());
         }
         written.fetch_add(work(piece)?, Ordering::Relaxed);
         bytes.fetch_add(piece.len(), Ordering::Relaxed);
+        watch.progress.advance(piece.len());
         Ok::<_, io::Error>(())
     })?;
     let whole = !late.into_inner();

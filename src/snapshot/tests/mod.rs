@@ -8,5 +8,6 @@ mod field;
 mod full;
 mod guest;
 mod manifest;
+mod passed;
 mod state;
 mod verify;

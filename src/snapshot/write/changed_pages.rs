@@ -4,13 +4,14 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, MutexGuard};
 
 use thiserror::Error;
 
 use super::page_cells::{CELL_PAGES, Cell, Cells};
-use super::sparse_file::{FillError, SparseFile};
+use super::sparse_file::{FillError, SparseFile, wanted_runs};
 use crate::granule::Granule;
 use crate::range::GpaRange;
 use crate::snapshot::format::{
@@ -109,7 +110,8 @@ impl ChangedPages {
         Ok(())
     }
 
-    /// Takes the bytes of `range` anew; returns how many bytes were written.
+    /// Takes the bytes of `range` anew, whole pages; returns how many bytes were written. A page that is in the work file already, or
+    /// known to be zero, is compared with that, any other with the base.
     ///
     /// # Errors
     /// As [`ChangedPages::fill`].
@@ -118,13 +120,45 @@ impl ChangedPages {
         range: GpaRange,
         read: impl FnMut(GpaRange, &mut [u8]) -> io::Result<()>,
     ) -> Result<u64, FillError> {
-        let (mut before, mut written) = (Vec::new(), 0);
+        let (mut kept, mut before, mut written) = (Vec::new(), Vec::new(), 0);
         self.work.fill(range, read, |piece, bytes| {
-            let more = self.store(piece, bytes, &mut before)?;
+            let mut more = 0;
+            for run in self.not_kept(piece, bytes, &mut kept)? {
+                more += self.store(piece.slice(&run), &bytes[run], &mut before)?;
+            }
             written += more;
             Ok(more)
         })?;
         Ok(written)
+    }
+
+    /// The pages of a piece, as parts of its `bytes`, that are not kept as they are there.
+    fn not_kept(
+        &self,
+        piece: Extent,
+        bytes: &[u8],
+        kept: &mut Vec<u8>,
+    ) -> Result<Vec<Range<usize>>, FillError> {
+        let Cell { data, zero, .. } = *self.lock(piece).map_err(FillError::Write)?;
+        resize(kept, bytes.len()).map_err(FillError::Read)?;
+        if data != 0 {
+            self.work
+                .file()
+                .read_exact_at(&mut kept[..bytes.len()], piece.offset)
+                .map_err(FillError::Write)?;
+        }
+        let page_bytes = index(self.page.bytes());
+        let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
+        let pages = (first..).zip((0..bytes.len()).step_by(page_bytes)).map(|(bit, at)| {
+            let page = at..at + page_bytes;
+            let is_kept = match (data >> bit & 1, zero >> bit & 1) {
+                (1, _) => kept[page.clone()] == bytes[page.clone()],
+                (_, 1) => is_zero(&bytes[page.clone()]),
+                _ => false,
+            };
+            (page, !is_kept)
+        });
+        Ok(wanted_runs(pages))
     }
 
     /// The memory that may differ from zeros as it is now: what came, and, as a page that came may be the same as there, what the base has.

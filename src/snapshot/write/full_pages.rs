@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FallocateFlags;
 
-use super::sparse_file::{FillError, SparseFile};
+use super::sparse_file::{FillError, SparseFile, wanted_runs};
 use crate::granule::Granule;
 use crate::range::GpaRange;
 use crate::snapshot::disk::{data_parts, is_unsupported};
@@ -100,10 +100,7 @@ impl FullPages {
             let mut written = 0;
             for run in differing(old, bytes, self.page_bytes) {
                 changed += run.len() as u64;
-                let start = piece.range.start() + run.start as u64;
-                let range = GpaRange::new(start, run.len() as u64).expect("it is a part of a range");
-                let part = Extent { range, offset: piece.offset + run.start as u64 };
-                written += self.store(part, &bytes[run]).map_err(FillError::Write)?;
+                written += self.store(piece.slice(&run), &bytes[run]).map_err(FillError::Write)?;
             }
             Ok(written)
         })?;
@@ -246,18 +243,8 @@ fn cut(start: usize, length: usize, unit: usize) -> impl Iterator<Item = (usize,
 
 /// The runs of units in which two buffers of one length differ.
 fn differing(old: &[u8], new: &[u8], unit: usize) -> Vec<Range<usize>> {
-    let mut runs: Vec<Range<usize>> = Vec::new();
-    for (at, (old, new)) in old.chunks(unit).zip(new.chunks(unit)).enumerate() {
-        if old == new {
-            continue;
-        }
-        let start = at * unit;
-        match runs.last_mut() {
-            Some(last) if last.end == start => last.end = start + new.len(),
-            _ => runs.push(start..start + new.len()),
-        }
-    }
-    runs
+    let units = (0..).step_by(unit).zip(old.chunks(unit).zip(new.chunks(unit)));
+    wanted_runs(units.map(|(start, (old, new))| (start..start + new.len(), old != new)))
 }
 
 fn locked(block: &Mutex<Block>) -> MutexGuard<'_, Block> {

@@ -193,6 +193,18 @@ impl SparseFile {
     }
 }
 
+/// Joins those `parts`, ascending, that are wanted and touch.
+pub(super) fn wanted_runs(parts: impl Iterator<Item = (Range<usize>, bool)>) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (part, _) in parts.filter(|(_, wanted)| *wanted) {
+        match runs.last_mut() {
+            Some(last) if last.end == part.start => last.end = part.end,
+            _ => runs.push(part),
+        }
+    }
+    runs
+}
+
 /// Reads pieces from a stream.
 pub(super) fn from_stream(from: &mut dyn Read) -> impl FnMut(GpaRange, &mut [u8]) -> io::Result<()> {
     move |_, buffer| from.read_exact(buffer)
