@@ -194,8 +194,8 @@ pub(crate) struct SendArguments {
     /// The full snapshot to send. It must not change meanwhile. Every byte is checked against the manifest while it
     /// is sent; if one was altered, the receiver does not run the VM. A snapshot without a manifest is sent
     /// unchecked.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) from: PathBuf,
+    #[arg(long, value_name = "DIR", required = true)]
+    pub(crate) from: Vec<PathBuf>,
     /// Send FILE as the VM's configuration, in place of DIR's config.json: for a host where disks, taps and files
     /// have other names. To send an edited config.json of DIR, name it here, or accept it first with `snapshot seal
     /// --edited-config`.
@@ -207,6 +207,10 @@ pub(crate) struct SendArguments {
     /// Mutual TLS, with ca-cert.pem, client-cert.pem and client-key.pem from DIR.
     #[arg(long, value_name = "DIR")]
     pub(crate) tls_dir: Option<PathBuf>,
+    /// Pass memory as descriptors to a Cloud Hypervisor on this host, over unix:PATH. Then --from may be repeated: a
+    /// full snapshot and the differentials on top of it, which are applied as they are read.
+    #[arg(long, conflicts_with_all = ["connections", "tls_dir", "bandwidth", "all_pages"])]
+    pub(crate) local: bool,
     /// Leave the VM paused at the receiver.
     #[arg(long)]
     pub(crate) paused: bool,

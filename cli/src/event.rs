@@ -120,6 +120,24 @@ pub(crate) enum Event<'a> {
         /// From the first connection to the last answer.
         total_ms: u128,
     },
+    /// The memory of a VM that is passed as descriptors is being filled.
+    Filling {
+        /// The VM's memory.
+        ram_bytes: u64,
+        /// Memory that was read from the snapshot and is not zero.
+        filled_bytes: u64,
+    },
+    /// The receiver has the VM, and its memory as descriptors.
+    Passed {
+        /// Where it is.
+        url: String,
+        /// The VM's memory.
+        ram_bytes: u64,
+        /// Memory of it that is not zero.
+        filled_bytes: u64,
+        /// From the first connection to the last answer.
+        total_ms: u128,
+    },
     /// The command failed.
     Failed {
         /// The class of the failure.

@@ -7,6 +7,7 @@ use std::io;
 
 use rustix::io::Errno;
 use vfio_migration::error::Chain;
+use vfio_migration::offload::LocalSendError;
 use vfio_migration::precopy::CancelReason;
 use vfio_migration::snapshot::{
     Altered, DestinationError, FormatError, ManifestUse, OperationError, PlacementError, ReadError,
@@ -306,6 +307,34 @@ impl Class for ReceiveError {
             Self::Descriptors { .. } => Some(DESCRIPTORS),
             _ => None,
         }
+    }
+}
+
+impl Class for LocalSendError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Stopped => Exit::Cancelled,
+            Self::Fill(source) => exit_of_copy(source),
+            Self::Make { .. } => Exit::Io,
+            Self::Document(error) => exit_of_format(error),
+            Self::Elsewhere { .. } => Exit::Usage,
+            Self::NoSlot { .. } | Self::SlotTwice { .. } => Exit::Verification,
+            Self::Connection(error) => error.exit(),
+            _ if self.is_outcome_unknown() => Exit::OutcomeUnknown,
+            Self::Line { source, .. } => exit_of_line(source),
+            _ => Exit::Peer,
+        }
+    }
+
+    fn option(&self) -> Option<&'static str> {
+        match self {
+            Self::Silent { .. } if !self.is_outcome_unknown() => Some("--idle-timeout"),
+            _ => None,
+        }
+    }
+
+    fn remedy(&self) -> Option<&'static str> {
+        if matches!(self, Self::Elsewhere { .. }) { Some(RESTORE_WITH_FILES) } else { None }
     }
 }
 

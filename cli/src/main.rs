@@ -16,7 +16,9 @@ mod output;
 mod printer;
 mod probe;
 mod receive;
+mod replacement;
 mod send;
+mod send_local;
 mod shell;
 mod signals;
 mod snapshot;
@@ -66,6 +68,7 @@ fn run(command: Command) -> ExitCode {
     };
     let code = match command {
         Command::Receive(arguments) => receive::receive(&arguments),
+        Command::Send(arguments) if arguments.local => send_local::send_local(&arguments),
         Command::Send(arguments) => send::send(&arguments),
         Command::Snapshot(command) => snapshot::snapshot(&command),
         #[cfg(feature = "demo")]

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use indicatif::HumanBytes;
 use vfio_migration::error::Chain;
-use vfio_migration::snapshot::{FullSnapshot, PassThrough, ReadError, SnapshotSource, VmConfig, read_config};
+use vfio_migration::snapshot::{FullSnapshot, PassThrough, SnapshotSource};
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::tls::ClientTls;
 use vfio_migration::transfer::{PeerError, SendError, SendOptions, SendStep, Sender, SenderHandle, Sent};
@@ -22,6 +22,7 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::host::HostError;
 use crate::output::Output;
+use crate::replacement::read_replacement;
 use crate::signals::stop_flag;
 
 /// How often the sender is looked at.
@@ -53,19 +54,16 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Fail
 /// Opens the snapshot, with the configuration of `--config` where there is one.
 fn open(arguments: &SendArguments) -> Result<FullSnapshot, Failure> {
     let limits = arguments.sizes.of_snapshot();
-    let Some(config) = &arguments.config else { return Ok(FullSnapshot::open(&arguments.from, &limits)?) };
-    let text = read_config(config, &limits).map_err(|error| unread_config(&error))?;
-    if let Err(error) = VmConfig::parse(&text, &limits) {
-        let message = format!("Cannot take {} for a config.json: {}", config.display(), Chain(&error));
+    let [from] = &arguments.from[..] else {
+        let message =
+            "Only with --local are several --from one VM; `snapshot apply` makes one snapshot of them"
+                .to_owned();
         return Err(Failure { exit: Exit::Usage, message });
+    };
+    match read_replacement(arguments)? {
+        None => Ok(FullSnapshot::open(from, &limits)?),
+        Some((text, _)) => Ok(FullSnapshot::open_with_config(from, &text, &limits)?),
     }
-    Ok(FullSnapshot::open_with_config(&arguments.from, &text, &limits)?)
-}
-
-/// A file that was named on its own is no part of a snapshot, and so never a damaged one.
-fn unread_config(error: &ReadError) -> Failure {
-    let is_io = matches!(error, ReadError::Open { .. } | ReadError::Read { .. });
-    Failure { exit: if is_io { Exit::Io } else { Exit::Usage }, message: Chain(error).to_string() }
 }
 
 /// A stored VM stays what it is: nothing is to be resumed or ended here.
@@ -179,7 +177,7 @@ fn tell_sent(arguments: &SendArguments, sent: &Sent, output: &mut Output) {
         let state = if arguments.paused { "stands paused" } else { "is" };
         format!(
             "Sent {} to {}, where the VM {state} now: {} in {:.1} s; holes of {} and zeros of {} left out",
-            arguments.from.display(),
+            arguments.from[0].display(),
             arguments.url,
             HumanBytes(sent.progress.sent_bytes),
             sent.total.as_secs_f64(),

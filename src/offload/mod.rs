@@ -3,7 +3,7 @@
 //! Cloud Hypervisor's local migrations: guest memory passed as descriptors, between a VMM and a process beside it.
 //!
 //! With `local=on` a source sends no bytes of memory but a descriptor for each memory slot. [`SnapshotDestination`] copies from them, most
-//! of it while the VM still runs, for the source pauses it only when Config is answered.
+//! of it while the VM still runs, for the source pauses it only when Config is answered. [`LocalSender`] is the way back.
 //!
 //! Descriptors of a peer are checked before they are believed ([`SlotError`]), and read with `pread`, never mapped: their owner may cut
 //! them off at any time.
@@ -14,4 +14,9 @@
 //!
 //! [`SnapshotDestination`]: crate::snapshot::SnapshotDestination
 
+mod restore;
+
+pub use self::restore::{
+    LocalSendError, LocalSendOptions, LocalSendProgress, LocalSender, LocalSenderHandle, LocalSent,
+};
 pub use crate::snapshot::passed::{CopyProgress, LocalEvent, LocalOptions, SlotError};

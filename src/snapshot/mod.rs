@@ -98,6 +98,7 @@ mod write;
 mod tests;
 
 pub use self::disk::{ManifestUse, ReadError, WriteError};
+pub(crate) use self::format::RamSlot;
 pub use self::format::{
     CHANGES_FILE, CONFIG_FILE, ConfigMessage, Digest, DigestError, Elsewhere, Extent, FormatError, Interface,
     LeftOut, MANIFEST_FILE, MEMORY_FILE, Manifest, PassThrough, Placement, PlacementError, STATE_FILE,
@@ -110,6 +111,7 @@ pub use self::ops::{
     Description, Differences, OperationError, SnapshotKind, VerifyFinding, VerifyReport, apply, compare,
     describe, reseal, seal, subtract, verify,
 };
+pub(crate) use self::read::ChainBlocks;
 pub use self::read::{
     Altered, Differential, FullSnapshot, PlacedMemory, PlacedRegion, SnapshotChain, read_config,
 };

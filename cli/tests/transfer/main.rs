@@ -19,6 +19,7 @@ mod hostile_receiver;
 mod hostile_source;
 mod kills;
 mod local;
+mod local_send;
 mod paused;
 mod raw;
 mod readme;
@@ -30,6 +31,7 @@ mod sick_host;
 mod stored;
 mod tls;
 mod tool;
+mod vmm;
 #[path = "../../../tests/recorded/wire.rs"]
 #[expect(dead_code, reason = "the library's own tests use more of it")]
 mod wire;

@@ -3,6 +3,7 @@
 //! Reading snapshots: full ones, differentials, and chains of them; every byte can be checked against its digest.
 
 mod altered;
+mod blocks;
 mod chain;
 mod differential;
 mod full;
@@ -11,6 +12,7 @@ mod reader;
 mod stored;
 
 pub use self::altered::Altered;
+pub(crate) use self::blocks::ChainBlocks;
 pub use self::chain::SnapshotChain;
 pub use self::differential::Differential;
 pub use self::full::FullSnapshot;

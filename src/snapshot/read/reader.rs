@@ -19,6 +19,9 @@ use crate::snapshot::reserve::{index, list_of, resize};
 /// Bytes read at once where blocks are read in order.
 const READ_BYTES: u64 = 1 << 20;
 
+/// Bytes of a block where there are no digests.
+const UNSEALED_BLOCK_BYTES: u64 = 64 << 10;
+
 /// One bit for each block of a file: whether it was found to be as it was written.
 #[derive(Debug)]
 pub(crate) struct CheckedBits(Vec<AtomicU64>);
@@ -132,6 +135,24 @@ impl<'a> MemoryReader<'a> {
         Some(blocks.flat_map(move |(offset, _)| self.placement.gpas(offset, *block_bytes)))
     }
 
+    /// Bytes of a block; where there are no digests, of what is read at once.
+    pub(crate) fn block_bytes(&self) -> u64 {
+        self.digests.map_or(UNSEALED_BLOCK_BYTES, |(table, _)| table.block_bytes)
+    }
+
+    /// Whether a block has a digest, and so was not all zeros when it was written.
+    pub(crate) fn has_digest(&self, block: u64) -> bool {
+        self.digests.is_some_and(|(table, _)| table.digests[index(block)].is_some())
+    }
+
+    /// Reads a whole block into `bytes`, and checks it against its digest, even if it was checked before.
+    ///
+    /// # Errors
+    /// As [`MemoryReader::read_checked`].
+    pub(crate) fn read_block(&self, block: u64, bytes: &mut Vec<u8>) -> io::Result<()> {
+        self.check_from_file(block, bytes)
+    }
+
     /// The file, for messages.
     pub(crate) fn path(&self) -> PathBuf {
         self.dir.join(self.name)
@@ -146,9 +167,9 @@ impl<'a> MemoryReader<'a> {
         })
     }
 
-    /// Where a block that has a digest is in the file.
+    /// Where a block is in the file.
     fn whole(&self, block: u64) -> Range<u64> {
-        let block_bytes = self.digests.map_or(0, |(table, _)| table.block_bytes);
+        let block_bytes = self.block_bytes();
         block * block_bytes..((block + 1) * block_bytes).min(self.placement.bytes())
     }
 

@@ -5,6 +5,8 @@
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
+#[cfg(feature = "snapshot")]
+use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,6 +15,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recv, recvmsg};
+#[cfg(feature = "snapshot")]
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use socket2::{Domain, Socket};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -167,6 +171,22 @@ impl Line {
                 return Err(io::Error::other("More descriptors came than can be taken"));
             }
             Ok(came.bytes)
+        })
+    }
+
+    /// Sends `bytes` with a descriptor.
+    #[cfg(feature = "snapshot")]
+    pub(in crate::transfer) fn send_descriptor(
+        &mut self,
+        bytes: &[u8],
+        descriptor: BorrowedFd<'_>,
+    ) -> io::Result<usize> {
+        self.send(|socket| {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let rights = [descriptor];
+            control.push(SendAncillaryMessage::ScmRights(&rights));
+            Ok(sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?)
         })
     }
 

@@ -15,6 +15,8 @@ mod session;
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+#[cfg(feature = "snapshot")]
+use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -256,6 +258,23 @@ impl Connection {
             filled += more;
         }
         Ok((bytes, descriptors))
+    }
+
+    /// Sends `bytes` with a descriptor on the first of them, over a UNIX socket.
+    ///
+    /// # Errors
+    /// The connection failed or stalled, or cannot carry descriptors.
+    #[cfg(feature = "snapshot")]
+    pub(crate) fn write_with_descriptor(
+        &mut self,
+        bytes: &[u8],
+        descriptor: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        let Stream::Plain(line) = &mut self.stream else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let sent = line.send_descriptor(bytes, descriptor)?;
+        self.write_all(&bytes[sent..])
     }
 
     /// Sends all of `bytes`, which may take `within` and need not keep the pace.

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `vfio-migrate send --local`: a stored VM's memory goes to a VMM on this host as descriptors.
+
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, Builder};
+use std::time::Duration;
+
+use indicatif::HumanBytes;
+use vfio_migration::error::Chain;
+use vfio_migration::offload::{LocalSendError, LocalSendOptions, LocalSender, LocalSenderHandle, LocalSent};
+use vfio_migration::snapshot::{PassThrough, SnapshotChain};
+use vfio_migration::transfer::url::Endpoint;
+
+use crate::args::SendArguments;
+use crate::devices::refusal_hint;
+use crate::event::Event;
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::host::HostError;
+use crate::output::Output;
+use crate::replacement::read_replacement;
+use crate::signals::stop_flag;
+
+/// How often the sender is looked at.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Sends the VM, and tells how it goes.
+pub(crate) fn send_local(arguments: &SendArguments) -> ExitCode {
+    let mut output = Output::new(arguments.json);
+    match try_send(arguments, &mut output) {
+        Ok(sent) => {
+            tell_sent(arguments, sent, &mut output);
+            ExitCode::SUCCESS
+        }
+        Err(failure) => output.fail(&failure),
+    }
+}
+
+fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<LocalSent, Failure> {
+    if !matches!(arguments.url.endpoint(), Endpoint::Unix(_)) {
+        let message = "Descriptors pass over a UNIX socket only (unix:PATH)".to_owned();
+        return Err(Failure { exit: Exit::Usage, message });
+    }
+    let stop = stop_flag()?;
+    let snapshot_limits = arguments.sizes.of_snapshot();
+    let config = read_replacement(arguments)?.map(|(_, config)| config);
+    let chain = SnapshotChain::open(&arguments.from, &snapshot_limits)?;
+    let devices = config.as_ref().unwrap_or(chain.config()).devices().to_vec();
+    let limits = arguments.limits();
+    let options = LocalSendOptions { config, paused: arguments.paused, limits, snapshot_limits };
+    let sender = LocalSender::new(chain, options)?;
+    watch(arguments, &sender, &stop, output)?.map_err(|error| failure(error, &devices))
+}
+
+/// Sends on a thread of its own, while this one shows progress and heeds signals.
+fn watch(
+    arguments: &SendArguments,
+    sender: &LocalSender,
+    stop: &AtomicBool,
+    output: &mut Output,
+) -> Result<Result<LocalSent, LocalSendError>, HostError> {
+    let handle = sender.handle();
+    thread::scope(|scope| {
+        let sending = Builder::new().name("send".into()).spawn_scoped(scope, || sender.send(&arguments.url));
+        let sending = sending.map_err(|source| HostError::Thread { purpose: "sends", source })?;
+        let mut asked = false;
+        while !sending.is_finished() {
+            if !asked && stop.load(Ordering::Relaxed) {
+                asked = true;
+                output.remark(if handle.cancel() {
+                    "Giving up; the receiver gets no VM"
+                } else {
+                    "Too late to give up: waiting for the receiver to say whether it has the VM"
+                });
+            }
+            tell_progress(&handle, output);
+            thread::sleep(TICK);
+        }
+        Ok(sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
+}
+
+fn tell_progress(handle: &LocalSenderHandle, output: &mut Output) {
+    let progress = handle.progress();
+    if progress.ram_bytes == 0 {
+        return;
+    }
+    let (ram_bytes, filled_bytes) = (progress.ram_bytes, progress.filled_bytes);
+    output.progress(&Event::Filling { ram_bytes, filled_bytes }, filled_bytes, Some(ram_bytes), || {
+        format!("filled {} of at most {}", HumanBytes(filled_bytes), HumanBytes(ram_bytes))
+    });
+}
+
+/// A stored VM stays what it is: nothing is to be resumed or ended here.
+fn failure(error: LocalSendError, devices: &[PassThrough]) -> Failure {
+    if error.is_outcome_unknown() {
+        let message = format!(
+            "Outcome unknown: receiver did not answer whether it runs the VM; look there before it is sent again: {}",
+            Chain(&error)
+        );
+        return Failure { exit: Exit::OutcomeUnknown, message };
+    }
+    let refused = matches!(error, LocalSendError::Refused { .. } | LocalSendError::Closed { .. });
+    let Failure { exit, message } = error.into();
+    let hint = refusal_hint(devices).filter(|_| refused).map(|hint| format!(" ({hint})"));
+    Failure { exit, message: message + &hint.unwrap_or_default() }
+}
+
+fn tell_sent(arguments: &SendArguments, sent: LocalSent, output: &mut Output) {
+    let event = Event::Passed {
+        url: arguments.url.to_string(),
+        ram_bytes: sent.ram_bytes,
+        filled_bytes: sent.filled_bytes,
+        total_ms: sent.took.as_millis(),
+    };
+    output.result(&event, || {
+        let state = if arguments.paused { "stands paused" } else { "is" };
+        let from: Vec<_> = arguments.from.iter().map(|dir| dir.display().to_string()).collect();
+        format!(
+            "Passed {} to {}, where the VM {state} now: {} of its {} filled in {:.1} s, the rest is zeros",
+            from.join(" + "),
+            arguments.url,
+            HumanBytes(sent.filled_bytes),
+            HumanBytes(sent.ram_bytes),
+            sent.took.as_secs_f64(),
+        )
+    });
+}

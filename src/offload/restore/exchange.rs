@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Requests to a receiver, each answered before the next.
+
+use std::io::Write;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use super::error::LocalSendError;
+use super::handle::LocalSenderHandle;
+use crate::transfer::connection::{Connection, Head};
+use crate::transfer::frame::{Command, HEADER_BYTES, Request, Response, Status};
+use crate::transfer::limits::PeerLimits;
+
+/// How often a wait for an answer looks whether the VM is still to be sent.
+const TICK: Duration = Duration::from_millis(50);
+
+/// The main connection to a receiver.
+pub(super) struct Exchange<'a> {
+    pub(super) connection: Connection,
+    pub(super) limits: &'a PeerLimits,
+    pub(super) handle: &'a LocalSenderHandle,
+}
+
+impl Exchange<'_> {
+    /// Begins a migration.
+    pub(super) fn start(&mut self) -> Result<(), LocalSendError> {
+        self.send(Request::start(), &[])
+    }
+
+    /// Passes the memory of a slot; the descriptor rides on the payload's bytes.
+    pub(super) fn memory(&mut self, slot: u32, memory: BorrowedFd<'_>) -> Result<(), LocalSendError> {
+        let command = Command::MemoryFd;
+        let number = slot.to_le_bytes();
+        let head = Request::new(command, number.len() as u64).to_bytes();
+        self.connection
+            .write_all(&head)
+            .and_then(|()| self.connection.write_with_descriptor(&number, memory))
+            .map_err(|source| LocalSendError::Line { command, source })?;
+        self.await_ok(command)
+    }
+
+    /// Sends a request with its payload and waits until it is answered with Ok.
+    pub(super) fn ask(&mut self, command: Command, payload: &[u8]) -> Result<(), LocalSendError> {
+        self.send(Request::new(command, payload.len() as u64), payload)
+    }
+
+    fn send(&mut self, request: Request, payload: &[u8]) -> Result<(), LocalSendError> {
+        let (command, connection) = (request.command(), &mut self.connection);
+        let sent = connection.write_all(&request.to_bytes()).and_then(|()| connection.write_all(payload));
+        sent.map_err(|source| LocalSendError::Line { command, source })?;
+        self.await_ok(command)
+    }
+
+    fn await_ok(&mut self, command: Command) -> Result<(), LocalSendError> {
+        let is_last = matches!(command, Command::Complete | Command::CompletePaused);
+        let limit = if is_last { self.limits.complete_timeout } else { self.limits.answer_timeout };
+        let began = Instant::now();
+        loop {
+            if !is_last {
+                self.handle.check()?;
+            }
+            let head = self.connection.await_head::<HEADER_BYTES>(TICK);
+            match head.map_err(|source| LocalSendError::Line { command, source })? {
+                Head::Bytes(bytes) => return check_answer(command, bytes),
+                Head::End => return Err(LocalSendError::Closed { command }),
+                Head::Silence if began.elapsed() >= limit => {
+                    return Err(LocalSendError::Silent { command, waited: began.elapsed() });
+                }
+                Head::Silence => {}
+            }
+        }
+    }
+}
+
+fn check_answer(command: Command, bytes: [u8; HEADER_BYTES]) -> Result<(), LocalSendError> {
+    let answer = Response::from_bytes(bytes).map_err(|source| LocalSendError::Frame { command, source })?;
+    match answer.status() {
+        Status::Ok if answer.length() == 0 => Ok(()),
+        Status::Ok => Err(LocalSendError::Payload { command, bytes: answer.length() }),
+        Status::Error => Err(LocalSendError::Refused { command }),
+    }
+}

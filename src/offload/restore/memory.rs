@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A VM's memory in memfds of ours, one for each slot.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::error::LocalSendError;
+use crate::range::GpaRange;
+use crate::snapshot::RamSlot;
+use crate::transfer::limits::GUEST_PAGE_BYTES;
+
+#[derive(Debug)]
+struct SlotMemory {
+    slot: RamSlot,
+    file: File,
+}
+
+/// The memory of every slot, ascending by address.
+#[derive(Debug)]
+pub(super) struct VmMemory(Vec<SlotMemory>);
+
+impl VmMemory {
+    /// Makes memory that is one hole.
+    ///
+    /// # Errors
+    /// Two slots have one number, or the system gives no more descriptors.
+    pub(super) fn make(slots: &[RamSlot]) -> Result<Self, LocalSendError> {
+        let mut memory: Vec<SlotMemory> = Vec::new();
+        for &slot in slots {
+            if memory.iter().any(|other| other.slot.slot == slot.slot) {
+                return Err(LocalSendError::SlotTwice { slot: slot.slot });
+            }
+            let failed = |source| LocalSendError::Make { slot: slot.slot, source };
+            memory.push(SlotMemory { slot, file: one_hole(slot).map_err(failed)? });
+        }
+        memory.sort_unstable_by_key(|part| part.slot.range);
+        Ok(Self(memory))
+    }
+
+    /// The slots' numbers and descriptors.
+    pub(super) fn descriptors(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>)> {
+        self.0.iter().map(|part| (part.slot.slot, part.file.as_fd()))
+    }
+
+    /// Writes the bytes of `range`, but for pages of zeros: these stay holes. Returns how many bytes it wrote.
+    ///
+    /// # Errors
+    /// There is no memory left.
+    pub(super) fn write_data(&self, range: GpaRange, bytes: &[u8]) -> io::Result<u64> {
+        let mut written = 0;
+        for run in data_runs(bytes) {
+            written += run.len() as u64;
+            let start = range.start() + run.start as u64;
+            let run_range = GpaRange::new(start, run.len() as u64).map_err(io::Error::other)?;
+            self.write(run_range, &bytes[run])?;
+        }
+        Ok(written)
+    }
+
+    /// Writes the bytes of `range`.
+    ///
+    /// # Errors
+    /// There is no memory left.
+    pub(super) fn write(&self, range: GpaRange, bytes: &[u8]) -> io::Result<()> {
+        self.places(range).try_for_each(|place| {
+            let at = usize::try_from(place.range.start() - range.start()).map_err(io::Error::other)?;
+            let length = usize::try_from(place.range.len()).map_err(io::Error::other)?;
+            place.file.write_all_at(&bytes[at..at + length], place.offset)
+        })
+    }
+
+    fn places(&self, range: GpaRange) -> impl Iterator<Item = Place<'_>> {
+        let first = self.0.partition_point(|part| part.slot.range.end() <= range.start());
+        self.0[first..].iter().map_while(move |SlotMemory { slot, file }| {
+            let range = slot.range.intersection(range)?;
+            Some(Place { range, file, offset: slot.offset + (range.start() - slot.range.start()) })
+        })
+    }
+}
+
+/// A part of a slot.
+struct Place<'a> {
+    range: GpaRange,
+    file: &'a File,
+    offset: u64,
+}
+
+fn one_hole(slot: RamSlot) -> io::Result<File> {
+    let file = File::from(memfd_create(format!("vm-slot-{}", slot.slot), MemfdFlags::CLOEXEC)?);
+    let bytes = slot.offset.checked_add(slot.range.len()).ok_or(io::ErrorKind::InvalidInput)?;
+    file.set_len(bytes)?;
+    Ok(file)
+}
+
+/// Finds the runs of pages that are not zeros; the last page may be a part of one.
+fn data_runs(bytes: &[u8]) -> impl Iterator<Item = Range<usize>> + '_ {
+    let page_bytes = usize::try_from(GUEST_PAGE_BYTES).expect("a page fits memory");
+    let is_zero = move |at: usize| bytes[at..bytes.len().min(at + page_bytes)].iter().all(|&byte| byte == 0);
+    let mut next = 0;
+    std::iter::from_fn(move || {
+        let start = (next..bytes.len()).step_by(page_bytes).find(|&at| !is_zero(at))?;
+        let end = (start..bytes.len()).step_by(page_bytes).find(|&at| is_zero(at)).unwrap_or(bytes.len());
+        next = end;
+        Some(start..end)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, length: u64) -> GpaRange {
+        GpaRange::new(start, length).unwrap()
+    }
+
+    #[test]
+    fn runs_are_pages_that_are_not_zeros() {
+        let mut bytes = vec![0; 5 * 4096 + 10];
+        assert_eq!(data_runs(&bytes).count(), 0);
+        for at in [0, 2 * 4096, 4 * 4096 - 1, 5 * 4096 + 9] {
+            bytes[at] = 1;
+        }
+        let runs: Vec<_> = data_runs(&bytes).collect();
+        assert_eq!(runs, [0..4096, 8192..16384, 20480..20490]);
+    }
+
+    #[test]
+    fn bytes_go_to_the_slots_that_have_them_and_zeros_stay_holes() {
+        let high = RamSlot { slot: 7, range: range(0x10000, 0x10000), offset: 0 };
+        let low = RamSlot { slot: 1, range: range(0, 0x10000), offset: 0x3000 };
+        let memory = VmMemory::make(&[high, low]).unwrap();
+        let mut bytes = vec![0; 0x4000];
+        bytes[0x1000..0x3000].fill(9);
+        assert_eq!(memory.write_data(range(0xe000, 0x4000), &bytes).unwrap(), 0x2000);
+        let read = |number: usize, at: u64| {
+            let mut byte = [0];
+            memory.0[number].file.read_exact_at(&mut byte, at).unwrap();
+            byte[0]
+        };
+        assert_eq!([read(0, 0x11fff), read(0, 0x12000), read(1, 0xfff), read(1, 0x1000)], [0, 9, 9, 0]);
+        assert!(matches!(VmMemory::make(&[low, low]), Err(LocalSendError::SlotTwice { slot: 1 })));
+    }
+}
