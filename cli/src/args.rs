@@ -105,11 +105,24 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct ReceiveArguments {
-    /// Where the source is to connect: unix:PATH or tcp:HOST:PORT; port 0 is any free one.
-    pub(crate) url: Url,
+    /// Where the source is to connect: unix:PATH or tcp:HOST:PORT; port 0 is any free one [default: the socket that a
+    /// service manager passes, LISTEN_FDS].
+    pub(crate) url: Option<Url>,
     /// The snapshot to be: absent, or an empty directory.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) into: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "serve")]
+    pub(crate) into: Option<PathBuf>,
+    /// Receive one VM after the other, each into a new directory of DIR: TIME-VM, the time in UTC, and platform.uuid of the
+    /// VM or, if it has none, the beginning of a digest of its configuration. Ends on request, or see --max-failures.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["into", "base"])]
+    pub(crate) serve: Option<PathBuf>,
+    /// With --serve, end after the first VM, whether or not it was received.
+    #[arg(long, requires = "serve")]
+    pub(crate) once: bool,
+    /// With --serve, end when so many VMs in a row could not be received because something on this host failed. What sources
+    /// do wrong does not count.
+    #[arg(long, requires = "serve", default_value_t = 10, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_failures: u32,
     /// Let the source's VM run on: once all is safe on disk, answer its last message with an error.
     #[arg(long)]
     pub(crate) checkpoint: bool,
@@ -156,10 +169,14 @@ pub(crate) struct ReceiveArguments {
 impl ReceiveArguments {
     /// The limits for the source.
     pub(crate) fn limits(&self) -> PeerLimits {
+        let limits = self.patience.limits();
+        // Who serves waits for as long as it takes.
+        let source_wait = if self.serve.is_some() { Duration::MAX } else { limits.source_wait };
         PeerLimits {
             connections: self.connections,
             state_bytes: self.sizes.state_limit,
-            ..self.patience.limits()
+            source_wait,
+            ..limits
         }
     }
 }
@@ -350,8 +367,10 @@ mod tests {
             include_str!("../../docs/vfio.md"),
             include_str!("../../docs/other-host.md"),
             include_str!("../../docs/offload.md"),
+            include_str!("../../resources/systemd/vfio-migrate.service"),
         ];
         let lines = pages.iter().flat_map(|page| page.lines());
+        let lines = lines.map(|line| line.strip_prefix("ExecStart=/usr/bin/").unwrap_or(line));
         let commands = lines.filter(|line| line.starts_with("vfio-migrate "));
         let parsed = commands.map(|line| {
             Arguments::try_parse_from(words(line)).unwrap_or_else(|error| panic!("{line}: {error}"));

@@ -27,6 +27,13 @@ pub(crate) enum Event<'a> {
         /// Over the last moments.
         bytes_per_second: u64,
     },
+    /// The directory of a VM that comes to `--serve` has its name.
+    Named {
+        /// The directory to be.
+        into: &'a Path,
+        /// What its configuration calls the VM: `platform.uuid`.
+        vm: Option<&'a str>,
+    },
     /// The source passed its memory as descriptors.
     MemoryPassed {
         /// The VM's memory.

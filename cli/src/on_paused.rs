@@ -7,6 +7,7 @@ use std::io::{self, PipeReader, Read};
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use vfio_migration::transfer::receive::ReceiverHandle;
 
 use crate::event::Event;
 use crate::group::{GuardedCommand, TICK};
+use crate::manager::tell_status;
 use crate::output::Output;
 use crate::printer::STDERR;
 
@@ -81,7 +83,7 @@ pub(crate) struct PausedCommand {
     /// What a shell runs.
     pub(crate) command: OsString,
     /// The directory to be.
-    pub(crate) into: PathBuf,
+    pub(crate) into: Arc<OnceLock<PathBuf>>,
     /// How long it may take.
     pub(crate) limit: Duration,
     /// Tells whether anybody waits for it.
@@ -111,6 +113,13 @@ pub(crate) enum Note {
         succeeded: bool,
         /// How long it took.
         ran: Duration,
+    },
+    /// The directory has its name.
+    Named {
+        /// The directory to be.
+        into: PathBuf,
+        /// What its configuration calls the VM.
+        vm: Option<String>,
     },
     /// What happens to memory that came as descriptors.
     Local(LocalEvent),
@@ -144,6 +153,13 @@ impl Note {
                 });
             }
             Self::Local(event) => tell_local(event, output),
+            Self::Named { into, vm } => {
+                let path = into.display();
+                tell_status(&format!("Receiving into {path}"));
+                output.tell(&Event::Named { into: &into, vm: vm.as_deref() }, || {
+                    format!("Receiving a VM into {path}")
+                });
+            }
             Self::RunsOn { command, processes } => warn!(
                 "Cannot end {command:?}: processes {processes:?} are still there, as another user's or waiting for a device"
             ),
@@ -214,7 +230,8 @@ impl PausedCommand {
 
     fn run_watched(&self, begun: Instant) -> Result<(), CommandError> {
         let failed = |source| CommandError::Run { command: self.command.clone(), source };
-        let variable = (DIR_VARIABLE, self.into.clone().into_os_string());
+        let into = self.into.get().expect("it has its name before the VM is paused");
+        let variable = (DIR_VARIABLE, into.clone().into_os_string());
         let (mut running, printed) = GuardedCommand::start(&self.command, variable).map_err(failed)?;
         self.note(Note::Prints(printed));
         let reason = loop {

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `vfio-migrate receive`: a running VM becomes a snapshot directory.
+//! `vfio-migrate receive`: a running VM becomes a snapshot directory; `serve` has the many.
 
+use std::cell::RefCell;
 use std::io::PipeReader;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver as NoteReceiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
 use vfio_migration::error::Chain;
 use vfio_migration::offload::{CopyProgress, LocalOptions};
-use vfio_migration::snapshot::{
-    Base, DestinationOptions, Digest, PassThrough, SnapshotDestination, describe,
-};
+use vfio_migration::snapshot::{Base, DestinationOptions, Digest, SnapshotDestination, describe};
 use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver, ReceiverHandle};
 use vfio_migration::transfer::tls::ServerTls;
@@ -26,8 +27,10 @@ use crate::event::Event;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::host::HostError;
+use crate::manager::{passed_listener, tell_ready, tell_stopping};
 use crate::on_paused::{Note, PausedCommand, hand_on};
 use crate::output::Output;
+use crate::serve::serve;
 use crate::signals::stop_flag;
 
 /// How often the receiver is looked at.
@@ -42,50 +45,121 @@ const MOVE_NOTE: &str = "When the snapshot is safe on disk the source is told th
     Hypervisor source lets go of its disk locks before that; should the migration fail late, its VM runs on without them.";
 
 /// A snapshot that is whole and safe on disk.
-struct Kept {
+pub(crate) struct Kept {
     digest: Digest,
     confirmed: bool,
     received_bytes: u64,
 }
 
-/// Receives a VM into a directory and tells how it goes.
+/// Receives one VM or several and tells how it goes.
 pub(crate) fn receive(arguments: &ReceiveArguments) -> ExitCode {
     let mut output = Output::new(arguments.json);
-    let kept = match try_receive(arguments, &mut output) {
-        Ok(kept) => kept,
-        Err(failure) => return output.fail(&failure),
+    let outcome = match (&arguments.serve, &arguments.into) {
+        (Some(folder), _) => serve(arguments, folder, &mut output),
+        (None, Some(into)) => receive_into(arguments, into, &mut output),
+        (None, None) => unreachable!("the command line has one of them"),
     };
-    // What is kept is kept, whether or not it can be described.
-    let limits = arguments.sizes.of_snapshot();
-    let devices = describe(&arguments.into, &limits).map(|found| found.devices);
-    let devices = devices.inspect_err(|error| log::warn!("{}; its devices are not known", Chain(error)));
-    tell_kept(arguments, &kept, devices.ok().as_deref(), &mut output);
-    if kept.confirmed || arguments.checkpoint { ExitCode::SUCCESS } else { Exit::OutcomeUnknown.into() }
+    tell_stopping();
+    outcome.unwrap_or_else(|failure| output.fail(&failure))
 }
 
-fn try_receive(arguments: &ReceiveArguments, output: &mut Output) -> Result<Kept, Failure> {
-    output.check_name(&arguments.into)?;
-    let stop = stop_flag()?;
-    let tls = arguments.tls_dir.as_deref().map(ServerTls::from_directory).transpose()?;
-    let receiver = Receiver::new(arguments.limits(), tls);
-    let (notes, noted) = channel();
-    let options = options(arguments, receiver.handle(), notes)?;
-    let copying = options.local.progress.clone();
-    let mut destination = SnapshotDestination::create(&arguments.into, options)?;
-    let listener = Listener::bind(&arguments.url)?;
-    tell_listening(arguments, &listener, output);
-    let inbox = Inbox { stop: &stop, notes: &noted, copying: &copying };
-    let received = watch(&receiver, &listener, &mut destination, inbox, output)?;
-    let received_bytes = receiver.handle().received_bytes();
-    match (received, destination.kept()) {
-        (Ok(received), Some(digest)) => Ok(Kept { digest, confirmed: received.confirmed, received_bytes }),
-        (Err(error), _) => Err(error.into()),
-        (Ok(_), None) => unreachable!("a destination that completed has kept the snapshot"),
+fn receive_into(arguments: &ReceiveArguments, into: &Path, output: &mut Output) -> Result<ExitCode, Failure> {
+    output.check_name(into)?;
+    let desk = Desk::open(arguments)?;
+    let absolute = absolute(into)?;
+    let mut reception = desk.prepare(Arc::new(absolute.into()))?;
+    let mut destination = SnapshotDestination::create(into, reception.options())?;
+    let listener = desk.listen()?;
+    tell_listening(arguments, into, &listener, output);
+    let kept = desk.receive(&listener, &mut destination, &reception, output)?;
+    Ok(tell_kept(arguments, into, &kept, output))
+}
+
+/// Returns the absolute form of `path`.
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf, HostError> {
+    std::path::absolute(path).map_err(|source| HostError::Path { path: path.to_owned(), source })
+}
+
+/// What the migrations of one command have in common.
+pub(crate) struct Desk<'a> {
+    arguments: &'a ReceiveArguments,
+    /// The socket of a service manager, until somebody listens on it.
+    passed: RefCell<Option<Listener>>,
+    receiver: Receiver,
+    stop: Arc<AtomicBool>,
+}
+
+/// What a migration begins with.
+pub(crate) struct Reception {
+    options: Option<DestinationOptions>,
+    pub(crate) notes: Sender<Note>,
+    noted: NoteReceiver<Note>,
+    copying: CopyProgress,
+}
+
+impl Reception {
+    /// How the destination is made.
+    pub(crate) fn options(&mut self) -> DestinationOptions {
+        self.options.take().unwrap_or_default()
+    }
+}
+
+impl<'a> Desk<'a> {
+    pub(crate) fn open(arguments: &'a ReceiveArguments) -> Result<Self, Failure> {
+        // First of all, before there are threads: it takes it out of the environment.
+        let passed = if arguments.url.is_none() { Some(passed_listener()?) } else { None };
+        let stop = stop_flag()?;
+        let tls = arguments.tls_dir.as_deref().map(ServerTls::from_directory).transpose()?;
+        let receiver = Receiver::new(arguments.limits(), tls);
+        Ok(Self { arguments, passed: RefCell::new(passed), receiver, stop })
+    }
+
+    /// Listens where sources are to connect.
+    pub(crate) fn listen(&self) -> Result<Listener, Failure> {
+        match (self.passed.take(), &self.arguments.url) {
+            (Some(passed), _) => Ok(passed),
+            (None, Some(url)) => Ok(Listener::bind(url)?),
+            (None, None) => unreachable!("without a URL a socket was passed"),
+        }
+    }
+
+    /// Whether the command was asked to end.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Prepares to receive into the directory that is called `into` when the VM is paused, at the latest.
+    pub(crate) fn prepare(&self, into: Arc<OnceLock<PathBuf>>) -> Result<Reception, Failure> {
+        let (notes, noted) = channel();
+        let options = options(self.arguments, into, self.receiver.handle(), notes.clone())?;
+        let copying = options.local.progress.clone();
+        Ok(Reception { options: Some(options), notes, noted, copying })
+    }
+
+    /// Receives a VM.
+    pub(crate) fn receive(
+        &self,
+        listener: &Listener,
+        destination: &mut SnapshotDestination,
+        reception: &Reception,
+        output: &mut Output,
+    ) -> Result<Kept, Failure> {
+        let inbox = Inbox { stop: &self.stop, notes: &reception.noted, copying: &reception.copying };
+        let received = watch(&self.receiver, listener, destination, inbox, output)?;
+        let received_bytes = self.receiver.handle().received_bytes();
+        match (received, destination.kept()) {
+            (Ok(received), Some(digest)) => {
+                Ok(Kept { digest, confirmed: received.confirmed, received_bytes })
+            }
+            (Err(error), _) => Err(error.into()),
+            (Ok(_), None) => unreachable!("a destination that completed has kept the snapshot"),
+        }
     }
 }
 
 fn options(
     arguments: &ReceiveArguments,
+    into: Arc<OnceLock<PathBuf>>,
     receiver: ReceiverHandle,
     notes: Sender<Note>,
 ) -> Result<DestinationOptions, Failure> {
@@ -94,8 +168,6 @@ fn options(
         true => None,
         false => Some(Base::open(&arguments.base, &limits)?),
     };
-    let lost = |source| HostError::Path { path: arguments.into.clone(), source };
-    let into = std::path::absolute(&arguments.into).map_err(lost)?;
     let limit = Duration::from_secs(arguments.on_paused_timeout);
     let told = notes.clone();
     let local = LocalOptions {
@@ -170,11 +242,18 @@ fn tell_notes(notes: &NoteReceiver<Note>, printed: &mut Option<PipeReader>, outp
     }
 }
 
-fn tell_listening(arguments: &ReceiveArguments, listener: &Listener, output: &Output) {
+/// Tells that a source may come, also the service manager.
+pub(crate) fn tell_listening(
+    arguments: &ReceiveArguments,
+    into: &Path,
+    listener: &Listener,
+    output: &Output,
+) {
     let url = listener.url();
+    tell_ready(&format!("Waiting on {url}"));
     let note = if arguments.checkpoint { CHECKPOINT_NOTE } else { MOVE_NOTE };
     let tls = arguments.tls_dir.as_ref().map_or("", |_| ",tls_dir=DIR");
-    output.tell(&Event::Listening { url: url.to_string(), into: &arguments.into }, || {
+    output.tell(&Event::Listening { url: url.to_string(), into }, || {
         format!(
             "Waiting for a source on {url}. On its side:\n\
              \x20 ch-remote --api-socket SOCKET send-migration destination_url={}{tls}\n{note}",
@@ -217,14 +296,19 @@ fn tell_copying(copied_bytes: u64, data_bytes: u64, output: &mut Output) {
     });
 }
 
-fn tell_kept(
+/// Tells of a snapshot that is kept as `into`; returns what the command ends with after it.
+pub(crate) fn tell_kept(
     arguments: &ReceiveArguments,
+    into: &Path,
     kept: &Kept,
-    devices: Option<&[PassThrough]>,
     output: &mut Output,
-) {
+) -> ExitCode {
+    // What is kept is kept, whether or not it can be described.
+    let devices = describe(into, &arguments.sizes.of_snapshot()).map(|found| found.devices);
+    let devices = devices.inspect_err(|error| log::warn!("{}; its devices are not known", Chain(error)));
+    let devices = devices.ok();
     let &Kept { digest, confirmed, received_bytes } = kept;
-    let (into, checkpoint) = (arguments.into.as_path(), arguments.checkpoint);
+    let (checkpoint, devices) = (arguments.checkpoint, devices.as_deref());
     output.result(&Event::Kept { into, digest, checkpoint, confirmed, received_bytes, devices }, || {
         let path = into.display();
         let fate = match (checkpoint, confirmed) {
@@ -237,6 +321,7 @@ fn tell_kept(
         let kept = format!("Kept {path} ({digest}), {} received", HumanBytes(received_bytes));
         [vec![kept], device_lines(devices.unwrap_or_default()), vec![fate.to_owned()]].concat().join("\n")
     });
+    if confirmed || checkpoint { ExitCode::SUCCESS } else { Exit::OutcomeUnknown.into() }
 }
 
 /// Bytes per second over the last moments.

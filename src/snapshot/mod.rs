@@ -105,7 +105,7 @@ pub use self::format::{
     SnapshotLimits, VmConfig, VmState, ZoneFile,
 };
 pub use self::migrate::{
-    DestinationError, DestinationOptions, OnPaused, SnapshotDestination, SnapshotSource,
+    DestinationError, DestinationOptions, NameSnapshot, OnPaused, SnapshotDestination, SnapshotSource,
 };
 pub use self::ops::{
     Description, Differences, OperationError, SnapshotKind, VerifyFinding, VerifyReport, apply, compare,

@@ -31,14 +31,14 @@ fn memory_of(bytes: u64) -> File {
 }
 
 /// A memfd of the VM's memory with a page of sevens in it.
-fn guest() -> File {
+pub(crate) fn guest() -> File {
     let file = memory_of(RAM);
     file.write_all_at(&[7; 4096], 3 * PAGE).unwrap();
     file
 }
 
 /// Encodes a Config that names these slots: number, gpa, size, offset.
-fn config(vm_config: &str, slots: &[(u32, u64, u64, u64)]) -> Vec<u8> {
+pub(crate) fn config(vm_config: &str, slots: &[(u32, u64, u64, u64)]) -> Vec<u8> {
     let mapping = |&(slot, gpa, size, offset): &(u32, u64, u64, u64)| {
         format!(
             r#"{{"slot":{slot},"gpa":{gpa},"size":{size},"zone_id":"mem0","virtio_mem":false,"file_offset":{offset}}}"#
@@ -55,16 +55,20 @@ fn one_slot() -> Vec<u8> {
 }
 
 /// A source of a local migration.
-struct Source(UnixStream);
+pub(crate) struct Source(UnixStream);
 
 impl Source {
     /// Connects to `socket` and says Start.
     fn start(socket: &Path) -> Self {
+        Self::try_start(socket).unwrap()
+    }
+
+    /// As [`Source::start`]; `None` where Start is refused.
+    pub(crate) fn try_start(socket: &Path) -> Option<Self> {
         let stream = UnixStream::connect(socket).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let mut source = Self(stream);
-        assert_eq!(source.ask(&message(START, b"")), Some(OK));
-        source
+        (source.ask(&message(START, b"")) == Some(OK)).then_some(source)
     }
 
     fn answer(&mut self) -> Option<u16> {
@@ -72,13 +76,13 @@ impl Source {
         self.0.read_exact(&mut answer).ok().map(|()| u16::from_le_bytes([answer[0], answer[1]]))
     }
 
-    fn ask(&mut self, message: &[u8]) -> Option<u16> {
+    pub(crate) fn ask(&mut self, message: &[u8]) -> Option<u16> {
         let _ = self.0.write_all(message);
         self.answer()
     }
 
     /// Sends a MemoryFd: its head, and in a message of their own the slot's 4 bytes, which the descriptors ride on.
-    fn pass(&mut self, slot: u32, descriptors: &[BorrowedFd<'_>]) -> Option<u16> {
+    pub(crate) fn pass(&mut self, slot: u32, descriptors: &[BorrowedFd<'_>]) -> Option<u16> {
         self.0.write_all(&request(MEMORY_FD, 4)).ok()?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -91,7 +95,7 @@ impl Source {
     }
 
     /// Tells the rest of an honest migration; returns the last answer.
-    fn finish(&mut self) -> Option<u16> {
+    pub(crate) fn finish(&mut self) -> Option<u16> {
         assert_eq!(self.ask(&state()), Some(OK));
         self.ask(&message(COMPLETE, b""))
     }

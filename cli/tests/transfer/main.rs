@@ -27,6 +27,7 @@ mod recorded;
 #[path = "../../../tests/recorded/relay.rs"]
 mod relay;
 mod round_trip;
+mod serve;
 mod sick_host;
 mod stored;
 mod tls;

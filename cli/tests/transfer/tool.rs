@@ -62,8 +62,12 @@ impl Tool {
     }
 
     pub(crate) fn spawn(command: &mut Command) -> Self {
-        let mut child =
-            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        Self::spawn_with_stdin(command.stdin(Stdio::null()))
+    }
+
+    /// As [`Tool::spawn`], with the command's own standard input.
+    pub(crate) fn spawn_with_stdin(command: &mut Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let mut stderr = child.stderr.take().unwrap();
         let stderr = thread::spawn(move || {
@@ -82,7 +86,12 @@ impl Tool {
     /// As [`Tool::receive`], with `tool` as what starts the tool.
     pub(crate) fn receive_by(tool: &mut Command, url: &str, into: &Path, options: &[&str]) -> (Self, String) {
         let into = into.to_str().unwrap();
-        let mut tool = Self::spawn(tool.args(["receive", url, "--into", into, "--json"]).args(options));
+        Self::listening(tool.args(["receive", url, "--into", into, "--json"]).args(options))
+    }
+
+    /// Starts a receiver that talks JSON, and waits until a source may come; returns where to.
+    pub(crate) fn listening(tool: &mut Command) -> (Self, String) {
+        let mut tool = Self::spawn(tool);
         let mut line = String::new();
         tool.stdout.read_line(&mut line).unwrap();
         if line.is_empty() {

@@ -23,6 +23,14 @@ struct VmConfigFields {
     pmem: Option<AtMost<ENTRIES, PmemConfig>>,
     #[serde(default)]
     vdpa: Option<AtMost<ENTRIES, VdpaConfig>>,
+    #[serde(default)]
+    platform: Option<PlatformConfig>,
+}
+
+#[derive(Deserialize)]
+struct PlatformConfig {
+    #[serde(default)]
+    uuid: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -85,6 +93,7 @@ impl fmt::Display for ZoneFile {
 pub struct VmConfig {
     text: Box<RawValue>,
     memory_bytes: u64,
+    uuid: Option<String>,
     writable_disks: Vec<String>,
     vdpa: Vec<String>,
     file_zones: Vec<ZoneFile>,
@@ -118,6 +127,7 @@ impl VmConfig {
         Ok(Self {
             text,
             memory_bytes: fields.memory.size,
+            uuid: fields.platform.and_then(|platform| platform.uuid),
             writable_disks: disks.chain(pmem.map(|pmem| pmem.file)).collect(),
             vdpa: fields.vdpa.unwrap_or_default().into_iter().map(|vdpa| vdpa.path).collect(),
             file_zones,
@@ -138,6 +148,11 @@ impl VmConfig {
     /// Bytes of RAM that the configuration gives the VM outside its memory zones.
     pub fn memory_bytes(&self) -> u64 {
         self.memory_bytes
+    }
+
+    /// What `platform.uuid` calls the VM, as the source wrote it: any text.
+    pub fn uuid(&self) -> Option<&str> {
+        self.uuid.as_deref()
     }
 
     /// Paths of the disks, persistent memory included, that the guest can write.

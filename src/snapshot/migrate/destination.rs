@@ -6,7 +6,7 @@ use std::fmt;
 use std::io::{self, BufReader, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::panic::resume_unwind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::thread;
@@ -113,6 +113,9 @@ fn warn_of_devices(config: &VmConfig) {
 /// Memory that came as descriptors is stored meanwhile, on other threads; where that fails, the hook is waited for all the same.
 pub type OnPaused = Box<dyn FnMut() -> Result<(), VmError> + Send>;
 
+/// Names the directory for a VM whose configuration has come.
+pub type NameSnapshot = Box<dyn FnOnce(&VmConfig) -> PathBuf + Send>;
+
 /// What is kept of a VM, and what becomes of the VM.
 #[derive(Default)]
 pub struct DestinationOptions {
@@ -160,11 +163,26 @@ pub struct SnapshotDestination {
 
 #[derive(Debug)]
 enum Phase {
-    Waiting(StagedDir),
+    Waiting(Target),
     Receiving { config: VmConfig, store: Arc<Store> },
     Paused { config: VmConfig, state: VmState, store: Arc<Store> },
     Kept(Digest),
     Over,
+}
+
+/// The directory to be.
+enum Target {
+    Staged(StagedDir),
+    Unnamed(NameSnapshot),
+}
+
+impl fmt::Debug for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Staged(staged) => staged.fmt(f),
+            Self::Unnamed(_) => f.write_str("Unnamed"),
+        }
+    }
 }
 
 impl SnapshotDestination {
@@ -174,7 +192,16 @@ impl SnapshotDestination {
     /// `target` is there and not an empty directory, or cannot be made.
     pub fn create(target: &Path, options: DestinationOptions) -> Result<Self, WriteError> {
         let staged = StagedDir::create(target)?;
-        Ok(Self { options, phase: Phase::Waiting(staged), passed: PassedSlots::default(), files: None })
+        Ok(Self::waiting(Target::Staged(staged), options))
+    }
+
+    /// Has `name` choose the directory when the VM's configuration has come. A name that cannot be taken ends the migration then.
+    pub fn named_by(name: NameSnapshot, options: DestinationOptions) -> Self {
+        Self::waiting(Target::Unnamed(name), options)
+    }
+
+    fn waiting(target: Target, options: DestinationOptions) -> Self {
+        Self { options, phase: Phase::Waiting(target), passed: PassedSlots::default(), files: None }
     }
 
     /// What names the snapshot, once it is whole and safe on disk.
@@ -186,7 +213,7 @@ impl SnapshotDestination {
     }
 
     fn begin(&mut self, json: &[u8]) -> Result<Arc<Store>, DestinationError> {
-        let Phase::Waiting(staged) = std::mem::replace(&mut self.phase, Phase::Over) else {
+        let Phase::Waiting(target) = std::mem::replace(&mut self.phase, Phase::Over) else {
             return Err(DestinationError::OutOfTurn { message: "Config" });
         };
         let limits = self.options.limits;
@@ -197,6 +224,10 @@ impl SnapshotDestination {
         let files = if passed.is_empty() { None } else { Some(local_files(passed, &message)?) };
         let layout = message.layout().clone();
         let announced = AnnouncedRam::with_hotpluggable(layout.clone(), message.hotpluggable(), &limits)?;
+        let staged = match target {
+            Target::Staged(staged) => staged,
+            Target::Unnamed(name) => StagedDir::create(&name(message.vm_config()))?,
+        };
         let writer = SnapshotWriter::begin(staged, announced, self.options.base.clone(), limits)?;
         // A migration brings all memory, but for pages that a fresh receiver's memory has already: zeros.
         writer.presume_zeros()?;

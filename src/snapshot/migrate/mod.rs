@@ -6,5 +6,7 @@ mod background_check;
 mod destination;
 mod source;
 
-pub use self::destination::{DestinationError, DestinationOptions, OnPaused, SnapshotDestination};
+pub use self::destination::{
+    DestinationError, DestinationOptions, NameSnapshot, OnPaused, SnapshotDestination,
+};
 pub use self::source::SnapshotSource;

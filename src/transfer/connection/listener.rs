@@ -35,7 +35,7 @@ const TRANSIENT: [i32; 12] = [
 /// Descriptors that a connection takes: its own, and that of its handle.
 const DESCRIPTORS: usize = 2;
 
-/// A socket that peers connect to; the file of a UNIX socket goes when it is dropped.
+/// A socket that peers connect to; the file of a UNIX socket that it has bound goes when it is dropped.
 #[derive(Debug)]
 pub struct Listener {
     socket: Socket,
@@ -53,6 +53,35 @@ impl Listener {
     /// The name has no address of this host, the port or the path is taken, or may not be used.
     pub fn bind(url: &Url) -> Result<Self, ConnectionError> {
         Self::try_bind(url).map_err(|source| ConnectionError::Listen { url: url.clone(), source })
+    }
+
+    /// Listens on a UNIX socket that somebody else has bound, whose file stays when the listener is dropped.
+    ///
+    /// # Errors
+    /// It does not listen, or has no path.
+    pub fn from_unix(listener: UnixListener) -> io::Result<Self> {
+        let address = listener.local_addr()?;
+        let path = address.as_pathname().ok_or_else(|| io::Error::other("The UNIX socket has no path"))?;
+        Self::passed(Url::unix(path).map_err(io::Error::other)?, listener.into())
+    }
+
+    /// Listens on a TCP socket that somebody else has bound.
+    ///
+    /// # Errors
+    /// It does not listen.
+    pub fn from_tcp(listener: TcpListener) -> io::Result<Self> {
+        let address = listener.local_addr()?;
+        let url = Url::tcp(address.ip().to_string(), address.port()).map_err(io::Error::other)?;
+        Self::passed(url, listener.into())
+    }
+
+    fn passed(url: Url, socket: Socket) -> io::Result<Self> {
+        if !socket.is_listener()? {
+            return Err(io::Error::other("The socket is a connection, or waits for none"));
+        }
+        // Accepting waits by a time of its own.
+        socket.set_nonblocking(false)?;
+        Ok(Self { socket, url, file: None })
     }
 
     fn try_bind(url: &Url) -> io::Result<Self> {
