@@ -109,6 +109,9 @@ pub mod range;
 #[cfg(feature = "snapshot")]
 pub mod snapshot;
 pub mod source;
+#[cfg(feature = "device-state")]
+#[cfg_attr(not(feature = "transfer"), expect(dead_code, reason = "a State comes in a transfer only"))]
+mod state_tree;
 mod sync;
 pub mod syscalls;
 pub mod table;

@@ -21,6 +21,8 @@ pub(crate) use userfault::HoleWatch;
 pub(crate) use userfault::ReadableCheck;
 pub use userfault::UserfaultError;
 
+pub use crate::state_tree::read_tree;
+
 /// A VMM's own error, whatever it is.
 pub type VmError = Box<dyn Error + Send + Sync>;
 

@@ -1,22 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What a State costs: about its own length in memory, wherever it goes; and no more because a peer is hostile.
-#![expect(unsafe_code, reason = "a global allocator that counts")]
 #![expect(clippy::unwrap_used, reason = "a test may end at any surprise")]
 
+mod counting;
 #[expect(dead_code, reason = "other tests use the rest")]
 mod frames;
 
-use std::alloc::{GlobalAlloc, Layout as Allocation, System};
 use std::error::Error;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use counting::{alone, most_of};
 use frames::{COMPLETE, CONFIG, START, STATE, component, config_document, memory_ranges, message, request};
 use vfio_migration::snapshot::{
     DestinationOptions, FullSnapshot, SnapshotChain, SnapshotDestination, SnapshotLimits, SnapshotSource,
@@ -26,57 +25,6 @@ use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::{Connection, Listener};
 use vfio_migration::transfer::receive::Receiver;
 use vfio_migration::transfer::{self, SendOptions, Sender};
-
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
-
-struct Counting;
-
-fn grow(bytes: usize) {
-    let held = HELD.fetch_add(bytes, Ordering::Relaxed) + bytes;
-    MOST.fetch_max(held, Ordering::Relaxed);
-}
-
-fn shrink(bytes: usize) {
-    HELD.fetch_sub(bytes, Ordering::Relaxed);
-}
-
-// SAFETY: every call goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Allocation) -> *mut u8 {
-        grow(layout.size());
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Allocation) {
-        shrink(layout.size());
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    /// The system moves the pages of what is large, so there are never two copies.
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Allocation, bytes: usize) -> *mut u8 {
-        grow(bytes.saturating_sub(layout.size()));
-        shrink(layout.size().saturating_sub(bytes));
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.realloc(pointer, layout, bytes) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
-
-/// Lets one test allocate at a time.
-static ALONE: Mutex<()> = Mutex::new(());
-
-/// Returns the most bytes that `work` held at a time.
-fn most_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
-    let held = HELD.load(Ordering::Relaxed);
-    MOST.store(held, Ordering::Relaxed);
-    let done = work();
-    (done, MOST.load(Ordering::Relaxed) - held)
-}
 
 const REGION: u64 = 1 << 20;
 /// Bytes of base64 in a State.
@@ -159,7 +107,7 @@ const BESIDE_BYTES: usize = 12 << 20;
 
 #[test]
 fn a_state_takes_as_much_memory_as_it_is_long_wherever_it_goes() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let (received, sent, flat) = (dir.path().join("a"), dir.path().join("b"), dir.path().join("c"));
     let assert_lean = |what: &str, times: usize, (_, most): ((), usize)| {
@@ -185,7 +133,7 @@ fn a_state_takes_as_much_memory_as_it_is_long_wherever_it_goes() {
 
 #[test]
 fn a_list_put_in_order_costs_no_second_text() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().join("a");
     let unordered = [(REGION / 2, REGION / 2), (0, REGION / 2)];
@@ -238,7 +186,7 @@ fn sound() -> String {
 
 #[test]
 fn a_text_of_any_shape_takes_no_more_than_itself_again() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = alone();
     let manager = sound().split_off(r#"{"snapshots":{"#.len());
     let shapes = [
         ("deep tree", filled(r#"{"snapshots":{"#, r#""a":{"snapshots":{"#, ""), "recursion limit exceeded"),
@@ -266,7 +214,7 @@ fn a_text_of_any_shape_takes_no_more_than_itself_again() {
 
 #[test]
 fn of_the_one_state_that_is_looked_into_a_limit_is_the_config_messages() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = alone();
     let entry = r#"{\"gpa\":1,\"length\":1},"#;
     let many =
         || with_manager([r#"{\"memory_ranges\":{\"data\":["#, entry, r#"{\"gpa\":9,\"length\":1}]}}"#]);
@@ -283,7 +231,7 @@ fn of_the_one_state_that_is_looked_into_a_limit_is_the_config_messages() {
 
 #[test]
 fn a_broken_text_is_refused_for_what_it_is() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = alone();
     let sound = sound();
     let texts = [
         (format!(r#"{sound},"snapshots":{{}}}}"#).into_bytes(), "duplicate field `snapshots`"),

@@ -26,7 +26,7 @@ use vfio_migration::transfer::receive::{
     Completion, Destination, GuestPages, PageStore, Receiver, asks_for_prefault,
 };
 use vfio_migration::transfer::{PinningReceiver, Populated, SendOptions, Sender, Sent};
-use vfio_migration::vm::{Backing, Captured, Vm, VmError};
+use vfio_migration::vm::{Backing, Captured, Vm, VmError, read_tree};
 use vfio_migration_integration::bed::{Bed, Bus, Engine, EngineStream, PassThrough, differing};
 use vfio_migration_integration::vmm::{Memory, PAGE_LEN, RamLayout, Split};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -148,7 +148,7 @@ impl Destination for Pinning<'_> {
     }
 
     fn state(&mut self, state: Vec<u8>) -> Result<(), VmError> {
-        let root: Snapshot = serde_json::from_slice(&state)?;
+        let root = read_tree(state)?;
         self.pinned = Some(PassThrough::open(Bus::Pci, self.edu, &self.machine.memory)?);
         let devices = snapshot_from_id(Some(&root), DEVICES).expect("State has devices");
         Ok(self.machine.devices.lock().unwrap().load(devices)?)

@@ -12,11 +12,11 @@ use log::{error, warn};
 use super::failure::DeviceFailure;
 use super::incoming::Incoming;
 use super::outgoing::Outgoing;
-use super::saved::{Identity, SavedVersion, blob_to_snapshot};
+use super::saved::{Identity, SavedText, SavedVersion, blob_to_snapshot};
 use super::shared::SharedIo;
 use super::size::StateSize;
 use super::state::{Recovery, quiescent_state, recovery};
-use super::stream::{PrecopyRead, StateStream, write_all};
+use super::stream::{PrecopyRead, StateStream, StateWrite};
 use super::{
     ArcError, Basis, Capabilities, DeviceIo, DeviceState, Estimate, PrecopyInfo, STATE_LIMIT_BYTES,
     next_state,
@@ -451,11 +451,14 @@ impl Device {
     ///
     /// # Errors
     /// The device refused the state and holds a part of it: it has to be reset.
-    pub(super) fn write_state(&mut self, state: &[u8]) -> Result<(), DeviceFailure> {
+    pub(super) fn write_state(&mut self, state: &SavedText<'_>) -> Result<(), DeviceFailure> {
         self.go(DeviceState::Resuming)?;
-        write_all(self.io.lock().as_mut(), state)?;
+        let mut io = self.io.lock();
+        let mut writing = StateWrite::new(io.as_mut());
+        state.each_piece(|piece| writing.write(piece).map_err(DeviceFailure::from))?;
+        drop(io);
         self.go(DeviceState::Stop)?;
-        self.last_state_bytes = Some(state.len() as u64);
+        self.last_state_bytes = Some(state.bytes() as u64);
         Ok(())
     }
 

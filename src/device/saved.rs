@@ -12,26 +12,27 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::iter;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use serde::de::value::{Error as ShapeError, MapDeserializer};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use versionize::{VersionMap, Versionize, VersionizeError, VersionizeResult};
 use versionize_derive::Versionize;
-use vm_migration::{MigratableError, Snapshot, SnapshotData, state_from_id};
+use vm_migration::{MigratableError, Snapshot, state_from_id};
 
 use super::STATE_LIMIT_BYTES;
-use super::blob::{Blob, checksum};
+use super::blob::Blob;
+use crate::state_tree::leaf_of_text;
 
 use crate::units::Count;
 
 mod streamed;
+mod text;
 
 pub use streamed::STREAMED_CHILD;
 pub(super) use streamed::{streamed_bytes, streamed_to_snapshot};
+pub(super) use text::SavedText;
 
 /// Id of the child that holds the device's stream.
 pub const STATE_CHILD: &str = "vfio_migration";
@@ -246,13 +247,6 @@ pub struct SavedState {
     pub precopy_bytes: Option<u64>,
 }
 
-/// The child [`STATE_CHILD`], as it is read.
-#[derive(Deserialize)]
-struct StateText<'a> {
-    #[serde(borrow)]
-    blob: Cow<'a, str>,
-}
-
 /// The child [`META_CHILD`].
 #[derive(Serialize, Deserialize)]
 struct MetaText<'a> {
@@ -297,10 +291,10 @@ impl Meta {
         }
     }
 
-    /// Compares a stream with what is said of it.
-    fn check(&self, stream: &[u8], version: SavedVersion) -> Result<(), SavedStateError> {
-        if self.state_bytes != stream.len() as u64 {
-            let (actual_bytes, expected_bytes) = (stream.len(), self.state_bytes);
+    /// Compares a stream of so many bytes, with this checksum, with what is said of it.
+    fn check(&self, bytes: usize, actual: u64, version: SavedVersion) -> Result<(), SavedStateError> {
+        if self.state_bytes != bytes as u64 {
+            let (actual_bytes, expected_bytes) = (bytes, self.state_bytes);
             return Err(SavedStateError::Length { actual_bytes, expected_bytes });
         }
         if version < SavedVersion::V2 {
@@ -310,7 +304,6 @@ impl Meta {
             let (state_bytes, precopy_bytes) = (self.state_bytes, self.precopy_bytes);
             return Err(SavedStateError::Layout { state_bytes, precopy_bytes });
         }
-        let actual = checksum(stream);
         if self.checksum != actual {
             return Err(SavedStateError::Checksum { actual, expected: self.checksum });
         }
@@ -334,21 +327,14 @@ impl SavedState {
     /// # Errors
     /// As [`SavedState::from_snapshot`].
     pub fn from_snapshot_within(node: &Snapshot, limit_bytes: usize) -> Result<Self, SavedStateError> {
-        let node = state_node(node).ok_or(SavedStateError::NoState)?;
-        let state: StateText<'_> = child(node, STATE_CHILD)?.ok_or(SavedStateError::NoState)?;
-        let stream = decode_text(STATE_CHILD, &state.blob, limit_bytes)?;
-        let Some(text) = child::<MetaText<'_>>(node, META_CHILD)? else {
-            return Ok(Self { identity: None, stream, precopy_bytes: None });
-        };
-        let version = SavedVersion::from_number(text.version)
-            .ok_or(SavedStateError::Version { version: text.version })?;
-        let meta = Meta::from_bytes(&decode_text(META_CHILD, &text.meta, META_LIMIT_BYTES)?, version)?;
-        meta.check(&stream, version)?;
-        Ok(Self {
-            precopy_bytes: (version >= SavedVersion::V2).then_some(meta.precopy_bytes),
-            identity: Some(Identity { name: meta.name, kind: meta.kind }),
-            stream,
-        })
+        let text = SavedText::check(node, limit_bytes)?;
+        let mut stream = Vec::with_capacity(text.bytes());
+        text.each_piece(|piece| {
+            stream.extend_from_slice(piece);
+            Ok::<_, SavedStateError>(())
+        })?;
+        let (identity, precopy_bytes) = text.into_meta();
+        Ok(Self { identity, stream, precopy_bytes })
     }
 
     /// Checks that the state may go into `device`.
@@ -356,12 +342,16 @@ impl SavedState {
     /// # Errors
     /// It says it is of another.
     pub fn check_identity(&self, device: &Identity) -> Result<(), SavedStateError> {
-        match &self.identity {
-            Some(saved) if saved != device => {
-                Err(SavedStateError::Identity { saved: saved.clone(), device: device.clone() })
-            }
-            _ => Ok(()),
+        check_identity(self.identity.as_ref(), device)
+    }
+}
+
+fn check_identity(saved: Option<&Identity>, device: &Identity) -> Result<(), SavedStateError> {
+    match saved {
+        Some(saved) if saved != device => {
+            Err(SavedStateError::Identity { saved: saved.clone(), device: device.clone() })
         }
+        _ => Ok(()),
     }
 }
 
@@ -395,7 +385,9 @@ pub(super) fn blob_to_snapshot(
     let meta = meta.to_bytes(version)?;
     check_names(&meta)?;
     let mut node = Snapshot::default();
-    node.add_snapshot(STATE_CHILD.to_owned(), leaf_of_text(STATE_CHILD, blob.into_text())?);
+    let leaf = leaf_of_text(blob.into_text())
+        .map_err(|source| SavedStateError::Snapshot { child: STATE_CHILD, source })?;
+    node.add_snapshot(STATE_CHILD.to_owned(), leaf);
     let text = MetaText { version: version as u16, meta: BASE64.encode(meta).into() };
     add_child(&mut node, META_CHILD, &text)?;
     Ok(node)
@@ -419,23 +411,18 @@ fn add_child(
     Ok(())
 }
 
-/// Makes a leaf of a state that is JSON text already, and may be large: it is moved.
-fn leaf_of_text(child: &'static str, text: String) -> Result<Snapshot, SavedStateError> {
-    let leaf = MapDeserializer::new(iter::once(("state", text)));
-    let data: Result<_, ShapeError> = SnapshotData::deserialize(leaf);
-    let wrong = |error: ShapeError| SavedStateError::Snapshot {
-        child,
-        source: MigratableError::Snapshot(error.into()),
-    };
-    data.map(Snapshot::from_data).map_err(wrong)
+/// Checks that a text stands for at most `limit` bytes.
+fn check_length(child: &'static str, text: &str, limit: usize) -> Result<(), SavedStateError> {
+    let limit_bytes = limit.div_ceil(3) * 4;
+    match text.len() > limit_bytes {
+        true => Err(SavedStateError::TooLong { child, text_bytes: text.len(), limit_bytes }),
+        false => Ok(()),
+    }
 }
 
 /// Decodes base64 that stands for at most `limit` bytes.
 fn decode_text(child: &'static str, text: &str, limit: usize) -> Result<Vec<u8>, SavedStateError> {
-    let limit_bytes = limit.div_ceil(3) * 4;
-    if text.len() > limit_bytes {
-        return Err(SavedStateError::TooLong { child, text_bytes: text.len(), limit_bytes });
-    }
+    check_length(child, text, limit)?;
     BASE64.decode(text).map_err(|source| SavedStateError::Base64 { child, source })
 }
 

@@ -16,7 +16,7 @@ use vm_migration::{Snapshot, snapshot_from_id};
 use super::failure::DeviceFailure;
 use super::member::{Asking, Device};
 use super::saved::{
-    NAME_LIMIT_BYTES, Nesting, SavedState, SavedStateError, SavedVersion, state_node, streamed_bytes,
+    NAME_LIMIT_BYTES, Nesting, SavedStateError, SavedText, SavedVersion, state_node, streamed_bytes,
 };
 use super::{DeviceState, Estimate, PrecopyStep};
 use crate::error::Chain;
@@ -385,7 +385,7 @@ impl DeviceSet {
 
     /// Loads saved states into the devices of a VM that does not run; they are in STOP afterwards, each having accepted its own.
     ///
-    /// Everything is decoded and checked before any device is touched.
+    /// Everything is checked before any device is touched. It is decoded twice for that, in pieces, and never held as a whole.
     ///
     /// # Errors
     /// The snapshot is malformed, lacks a device or knows another, and no device was touched; or a device failed, and all
@@ -475,8 +475,8 @@ impl DeviceSet {
         }
     }
 
-    /// Reads the devices' states from `tree`, in the order of the devices.
-    fn decode(&self, tree: &Snapshot) -> Result<Vec<Saved>, DeviceSetError> {
+    /// Checks the devices' states in `tree`, in the order of the devices.
+    fn decode<'a>(&self, tree: &'a Snapshot) -> Result<Vec<Saved<'a>>, DeviceSetError> {
         let claimed = |name: &str| self.names().any(|own| own == name);
         let has_state =
             |node: &Snapshot| state_node(node).is_some() || !matches!(streamed_bytes(node), Ok(None));
@@ -489,13 +489,13 @@ impl DeviceSet {
 }
 
 /// A device's state in a Snapshot tree.
-enum Saved {
-    Here(Vec<u8>),
+enum Saved<'a> {
+    Here(SavedText<'a>),
     /// It was written to the device already.
     CameAhead,
 }
 
-fn decode(device: &Device, tree: &Snapshot) -> Result<Saved, DeviceSetError> {
+fn decode<'a>(device: &Device, tree: &'a Snapshot) -> Result<Saved<'a>, DeviceSetError> {
     let name = &device.identity().name;
     let node =
         snapshot_from_id(Some(tree), name).ok_or_else(|| DeviceSetError::Missing { name: name.clone() })?;
@@ -504,12 +504,12 @@ fn decode(device: &Device, tree: &Snapshot) -> Result<Saved, DeviceSetError> {
     if came.map_err(failed(device, Attempt::Load))?.is_some() {
         return Ok(Saved::CameAhead);
     }
-    let state = match SavedState::from_snapshot_within(node, device.limit_bytes()) {
+    let state = match SavedText::check(node, device.limit_bytes()) {
         Err(SavedStateError::NoState) => return Err(DeviceSetError::Missing { name: name.clone() }),
         other => other.and_then(|state| state.check_identity(device.identity()).map(|()| state)),
     };
     match state {
-        Ok(state) => Ok(Saved::Here(state.stream)),
+        Ok(state) => Ok(Saved::Here(state)),
         Err(failure) => Err(failed(device, Attempt::Load)(failure.into())),
     }
 }

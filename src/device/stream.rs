@@ -321,25 +321,40 @@ impl StateStream {
     }
 }
 
-/// Writes a whole saved state to a device in RESUMING.
-///
-/// # Errors
-/// The device refused a part; only a reset leads out of RESUMING then.
-pub(super) fn write_all(io: &mut dyn DeviceIo, state: &[u8]) -> Result<(), StreamError> {
-    write_within(io, state, PATIENCE)
+/// Writes a saved state to a device in RESUMING, piece by piece.
+pub(super) struct StateWrite<'a> {
+    io: &'a mut dyn DeviceIo,
+    patience: Duration,
+    pace: Pace,
+    written_bytes: usize,
 }
 
-fn write_within(io: &mut dyn DeviceIo, state: &[u8], patience: Duration) -> Result<(), StreamError> {
-    let mut pace = Pace::new(patience, Instant::now());
-    let mut written_bytes = 0;
-    for chunk in state.chunks(CHUNK_BYTES) {
-        io.write_data(chunk).map_err(|source| StreamError::Write { written_bytes, source })?;
-        written_bytes += chunk.len();
-        if !pace.keeps_up(chunk.len(), Instant::now()) {
-            return Err(StreamError::Slow { moved_bytes: written_bytes, patience });
-        }
+impl<'a> StateWrite<'a> {
+    /// Begins with the first byte.
+    pub(super) fn new(io: &'a mut dyn DeviceIo) -> Self {
+        Self::within(io, PATIENCE)
     }
-    Ok(())
+
+    fn within(io: &'a mut dyn DeviceIo, patience: Duration) -> Self {
+        Self { io, patience, pace: Pace::new(patience, Instant::now()), written_bytes: 0 }
+    }
+
+    /// Writes the bytes that come next.
+    ///
+    /// # Errors
+    /// The device refused a part; only a reset leads out of RESUMING then.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+        let patience = self.patience;
+        for chunk in bytes.chunks(CHUNK_BYTES) {
+            let written_bytes = self.written_bytes;
+            self.io.write_data(chunk).map_err(|source| StreamError::Write { written_bytes, source })?;
+            self.written_bytes += chunk.len();
+            if !self.pace.keeps_up(chunk.len(), Instant::now()) {
+                return Err(StreamError::Slow { moved_bytes: self.written_bytes, patience });
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -555,7 +570,9 @@ mod tests {
         stream.restart();
         let error = stream.read_to_end(&mut Trickle).unwrap_err();
         assert!(matches!(error, StreamError::Slow { moved_bytes: 1..=11, .. }), "{error}");
-        let error = write_within(&mut Trickle, &vec![0; 3 * CHUNK_BYTES], Duration::ZERO).unwrap_err();
+        let mut trickle = Trickle;
+        let mut writing = StateWrite::within(&mut trickle, Duration::ZERO);
+        let error = writing.write(&vec![0; 3 * CHUNK_BYTES]).unwrap_err();
         assert!(matches!(error, StreamError::Slow { moved_bytes: CHUNK_BYTES, .. }), "{error}");
     }
 
@@ -570,9 +587,9 @@ mod tests {
     #[test]
     fn a_state_is_written_in_bounded_pieces_and_a_refusal_says_where() {
         let mut io = reads([]);
-        write_all(&mut io, &vec![0; 2 * CHUNK_BYTES + 1]).unwrap();
+        StateWrite::new(&mut io).write(&vec![0; 2 * CHUNK_BYTES + 1]).unwrap();
         assert_eq!(io.2, [CHUNK_BYTES, CHUNK_BYTES, 1]);
-        let refused = write_all(&mut io, b"more").unwrap_err();
+        let refused = StateWrite::new(&mut io).write(b"more").unwrap_err();
         assert_eq!(refused.to_string(), "Cannot write the device's state beyond byte 0");
     }
 }

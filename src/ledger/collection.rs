@@ -122,9 +122,6 @@ impl Work for Absorb<'_, '_> {
                 }
                 touched &= touched - 1;
             }
-            for report in reports.iter_mut().filter(|report| report.touched != 0) {
-                report.sink.marks.release(first_block / WORD_BITS);
-            }
         }
     }
 }
@@ -221,12 +218,17 @@ impl Report<'_> {
         if self.repeats {
             self.repeated = [0; BLOCK_WORDS];
         }
+        self.dirty = [0; BLOCK_WORDS];
         let Marks { dirty, repeated, .. } = &mut *self.sink.marks;
-        self.dirty = dirty.take_block(block).unwrap_or_default();
+        if dirty.may_hold(block) {
+            self.dirty = *dirty.block(block);
+            dirty.clear_block(block);
+        }
         let mut repeats = false;
-        if let Some(block) = repeated.as_mut().and_then(|repeated| repeated.take_block(block)) {
+        if let Some(repeated) = repeated.as_mut().filter(|repeated| repeated.may_hold(block)) {
             repeats = true;
-            self.repeated = block;
+            self.repeated = *repeated.block(block);
+            repeated.clear_block(block);
         }
         if let Some(lent) = &self.sink.lent {
             let end = (block + 1) * BLOCK_WORDS;

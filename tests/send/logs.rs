@@ -99,7 +99,7 @@ fn the_parts_of_a_downtime_add_up_to_it_and_each_is_where_it_was_spent() {
     let mut vm = FakeVm::new(5);
     vm.takes = SLOW;
     let mut device = FakeDevice::new(&vm.log, b"state");
-    device.slow = Some((DeviceState::PreCopyP2p, SLOW));
+    device.slow = Some((DeviceState::RunningP2p, SLOW));
     let device = Device::new("net0", Box::new(device));
     let machine = vm.machine().with_device(device);
     let peer = Peer::unix(Fault::None);

@@ -17,6 +17,7 @@ mod failures;
 #[path = "../frames/mod.rs"]
 #[expect(dead_code, reason = "other tests use the rest")]
 mod frames;
+mod initial_bytes;
 mod logs;
 mod moving;
 mod pacing;

@@ -32,15 +32,15 @@ fn a_device_that_is_gone_ends_the_migration_at_once_with_its_name() {
 }
 
 #[test]
-fn devices_stop_after_the_vcpus_and_hand_out_all_their_state() {
+fn to_a_plain_receiver_devices_enter_no_pre_copy_and_hand_out_all_their_state_once_stopped() {
     let mut vm = FakeVm::new(5);
     let machine = with_device(&vm, |_| ());
     let peer = Peer::unix(Fault::None);
     let sent = send(&peer, &mut vm, &machine).unwrap();
-    assert_eq!((sent.device_state_bytes, sent.device_precopy_bytes), (16, 8));
+    assert_eq!((sent.device_state_bytes, sent.device_precopy_bytes), (16, 0));
     let log = log_of(&vm.log);
-    let expected = ["PRE_COPY", "pause", "PRE_COPY_P2P", "STOP_COPY", "state"];
-    assert_eq!(log[..5], expected, "{log:?}");
+    let expected = ["pause", "RUNNING_P2P", "STOP_COPY", "state"];
+    assert_eq!(log[..4], expected, "{log:?}");
     let (transcript, _) = peer.end();
     let state = String::from_utf8(transcript.of(STATE)[0].payload.clone()).unwrap();
     assert!(state.contains("c2l4dGVlbiBieXRlcywgYQ=="), "the device's stream in base64: {state}");
@@ -75,7 +75,7 @@ fn devices_run_again_before_the_vcpus_after_a_failure() {
 
 #[test]
 fn a_device_that_does_not_stop_ends_the_migration_with_all_running() {
-    for state in [DeviceState::PreCopyP2p, DeviceState::StopCopy] {
+    for state in [DeviceState::RunningP2p, DeviceState::StopCopy] {
         let mut vm = FakeVm::new(5);
         let machine = with_device(&vm, |io| io.fail = Some(state));
         let peer = Peer::unix(Fault::None);

@@ -174,7 +174,7 @@ fn pattern(bytes: usize, salt: u8) -> Vec<u8> {
     (0..bytes).map(|at| (at.wrapping_mul(0x9e37_79b1) >> 16) as u8 ^ salt).collect()
 }
 
-fn source(vm: &FakeVm, states: &[&[u8]], script: impl Fn(usize, &mut FakeDevice)) -> Machine {
+pub(crate) fn source(vm: &FakeVm, states: &[&[u8]], script: impl Fn(usize, &mut FakeDevice)) -> Machine {
     let machine = vm.machine();
     for (index, data) in states.iter().enumerate() {
         let mut io = FakeDevice::new(&vm.log, data);
@@ -186,7 +186,7 @@ fn source(vm: &FakeVm, states: &[&[u8]], script: impl Fn(usize, &mut FakeDevice)
     machine
 }
 
-fn takers(count: usize) -> (Vec<Taker>, Vec<Device>) {
+pub(crate) fn takers(count: usize) -> (Vec<Taker>, Vec<Device>) {
     let takers: Vec<_> = (0..count).map(|_| Taker::new()).collect();
     let device = |(index, taker): (usize, &Taker)| {
         Device::new(format!("dev{index}"), Box::new(taker.clone())).kind("fake")
@@ -195,7 +195,7 @@ fn takers(count: usize) -> (Vec<Taker>, Vec<Device>) {
     (takers, devices)
 }
 
-fn moves(
+pub(crate) fn moves(
     vm: &mut FakeVm,
     machine: &Machine,
     vmm: &mut Vmm,

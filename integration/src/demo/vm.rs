@@ -15,7 +15,7 @@ use vfio_migration::range::{GpaRange, RangeError};
 use vfio_migration::source::SummaryBitmap;
 use vfio_migration::tracker::{DeviceMappings, VmMappings};
 use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, asks_for_prefault};
-use vfio_migration::vm::{Backing, Captured, Vm, VmError};
+use vfio_migration::vm::{Backing, Captured, Vm, VmError, read_tree};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vm_migration::{Snapshot, snapshot_from_id, state_from_id};
 
@@ -172,8 +172,7 @@ impl Destination for DestinationVm<'_> {
     }
 
     fn state(&mut self, state: Vec<u8>) -> Result<(), VmError> {
-        let root: Snapshot = serde_json::from_slice(&state)?;
-        drop(state);
+        let root = read_tree(state)?;
         let machine: MachineState =
             state_from_id(Some(&root), CPU_MANAGER)?.ok_or(VmMessageError::Missing(CPU_MANAGER))?;
         let device_manager =

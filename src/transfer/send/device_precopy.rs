@@ -14,12 +14,6 @@ use crate::device::{DeviceSet, DeviceSetError, Estimate, StateRead, StateReader,
 use crate::sync::lock;
 use crate::transfer::frame::MOST_DEVICES;
 
-/// Bytes of device state read in one round while the devices run.
-const DEVICE_BUDGET_BYTES: u64 = 64 << 20;
-
-/// Bytes of device state read between two looks whether the migration was cancelled.
-const DEVICE_PIECE_BYTES: u64 = 4 << 20;
-
 /// The VM's pass-through devices, locked for one step at a time.
 pub(super) struct DevicePrecopy<'a> {
     devices: &'a Mutex<DeviceSet>,
@@ -105,33 +99,17 @@ impl<'a> DevicePrecopy<'a> {
         Ok(())
     }
 
-    /// Lets devices begin to hand out their state.
+    /// Lets devices begin to hand out their state, where it streams. In State it travels once the VM stands still, and PRE_COPY would only
+    /// bring more of it.
     ///
     /// # Errors
     /// A device failed, or says that it has more state than may be moved.
     pub(super) fn start(&mut self) -> Result<(), SendError> {
         self.touched = true;
-        self.devices().start_precopy()?;
-        self.estimate().map(drop)
-    }
-
-    /// Reads what running devices have that is worth reading, within the round's budget.
-    ///
-    /// A device whose PRE_COPY fails hands out its whole state in the downtime; one that is gone ends the migration.
-    pub(super) fn step(&self) -> Result<(), SendError> {
         if self.streams {
-            return Ok(());
+            self.devices().start_precopy()?;
         }
-        for _ in 0..DEVICE_BUDGET_BYTES / DEVICE_PIECE_BYTES {
-            self.migration.check()?;
-            let stepped = self.devices().precopy_step(DEVICE_PIECE_BYTES);
-            match stepped {
-                Ok(step) if step.drained || step.bytes == 0 => return Ok(()),
-                Ok(_) => {}
-                Err(error) => self.tolerate(error)?,
-            }
-        }
-        Ok(())
+        self.estimate().map(drop)
     }
 
     /// Estimates the devices' state, after a round.

@@ -192,12 +192,11 @@ impl<'a, V: Vm> Session<'a, V> {
         }
     }
 
-    /// Collects between two rounds, reads what devices hand out, and measures.
+    /// Collects between two rounds, and measures.
     fn take_stock(&mut self) -> Result<Observation, SendError> {
         let collected_bytes = self.tracking.collect()?;
         self.meter.collected(&self.tracking, collected_bytes);
         self.tracking.name_standing_pages();
-        self.devices.step()?;
         let devices = self.devices.estimate()?;
         let seen = self.meter.observe(&self.tracking, self.vm.standing(), devices);
         logging::round(&self.meter, &seen);

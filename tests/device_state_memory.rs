@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a device's state costs that travels in State, at a plain source's and at a plain receiver's other end.
+#![expect(clippy::unwrap_used, reason = "a test may end at any surprise")]
+
+mod counting;
+#[expect(dead_code, reason = "other tests use the rest")]
+mod frames;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use counting::{alone, most_of};
+use frames::{COMPLETE, CONFIG, START, STATE, component, message, request};
+use vfio_migration::device::{
+    Capabilities, DataRead, Device, DeviceError, DeviceIo, DeviceSet, DeviceState, PrecopyInfo,
+};
+use vfio_migration::layout::Layout;
+use vfio_migration::migratable::MigratableDevice;
+use vfio_migration::tracker::{Tracker, VmMappings};
+use vfio_migration::transfer::connection::Connection;
+use vfio_migration::transfer::limits::PeerLimits;
+use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, Receiver};
+use vfio_migration::transfer::{SendOptions, Sender};
+use vfio_migration::vm::{Backing, Captured, Vm, VmError, read_tree};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_migration::Snapshot;
+
+const REGION: usize = 1 << 20;
+const PIECE_BYTES: usize = 3 << 16;
+
+/// Bytes of the device's state; `VFIO_MIGRATE_TEST_PLAIN_STATE_MIB` makes it another number of MiB.
+fn state_bytes() -> usize {
+    let mib = std::env::var("VFIO_MIGRATE_TEST_PLAIN_STATE_MIB");
+    let mib: usize = mib.map_or(64, |mib| mib.parse().unwrap());
+    (mib << 20) / PIECE_BYTES * PIECE_BYTES
+}
+
+type Memory = GuestMemoryMmap<()>;
+
+fn memory() -> Arc<Memory> {
+    Arc::new(Memory::from_ranges(&[(GuestAddress(0), REGION)]).unwrap())
+}
+
+/// The byte at a place of the device's state.
+fn byte(at: usize) -> u8 {
+    at.wrapping_mul(0x9e37_79b1).to_le_bytes()[2]
+}
+
+/// A device that makes its state up as it is read, and looks at what is written to it.
+struct MadeUp {
+    state: Arc<Mutex<DeviceState>>,
+    at: usize,
+    bytes: usize,
+    entered_precopy: bool,
+}
+
+impl MadeUp {
+    fn device(bytes: usize) -> (Device, Arc<Mutex<DeviceState>>) {
+        let state = Arc::new(Mutex::new(DeviceState::Running));
+        let io = Self { state: Arc::clone(&state), at: 0, bytes, entered_precopy: false };
+        (Device::new("dev", Box::new(io)), state)
+    }
+}
+
+impl DeviceIo for MadeUp {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { p2p: true, pre_copy: true }
+    }
+
+    fn state(&mut self) -> Result<DeviceState, DeviceError> {
+        Ok(*self.state.lock().unwrap())
+    }
+
+    fn set_state(&mut self, state: DeviceState) -> Result<(), DeviceError> {
+        let mut now = self.state.lock().unwrap();
+        if *now == DeviceState::Resuming {
+            assert_eq!((state, self.at), (DeviceState::Stop, self.bytes), "the state is whole");
+        }
+        self.entered_precopy |= state == DeviceState::PreCopy;
+        assert!(!self.entered_precopy, "what is read in PRE_COPY only makes State longer");
+        self.at = 0;
+        *now = state;
+        Ok(())
+    }
+
+    fn read_data(&mut self, buffer: &mut [u8]) -> Result<DataRead, DeviceError> {
+        let bytes = buffer.len().min(self.bytes - self.at);
+        let places = self.at..self.at + bytes;
+        buffer.iter_mut().zip(places).for_each(|(to, at)| *to = byte(at));
+        self.at += bytes;
+        Ok(if bytes == 0 { DataRead::End } else { DataRead::Bytes(bytes) })
+    }
+
+    fn write_data(&mut self, data: &[u8]) -> Result<(), DeviceError> {
+        let places = self.at..self.at + data.len();
+        assert!(data.iter().zip(places).all(|(&got, at)| got == byte(at)), "wrong bytes after {}", self.at);
+        self.at += data.len();
+        Ok(())
+    }
+
+    fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
+        Ok(Some(PrecopyInfo { initial_bytes: self.bytes as u64 / 2, dirty_bytes: 0 }))
+    }
+
+    fn data_size(&mut self) -> Result<Option<u64>, DeviceError> {
+        Ok(Some(self.bytes as u64))
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        *self.state.lock().unwrap() = DeviceState::Running;
+        Ok(())
+    }
+}
+
+struct Source(Arc<Memory>);
+
+impl Vm for Source {
+    type Memory = Memory;
+
+    fn memory(&self) -> Arc<Memory> {
+        Arc::clone(&self.0)
+    }
+
+    fn backing(&self) -> Backing {
+        Backing::default()
+    }
+
+    fn config(&mut self) -> Result<Vec<u8>, VmError> {
+        Ok(b"{}".to_vec())
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn state(&mut self, devices: Snapshot) -> Result<Captured, VmError> {
+        let mut root = Snapshot::default();
+        root.add_snapshot("devices".to_owned(), devices);
+        Ok(root.into())
+    }
+
+    fn can_throttle(&self) -> bool {
+        false
+    }
+
+    fn throttle(&mut self, _percent: u8) {}
+}
+
+/// A plain receiver that keeps nothing; returns the bytes of the State.
+fn drain(mut stream: UnixStream) -> u64 {
+    let mut buffer = vec![0; 1 << 16];
+    let mut state_bytes = 0;
+    loop {
+        let mut head = [0; 16];
+        stream.read_exact(&mut head).unwrap();
+        let command = u16::from_le_bytes([head[0], head[1]]);
+        let length = u64::from_le_bytes(head[8..].try_into().unwrap());
+        let mut left = length;
+        let mut pages = 0;
+        while left > 0 {
+            let bytes = stream.read(&mut buffer[..usize::try_from(left.min(1 << 16)).unwrap()]).unwrap();
+            assert_ne!(bytes, 0, "the source ended");
+            left -= bytes as u64;
+            if command == frames::MEMORY {
+                let lengths = buffer[..bytes].chunks_exact(16);
+                pages += lengths.map(|entry| u64::from_le_bytes(entry[8..].try_into().unwrap())).sum::<u64>();
+            }
+        }
+        while pages > 0 {
+            pages -= stream.read(&mut buffer[..usize::try_from(pages.min(1 << 16)).unwrap()]).unwrap() as u64;
+        }
+        if command == STATE {
+            state_bytes = length;
+        }
+        stream.write_all(&[&[1][..], &[0; 15]].concat()).unwrap();
+        if command == COMPLETE {
+            return state_bytes;
+        }
+    }
+}
+
+fn tracker(memory: &Arc<Memory>) -> Tracker {
+    let maps = Arc::clone(memory);
+    let builder = Tracker::builder(Layout::from_guest_memory(&**memory).unwrap());
+    builder.mappings(move || VmMappings::of_memory(&*maps)).build().unwrap()
+}
+
+/// Sends the VM to a plain receiver; returns the bytes of its State.
+fn send(bytes: usize) -> u64 {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let memory = memory();
+    let tracker = Mutex::new(tracker(&memory));
+    let devices = Mutex::new(DeviceSet::new(vec![MadeUp::device(bytes).0]).unwrap());
+    let url = format!("unix:{}", socket.display()).parse().unwrap();
+    thread::scope(|scope| {
+        let receiver = scope.spawn(|| drain(listener.accept().unwrap().0));
+        let options = SendOptions::new(url).downtime(Duration::from_secs(600));
+        let sent = Sender::new(options).send(&mut Source(memory), &tracker, &devices).unwrap();
+        assert_eq!((sent.device_state_bytes, sent.device_precopy_bytes), (bytes as u64, 0));
+        receiver.join().unwrap()
+    })
+}
+
+/// A VMM that makes a tree of State.
+struct Vmm {
+    memory: Arc<Memory>,
+    devices: MigratableDevice,
+}
+
+impl Destination for Vmm {
+    fn config(&mut self, _json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
+        Ok(Arc::new(GuestPages::new(Arc::clone(&self.memory))?))
+    }
+
+    fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
+        let tree = read_tree(json)?;
+        Ok(self.devices.restore_child(&tree.snapshots["device-manager"])?)
+    }
+
+    fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
+        Ok(Completion::Moved)
+    }
+
+    fn abandoned(&mut self) {}
+}
+
+/// Sends, as a source of another make does, a VM whose device has so many bytes of state.
+fn foreign_source(mut stream: UnixStream, bytes: usize) {
+    let blob = component("vfio_migration", "", r#"{\"blob\":\"@\"}"#);
+    let devices = component("devices", &component("dev", &blob, "{}"), "{}");
+    let tree = format!(r#"{{"snapshots":{{{}}}}}"#, component("device-manager", &devices, "{}"));
+    let (begin, end) = tree.split_once('@').unwrap();
+    let answer = |stream: &mut UnixStream| {
+        let mut answer = [0; 16];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(answer[0], 1, "refused");
+    };
+    for message in [message(START, b""), message(CONFIG, b"{}")] {
+        stream.write_all(&message).unwrap();
+        answer(&mut stream);
+    }
+    stream.write_all(&request(STATE, (begin.len() + bytes / 3 * 4 + end.len()) as u64)).unwrap();
+    stream.write_all(begin.as_bytes()).unwrap();
+    for first in (0..bytes).step_by(PIECE_BYTES) {
+        let piece: Vec<u8> = (first..first + PIECE_BYTES).map(byte).collect();
+        stream.write_all(BASE64.encode(piece).as_bytes()).unwrap();
+    }
+    stream.write_all(end.as_bytes()).unwrap();
+    answer(&mut stream);
+    stream.write_all(&request(COMPLETE, 0)).unwrap();
+    answer(&mut stream);
+}
+
+fn receive(bytes: usize) {
+    let memory = memory();
+    let tracker = Arc::new(Mutex::new(tracker(&memory)));
+    let (device, state) = MadeUp::device(bytes);
+    let devices = Arc::new(Mutex::new(DeviceSet::new(vec![device]).unwrap()));
+    let mut vmm = Vmm { memory, devices: MigratableDevice::new("devices", tracker, devices) };
+    let limits = PeerLimits::default();
+    let (near, far) = UnixStream::pair().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| foreign_source(near, bytes));
+        let connection = Connection::from_unix(far, &limits).unwrap();
+        Receiver::new(limits, None).receive_from(connection, &mut vmm).unwrap();
+    });
+    assert_eq!(*state.lock().unwrap(), DeviceState::Stop, "loaded");
+}
+
+/// What is held beside a state: pieces, buffers, threads.
+const BESIDE_BYTES: usize = 8 << 20;
+
+/// Checks the most that was held against the state's text and an eighth of it, by which buffers grow: 1.5 times the state.
+fn assert_lean(what: &str, bytes: usize, most: usize) {
+    let times = most as f64 / bytes as f64;
+    eprintln!("{what}: a state of {} MiB took {} MiB, {times:.2} times as much", bytes >> 20, most >> 20);
+    assert!(most > bytes, "{what}: nothing was measured");
+    assert!(most <= bytes / 2 * 3 + BESIDE_BYTES, "{what}: {times:.2} times the state");
+}
+
+#[test]
+fn a_source_holds_a_devices_state_once_as_the_text_that_it_sends_to_a_plain_receiver() {
+    let _alone = alone();
+    let bytes = state_bytes();
+    let (sent, most) = most_of(|| send(bytes));
+    assert!(sent > bytes as u64 / 3 * 4, "the state was in State");
+    assert_lean("source", bytes, most);
+}
+
+#[test]
+fn a_receiver_holds_a_devices_state_once_as_the_text_that_came_from_a_plain_source() {
+    let _alone = alone();
+    let bytes = state_bytes();
+    let ((), most) = most_of(|| receive(bytes));
+    assert_lean("receiver", bytes, most);
+}
