@@ -311,10 +311,16 @@ static int edu_load(struct fixture *f, const void *data)
 	return ret;
 }
 
-/* The buffer keeps its content where no I/O address space is attached. */
+/*
+ * The buffer keeps its content where no I/O address space is attached. The
+ * factorial cannot be 0 again, and so is that of 0: it depends on nothing that
+ * was before, and moves.
+ */
 static void edu_reset(struct fixture *f)
 {
-	static const struct edu_state zero;
+	static const struct edu_state zero = {
+		.factorial_written = cpu_to_le32(1),
+	};
 	struct edu *e = from_fixture(f);
 	u16 command;
 

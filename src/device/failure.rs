@@ -69,6 +69,18 @@ pub enum DeviceFailure {
 }
 
 impl DeviceFailure {
+    /// The same failure, of a device that still answers and so is not gone.
+    pub(super) fn of_present_device(mut self) -> Self {
+        match &mut self {
+            Self::Io(error) => error.gone = false,
+            Self::Stream(StreamError::Read { source, .. } | StreamError::Write { source, .. }) => {
+                source.gone = false;
+            }
+            _ => {}
+        }
+        self
+    }
+
     /// Whether the device is gone for good.
     pub(super) fn tells_of_lost_device(&self) -> bool {
         match self {

@@ -142,9 +142,18 @@ impl<F: AsRawFd + Send> KernelDevice<F> {
         session.map_err(|cause| DeviceError::new(operation, cause))
     }
 
+    fn ask_state(&self) -> Result<DeviceState, DeviceError> {
+        let number = sys::device_state(&self.device)
+            .map_err(|cause| DeviceError::new(DeviceOperation::State, cause))?;
+        DeviceState::from_uapi(number).ok_or_else(|| {
+            DeviceError::new(DeviceOperation::State, KernelDeviceError::UnknownState { number })
+        })
+    }
+
     fn try_set_state(&mut self, to: DeviceState) -> Result<(), DeviceError> {
         let operation = DeviceOperation::SetState(to);
-        let from = self.state()?;
+        // Keeps the session: one that a reset has ended meanwhile is out of sync, not a new one.
+        let from = self.ask_state()?;
         if is_forbidden(from, to) {
             return Err(DeviceError::new(operation, KernelDeviceError::NoArc { from, to }));
         }
@@ -176,12 +185,11 @@ impl<F: AsRawFd + Send> DeviceIo for KernelDevice<F> {
         false
     }
 
+    /// Also ends the data session that a reset has taken away, since the caller sees it here.
     fn state(&mut self) -> Result<DeviceState, DeviceError> {
-        let number = sys::device_state(&self.device)
-            .map_err(|cause| DeviceError::new(DeviceOperation::State, cause))?;
-        DeviceState::from_uapi(number).ok_or_else(|| {
-            DeviceError::new(DeviceOperation::State, KernelDeviceError::UnknownState { number })
-        })
+        let state = self.ask_state()?;
+        self.session.take_if(|session| Kind::of(state) != Some(session.kind));
+        Ok(state)
     }
 
     fn set_state(&mut self, state: DeviceState) -> Result<(), DeviceError> {

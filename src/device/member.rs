@@ -163,6 +163,7 @@ impl Device {
         if self.in_session && !state.is_saving() {
             warn!("Device {:?} left its saving session for {state} unasked", self.identity.name);
             self.end_session();
+            self.outgoing.iter_mut().for_each(|outgoing| outgoing.was_reset = state != DeviceState::Error);
         }
         if self.holds_loaded && state.is_running() {
             return Err(DeviceFailure::SessionLost { state });
@@ -220,11 +221,13 @@ impl Device {
     /// # Errors
     /// The session is over and what was read is dropped; the device is out of PRE_COPY, or recovered as far as it can be.
     pub(super) fn read_precopy(&mut self, budget: u64) -> Result<PrecopyRead, DeviceFailure> {
-        self.try_read_precopy(budget).inspect_err(|_| {
+        self.try_read_precopy(budget).map_err(|failure| {
+            let failure = self.explain(failure);
             self.end_session();
             if let Err(second) = self.recover() {
                 error!("Device {:?} is not as it was: {}", self.identity.name, Chain(&second));
             }
+            failure
         })
     }
 
@@ -254,9 +257,15 @@ impl Device {
     /// too.
     ///
     /// # Errors
-    /// The device is gone for good, or says that its state is larger than allowed.
+    /// The device is gone for good, or in ERROR, or says that its state is larger than allowed.
     pub(super) fn estimate(&mut self, asking: Asking) -> Result<Estimate, DeviceFailure> {
-        match self.try_estimate(asking) {
+        let estimate = self.try_estimate(asking).or_else(|failure| match self.explain(failure) {
+            // A device outside a session tells its size, too.
+            DeviceFailure::SessionLost { .. } => self.try_estimate(asking),
+            failure => Err(failure),
+        });
+        match estimate {
+            Err(failure @ DeviceFailure::Arc(_)) => Err(failure),
             Err(failure) if failure.tells_of_lost_device() => Err(failure),
             Err(failure) => Ok(self.unknown(&failure)),
             Ok(estimate) => self.check_limit(estimate).map(|()| estimate),
@@ -265,6 +274,9 @@ impl Device {
 
     fn try_estimate(&mut self, asking: Asking) -> Result<Estimate, DeviceFailure> {
         let state = self.state()?;
+        if state == DeviceState::Error {
+            return Err(ArcError::NeedsReset { to: DeviceState::StopCopy }.into());
+        }
         if self.in_session && self.stream.is_complete() {
             let state_bytes = self.state_bytes();
             return Ok(Estimate { state_bytes, known_bytes: state_bytes, ..Estimate::NOTHING });

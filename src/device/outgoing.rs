@@ -12,12 +12,18 @@ pub(super) struct Outgoing {
     pub(super) told_bytes: Option<u64>,
     /// PRE_COPY brings more than it saves in this session.
     pub(super) is_futile: bool,
+    /// Something reset the device in this session: what was read is worthless.
+    pub(super) was_reset: bool,
 }
 
 impl Outgoing {
+    /// Begins the stream of the device with this number. `session` is 0 before the first.
+    pub(super) fn new(number: u16, session: u32) -> Self {
+        Self { number, session, next_index: 0, told_bytes: None, is_futile: false, was_reset: false }
+    }
+
     /// Begins another session.
     pub(super) fn restart(&mut self) {
-        (self.session, self.next_index) = (self.session + 1, 0);
-        (self.told_bytes, self.is_futile) = (None, false);
+        *self = Self::new(self.number, self.session + 1);
     }
 }

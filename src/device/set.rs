@@ -269,7 +269,7 @@ impl DeviceSet {
     /// fails to tell is an estimate, too.
     ///
     /// # Errors
-    /// A device is gone for good, or says that its state is larger than [`Device::state_limit`].
+    /// A device is gone for good, or in ERROR, or says that its state is larger than [`Device::state_limit`].
     pub fn estimate(&mut self) -> Result<Estimate, DeviceSetError> {
         self.estimate_asking(Asking::WhileInitial)
     }

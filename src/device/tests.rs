@@ -16,6 +16,8 @@ mod estimates;
 mod fake;
 mod faults;
 mod resets;
+#[cfg(feature = "transfer")]
+mod streams;
 
 pub(crate) use fake::{Effect, World};
 use fake::{Script, Turn, devices, interface};

@@ -24,7 +24,7 @@ use vm_migration::Snapshot;
 
 use crate::both_ends::loopback;
 use crate::log_of;
-use crate::vm::{FakeDevice, FakeVm, Machine, Memory, PAGES, empty_memory, read_page};
+use crate::vm::{FakeDevice, FakeVm, Log, Machine, Memory, PAGES, empty_memory, note, read_page};
 
 const MIB: usize = 1 << 20;
 
@@ -128,9 +128,11 @@ impl DeviceIo for Taker {
 /// A VMM whose devices are there from the start.
 pub(crate) struct Vmm {
     memory: Arc<Memory>,
-    devices: MigratableDevice,
+    pub(crate) devices: MigratableDevice,
     /// Whether states may come as streams.
-    streams: bool,
+    pub(crate) streams: bool,
+    /// Notes what it is given.
+    pub(crate) log: Log,
 }
 
 impl Vmm {
@@ -139,10 +141,11 @@ impl Vmm {
         let layout = vfio_migration::layout::Layout::from_guest_memory(&*memory).unwrap();
         let tracker = Arc::new(Mutex::new(Tracker::builder(layout).build().unwrap()));
         let devices = Arc::new(Mutex::new(DeviceSet::new(devices).unwrap()));
-        Self { memory, devices: MigratableDevice::new("devices", tracker, devices), streams: true }
+        let devices = MigratableDevice::new("devices", tracker, devices);
+        Self { memory, devices, streams: true, log: Log::default() }
     }
 
-    fn assert_equals(&self, vm: &FakeVm) {
+    pub(crate) fn assert_equals(&self, vm: &FakeVm) {
         let wrong = (0..PAGES).filter(|&page| read_page(&self.memory, page) != vm.page(page));
         assert_eq!(wrong.collect::<Vec<_>>(), Vec::<u64>::new(), "pages that differ");
     }
@@ -154,15 +157,18 @@ impl Destination for Vmm {
     }
 
     fn config(&mut self, _json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
+        note(&self.log, "config");
         Ok(Arc::new(GuestPages::new(Arc::clone(&self.memory))?))
     }
 
     fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
+        note(&self.log, "interrupt controller");
         let tree: Snapshot = serde_json::from_slice(&json)?;
         Ok(self.devices.restore(&tree.snapshots["devices"])?)
     }
 
     fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
+        note(&self.log, "complete");
         Ok(Completion::Moved)
     }
 
@@ -170,7 +176,7 @@ impl Destination for Vmm {
 }
 
 /// Bytes that tell where they belong.
-fn pattern(bytes: usize, salt: u8) -> Vec<u8> {
+pub(crate) fn pattern(bytes: usize, salt: u8) -> Vec<u8> {
     (0..bytes).map(|at| (at.wrapping_mul(0x9e37_79b1) >> 16) as u8 ^ salt).collect()
 }
 
@@ -210,7 +216,7 @@ pub(crate) fn moves(
     })
 }
 
-fn loaded(taker: &Taker) -> Option<Vec<u8>> {
+pub(crate) fn loaded(taker: &Taker) -> Option<Vec<u8>> {
     taker.0.lock().unwrap().loaded.clone()
 }
 

@@ -460,7 +460,7 @@ impl DeviceIo for FakeDevice {
             return Err(DeviceError::new(DeviceOperation::Reset, "no such device").or_gone(true));
         }
         note(&self.log, "reset");
-        self.state = DeviceState::Running;
+        (self.state, self.read) = (DeviceState::Running, 0);
         Ok(())
     }
 }

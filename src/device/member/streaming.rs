@@ -67,8 +67,7 @@ impl Device {
 
     /// Has the state go away as a stream from the next session on.
     pub(in crate::device) fn begin_streaming(&mut self, number: u16) {
-        let (session, next_index) = (u32::from(self.in_session), 0);
-        self.outgoing = Some(Outgoing { number, session, next_index, told_bytes: None, is_futile: false });
+        self.outgoing = Some(Outgoing::new(number, self.in_session.into()));
     }
 
     /// Has the state go into the Snapshot tree again.
@@ -80,12 +79,18 @@ impl Device {
     ///
     /// What is read goes away while the device runs, so all of it is: read as long as the device changes it slower than it is read.
     pub(in crate::device) fn precopy_reader(&mut self) -> Result<Option<StateReader>, DeviceFailure> {
-        let Some(outgoing) = self.outgoing.filter(|_| self.in_session) else { return Ok(None) };
-        let state = self.state()?;
-        if state != DeviceState::PreCopy {
-            return if self.in_session { Ok(None) } else { Err(DeviceFailure::SessionLost { state }) };
+        if !self.is_streaming() {
+            return Ok(None);
         }
-        let budget = match self.unread_in_precopy()? {
+        let state = self.state()?;
+        let Some(outgoing) = self.outgoing else { return Ok(None) };
+        if outgoing.was_reset {
+            return Err(DeviceFailure::SessionLost { state });
+        }
+        if !self.in_session || state != DeviceState::PreCopy {
+            return Ok(None);
+        }
+        let budget = match self.unread_in_precopy().map_err(|failure| self.explain(failure))? {
             _ if outgoing.is_futile => self.initial_bytes(),
             Some(bytes) => bytes,
             None => u64::MAX,
@@ -152,7 +157,28 @@ impl Device {
         Ok(())
     }
 
+    /// Has a device that something reset while it ran enter PRE_COPY again: its state begins anew, in a session of its own.
+    pub(in crate::device) fn restart_after_reset(&mut self) -> Result<(), DeviceFailure> {
+        let was_reset =
+            self.outgoing.as_mut().is_some_and(|outgoing| std::mem::take(&mut outgoing.was_reset));
+        if was_reset { self.start_precopy() } else { Ok(()) }
+    }
+
+    /// Tells what a failed call of the saving session means: a device that answers is not gone, and one that left the session was reset.
+    /// A reset takes the session's descriptor away, which then fails as that of a lost device does.
+    pub(super) fn explain(&mut self, failure: DeviceFailure) -> DeviceFailure {
+        let was_in_session = self.in_session;
+        match self.state() {
+            Ok(state) if was_in_session && !self.in_session && state != DeviceState::Error => {
+                DeviceFailure::SessionLost { state }
+            }
+            Ok(_) => failure.of_present_device(),
+            Err(_) => failure,
+        }
+    }
+
     fn fail_reading(&mut self, failure: DeviceFailure) -> DeviceFailure {
+        let failure = self.explain(failure);
         self.end_session();
         let stopped = self.io.lock().state().is_ok_and(DeviceState::is_stopped);
         if !stopped && let Err(second) = self.recover() {

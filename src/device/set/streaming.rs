@@ -38,14 +38,19 @@ impl DeviceSet {
     /// Returns a reader for each running device that has state worth reading now; each reader runs on its own thread.
     ///
     /// # Errors
-    /// A device failed, or something else moved it: its whole state follows in STOP_COPY, and the next call goes on with the others.
+    /// A device failed: its whole state follows in STOP_COPY. Or something reset it: it is in PRE_COPY again, and its state begins anew.
+    /// The next call goes on.
     pub(crate) fn precopy_readers(&mut self) -> Result<Vec<StateReader>, DeviceSetError> {
         if self.phase != Phase::Running {
             return Ok(Vec::new());
         }
         let readers = self.devices.iter_mut().map(|device| {
             let reader = device.precopy_reader();
-            reader.map_err(failed(device, Attempt::Precopy)).transpose()
+            let restarted = device.restart_after_reset();
+            reader
+                .and_then(|reader| restarted.map(|()| reader))
+                .map_err(failed(device, Attempt::Precopy))
+                .transpose()
         });
         readers.flatten().collect()
     }
@@ -72,13 +77,15 @@ impl DeviceSet {
         let device = self.devices.iter_mut().find(|device| device.stream_number() == Some(number));
         // Unplugged meanwhile.
         let Some(device) = device else { return Ok(()) };
-        device.finish_read(read).map_err(failed(device, attempt))
+        let finished = device.finish_read(read);
+        let restarted = if attempt == Attempt::Precopy { device.restart_after_reset() } else { Ok(()) };
+        finished.and(restarted).map_err(failed(device, attempt))
     }
 
     /// Prepares all devices of a stopped VM to accept streamed states.
     ///
     /// # Errors
-    /// A device failed; all that had been readied were reset.
+    /// A device failed; all were reset.
     pub(crate) fn begin_loading(&mut self) -> Result<Vec<StateSink>, DeviceSetError> {
         self.each(Attempt::Load, Device::prepare_to_load)?;
         let stopped = self.try_stop(DeviceState::Stop);
@@ -89,7 +96,13 @@ impl DeviceSet {
             sink.map_err(failed(device, Attempt::Load))
         });
         let sinks: Result<Vec<_>, _> = sinks.collect();
-        sinks.inspect_err(|_| self.abandon_loading())
+        sinks.inspect_err(|_| {
+            self.devices.iter_mut().for_each(|device| {
+                device.end_loading();
+                device.discard_loaded();
+            });
+            self.phase = Phase::Stopped;
+        })
     }
 
     /// Unless all states were loaded, drops what arrived: resets every device that accepted a part.

@@ -3,15 +3,15 @@
 //! Devices that tell sizes in each of the ways that drivers do.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::*;
 
-const MIB: u64 = 1 << 20;
+pub(super) const MIB: u64 = 1 << 20;
 
 /// What a device's `MIG_DATA_SIZE` means.
 #[derive(Clone, Copy)]
-enum Size {
+pub(super) enum Size {
     /// The whole state, whatever was read: mlx5.
     Whole(u64),
     /// What is left of a state of so many bytes.
@@ -19,10 +19,12 @@ enum Size {
 }
 
 /// A device that has nothing but sizes, and reads that bear them out.
-struct Teller {
+pub(super) struct Teller {
     size: Size,
     state: DeviceState,
-    info: PrecopyInfo,
+    pub(super) info: PrecopyInfo,
+    /// Initial bytes that it gets when it is asked next.
+    pub(super) grows: Arc<AtomicU64>,
     /// Bytes that have changed whenever it is asked.
     changes: u64,
     read: u64,
@@ -30,16 +32,16 @@ struct Teller {
 }
 
 impl Teller {
-    fn new(size: Size, initial_bytes: u64) -> Self {
+    pub(super) fn new(size: Size, initial_bytes: u64) -> Self {
         let info = PrecopyInfo { initial_bytes, dirty_bytes: 0 };
-        Self { size, state: Running, info, changes: 0, read: 0, asked: Arc::default() }
+        Self { size, state: Running, info, grows: Arc::default(), changes: 0, read: 0, asked: Arc::default() }
     }
 
-    fn changing(self, changes: u64) -> Self {
+    pub(super) fn changing(self, changes: u64) -> Self {
         Self { changes, ..self }
     }
 
-    fn in_set(self) -> DeviceSet {
+    pub(super) fn in_set(self) -> DeviceSet {
         DeviceSet::new(vec![self.device()]).unwrap()
     }
 
@@ -83,6 +85,7 @@ impl DeviceIo for Teller {
     fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         self.info.dirty_bytes = self.info.dirty_bytes.max(self.changes);
+        self.info.initial_bytes += self.grows.swap(0, Ordering::Relaxed);
         Ok(Some(self.info))
     }
 

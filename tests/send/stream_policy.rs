@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! When a VM whose devices' states stream is switched over.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use vfio_migration::device::{
+    Capabilities, DataRead, Device, DeviceError, DeviceIo, DeviceOperation, DeviceState, PrecopyInfo,
+};
+use vfio_migration::precopy::{CancelReason, Obstacle};
+use vfio_migration::transfer::{SendError, SourceVm};
+
+use crate::streams::{Vmm, loaded, moves, pattern, source, takers};
+use crate::vm::FakeVm;
+
+const MIB: usize = 1 << 20;
+
+/// A device that begins another piece of its initial bytes when it is asked and has none, a few times.
+struct Reinitialising {
+    state: DeviceState,
+    left: u64,
+    times: Arc<AtomicU64>,
+}
+
+const PIECE: u64 = 1000;
+
+impl DeviceIo for Reinitialising {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { p2p: true, pre_copy: true }
+    }
+
+    fn state(&mut self) -> Result<DeviceState, DeviceError> {
+        Ok(self.state)
+    }
+
+    fn set_state(&mut self, state: DeviceState) -> Result<(), DeviceError> {
+        if state == DeviceState::PreCopyP2p && self.times.load(Ordering::Relaxed) + self.left > 0 {
+            return Err(DeviceError::new(DeviceOperation::SetState(state), "switched over too early"));
+        }
+        self.state = state;
+        Ok(())
+    }
+
+    fn read_data(&mut self, buffer: &mut [u8]) -> Result<DataRead, DeviceError> {
+        let bytes = usize::try_from(self.left).unwrap().min(buffer.len());
+        self.left -= bytes as u64;
+        Ok(match (bytes, self.state) {
+            (0, DeviceState::StopCopy) => DataRead::End,
+            (0, _) => DataRead::NothingNow,
+            _ => DataRead::Bytes(bytes),
+        })
+    }
+
+    fn write_data(&mut self, _: &[u8]) -> Result<(), DeviceError> {
+        unreachable!("a source's device takes no state")
+    }
+
+    fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
+        if self.left == 0 && self.times.load(Ordering::Relaxed) > 0 {
+            self.times.fetch_sub(1, Ordering::Relaxed);
+            self.left = PIECE;
+        }
+        Ok(Some(PrecopyInfo { initial_bytes: self.left, dirty_bytes: 0 }))
+    }
+
+    fn data_size(&mut self) -> Result<Option<u64>, DeviceError> {
+        Ok(Some(8 * PIECE))
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        self.state = DeviceState::Running;
+        Ok(())
+    }
+}
+
+#[test]
+fn c37_streamed_initial_bytes_that_grow_again_put_the_switchover_off() {
+    let mut vm = FakeVm::new(5);
+    let machine = vm.machine();
+    let times = Arc::new(AtomicU64::new(6));
+    let io = Reinitialising { state: DeviceState::Running, left: 0, times: Arc::clone(&times) };
+    machine.devices.lock().unwrap().add(Device::new("dev0", Box::new(io)).kind("fake")).unwrap();
+    let (_takers, devices) = takers(1);
+    let mut vmm = Vmm::new(devices);
+    let (sent, received) =
+        moves(&mut vm, &machine, &mut vmm, |options| options.downtime(Duration::from_secs(10)));
+    assert_eq!(sent.unwrap().device_precopy_bytes, 6 * PIECE);
+    assert_eq!(received.unwrap().device_bytes, 6 * PIECE);
+    assert_eq!(times.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn c47_a_streaming_device_that_always_wants_more_read_is_what_the_timeout_names() {
+    let mut vm = FakeVm::new(0);
+    let machine = source(&vm, &[b"a state"], |_, io| io.restless = true);
+    let (takers, devices) = takers(1);
+    let mut vmm = Vmm::new(devices);
+    let (sent, received) =
+        moves(&mut vm, &machine, &mut vmm, |options| options.timeout(Duration::from_secs(1)));
+    let error = sent.unwrap_err();
+    let SendError::GivenUp(CancelReason::TimedOut { obstacle, .. }) = &error else { panic!("{error}") };
+    assert!(matches!(obstacle, Obstacle::InitialBytes { .. }), "{obstacle:?}");
+    assert_eq!(error.source_vm(), SourceVm::AsBefore);
+    assert!(received.is_err() && loaded(&takers[0]).is_none());
+}
+
+#[test]
+fn c47_initial_bytes_beyond_the_limit_of_a_state_in_state_are_streamed() {
+    for (streams, fits) in [(true, true), (false, false)] {
+        let mut vm = FakeVm::new(0);
+        let machine = vm.machine();
+        let data = pattern(4 * MIB, 1);
+        let mut io = crate::vm::FakeDevice::new(&vm.log, &data);
+        io.size = Some(data.len() as u64);
+        let device = Device::new("dev0", Box::new(io)).kind("fake").state_limit(MIB);
+        machine.devices.lock().unwrap().add(device).unwrap();
+        let (takers, devices) = takers(1);
+        let mut vmm = Vmm::new(devices);
+        vmm.streams = streams;
+        let (sent, _) =
+            moves(&mut vm, &machine, &mut vmm, |options| options.downtime(Duration::from_secs(10)));
+        assert_eq!(sent.is_ok(), fits, "{sent:?}");
+        assert_eq!(loaded(&takers[0]), fits.then_some(data));
+    }
+}
