@@ -12,8 +12,10 @@ use kvm_ioctls::VmFd;
 use vfio_migration::iova::IovaMap;
 use vfio_migration::ledger::{ChunkLimits, CursorId, Ledger, Start};
 use vfio_migration::range::GpaRange;
-use vfio_migration::source::{DirtySource, KvmLog, KvmLogMode, KvmSlot};
+use vfio_migration::source::{DirtySource, GuestMemoryLog, KvmLog, KvmLogMode, KvmSlot};
 use vfio_migration::tracker::{Tracker, TrackerBuilder, VmMappings};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 mod guest;
 
@@ -171,11 +173,14 @@ fn c23_two_receivers_each_get_every_page_whoever_reads_first() {
     }
 }
 
-/// Starts a tracker that knows the guest's slots.
+/// Starts a tracker that knows the guest's slots, and a VMM that writes nothing.
 fn tracker_of(guest: &Guest) -> TrackerBuilder {
+    let ram = RAM.map(|(gpa, bytes)| (GuestAddress(gpa), usize::try_from(bytes).unwrap()));
+    let quiet = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&ram).unwrap());
     let slots: Vec<_> = guest.slots().iter().map(KvmSlot::gpa).collect();
     let mappings = VmMappings { ram: slots.clone(), vcpu_slots: slots, ..VmMappings::default() };
-    Tracker::builder(guest.layout()).mappings(move || mappings.clone())
+    let builder = Tracker::builder(guest.layout()).mappings(move || mappings.clone());
+    builder.source(Box::new(GuestMemoryLog::new(quiet)))
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use kvm_ioctls::VmFd;
 use vfio_migration::ledger::{ChunkLimits, CursorId, Start};
-use vfio_migration::source::{DirtySource, Harvester, KvmLog, KvmLogMode, KvmRing, RingSize};
+use vfio_migration::source::{DirtySource, GuestMemoryLog, Harvester, KvmLog, KvmLogMode, KvmRing, RingSize};
 use vfio_migration::tracker::Tracker;
 
 use crate::demo::side::slots;
@@ -158,7 +158,8 @@ fn tracker(
     };
     let mappings = mappings_of(machine, Vec::new())?;
     let builder = Tracker::builder(layout_of(machine)?).mappings(move || mappings.clone());
-    Ok(builder.source(source).build()?)
+    let vmm_writes = GuestMemoryLog::new(Arc::new(machine.memory().clone()));
+    Ok(builder.source(source).source(Box::new(vmm_writes)).build()?)
 }
 
 fn harvest_when_full(harvester: Arc<OnceLock<Harvester<Arc<VmFd>>>>) -> ExitHook {

@@ -162,7 +162,8 @@ pub enum Harvest {
 pub struct PluggedRam {
     /// Where the guest sees it.
     pub gpa: GpaRange,
-    /// The vCPUs' memory slot that holds just it; `None` where their writes are not tracked here.
+    /// KVM's memory slot that holds just it; `None` where vCPUs' writes are not tracked here, or where another hypervisor's
+    /// source goes by the addresses.
     pub kvm_slot: Option<KvmSlot>,
 }
 

@@ -18,7 +18,8 @@ pub struct VmMappings {
     /// Parts of `ram` that the guest does not have now, such as unplugged virtio-mem blocks. The layout leaves them
     /// out.
     pub absent: Vec<GpaRange>,
-    /// The vCPUs' memory slots; none where the VMM tracks their writes itself.
+    /// The vCPUs' memory slots; none where the VMM tracks their writes itself. Where there are slots, a session begins only
+    /// with a source for the vCPUs, and one for the VMM's own writes or that of a component.
     pub vcpu_slots: Vec<GpaRange>,
     /// The guest memory that each pass-through device reaches through its IOMMU, which may be none. What of it is not
     /// RAM is ignored. Every device that a source reports must be listed.
@@ -115,13 +116,15 @@ pub(super) fn check_covers(
     mappings: &VmMappings,
 ) -> Result<(), Disagreement> {
     let ram = ranges_of(layout);
-    if sources.iter().any(|attached| attached.source.reports() == Reports::Vcpus) {
+    let has = |kind| sources.iter().any(|attached| attached.source.reports() == kind);
+    let with_vcpus = has(Reports::Vcpus) || !mappings.vcpu_slots.is_empty();
+    if with_vcpus {
         if let Some(gpa) = first_outside(&ram, mappings.vcpu_slots.iter().copied()) {
             return Err(Disagreement::NoSlot { gpa });
         }
         check_cover(&ram, sources, VCPUS, |attached| attached.source.reports() == Reports::Vcpus)?;
     }
-    if sources.iter().any(|attached| attached.source.reports() == Reports::Vmm) {
+    if has(Reports::Vmm) || with_vcpus && !has(Reports::Component) {
         check_cover(&ram, sources, VMM, |attached| attached.source.reports() == Reports::Vmm)?;
     }
     Ok(())

@@ -192,13 +192,14 @@ impl Destination for DestinationVm<'_> {
     fn abandoned(&mut self) {}
 }
 
-/// What maps a machine's RAM: its own slots, and for each device what it was given.
+/// What maps a machine's RAM: KVM's slots where the vCPU is KVM's, and for each device what it was given.
 pub(crate) fn mappings_of(machine: &Machine, devices: Vec<DeviceMappings>) -> Result<VmMappings, RangeError> {
     let ram = machine.memory().iter();
     let ram: Vec<_> = ram
         .map(|region| GpaRange::new(region.start_addr().raw_value(), region.len()))
         .collect::<Result<_, _>>()?;
-    let vcpu_slots = machine.regions().iter().map(|region| GpaRange::new(region.gpa, region.len));
+    let slots = machine.vm_fd().map_or(&[][..], |_| machine.regions());
+    let vcpu_slots = slots.iter().map(|region| GpaRange::new(region.gpa, region.len));
     Ok(VmMappings {
         ram,
         vcpu_slots: vcpu_slots.collect::<Result<_, _>>()?,

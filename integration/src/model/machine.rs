@@ -15,8 +15,8 @@ use vfio_migration::tracker::{SpaceId, Tracker};
 
 use super::action::Action;
 use super::world::{
-    DEVICES, KvmSource, LogSource, Set, Shared, TableSource, World, gpa_of, lock, mapping_of, members,
-    pages_of,
+    DEVICES, KvmSource, LogSource, QuietVmm, Set, Shared, TableSource, World, gpa_of, lock, mapping_of,
+    members, pages_of,
 };
 use super::{Mutation, Scenario};
 
@@ -305,6 +305,7 @@ fn track(scenario: &Scenario, world: &Shared) -> (Tracker, SpaceId) {
             Box::new(LogSource(Arc::clone(world))),
         );
     }
+    builder = builder.source(Box::new(QuietVmm(Arc::clone(world))));
     if scenario.imprecise {
         builder = builder.allow_imprecise();
     }

@@ -281,6 +281,35 @@ impl DirtySource for KvmSource {
     }
 }
 
+/// The log of a VMM whose own threads write nothing.
+pub(super) struct QuietVmm(pub(super) Shared);
+
+impl DirtySource for QuietVmm {
+    fn id(&self) -> &'static str {
+        "vmm-writes"
+    }
+
+    fn reports(&self) -> Reports {
+        Reports::Vmm
+    }
+
+    fn cover(&self) -> Cover {
+        Cover { ranges: ranges(lock(&self.0).ram), precise: true }
+    }
+
+    fn start(&mut self, _layout: &Layout, _iova: &IovaMap) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    fn collect(&mut self, _sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), SourceError> {
+        Ok(())
+    }
+}
+
 /// Device A's page table, read before an unmapping; or its container, which unmaps itself and calls all written.
 pub(super) struct TableSource(pub(super) Shared);
 

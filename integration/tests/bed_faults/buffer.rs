@@ -42,7 +42,7 @@ impl Bench {
         let device = (source.reports() == Reports::Devices).then_some("mdev0");
         let devices = device.map(|name| DeviceMappings { device: name.to_owned(), gpa: ram.clone() });
         let devices = devices.into_iter().collect();
-        let mappings = VmMappings { ram: ram.clone(), vcpu_slots: ram, devices, ..VmMappings::default() };
+        let mappings = VmMappings { ram, devices, ..VmMappings::default() };
         let builder = Tracker::builder(layout).mappings(move || mappings.clone());
         let mut tracker = builder.source_of(SpaceId::IDENTITY, device, source).build().unwrap();
         let mirror = Mirror::start(&here.memory, &mut tracker).unwrap();

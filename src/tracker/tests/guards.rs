@@ -66,6 +66,22 @@ fn c63_whoever_can_write_where_no_source_looks_is_named() {
 }
 
 #[test]
+fn c63_a_kind_of_writer_that_was_left_out_is_named() {
+    let all = pages(0, PAGES);
+    let without = |left_out: Reports, instead: Reports| {
+        begin_with(agreed(), KINDS.map(|kind| (if kind == left_out { instead } else { kind }, all)))
+    };
+    let error = without(Reports::Vcpus, Reports::Vmm).unwrap_err();
+    assert!(
+        error.ends_with("vCPUs can write RAM at 0x0..0x100000, which no dirty source covers for them"),
+        "{error}"
+    );
+    let error = without(Reports::Vmm, Reports::Vcpus).unwrap_err();
+    assert!(error.contains("The VMM's own threads can write RAM at 0x0..0x100000"), "{error}");
+    without(Reports::Vmm, Reports::Component).unwrap();
+}
+
+#[test]
 fn c63_a_device_that_no_source_speaks_for_is_named() {
     let mut mappings = agreed();
     mappings.devices.push(DeviceMappings { device: "gpu0".to_owned(), gpa: vec![pages(3, 2)] });
@@ -90,7 +106,8 @@ fn c63_a_device_whose_mappings_nobody_tells_is_named() {
 fn c63_a_source_of_devices_says_of_which() {
     let source = Scripted::new("device-log");
     source.script().reports = Reports::Devices;
-    let builder = Tracker::builder(layout()).mappings(agreed);
+    let mappings = || VmMappings { vcpu_slots: Vec::new(), ..agreed() };
+    let builder = Tracker::builder(layout()).mappings(mappings);
     let mut tracker = builder.source(Box::new(source.clone())).build().unwrap();
     let error = tracker.begin(Start::Empty).unwrap_err();
     assert!(matches!(error, TrackerError::Disagreement(Disagreement::NoDevices { .. })), "{error}");
@@ -175,7 +192,12 @@ fn c63_a_second_device_joins_a_source_and_leaves_it() {
     let reached = |device: &str| DeviceMappings { device: device.to_owned(), gpa: vec![pages(0, PAGES)] };
     let devices = Arc::new(Mutex::new(vec![reached("net0")]));
     let now = Arc::clone(&devices);
-    let mappings = move || VmMappings { devices: now.lock().unwrap().clone(), ..agreed() };
+    let ram = vec![pages(0, PAGES)];
+    let mappings = move || VmMappings {
+        ram: ram.clone(),
+        devices: now.lock().unwrap().clone(),
+        ..VmMappings::default()
+    };
     let container = Scripted::new("container");
     container.script().reports = Reports::Devices;
     let builder = Tracker::builder(layout()).mappings(mappings);
