@@ -18,7 +18,7 @@ use crate::range::{GpaRange, RangeError};
 #[non_exhaustive]
 pub enum LayoutError {
     /// A region that is no range.
-    #[error("RAM region {index} is no range")]
+    #[error("RAM region {index} is not a valid range")]
     Range {
         /// Position in the list given.
         index: usize,

@@ -36,7 +36,8 @@
 //! | [`transfer`] | frames, connections, sender and receiver of Cloud Hypervisor's protocol |
 //! | [`snapshot`] | Cloud Hypervisor's snapshot directory: full, differential, received from a running VM, verified |
 //! | [`offload`] | memory that a VMM beside this process passes as descriptors |
-//! | [`error`] | an error and its causes as one line |
+//! | [`probe`] | what this host and its devices can do for a migration |
+//! | [`error`] | an error and its causes as one line: how to print any of this crate's |
 //! | [`threads`] | what the threads of the library do first |
 //! | [`syscalls`] | the system calls of each source and part, for seccomp filters |
 //! | [`vm`] | what a sender asks of a VMM |

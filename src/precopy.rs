@@ -162,7 +162,7 @@ pub enum Decision {
     ContinueThrottled(u8),
     /// Stop the VM and send the rest.
     SwitchOver {
-        /// How long it will stand still; `None` where that cannot be told (and [`TimeoutStrategy::Ignore`] wants it all the same).
+        /// How long it will stand still; `None` where that cannot be told (and [`TimeoutStrategy::Ignore`] switches over anyway).
         expected_downtime_ms: Option<u64>,
     },
     /// Give up; the VM runs on.

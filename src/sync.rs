@@ -4,7 +4,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks what stays whole whatever thread panicked while it held it.
+/// Locks a value that is consistent after every statement, so a panic of an earlier holder does not matter.
 pub(crate) fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -88,7 +88,7 @@ impl ThreadStart {
         if self.is_over(&begun) { Ok(thread) } else { Err(panicked(thread.join())) }
     }
 
-    /// Does what comes first on a thread, on this one.
+    /// Runs the hook on the current thread.
     fn first(self) {
         if let Some(hook) = self.0 {
             hook();

@@ -143,7 +143,7 @@ fn memory_table_length_not_a_multiple_of_16() {
     for length in [1, 8, 15, 17, (1 << 20) + 8] {
         let text = refusal_after(&configured(), &request(MEMORY, length));
         let expected = format!(
-            "Cannot make sense of the table of Memory: Memory table of {length} byte{} is not a multiple of 16 bytes",
+            "Cannot parse the table of Memory: Memory table of {length} byte{} is not a multiple of 16 bytes",
             if length == 1 { "" } else { "s" }
         );
         assert_eq!(text, expected);

@@ -308,5 +308,5 @@ fn a_name_that_is_taken_is_refused_before_a_source_comes() {
     let refused = SnapshotDestination::create(&place.target, DestinationOptions::default());
     assert!(matches!(refused, Err(WriteError::Occupied { .. })));
     let out_of_turn = DestinationError::OutOfTurn { message: "State" };
-    assert_eq!(out_of_turn.to_string(), "State came out of turn");
+    assert_eq!(out_of_turn.to_string(), "State came twice or too early");
 }

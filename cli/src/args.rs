@@ -38,7 +38,7 @@ const EXIT_STATUS: &str = "Exit status: 0 done, 1 compared snapshots differ, or 
     after_help = EXIT_STATUS
 )]
 pub(crate) struct Arguments {
-    /// How much to log on stderr.
+    /// Log level on stderr.
     #[arg(long, global = true, default_value = "warn", value_name = "LEVEL", ignore_case = true)]
     #[arg(value_parser = log_levels())]
     pub(crate) log_level: LevelFilter,
@@ -105,8 +105,8 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct ReceiveArguments {
-    /// Where the source is to connect: unix:PATH or tcp:HOST:PORT; port 0 is any free one [default: the socket that a
-    /// service manager passes, LISTEN_FDS].
+    /// Address to listen on: unix:PATH or tcp:HOST:PORT; port 0 is any free one [default: the socket that a service manager
+    /// passes, LISTEN_FDS].
     pub(crate) url: Option<Url>,
     /// The snapshot to be: absent, or an empty directory.
     #[arg(long, value_name = "DIR", required_unless_present = "serve")]
@@ -127,7 +127,7 @@ pub(crate) struct ReceiveArguments {
     #[arg(long)]
     pub(crate) checkpoint: bool,
     /// Run CMD in a shell while the VM is paused and its disks are quiet, for example to snapshot them.
-    /// VFIO_MIGRATE_INTO has the future path of DIR. If CMD fails or times out, if the source disconnects, or if
+    /// VFIO_MIGRATE_INTO is the path that DIR will have. If CMD fails or times out, if the source disconnects, or if
     /// vfio-migrate is cancelled or killed, nothing is kept and the source's VM runs on: CMD and its children get
     /// SIGTERM, 2 s later SIGKILL, and 1 s later the VM resumes. Processes in a session or process group of their own
     /// (setsid, sudo with use_pty) and those of another user are not reached. Output of CMD goes to stderr.
@@ -218,7 +218,7 @@ pub(crate) struct SendArguments {
     /// --edited-config`.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// Connections that carry memory, 1 to 128; several take TCP.
+    /// Connections that carry memory, 1 to 128; more than one needs TCP.
     #[arg(long, default_value = "1", value_name = "N", value_parser = connections)]
     pub(crate) connections: ConnectionCount,
     /// Mutual TLS, with ca-cert.pem, client-cert.pem and client-key.pem from DIR.
@@ -237,7 +237,7 @@ pub(crate) struct SendArguments {
     /// Longest acceptable migration, in seconds.
     #[arg(long, default_value_t = 3600, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) timeout_s: u64,
-    /// What to do when it takes longer.
+    /// What to do when --timeout-s is over.
     #[arg(long, default_value = "cancel", value_name = "WHAT")]
     pub(crate) timeout_strategy: Strategy,
     /// Rate limit for memory while the VM runs, in bytes per second, as a number with K, M or G; after --timeout-s the

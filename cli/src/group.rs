@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_of_brackets_and_blanks_hides_nobody() {
+    fn a_process_named_with_brackets_and_blanks_is_found() {
         assert!(is_living_member("7 (sh) S 1 5 5 0 -1", 5));
         assert!(is_living_member("7 (a) Z 1 6 () R 1 5 5", 5));
         assert!(!is_living_member("7 (sh) S 1 6 5 0 -1", 5));

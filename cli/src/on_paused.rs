@@ -47,22 +47,22 @@ pub(crate) enum CommandError {
         /// How it ended.
         status: ExitStatus,
     },
-    /// It was told to end because it took too long.
-    #[error("{command:?} was told to end: it took longer than the {} s of --on-paused-timeout", .limit.as_secs())]
+    /// It was terminated because it took too long.
+    #[error("{command:?} was terminated: it took longer than the {} s of --on-paused-timeout", .limit.as_secs())]
     TimedOut {
         /// The command.
         command: OsString,
         /// How long it may take.
         limit: Duration,
     },
-    /// It was told to end because nobody waits for it.
-    #[error("{command:?} was told to end: the source closed the connection meanwhile")]
+    /// It was terminated because nobody waits for it.
+    #[error("{command:?} was terminated: the source closed the connection meanwhile")]
     SourceGone {
         /// The command.
         command: OsString,
     },
-    /// It was told to end on request.
-    #[error("{command:?} was told to end: the migration was given up here")]
+    /// It was terminated on request.
+    #[error("{command:?} was terminated: the migration was given up here")]
     GivenUp {
         /// The command.
         command: OsString,

@@ -5,6 +5,12 @@
 //! A back end implements [`DeviceIo`] for one device. A [`DeviceSet`] moves all devices of a VM in the order they
 //! need, reads their states in bounded pieces, makes them run again after a failure, and converts their states to and
 //! from a Snapshot tree.
+//!
+//! - `set`, `member`: the order across devices, and one device in it; `failure`: what sets them back;
+//! - `state`: which move leads where (pure); `stream`, `reader`, `sink`, `blob`: bytes of state out of a device and into one;
+//! - `outgoing`, `incoming`, `pace`, `size`: how far a state has come, and how much is left;
+//! - `identity`, `saved`, `without_state`: whose state it is, and its form in a Snapshot;
+//! - `kernel`, `vfio_user`, `shared`: back ends.
 
 use std::error::Error;
 

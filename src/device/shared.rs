@@ -16,7 +16,7 @@ impl SharedIo {
         Self(Arc::new(Mutex::new(io)))
     }
 
-    /// Locks the interface: whoever panicked in a call of the device, the device itself tells where it is.
+    /// Locks the interface. A panic of an earlier holder does not matter: what state the device is in is read from the device.
     pub(super) fn lock(&self) -> MutexGuard<'_, Box<dyn DeviceIo>> {
         lock(&self.0)
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! From what was read to what stands in the way.
+//! Derives findings, what stands in a migration's way, from the facts that were read.
 
 use super::facts::{BusKind, DeviceProbe, Facts, KvmFacts, LogFacts, MigrationFacts, ProbedDevice, Seen};
 use super::{ProbeFinding, ProbeReport};

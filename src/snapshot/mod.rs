@@ -42,10 +42,13 @@
 //! use vfio_migration::snapshot::{AnnouncedRam, Base, Digest, SnapshotLimits, SnapshotWriter};
 //!
 //! # type Memory = GuestMemoryMmap<AtomicBitmap>;
-//! # const CONFIG: &[u8] = br#"{"memory":{"size":1048576}}"#;
-//! # const STATE: &[u8] = r#"{"snapshots":{"memory-manager":{"snapshots":{},"snapshot_data":{"state":
-//! #     "{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":1048576}]}}"}}},"snapshot_data":null}"#.as_bytes();
-//! /// Takes a snapshot of a VM whose vCPUs and devices are stopped, and whose state is captured.
+//! /// The VM's configuration, and its state: the least that a snapshot has, see `docs/snapshot-format.md`.
+//! const CONFIG: &[u8] = br#"{"memory":{"size":1048576}}"#;
+//! const STATE: &[u8] = r#"{"snapshots":{"memory-manager":{"snapshots":{},"snapshot_data":{"state":
+//!     "{\"memory_ranges\":{\"data\":[{\"gpa\":0,\"length\":1048576}]}}"}}},"snapshot_data":null}"#.as_bytes();
+//!
+//! /// Takes a snapshot of a VM whose vCPUs and devices are stopped, and whose state is captured: vCPUs first, then
+//! /// `DeviceSet::stop` and `DeviceSet::save`, then the VM's own state. Afterwards `DeviceSet::run`, then the vCPUs.
 //! fn take(
 //!     tracker: &mut Tracker,
 //!     cursor: CursorId,

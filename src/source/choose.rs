@@ -76,7 +76,7 @@ pub struct Choice {
 #[non_exhaustive]
 pub enum SpaceDegradation {
     /// Nothing but the container's bitmap sees the devices' writes, and it sees every mapped page.
-    #[error("Writes of {} cannot be told apart: every page mapped for them is sent in the final round", .devices.join(", "))]
+    #[error("Cannot tell which pages {} wrote: every page mapped for them is sent in the final round", .devices.join(", "))]
     Imprecise {
         /// Devices without a log of their own.
         devices: Vec<String>,
@@ -109,7 +109,7 @@ pub enum Blocker {
         devices: Vec<String>,
     },
     /// Only an imprecise source sees them, which the caller did not allow.
-    #[error("Writes of {} cannot be told apart, and sending every page mapped for them was not allowed", .devices.join(", "))]
+    #[error("Cannot tell which pages {} wrote, and sending every page mapped for them was not allowed", .devices.join(", "))]
     ImpreciseNotAllowed {
         /// Devices without a log of their own.
         devices: Vec<String>,

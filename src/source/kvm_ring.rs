@@ -10,7 +10,7 @@
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use thiserror::Error;
 
@@ -20,6 +20,7 @@ use crate::granule::Granule;
 use crate::iova::IovaMap;
 use crate::layout::Layout;
 use crate::range::GpaRange;
+use crate::sync;
 use crate::sys::kvm_ring::{self as sys, Ring, RingSupport};
 use crate::units::Count;
 
@@ -31,7 +32,7 @@ pub enum KvmRingError {
     #[error("KVM has no dirty ring")]
     Absent,
     /// A ring cannot have this size.
-    #[error("Dirty ring of {} is no power of two from a host page to {max_bytes} bytes", Count(.bytes, "byte"))]
+    #[error("Dirty ring of {} is not a power of two from a host page to {max_bytes} bytes", Count(.bytes, "byte"))]
     Size {
         /// Bytes asked for.
         bytes: u32,
@@ -151,7 +152,7 @@ const IDLE_RESETS: u32 = 64;
 
 impl<F: AsRawFd> Shared<F> {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.state)
     }
 
     /// Empties all rings into the bitmap and resets them; returns how many entries it took.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where one source's report is until it is united with the others': bits of its own, and words that it lends.
+//! One source's report before it is merged with the others': bits of its own, and words that it lends.
 
 use std::ops::Range;
 

@@ -35,7 +35,7 @@ pub enum MigratableLogError {
     #[error(transparent)]
     Component(#[from] MigratableError),
     /// An entry of the component's table is not a valid range.
-    #[error("Entry {index} of the component's table is no range")]
+    #[error("Entry {index} of the component's table is not a valid range")]
     Entry {
         /// Position in the table.
         index: usize,
@@ -107,7 +107,7 @@ impl MigratableLog {
         SourceError::new(&self.id, operation, cause).or_gone(gone)
     }
 
-    /// Takes the lock, or gives up: there is no waiting with a limit in std, so it is tried again and again.
+    /// Takes the lock, or gives up: std has no lock with a timeout, so this polls.
     fn lock(&self) -> Result<MutexGuard<'_, dyn Migratable + 'static>, MigratableLogError> {
         let deadline = Instant::now() + self.lock_limit;
         loop {
@@ -308,7 +308,7 @@ mod tests {
     fn a_table_with_a_range_that_wraps_around_is_a_failed_read_of_all_ram() {
         let (_, mut log) = answering(Ok(table(&[(0, PAGE), (u64::MAX - 5, PAGE)])));
         let error = collected(&mut log).unwrap_err();
-        assert_eq!(error.cause.to_string(), "Entry 1 of the component's table is no range");
+        assert_eq!(error.cause.to_string(), "Entry 1 of the component's table is not a valid range");
         assert_eq!(error.operation, Operation::Collect);
         let (layout, cover) = (layout(), log.cover());
         assert!(cover.precise);
@@ -318,13 +318,13 @@ mod tests {
     }
 
     #[test]
-    fn the_last_byte_of_the_address_space_is_no_trouble() {
+    fn a_table_up_to_the_last_byte_of_the_address_space_is_collected() {
         let (_, mut log) = answering(Ok(table(&[(0, u64::MAX), (u64::MAX - 1, 1), (1 << 63, 1 << 62)])));
         assert_eq!(collected(&mut log).unwrap().len(), 130 + 64);
     }
 
     #[test]
-    fn as_many_ranges_as_there_are_words_each_over_all_ram_cost_no_more_than_sorting_them() {
+    fn as_many_ranges_as_there_are_words_each_over_all_ram_are_collected_in_seconds() {
         let layout = Layout::new([range(0, 16 << 30)], Granule::KIB_4).unwrap();
         let (_, mut log) = answering(Ok(table(&vec![(0, 1 << 40); layout.words()])));
         let mut ledger = Ledger::new(layout, 1);

@@ -4,6 +4,12 @@
 //!
 //! One file per kernel or wire interface. A source knows that interface and nothing else; the [`Sink`] turns what it
 //! read into bits of host pages.
+//!
+//! - `kvm_log`, `kvm_ring`: vCPUs; a source for another hypervisor would stand beside them, its system calls in `sys`;
+//! - `guest_memory`: the VMM's own writes; `migratable_log`, `vhost_log`: its components and back ends;
+//! - `container`, `device_log`, `hwpt`, `vfio_user`: pass-through devices, which `choose` chooses among; `mapped`: what is mapped for
+//!   them;
+//! - `sink`, `marks`: where a source reports to, and what it reported until it is merged.
 
 use std::error::Error;
 

@@ -144,8 +144,8 @@ impl Tracker {
     /// on for the others.
     ///
     /// # Errors
-    /// There is no such source, it does not report what `device` writes, or no device would be left: that takes
-    /// [`Tracker::remove_source`]. Nothing changed.
+    /// There is no such source, it does not report what `device` writes, or no device would be left: use
+    /// [`Tracker::remove_source`] then. Nothing changed.
     pub fn remove_device_from(&mut self, id: &str, device: &str) -> Result<(), TrackerError> {
         let index = self.index_of(id)?;
         let devices = &mut self.sources[index].devices;

@@ -92,7 +92,7 @@ pub enum FrameError {
     #[error("Memory table is empty")]
     EmptyTable,
     /// An entry of a table that is no range.
-    #[error("Entry {index} of the memory table is no range")]
+    #[error("Entry {index} of the memory table is not a valid range")]
     Range {
         /// Position in the table.
         index: usize,

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What a peer may ask of this process: bytes, connections and time.
+//!
+//! A receiver checks lengths against these in `receive/message.rs`, where a request is read.
 
 use std::fmt;
 use std::num::NonZeroU8;

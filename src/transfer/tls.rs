@@ -64,7 +64,7 @@ pub enum TlsError {
         source: pem::Error,
     },
     /// An authority, certificate or key that TLS cannot use; also a certificate that is not for the key.
-    #[error("Cannot use {}", .file.display())]
+    #[error("TLS cannot use {}", .file.display())]
     Unusable {
         /// The file.
         file: PathBuf,

@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn a_malformed_url_is_refused_with_the_part_that_is_wrong() {
         assert_eq!(text_of("tcp:example.org:65536"), "Port \"65536\" is not a number from 0 to 65535");
         assert_eq!(text_of("tcp:example.org:+80"), "Port \"+80\" is not a number from 0 to 65535");
         assert_eq!(text_of("tcp::80"), "Migration URL \"tcp::80\" has no host");

@@ -24,7 +24,9 @@ pub mod message;
 mod transport;
 pub mod version;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::sync;
 
 pub use client::{Client, Options};
 pub use decode::DecodeError;
@@ -36,5 +38,5 @@ pub type SharedClient = Arc<Mutex<Client>>;
 
 /// Waits for its turn at the device; a thread that panicked with it leaves a client that refuses to go on out of step.
 pub(crate) fn lock(client: &SharedClient) -> MutexGuard<'_, Client> {
-    client.lock().unwrap_or_else(PoisonError::into_inner)
+    sync::lock(client)
 }

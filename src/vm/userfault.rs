@@ -72,7 +72,7 @@ impl HoleWatch {
     }
 
     /// Looks again when more holes were found, `hole_bytes` in all, or RAM was plugged in, for the `plugs`th time, since it was last
-    /// looked. Returns, once, that nothing can be told of the RAM plugged in: it is taken for what it reads as.
+    /// looked. Returns an error, once, where the RAM plugged in cannot be looked at: what it reads as is taken for its contents.
     ///
     /// Looks only where this process holds a userfaultfd: one that was registered since and given away is not seen.
     ///

@@ -35,6 +35,7 @@ fn cancelling_in_any_phase_is_prompt() {
         assert!(took < Duration::from_secs(1), "command {running}: {took:?}");
         assert!(vm.makes_progress());
         assert_eq!(migration.progress().phase, Phase::Abandoned);
+        assert!(!migration.cancel(), "it is over");
     }
     assert_retry_loses_nothing(&mut vm, &machine);
 }

@@ -49,7 +49,8 @@ impl Destination for Vmm {
                 Some((GuestAddress(ram["gpa"].as_u64()?), size))
             })
             .collect();
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges.ok_or("a mapping is no range")?)?);
+        let memory =
+            Arc::new(GuestMemoryMmap::from_ranges(&ranges.ok_or("a mapping is not a valid range")?)?);
         self.memory = Some(Arc::clone(&memory));
         Ok(Arc::new(GuestPages::new(memory)?))
     }

@@ -171,7 +171,7 @@ fn an_authority_among_certificates_that_are_none_is_trusted() {
 
     files.write("ca-cert.pem", nonsense, 0o644);
     let error = ClientTls::from_directory(files.path()).unwrap_err().to_string();
-    assert!(error.starts_with("Cannot use ") && error.ends_with("ca-cert.pem"), "{error}");
+    assert!(error.starts_with("TLS cannot use ") && error.ends_with("ca-cert.pem"), "{error}");
 }
 
 #[test]

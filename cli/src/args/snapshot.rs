@@ -12,11 +12,12 @@ use super::size;
 /// Size limits for a snapshot: files on disk are trusted no more than a source.
 #[derive(Debug, Args)]
 pub(crate) struct SizeLimits {
-    /// Longest State, the message or state.json, which holds the devices' state in base64; a number of bytes with K, M or G
-    /// behind it. Each is held in memory, once. A longer one is refused; that of a migration when all memory has moved.
+    /// Size limit for the VM's state, the State message or state.json, which holds the devices' state in base64: a number of
+    /// bytes with K, M or G behind it. It is held in memory, once. In a migration a larger one is refused only when all
+    /// memory has moved.
     #[arg(long, global = true, default_value = "4G", value_name = "SIZE", value_parser = size)]
     pub(super) state_limit: u64,
-    /// Most memory of a VM, a number of bytes with G or T behind it. A VM that has more is refused.
+    /// Size limit for a VM's memory, a number of bytes with G or T behind it. A VM that has more is refused.
     #[arg(long, global = true, default_value = "16T", value_name = "SIZE", value_parser = size)]
     memory_limit: u64,
 }

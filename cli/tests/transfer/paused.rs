@@ -204,7 +204,7 @@ fn a_command_whose_source_goes_away_is_ended() {
     beating.await_first();
     let begun = Instant::now();
     drop(source);
-    target.refuses("was told to end: the source closed the connection meanwhile");
+    target.refuses("was terminated: the source closed the connection meanwhile");
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     beating.ends(Duration::ZERO);
 }

@@ -14,7 +14,7 @@ const BLOCK_BITS: usize = BLOCK_WORDS * WORD_BITS;
 /// The most runs a word holds, and one for the run that might have joined the open range but does not.
 const WORD_RUNS: usize = WORD_BITS / 2 + 1;
 
-/// Takes pending pages from a position on, but for those that are carried, into `ranges`.
+/// Takes pending pages from a position on, except pages still in flight from an earlier round, into `ranges`.
 pub(super) struct Take<'a> {
     pub(super) pending: &'a mut Bitmap,
     pub(super) carried: Option<&'a Bitmap>,

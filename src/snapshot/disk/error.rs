@@ -81,7 +81,7 @@ pub enum ReadError {
         expected: u64,
     },
     /// Configuration, state or manifest are not what they should be.
-    #[error("Cannot use {path}", path = .path.display())]
+    #[error("{path} is not of the right format", path = .path.display())]
     Format {
         /// The directory, or the manifest in it.
         path: PathBuf,

@@ -10,7 +10,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use thiserror::Error;
 
@@ -19,6 +19,7 @@ use super::error::WriteError;
 use super::files::is_unsupported;
 use super::partial::{self, Partial, clear_leftovers};
 use crate::snapshot::format::{CHANGES_FILE, CONFIG_FILE, MANIFEST_FILE, MEMORY_FILE, STATE_FILE, WORK_FILE};
+use crate::sync;
 
 /// All files that a writer may leave behind in a directory that it did not finish.
 const FILES: [&str; 6] = [CONFIG_FILE, STATE_FILE, MEMORY_FILE, CHANGES_FILE, MANIFEST_FILE, WORK_FILE];
@@ -161,7 +162,7 @@ impl StagedDir {
     }
 
     fn files(&self) -> MutexGuard<'_, BTreeMap<&'static str, File>> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.files)
     }
 
     pub(crate) fn write_error(&self, name: &'static str, source: io::Error) -> WriteError {

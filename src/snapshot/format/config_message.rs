@@ -57,10 +57,29 @@ pub struct ConfigMessage {
 }
 
 impl ConfigMessage {
-    /// Reads the payload of a Config message.
+    /// Reads the payload of a Config message: Cloud Hypervisor's, or another VMM's with these fields.
+    ///
+    /// ```
+    /// use vfio_migration::snapshot::{ConfigMessage, SnapshotLimits, VmState};
+    /// use vm_migration::Snapshot;
+    /// let mappings = r#""guest_ram_mappings":[{"gpa":0,"size":1048576,"virtio_mem":false}]"#;
+    /// let config = format!(r#"{{"vm_config":{{"memory":{{"size":1048576}}}},"memory_manager_data":{{{mappings}}}}}"#);
+    /// let config = ConfigMessage::parse(config.as_bytes(), &SnapshotLimits::default())?;
+    /// assert_eq!(config.layout().bytes(), 1 << 20);
+    ///
+    /// // A State with which such a VM is received into a snapshot, and sent from it.
+    /// let memory = format!(r#"{{{mappings},"memory_ranges":{{"data":[{{"gpa":0,"length":1048576}}]}}}}"#);
+    /// let mut state = Snapshot::new_from_state(&serde_json::json!({}))?;
+    /// let memory: serde_json::Value = serde_json::from_str(&memory)?;
+    /// state.add_snapshot("memory-manager".into(), Snapshot::new_from_state(&memory)?);
+    /// let state = VmState::parse(serde_json::to_vec(&state)?, &SnapshotLimits::default())?;
+    /// let sent = state.config_message(config.vm_config())?;
+    /// assert_eq!(ConfigMessage::parse(&sent, &SnapshotLimits::default())?.layout(), config.layout());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
-    /// It is not that of Cloud Hypervisor, exceeds `limits`, or its RAM mappings are impossible.
+    /// A field is missing or of another shape, the text exceeds `limits`, or its RAM mappings are impossible.
     pub fn parse(payload: &[u8], limits: &SnapshotLimits) -> Result<Self, FormatError> {
         within("Config message", payload.len(), limits.config_bytes)?;
         let fields: ConfigFields = serde_json::from_slice(payload).map_err(json("Config message"))?;

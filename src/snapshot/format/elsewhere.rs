@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn many_zones_in_many_mappings_of_many_ranges_are_looked_at_once() {
+    fn sixty_thousand_zones_mappings_and_ranges_are_matched_in_seconds() {
         let many = 0..1u64 << 16;
         let ids: Vec<_> = many.clone().map(|zone| format!(r#""z{zone}""#)).collect();
         let zones: Vec<_> =

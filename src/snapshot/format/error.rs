@@ -125,7 +125,7 @@ pub enum FormatError {
         component: &'static str,
     },
     /// A RAM mapping that is not a range.
-    #[error("RAM mapping {index} of the Config message is no range")]
+    #[error("RAM mapping {index} of the Config message is not a valid range")]
     Mapping {
         /// Position in `guest_ram_mappings`.
         index: usize,

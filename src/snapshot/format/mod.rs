@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What a snapshot's files say: Cloud Hypervisor's documents, the manifest and its digests. Pure: no file is touched here.
+//!
+//! - `config`, `config_message`, `state`, `tree`, `list`: Cloud Hypervisor's documents; `passthrough`: the devices in them;
+//! - `placement`: where memory lies in a file; `elsewhere`: memory that lies in files of its own;
+//! - `manifest`, `blocks`, `digest`: what every byte is checked against; `names`, `limits`: the files, and how large they may be.
 
 mod blocks;
 mod config;

@@ -18,7 +18,7 @@ use crate::units::Count;
 #[non_exhaustive]
 pub enum PlacementError {
     /// An entry that is not a range.
-    #[error("Memory range {index} is no range")]
+    #[error("Memory range {index} is not a valid range")]
     Range {
         /// Position in the list.
         index: usize,

@@ -77,10 +77,10 @@ pub enum DestinationError {
     #[error(transparent)]
     Write(#[from] WriteError),
     /// The hook that runs while the VM is paused failed.
-    #[error("Cannot do what the paused VM was waiting for")]
+    #[error("On-paused hook failed")]
     OnPaused(#[source] VmError),
     /// A message came twice or too early.
-    #[error("{message} came out of turn")]
+    #[error("{message} came twice or too early")]
     OutOfTurn {
         /// The message.
         message: &'static str,

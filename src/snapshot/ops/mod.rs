@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is done with snapshots that lie on disk.
+//! What is done with snapshots that lie on disk: a file for each command of the tool.
 
 mod apply;
 mod compare;

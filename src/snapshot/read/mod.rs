@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Reading snapshots: full ones, differentials, and chains of them; every byte can be checked against its digest.
+//!
+//! `stored` opens a directory of either kind; `reader` reads its memory block by block; `full` and `differential` are snapshots, `chain`
+//! several of them as one; `placed` fills guest memory from them; `altered` is a byte that was changed.
 
 mod altered;
 mod blocks;

@@ -281,7 +281,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_written_is_read(guest in any_guest()) {
+    fn any_memory_written_is_read_back(guest in any_guest()) {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("a");
         guest.write_full(&target);

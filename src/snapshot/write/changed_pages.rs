@@ -34,10 +34,10 @@ struct PartialPage {
 #[derive(Debug, Error)]
 pub(super) enum SettleError {
     /// The work file is not what was written to it, or cannot be read.
-    #[error("Cannot read the pages back")]
+    #[error("Cannot read the pages back from the work file")]
     Work(#[source] io::Error),
     /// The pages could not be written in their order.
-    #[error("Cannot copy the pages")]
+    #[error("Cannot copy the pages into ascending order")]
     Copy(#[source] io::Error),
     #[error(transparent)]
     Placement(#[from] PlacementError),

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use rustix::fs::FallocateFlags;
 
@@ -17,6 +17,7 @@ use crate::snapshot::disk::{data_parts, is_unsupported};
 use crate::snapshot::format::{BlockTable, Digest, Extent, Placement, block_bytes_of_full, is_zero};
 use crate::snapshot::parallel;
 use crate::snapshot::reserve::{index, list_of, resize, zeros};
+use crate::sync;
 use crate::threads::ThreadStart;
 
 /// Smallest part of the file that one thread writes at a time.
@@ -248,7 +249,7 @@ fn differing(old: &[u8], new: &[u8], unit: usize) -> Vec<Range<usize>> {
 }
 
 fn locked(block: &Mutex<Block>) -> MutexGuard<'_, Block> {
-    block.lock().unwrap_or_else(PoisonError::into_inner)
+    sync::lock(block)
 }
 
 /// Makes a hole, where the file system knows how; bytes there are zero already.

@@ -5,9 +5,10 @@
 //! A source may announce far more memory than it has; that costs one pointer for each 4096 pages.
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use crate::snapshot::reserve::{expect_headroom, list_of};
+use crate::sync;
 
 /// Pages per cell: one bit of a word each.
 pub(super) const CELL_PAGES: u64 = u64::BITS as u64;
@@ -71,7 +72,7 @@ impl Cells {
 }
 
 fn locked(cell: &Mutex<Cell>) -> MutexGuard<'_, Cell> {
-    cell.lock().unwrap_or_else(PoisonError::into_inner)
+    sync::lock(cell)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind, Read};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use thiserror::Error;
 use vm_memory::GuestMemoryBackend;
@@ -16,6 +16,7 @@ use crate::range::GpaRange;
 use crate::snapshot::disk::{WriteBack, WriteError, data_parts, extend};
 use crate::snapshot::format::{Extent, Placement};
 use crate::snapshot::reserve::{index, push, resize};
+use crate::sync;
 use crate::threads::ThreadStart;
 use crate::vm::read_memory;
 
@@ -189,7 +190,7 @@ impl SparseFile {
     }
 
     fn buffers(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
-        self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.buffers)
     }
 }
 

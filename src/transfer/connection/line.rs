@@ -201,7 +201,7 @@ impl Line {
         }
     }
 
-    /// Says that nothing more will be sent, and throws away what comes until the peer says the same or `within` is over.
+    /// Shuts down writing, and discards input until the peer closes its end too or `within` is over.
     pub(in crate::transfer) fn hang_up(&mut self, within: Duration) {
         if self.shared.socket.shutdown(Shutdown::Write).is_err() {
             return;

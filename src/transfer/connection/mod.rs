@@ -4,6 +4,8 @@
 //!
 //! No wait is unbounded: for the first byte of a message the caller says how long ([`Connection::await_head`]), and from
 //! then on, in both directions, the peer has to keep the [`Pace`](super::limits::Pace).
+//!
+//! `line` is a socket, with or without TLS; `pace` its deadlines; `guest` guest memory as buffers; `listener` where callers arrive.
 
 mod error;
 mod guest;

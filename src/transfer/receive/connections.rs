@@ -6,13 +6,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::sync;
 use crate::transfer::connection::{Connection, ConnectionHandle};
 use crate::transfer::frame::Command;
 
 /// How long to wait for a caller that has to go before the next one has to go as well.
 const PATIENCE: Duration = Duration::from_millis(10);
 
-/// What is known of who is at the other end.
+/// How far a caller has proved to be the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Standing {
     /// Nothing: anybody can call.
@@ -184,7 +185,7 @@ impl ReceiverHandle {
 
     fn lock(&self) -> MutexGuard<'_, Table> {
         // The table holds together after every statement, so also after a panic of one who held it.
-        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.0.table)
     }
 }
 

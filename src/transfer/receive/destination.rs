@@ -77,8 +77,8 @@ pub enum Completion {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Received {
-    /// Bytes that came from the source's sockets, those of TLS included; no strangers', nor those of an additional connection
-    /// that brought no memory.
+    /// Bytes that came from the source's sockets, those of TLS included. Other callers do not count, nor does an additional
+    /// connection that brought no memory.
     pub received_bytes: u64,
     /// Memory messages.
     pub memory_messages: u64,

@@ -120,7 +120,7 @@ pub enum ReceiveError {
         source: io::Error,
     },
     /// The source's bytes are not the protocol's.
-    #[error("Cannot make sense of {part}")]
+    #[error("Cannot parse {part}")]
     Frame {
         /// What was being read.
         part: Part,
@@ -203,11 +203,11 @@ pub enum ReceiveError {
         found: usize,
     },
     /// The source passes guest memory as descriptors.
-    #[error("Source passes guest memory as descriptors (local=on), which is not taken here")]
+    #[error("Source passes guest memory as descriptors (local=on), which this receiver does not support")]
     LocalMemory,
     /// The source wants to send memory when it is asked for.
     #[error(
-        "Source wants postcopy, which is not taken here: the DMA of pass-through devices cannot wait for a page"
+        "Source wants postcopy, which this receiver does not support: the DMA of pass-through devices cannot wait for a page"
     )]
     Postcopy,
     /// The source has other devices than the destination.
@@ -218,7 +218,7 @@ pub enum ReceiveError {
         source: IdentityMismatch,
     },
     /// What the source says of devices is not the protocol's.
-    #[error("Cannot make sense of what the source says of devices")]
+    #[error("Cannot parse the source's device list")]
     DeviceFrame {
         /// What is wrong with it.
         #[from]

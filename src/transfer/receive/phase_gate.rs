@@ -9,6 +9,7 @@ use super::device_streams::DeviceStreams;
 use super::error::{ReceiveError, Step};
 use super::store::PageStore;
 use super::tables::Tables;
+use crate::sync;
 use crate::transfer::frame::Command;
 use crate::transfer::limits::ConnectionCount;
 
@@ -220,7 +221,7 @@ impl PhaseGate {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         // The state is consistent after every statement, so a poisoned lock is safe to use.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.state)
     }
 }
 
@@ -319,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn page_faults_of_a_vm_whose_memory_comes_are_a_strangers() {
+    fn page_faults_of_a_caller_beside_a_source_that_sends_memory_do_not_end_its_migration() {
         let gate = opened();
         let _fault = gate.enter_fault();
         gate.count(1, 4096);
@@ -329,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn why_memory_is_not_done_goes_before_that_it_is_not() {
+    fn the_failure_that_stopped_memory_is_reported_when_it_is_sealed() {
         let gate = opened();
         let ticket = gate.enter().unwrap();
         gate.fail(ReceiveError::Postcopy);

@@ -3,12 +3,13 @@
 //! Rejections: callers that are not the source. All are counted; a rate limit keeps them from filling the log.
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
 use super::error::{Part, ReceiveError, in_full};
+use crate::sync;
 use crate::transfer::connection::Stall;
 use crate::units::Count;
 
@@ -25,13 +26,13 @@ pub(super) enum Reason {
     #[error("Another source's migration is under way")]
     Occupied,
     /// It was closed to make room before it said who it is, or there was no room.
-    #[error("Caller had to make room for others: {callers} are heard at a time")]
+    #[error("Connection dropped: more than {callers} callers that have not identified themselves")]
     Crowd {
         /// How many there may be.
         callers: usize,
     },
     /// Its time ran out before its greeting was complete.
-    #[error("Caller did not say who it is in {:.1} s", .allowed.as_secs_f64())]
+    #[error("Caller did not identify itself within {:.1} s", .allowed.as_secs_f64())]
     Late {
         /// How long it had.
         allowed: Duration,
@@ -94,7 +95,7 @@ impl Rejections {
     }
 
     fn lock(&self) -> MutexGuard<'_, Tally> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.0)
     }
 }
 
@@ -150,7 +151,7 @@ mod tests {
     fn who_is_late_is_not_told_of_as_a_connection_that_failed() {
         let text = |source| in_full(&Reason::of_reading(Part::Role, source));
         let late = Stall::Late { allowed: Duration::from_secs(10) };
-        assert_eq!(text(late.into()), "Caller did not say who it is in 10.0 s");
+        assert_eq!(text(late.into()), "Caller did not identify itself within 10.0 s");
         let cut = text(io::ErrorKind::UnexpectedEof.into());
         assert_eq!(cut, "Cannot read the role of a connection: unexpected end of file");
     }

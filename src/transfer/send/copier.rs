@@ -198,6 +198,7 @@ impl<'a, V: Vm> Copier<'a, V> {
                 Event::Piece(piece) => self.connections.send_piece(piece),
                 Event::PieceAcknowledged { state_bytes } => pass.meter.piece_acknowledged(state_bytes),
                 Event::Read(read) => self.devices.ended(read),
+                // Its chunks stay in flight: the session ends, its cursor with it, and a new attempt sends all RAM.
                 Event::Failed(source) => return Err(self.peer_failed(source)),
                 Event::Died => return Err(SendError::ThreadDied),
             }

@@ -130,7 +130,7 @@ pub enum SendError {
         limit_bytes: u64,
     },
     /// The State message could not be written down.
-    #[error("VM state is no JSON")]
+    #[error("VM state is not valid JSON")]
     State(#[from] serde_json::Error),
     /// No thread could be had for a connection, or what it does first panicked.
     #[error("Cannot start a thread for a connection")]

@@ -2,7 +2,7 @@
 
 //! The sending end of a migration: [`Sender`] moves a running VM to a receiver that speaks the protocol.
 //!
-//! `phases` is a migration from its first word to its last. A file here uses only those that stand below it:
+//! `phases` is a migration from its first word to its last:
 //!
 //! - `phases`: the order in which everything happens, and the decision after each round;
 //! - `logging`: a line for each phase;

@@ -46,8 +46,9 @@ pub struct SendOptions {
 }
 
 impl SendOptions {
-    /// One connection to the receiver at `url`, without TLS; four chunks of 4 MiB on their way; no rate limit; the default
-    /// [`Policy`] and [`PeerLimits`]; a VM that runs in the end; a receiver whose memory reads zero.
+    /// One connection to the receiver at `url`, without TLS; four chunks of 4 MiB on their way; no rate limit; 300 ms of
+    /// downtime, an hour, then cancel; no cap on rounds; no throttling; the default [`PeerLimits`]; a VM that runs in the end; a
+    /// receiver whose memory reads zero.
     pub fn new(url: Url) -> Self {
         Self {
             url,
@@ -97,6 +98,9 @@ impl SendOptions {
 
     /// Sets the rate limit: bytes of guest memory sent per second while the VM runs; `None`: as many as the connections carry.
     ///
+    /// The downtime to be expected is reckoned at the rate at which memory was sent, so at this rate: a VM that dirties memory
+    /// faster than the limit, or almost, never switches over before the timeout.
+    ///
     /// # Errors
     /// No bytes per second.
     pub fn rate_limit(self, bytes_per_second: Option<u64>) -> Result<Self, SendOptionsError> {
@@ -104,19 +108,19 @@ impl SendOptions {
         Ok(Self { rate_limit: bytes_per_second.and_then(NonZeroU64::new), ..self })
     }
 
-    /// Sets how long the VM may stand still.
+    /// Sets how long the VM may stand still; 300 ms by default.
     pub fn downtime(mut self, downtime: Duration) -> Self {
         self.policy.downtime = downtime;
         self
     }
 
-    /// Sets how long copying the running VM may take.
+    /// Sets how long copying the running VM may take; an hour by default.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.policy.timeout = timeout;
         self
     }
 
-    /// Sets what happens when it takes longer.
+    /// Sets what happens when the timeout is over: by default the migration is cancelled.
     pub fn timeout_strategy(mut self, strategy: TimeoutStrategy) -> Self {
         self.policy.timeout_strategy = strategy;
         self

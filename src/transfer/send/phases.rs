@@ -280,7 +280,7 @@ impl<'a, V: Vm> Session<'a, V> {
         Ok(())
     }
 
-    /// Closes the books on a VM that has moved.
+    /// Ends tracking for a VM that has moved, and reports the result.
     fn retire(&mut self) -> Sent {
         let downtime_parts = self.clock.parts();
         let downtime = downtime_parts.total();

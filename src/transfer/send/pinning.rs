@@ -15,7 +15,7 @@ use crate::precopy::Forecast;
 use crate::transfer::prefault::with_prefault;
 use crate::units::Bytes;
 
-/// Bytes of memory per second that a receiver allocates and zeroes; rather too few.
+/// Bytes of memory per second that a receiver allocates and zeroes: a low estimate.
 const POPULATED_BYTES_PER_SECOND: u64 = 128 << 20;
 
 /// What is done for the receiver of a VM that has pass-through devices: some are in the sender's

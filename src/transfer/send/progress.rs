@@ -5,13 +5,14 @@
 use std::error::Error;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use derive_more::Display;
 
 use super::zero_filter::Skipped;
 use crate::ledger::Attribution;
 use crate::precopy::{Forecast, Observation};
+use crate::sync::lock;
 
 /// Where a migration stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Display)]
@@ -100,7 +101,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Bytes of guest memory that the receiver lacks.
+    /// Bytes of guest memory that the receiver lacks, as far as is known: 0 at the end of a round, before the next collect.
     pub fn left_bytes(&self) -> u64 {
         self.seen.pending_bytes.saturating_add(self.seen.in_flight_bytes)
     }
@@ -168,10 +169,10 @@ impl SenderHandle {
     /// interrupted: one report of the dirty pages, a move of the devices to another state, the last part of their state, the
     /// VM's capture. A device that stalls over one of these delays the return by as long as its back end is patient.
     ///
-    /// Returns whether that is still possible: not once the receiver was told to run the VM.
+    /// Returns whether that is still possible: not once the receiver was told to run the VM, nor after the end.
     pub fn cancel(&self) -> bool {
         let control = lock(&self.shared.control);
-        if control.past_return {
+        if control.past_return || lock(&self.shared.seen).phase == Phase::Abandoned {
             return false;
         }
         self.shared.cancelled.store(true, Ordering::Release);
@@ -267,11 +268,6 @@ impl fmt::Debug for SenderHandle {
         let mut debug = f.debug_struct("Migration");
         debug.field("cancelled", &self.is_cancelled()).field("progress", &self.progress()).finish()
     }
-}
-
-/// Locks data that is whole after every statement, so that a panicking holder spoils nothing.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -18,6 +18,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use crate::granule::Granule;
 use crate::range::GpaRange;
+use crate::sync;
 use crate::sys::guest::is_zero;
 use crate::vm::{Backing, Behind, has_address, read_memory};
 
@@ -146,7 +147,7 @@ impl SparseFile {
     }
 
     fn next_data(&self, wanted: &Range<u64>) -> io::Result<Range<u64>> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = sync::lock(&self.known);
         if known.contains(&wanted.start) {
             return Ok(wanted.start..known.end);
         }
