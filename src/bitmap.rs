@@ -4,6 +4,10 @@
 
 use std::ops::Range;
 
+mod sparse;
+
+pub(crate) use sparse::SparseBitmap;
+
 /// Bits in a word.
 pub(crate) const WORD_BITS: usize = u64::BITS as usize;
 
@@ -58,7 +62,6 @@ fn next_bit(words: &[u64], from: usize, bits: usize, set: bool) -> Option<usize>
 /// The summary may say "perhaps" of an empty block, never "no" of a block with a bit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Bitmap {
-    /// None until a bit is set, where the bitmap was made so.
     words: Vec<u64>,
     summary: Vec<u64>,
     blocks: usize,
@@ -67,14 +70,9 @@ pub(crate) struct Bitmap {
 impl Bitmap {
     /// Makes an all-clear bitmap of `words` words, a multiple of the block.
     pub(crate) fn new(words: usize) -> Self {
-        Self { words: vec![0; words], ..Self::on_demand(words) }
-    }
-
-    /// Makes one that takes the memory of its words when a first bit is set. Until then no block may be asked for.
-    pub(crate) fn on_demand(words: usize) -> Self {
         assert!(words.is_multiple_of(BLOCK_WORDS), "layouts pad to whole blocks");
         let blocks = words / BLOCK_WORDS;
-        Self { words: Vec::new(), summary: vec![0; blocks.div_ceil(WORD_BITS)], blocks }
+        Self { words: vec![0; words], summary: vec![0; blocks.div_ceil(WORD_BITS)], blocks }
     }
 
     /// Returns the first block at or after `block` that may hold a set bit.
@@ -99,7 +97,6 @@ impl Bitmap {
 
     /// The words of `block`, which from now on counts as holding a bit.
     pub(crate) fn block_mut(&mut self, block: usize) -> &mut [u64; BLOCK_WORDS] {
-        self.provide();
         self.note(block);
         self.words_of(block)
     }
@@ -128,7 +125,7 @@ impl Bitmap {
 
     /// Reads one word.
     pub(crate) fn word(&self, word: usize) -> u64 {
-        if self.words.is_empty() { 0 } else { self.words[word] }
+        self.words[word]
     }
 
     /// The words of `range`.
@@ -144,7 +141,6 @@ impl Bitmap {
     /// Sets the bits of `mask` in `word`.
     pub(crate) fn or_word(&mut self, word: usize, mask: u64) {
         if mask != 0 {
-            self.provide();
             self.words[word] |= mask;
             self.note(word / BLOCK_WORDS);
         }
@@ -153,21 +149,6 @@ impl Bitmap {
     /// Clears the bits of `mask` in `word`.
     pub(crate) fn clear_word(&mut self, word: usize, mask: u64) {
         self.words[word] &= !mask;
-    }
-
-    /// Sets the bits from `first_word` on that `words` has set; blocks that get none are only read.
-    pub(crate) fn or_words(&mut self, first_word: usize, words: &[u64]) {
-        let head = first_word.next_multiple_of(BLOCK_WORDS) - first_word;
-        let (head, whole) = words.split_at(head.min(words.len()));
-        for (offset, &word) in head.iter().enumerate() {
-            self.or_word(first_word + offset, word);
-        }
-        let first_block = (first_word + head.len()) / BLOCK_WORDS;
-        for (offset, words) in whole.chunks(BLOCK_WORDS).enumerate() {
-            if words.iter().fold(0, |any, word| any | word) != 0 {
-                self.block_mut(first_block + offset).iter_mut().zip(words).for_each(|(to, word)| *to |= word);
-            }
-        }
     }
 
     /// Sets a run of bits.
@@ -181,13 +162,6 @@ impl Bitmap {
     pub(crate) fn clear(&mut self, bits: Range<usize>) {
         for (word, mask) in masks(bits) {
             self.clear_word(word, mask);
-        }
-    }
-
-    #[inline(always)]
-    fn provide(&mut self) {
-        if self.words.is_empty() {
-            self.words = vec![0; self.blocks * BLOCK_WORDS];
         }
     }
 
@@ -242,17 +216,6 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn a_bitmap_on_demand_has_no_words_before_a_bit_is_set() {
-        let mut bitmap = Bitmap::on_demand(BLOCK_WORDS * 3);
-        bitmap.or_words(2, &[0; BLOCK_WORDS * 2]);
-        bitmap.set(7..7);
-        assert!(bitmap.words.is_empty());
-        assert_eq!((bitmap.word(9), bitmap.next_block(0), bitmap.blocks()), (0, None, 3));
-        bitmap.or_words(8, &[0, 2]);
-        assert_eq!((bitmap.word(9), bitmap.next_block(0)), (2, Some(1)));
     }
 
     #[test]

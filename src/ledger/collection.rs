@@ -122,6 +122,9 @@ impl Work for Absorb<'_, '_> {
                 }
                 touched &= touched - 1;
             }
+            for report in reports.iter_mut().filter(|report| report.touched != 0) {
+                report.sink.marks.release(first_block / WORD_BITS);
+            }
         }
     }
 }
@@ -218,17 +221,12 @@ impl Report<'_> {
         if self.repeats {
             self.repeated = [0; BLOCK_WORDS];
         }
-        self.dirty = [0; BLOCK_WORDS];
         let Marks { dirty, repeated, .. } = &mut *self.sink.marks;
-        if dirty.may_hold(block) {
-            self.dirty = *dirty.block(block);
-            dirty.clear_block(block);
-        }
+        self.dirty = dirty.take_block(block).unwrap_or_default();
         let mut repeats = false;
-        if let Some(repeated) = repeated.as_mut().filter(|repeated| repeated.may_hold(block)) {
+        if let Some(block) = repeated.as_mut().and_then(|repeated| repeated.take_block(block)) {
             repeats = true;
-            self.repeated = *repeated.block(block);
-            repeated.clear_block(block);
+            self.repeated = block;
         }
         if let Some(lent) = &self.sink.lent {
             let end = (block + 1) * BLOCK_WORDS;

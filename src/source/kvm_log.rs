@@ -82,7 +82,7 @@ struct SlotLog {
     words: Vec<u64>,
     /// What `words` was before the last report, with [`KvmLogMode::ManualAtRead`].
     before: Vec<u64>,
-    /// The mask of a CLEAR, as long as the longest was; zero in between.
+    /// The mask of a CLEAR, as long as the longest was, [`CLEAR_WORDS`] or so at most; zero in between.
     scratch: Vec<u64>,
 }
 
@@ -99,6 +99,9 @@ pub struct KvmLog<F> {
 
 /// Bits farther apart than this many words are cleared by separate CLEARs.
 const CLEAR_GAP_WORDS: usize = 64;
+
+/// The words of one CLEAR at most, so that its mask is small whatever the chunk.
+const CLEAR_WORDS: usize = 1 << 15;
 
 impl<F: AsRawFd + Send> KvmLog<F> {
     /// Makes the source for `slots` of `vm`; their log is off until [`DirtySource::start`].
@@ -205,12 +208,16 @@ impl SlotLog {
     fn clear_chunk(&mut self, vm: &impl AsRawFd, chunk: &[GpaRange]) -> Result<(), KvmLogError> {
         let mut group: Option<Range<usize>> = None;
         let slot = self.slot.gpa();
-        for part in chunk.iter().filter_map(|range| range.intersection(slot)) {
-            let shift = Granule::host_page().shift();
+        let shift = Granule::host_page().shift();
+        let most = ((CLEAR_WORDS * WORD_BITS) as u64) << shift;
+        let parts = chunk.iter().filter_map(|range| range.intersection(slot));
+        for part in parts.flat_map(|part| part.pieces(most)) {
             let page = |gpa: u64| usize::try_from((gpa - slot.start()) >> shift).expect("pages of the slot");
             let bits = page(part.start())..page(part.end() - 1) + 1;
             let words = bits.start / WORD_BITS..bits.end.div_ceil(WORD_BITS);
-            let near = |open: &Range<usize>| words.start <= open.end + CLEAR_GAP_WORDS;
+            let near = |open: &Range<usize>| {
+                words.start <= open.end + CLEAR_GAP_WORDS && words.end <= open.start + CLEAR_WORDS
+            };
             group = match group.take() {
                 Some(open) if near(&open) => Some(open.start..words.end.max(open.end)),
                 Some(open) => {

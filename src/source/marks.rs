@@ -4,15 +4,15 @@
 
 use std::ops::Range;
 
-use crate::bitmap::{BLOCK_WORDS, Bitmap, WORD_BITS};
+use crate::bitmap::{BLOCK_WORDS, SparseBitmap, WORD_BITS};
 use crate::layout::Layout;
 
 /// What one source reported since the last absorb: the pages, and which of them it had reported before.
 #[derive(Debug, Clone)]
 pub(crate) struct Marks {
-    pub(crate) dirty: Bitmap,
+    pub(crate) dirty: SparseBitmap,
     /// Made when a source first tells of such pages.
-    pub(crate) repeated: Option<Bitmap>,
+    pub(crate) repeated: Option<SparseBitmap>,
     spare: Vec<Lent<'static>>,
 }
 
@@ -29,7 +29,7 @@ pub(crate) struct Lent<'a> {
 
 impl Marks {
     pub(crate) fn new(layout: &Layout) -> Self {
-        Self { dirty: Bitmap::on_demand(layout.words()), repeated: None, spare: Vec::new() }
+        Self { dirty: SparseBitmap::new(layout.words()), repeated: None, spare: Vec::new() }
     }
 
     /// Returns an empty list for words that are lent; see [`Marks::keep_room`].
@@ -42,9 +42,8 @@ impl Marks {
         self.spare = emptied(lent);
     }
 
-    fn repeated(&mut self) -> &mut Bitmap {
-        let words = self.dirty.blocks() * BLOCK_WORDS;
-        self.repeated.get_or_insert_with(|| Bitmap::on_demand(words))
+    fn repeated(&mut self) -> &mut SparseBitmap {
+        self.repeated.get_or_insert_with(|| self.dirty.new_like())
     }
 
     /// Exchanges the marks for those of pages that were reported before.
@@ -52,6 +51,15 @@ impl Marks {
         self.repeated();
         let Self { dirty, repeated: Some(repeated), .. } = self else { return };
         std::mem::swap(dirty, repeated);
+    }
+
+    /// Keeps the memory of blocks `64 * index ..`, which were taken, for other marks.
+    #[inline(always)]
+    pub(crate) fn release(&mut self, index: usize) {
+        self.dirty.release(index);
+        if let Some(repeated) = &mut self.repeated {
+            repeated.release(index);
+        }
     }
 
     /// Adds what is lent to the marks.

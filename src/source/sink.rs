@@ -257,7 +257,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::bitmap::Bitmap;
+    use crate::bitmap::SparseBitmap;
 
     /// Four regions, two of them adjacent, in units of `page`.
     fn layout_of(page: Granule) -> Layout {
@@ -271,7 +271,7 @@ mod tests {
         layout_of(Granule::KIB_4)
     }
 
-    fn marked(layout: &Layout, marks: &Bitmap) -> BTreeSet<u64> {
+    fn marked(layout: &Layout, marks: &SparseBitmap) -> BTreeSet<u64> {
         let page = layout.host_page().bytes();
         let pages = layout.regions().iter().flat_map(|region| region.range().pieces(page));
         pages
@@ -282,7 +282,7 @@ mod tests {
             .collect()
     }
 
-    fn marks_outside_ram(layout: &Layout, marks: &Bitmap) -> bool {
+    fn marks_outside_ram(layout: &Layout, marks: &SparseBitmap) -> bool {
         (0..layout.words()).any(|word| marks.word(word) & !layout.valid_bits(word) != 0)
     }
 
