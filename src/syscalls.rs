@@ -196,7 +196,7 @@ pub const RECEIVER: &[Syscall] = &[
 
 /// Writing snapshots: [`SnapshotWriter`](crate::snapshot::SnapshotWriter),
 /// [`SnapshotDestination`](crate::snapshot::SnapshotDestination), and [`apply`](crate::snapshot::apply), [`subtract`](crate::snapshot::subtract)
-/// and [`seal`](crate::snapshot::seal), which read snapshots too.
+/// and [`seal`](crate::snapshot::seal), which read snapshots too; memory that comes as descriptors included.
 #[cfg(feature = "snapshot")]
 pub const SNAPSHOT_WRITE: &[Syscall] = &[
     Syscall::new(libc::SYS_fcntl),

@@ -2,22 +2,28 @@
 
 //! Snapshots: written, made of each other, read, sent and received.
 
+use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_migration::granule::Granule;
 use vfio_migration::layout::Layout;
+use vfio_migration::offload::LocalOptions;
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
-    AnnouncedRam, Base, DestinationOptions, FullSnapshot, MANIFEST_FILE, SnapshotChain, SnapshotDestination,
-    SnapshotLimits, SnapshotSource, SnapshotWriter, apply, compare, describe, seal, subtract, verify,
+    AnnouncedRam, Base, DestinationOptions, FullSnapshot, MANIFEST_FILE, OnPaused, SnapshotChain,
+    SnapshotDestination, SnapshotLimits, SnapshotSource, SnapshotWriter, apply, compare, describe, seal,
+    subtract, verify,
 };
 use vfio_migration::syscalls;
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::receive::Receiver;
+use vfio_migration::transfer::receive::{Destination, Receiver};
 use vfio_migration::transfer::url::Url;
 use vfio_migration::transfer::{self, SendOptions, Sender};
 use vfio_migration_integration::confined::check;
@@ -77,6 +83,33 @@ fn send(directory: &Path, url: &Url) {
     sender.send(&mut source, &tracker, &Mutex::default()).unwrap();
 }
 
+/// Takes memory that comes as a descriptor, most of it before the State and some after it, into a differential and beside a hook.
+fn take_descriptor(base: &Path, target: &Path, memory: &File) {
+    let local = LocalOptions { warm_timeout: Some(Duration::MAX), ..LocalOptions::default() };
+    let base = Some(Base::open([base], &SnapshotLimits::default()).unwrap());
+    let on_paused: Option<OnPaused> = Some(Box::new(|| Ok(())));
+    let options = DestinationOptions { base, local, on_paused, ..DestinationOptions::default() };
+    let name = target.to_owned();
+    let mut destination = SnapshotDestination::named_by(Box::new(move |_| name), options);
+    destination.descriptor(0, memory.try_clone().unwrap().into()).unwrap();
+    let mapping = format!(r#"{{"slot":0,"gpa":0,"size":{BYTES},"virtio_mem":false,"file_offset":0}}"#);
+    let memory_manager = format!(r#"{{"guest_ram_mappings":[{mapping}]}}"#);
+    let config = std::str::from_utf8(CONFIG).unwrap();
+    let message = format!(r#"{{"vm_config":{config},"memory_manager_data":{memory_manager}}}"#);
+    destination.config(message.as_bytes()).unwrap();
+    memory.write_all_at(&[5; 4096], 9 << 12).unwrap();
+    destination.state(state().into_bytes()).unwrap();
+    destination.complete(false).unwrap();
+}
+
+/// Guest memory in a memfd, with a page that is no hole.
+fn memory() -> File {
+    let memory = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    memory.set_len(BYTES).unwrap();
+    memory.write_all_at(&[3; 4096], 7 << 12).unwrap();
+    memory
+}
+
 #[test]
 fn snapshot_write() {
     check("snapshot::snapshot_write", syscalls::SNAPSHOT_WRITE, syscalls::RECEIVER, |confinement| {
@@ -98,6 +131,9 @@ fn snapshot_write() {
         confinement.run(|| write(&at("empty")));
         std::fs::remove_file(at("applied").join(MANIFEST_FILE)).unwrap();
         confinement.run(|| seal(&at("applied"), &SnapshotLimits::default()).unwrap());
+        let memory = memory();
+        confinement.run(|| take_descriptor(&at("full"), &at("passed"), &memory));
+        assert!(verify(&at("passed"), &SnapshotLimits::default()).unwrap().is_clean());
         thread::scope(|scope| {
             scope.spawn(|| confinement.run(|| receive(&listener, &at("received"))));
             send(&at("full"), listener.url());

@@ -129,7 +129,7 @@ impl PassedSlots {
         }
         // Memory alone has seals to ask for; a read of any other file may wait for as long as its owner likes.
         if fcntl_get_seals(&memory).is_err() {
-            return Err(SlotError::Kind { slot, kind: "file that is not in memory" });
+            return Err(SlotError::Kind { slot, kind: "file that is not in memory (a zone with `file`?)" });
         }
         match self.0.insert(slot, memory.into()) {
             Some(_) => Err(SlotError::Twice { slot }),
