@@ -36,7 +36,7 @@ fn commands(place: &Place) -> Vec<String> {
 }
 
 /// Pastes `command` into a shell in `place` that finds the tool.
-fn paste(command: &str, place: &Place) -> Child {
+pub(crate) fn paste(command: &str, place: &Place) -> Child {
     paste_in(command, place.root())
 }
 
@@ -50,13 +50,13 @@ fn paste_in(command: &str, dir: &Path) -> Child {
 }
 
 #[track_caller]
-fn succeeded(child: Child) -> Output {
+pub(crate) fn succeeded(child: Child) -> Output {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{output:?}");
     output
 }
 
-fn wait_for(path: &Path) {
+pub(crate) fn wait_for(path: &Path) {
     let begun = Instant::now();
     while !path.exists() {
         assert!(begun.elapsed() < Duration::from_secs(30), "{} does not appear", path.display());

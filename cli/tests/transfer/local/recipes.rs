@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The recipes of `docs/offload.md` that receive work as pasted; a source stands for Cloud Hypervisor.
+
+use std::process::Command;
+
+use super::*;
+use crate::readme::{paste, succeeded, wait_for};
+
+const PAGE_TEXT: &str = include_str!("../../../../docs/offload.md");
+
+/// The recipe that begins with `words`, and the block after it, in a place of their own.
+fn recipe(words: &str, place: &Place) -> (String, String) {
+    let root = place.root().to_str().unwrap();
+    let mut blocks =
+        PAGE_TEXT.split("```\n").skip(1).step_by(2).skip_while(|block| !block.starts_with(words));
+    let mut next = || {
+        let block = blocks.next().unwrap().trim().replace("/tmp/", &format!("{root}/"));
+        block.replace("/run/", &format!("{root}/")).replace("/var/lib/", &format!("{root}/"))
+    };
+    (next(), next())
+}
+
+/// Sends a VM, as `local=on` does; returns the last answer.
+fn send(socket: &Path) -> Option<u16> {
+    let (mut source, memory) = (Source::start(socket), guest());
+    assert_eq!(source.pass(0, &[memory.as_fd()]), Some(OK));
+    assert_eq!(source.ask(&one_slot()), Some(OK));
+    source.finish()
+}
+
+#[test]
+fn a_checkpoint_of_a_vm_that_runs_on() {
+    let place = Place::new();
+    let (command, other_side) = recipe("vfio-migrate receive unix:/tmp/checkpoint.sock", &place);
+    let socket = place.path("checkpoint.sock");
+    let url = format!("destination_url=unix:{},local=on,preserve_source=on", socket.display());
+    assert!(other_side.contains(&url), "{other_side}");
+    let receiver = paste(&command, &place);
+    wait_for(&socket);
+    // So the source's VM runs on.
+    assert_eq!(send(&socket), Some(ERROR));
+    succeeded(receiver);
+    assert_sound(&place.path("monday"));
+}
+
+#[test]
+fn a_service_that_keeps_every_vm() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("vfio-migrate")).unwrap();
+    let (command, _) = recipe("vfio-migrate receive unix:/run/", &place);
+    let service = paste(&format!("exec {command}"), &place);
+    wait_for(&place.path("vfio-migrate.sock"));
+    assert_eq!(send(&place.path("vfio-migrate.sock")), Some(ERROR));
+    Command::new("kill").arg(service.id().to_string()).status().unwrap();
+    succeeded(service);
+    let kept: Vec<_> =
+        place.path("vfio-migrate").read_dir().unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(kept.len(), 1);
+    assert_sound(&kept[0]);
+}
