@@ -83,6 +83,9 @@ impl FullPages {
 
     /// Writes those pages of `range`, whose bytes `read` supplies, that differ from what was written; returns how many bytes those are.
     ///
+    /// Blocks are compared by their digests, and only those that differ, or that were written in part, with what is in the file: most of
+    /// it is not read, and need not be in memory any more.
+    ///
     /// # Errors
     /// As [`FullPages::fill`].
     pub(super) fn update(
@@ -92,20 +95,34 @@ impl FullPages {
     ) -> Result<u64, FillError> {
         let (mut before, mut changed) = (Vec::new(), 0);
         self.sparse.fill(range, read, |piece, bytes| {
-            resize(&mut before, bytes.len()).map_err(FillError::Read)?;
-            let old = &mut before[..bytes.len()];
-            self.sparse.file().read_exact_at(old, piece.offset).map_err(FillError::Write)?;
-            if old == bytes {
-                return Ok(0);
-            }
             let mut written = 0;
-            for run in differing(old, bytes, self.page_bytes) {
-                changed += run.len() as u64;
-                written += self.store(piece.slice(&run), &bytes[run]).map_err(FillError::Write)?;
+            for part in self.perhaps_changed(piece, bytes) {
+                resize(&mut before, part.len()).map_err(FillError::Read)?;
+                let (old, offset) = (&mut before[..part.len()], piece.offset + part.start as u64);
+                self.sparse.file().read_exact_at(old, offset).map_err(FillError::Write)?;
+                for run in differing(old, &bytes[part.clone()], self.page_bytes) {
+                    let run = part.start + run.start..part.start + run.end;
+                    changed += run.len() as u64;
+                    written += self.store(piece.slice(&run), &bytes[run]).map_err(FillError::Write)?;
+                }
             }
             Ok(written)
         })?;
         Ok(changed)
+    }
+
+    /// The parts of `bytes` that are not whole blocks with the digests that these were written with.
+    fn perhaps_changed(&self, piece: Extent, bytes: &[u8]) -> Vec<Range<usize>> {
+        let first = index(piece.offset / self.block_bytes as u64);
+        let start = index(piece.offset % self.block_bytes as u64);
+        let parts = cut(start, bytes.len(), self.block_bytes).map(|(at, part)| {
+            let number = first + at / self.block_bytes;
+            let block = *locked(&self.blocks[number]);
+            let is_known = block.unhashed == 0 && part.len() == self.block_length(number);
+            let is_same = is_known && BlockTable::entry(&bytes[part.clone()]) == block.digest;
+            (part, !is_same)
+        });
+        wanted_runs(parts)
     }
 
     pub(super) fn stored(&self) -> io::Result<Vec<GpaRange>> {
