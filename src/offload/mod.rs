@@ -12,6 +12,45 @@
 //! writing a snapshot, so its code is the wing `passed` of `snapshot`, below the destination that the transfer knows; what is public of it
 //! is named here. To restore over descriptors is a way of reading snapshots and a protocol of its own, and is at home here.
 //!
+//! An orchestrator that keeps a VM takes two handles along, which work from any thread:
+//!
+//! ```
+//! # use std::error::Error;
+//! # use std::path::Path;
+//! use std::thread;
+//! use std::time::Duration;
+//!
+//! use vfio_migration::offload::LocalOptions;
+//! use vfio_migration::snapshot::{DestinationOptions, SnapshotDestination};
+//! use vfio_migration::transfer::connection::Listener;
+//! use vfio_migration::transfer::limits::PeerLimits;
+//! use vfio_migration::transfer::receive::{ReceiveError, Receiver};
+//!
+//! # fn keep(listener: &Listener, target: &Path) -> Result<(), Box<dyn Error>> {
+//! let receiver = Receiver::new(PeerLimits::default(), None);
+//! let handle = receiver.handle();
+//! let warm_timeout = Some(Duration::from_secs(300));
+//! let local = LocalOptions { warm_timeout, receiver: Some(handle.clone()), ..LocalOptions::default() };
+//! let progress = local.progress.clone();
+//! let options = DestinationOptions { checkpoint: true, local, ..DestinationOptions::default() };
+//! let mut destination = SnapshotDestination::create(target, options)?;
+//! let received = thread::scope(|scope| {
+//!     let receiving = scope.spawn(|| receiver.receive(listener, &mut destination));
+//!     println!("{} of {} bytes", progress.done_bytes(), progress.total_bytes());
+//!     // The source's VM runs on, and nothing is left under the directory's name.
+//!     assert!(handle.stop(), "it was not too late");
+//!     receiving.join().expect("the receiver does not panic")
+//! });
+//! assert!(matches!(received, Err(ReceiveError::Stopped)));
+//! # Ok(())
+//! # }
+//! # let place = tempfile::tempdir()?;
+//! # let url = vfio_migration::transfer::url::Url::unix(place.path().join("socket"))?;
+//! # keep(&Listener::bind(&url)?, &place.path().join("monday"))?;
+//! # assert!(!place.path().join("monday").exists());
+//! # Ok::<(), Box<dyn Error>>(())
+//! ```
+//!
 //! [`SnapshotDestination`]: crate::snapshot::SnapshotDestination
 
 mod restore;
