@@ -324,6 +324,22 @@ mod tests {
     }
 
     #[test]
+    fn a_block_that_was_written_in_part_since_it_was_hashed_is_compared_with_the_file() {
+        let (memory, block) = (memory_file(), GpaRange::new(0, LEAST_BLOCK_BYTES).unwrap());
+        let page = GpaRange::new(4096, 4096).unwrap();
+        let update = |byte| memory.update(block, from_stream(&mut io::repeat(byte))).unwrap();
+        memory.fill(block, from_stream(&mut io::repeat(7))).unwrap();
+        memory.fill(page, from_stream(&mut io::repeat(8))).unwrap();
+        assert_eq!(update(7), 4096);
+        assert_eq!(update(7), 0);
+        assert_eq!(update(0), LEAST_BLOCK_BYTES);
+        assert_eq!(update(0), 0);
+        // What is known by its digest is not read.
+        memory.sparse.file().set_len(0).unwrap();
+        assert_eq!(update(0), 0);
+    }
+
+    #[test]
     fn what_was_read_back_of_a_file_that_lost_pages_is_not_trusted() {
         let lost = || Err(io::Error::from(Errno::IO));
         let moved = |memory: FullPages| {
