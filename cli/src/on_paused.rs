@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use indicatif::HumanBytes;
 use log::warn;
 use thiserror::Error;
-use vfio_migration::offload::LocalEvent;
+use vfio_migration::offload::{CopyProgress, LocalEvent};
 use vfio_migration::snapshot::OnPaused;
 use vfio_migration::transfer::receive::ReceiverHandle;
 
@@ -61,6 +61,12 @@ pub(crate) enum CommandError {
         /// The command.
         command: OsString,
     },
+    /// It was terminated because the snapshot has failed.
+    #[error("{command:?} was terminated: the VM's memory could not be stored meanwhile")]
+    Failing {
+        /// The command.
+        command: OsString,
+    },
     /// It was terminated on request.
     #[error("{command:?} was terminated: the migration was given up here")]
     GivenUp {
@@ -88,6 +94,8 @@ pub(crate) struct PausedCommand {
     pub(crate) limit: Duration,
     /// Tells whether anybody waits for it.
     pub(crate) receiver: ReceiverHandle,
+    /// Tells whether what is done beside it has failed.
+    pub(crate) copying: CopyProgress,
     /// Who tells that the VM is paused, and for how long: not the thread that the VM waits for, which may not wait for
     /// whoever reads it.
     pub(crate) notes: Sender<Note>,
@@ -258,6 +266,8 @@ impl PausedCommand {
             Some(CommandError::GivenUp { command: command() })
         } else if self.receiver.source_has_gone() {
             Some(CommandError::SourceGone { command: command() })
+        } else if self.copying.has_failed() {
+            Some(CommandError::Failing { command: command() })
         } else {
             (begun.elapsed() >= limit).then(|| CommandError::TimedOut { command: command(), limit })
         }

@@ -169,16 +169,17 @@ fn options(
         false => Some(Base::open(&arguments.base, &limits)?),
     };
     let limit = Duration::from_secs(arguments.on_paused_timeout);
-    let told = notes.clone();
+    let (told, copying) = (notes.clone(), CopyProgress::default());
     let local = LocalOptions {
         warm_timeout: (!arguments.no_warm_copy).then(|| Duration::from_secs(arguments.warm_timeout)),
         receiver: Some(receiver.clone()),
-        progress: CopyProgress::default(),
+        progress: copying.clone(),
         // Where nobody listens, nobody needs to know.
         observer: Some(Box::new(move |event| drop(told.send(Note::Local(event))))),
     };
     let on_paused = arguments.on_paused.clone();
-    let on_paused = on_paused.map(|command| PausedCommand { command, into, limit, receiver, notes }.hook());
+    let on_paused =
+        on_paused.map(|command| PausedCommand { command, into, limit, receiver, copying, notes }.hook());
     Ok(DestinationOptions {
         base,
         checkpoint: arguments.checkpoint,

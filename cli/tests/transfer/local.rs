@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -308,6 +308,19 @@ fn a_hook_that_fails_ends_a_snapshot_of_descriptors() {
     let (ended, place) = bench.end();
     ended.failed(4, "\"exit 7\" ended with exit status: 7");
     assert!(is_empty(place.root()));
+}
+
+#[test]
+fn a_hook_is_told_to_end_when_memory_cannot_be_stored_beside_it() {
+    let (mut bench, memory) = (Bench::new(&["--on-paused", "exec sleep 50"]), guest());
+    memory.write_all_at(&[1; 4096], RAM - PAGE).unwrap();
+    bench.pass(0, &[memory.as_fd()]);
+    assert_eq!(bench.ask(&one_slot()), Some(OK));
+    memory.set_len(RAM / 2).unwrap();
+    let began = Instant::now();
+    assert_eq!(bench.ask(&state()), Some(ERROR));
+    assert!(began.elapsed() < Duration::from_secs(30), "the VM waited for {:?}", began.elapsed());
+    bench.refuses("descriptor of slot 0");
 }
 
 #[test]

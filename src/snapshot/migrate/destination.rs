@@ -20,7 +20,7 @@ use crate::snapshot::format::{
     ConfigMessage, Digest, FormatError, PlacementError, SnapshotLimits, VmConfig, VmState, ZoneFile,
 };
 use crate::snapshot::passed::{
-    self, Copied, LocalEvent, LocalOptions, PassedSlots, SlotError, SlotFiles, Watch,
+    self, Copied, Ended, LocalEvent, LocalOptions, PassedSlots, SlotError, SlotFiles, Watch,
 };
 use crate::snapshot::write::{AnnouncedRam, Base, SnapshotWriter};
 use crate::transfer::frame::MemoryTable;
@@ -110,7 +110,8 @@ fn warn_of_devices(config: &VmConfig) {
 
 /// A hook that runs between the State and its answer, while the VM is paused: the place to snapshot its disks.
 ///
-/// Memory that came as descriptors is stored meanwhile, on other threads; where that fails, the hook is waited for all the same.
+/// Memory that came as descriptors is stored meanwhile, on other threads. Where that fails, the hook is waited for all the same: one that
+/// takes long looks at [`CopyProgress::has_failed`](crate::offload::CopyProgress::has_failed).
 pub type OnPaused = Box<dyn FnMut() -> Result<(), VmError> + Send>;
 
 /// Names the directory for a VM whose configuration has come.
@@ -289,7 +290,13 @@ impl SnapshotDestination {
             let (mut hook, ended) = (hook, &ended);
             let hooked = hook().inspect_err(|_| ended.store(true, Ordering::Relaxed));
             let copied = copying.join().unwrap_or_else(|panic| resume_unwind(panic));
-            hooked.and(copied)
+            match copied {
+                // A hook may have ended for this very reason, and what fails after the hook does so because of it.
+                Err(DestinationError::Copy(error)) if !Ended::is(&error) => {
+                    Err(DestinationError::Copy(error))
+                }
+                copied => hooked.and(copied),
+            }
         })
     }
 
@@ -335,6 +342,7 @@ fn copy_paused(
         Some(_) => passed::update(files, writer, watch(local, ended)),
         None => passed::copy(files, writer, None, watch(local, ended)),
     };
+    let copied = copied.inspect_err(|_| local.progress.fail());
     let Copied { bytes, written, .. } = copied.map_err(DestinationError::Copy)?;
     local.tell(LocalEvent::Stored { read_bytes: bytes, written_bytes: written, took: began.elapsed() });
     Ok(())

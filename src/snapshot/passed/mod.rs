@@ -10,5 +10,5 @@ mod warm;
 
 pub use self::slots::SlotError;
 pub(crate) use self::slots::{PassedSlots, SlotFiles};
-pub(crate) use self::warm::{Copied, Watch, copy, update};
+pub(crate) use self::warm::{Copied, Ended, Watch, copy, update};
 pub use self::warm::{CopyProgress, LocalEvent, LocalOptions};

@@ -25,6 +25,13 @@ const PIECE_BYTES: u64 = 1 << 20;
 #[error("Source closed the connection, or the migration was given up here")]
 pub(crate) struct Ended;
 
+impl Ended {
+    /// Whether that is what `error` says.
+    pub(crate) fn is(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<Self>())
+    }
+}
+
 /// How a source that passes its memory as descriptors is treated.
 #[derive(Default)]
 pub struct LocalOptions {
@@ -99,6 +106,7 @@ pub struct CopyProgress(Arc<CopyCounters>);
 struct CopyCounters {
     total: AtomicU64,
     done: AtomicU64,
+    failed: AtomicBool,
 }
 
 impl CopyProgress {
@@ -110,6 +118,15 @@ impl CopyProgress {
     /// Bytes that it has looked at.
     pub fn done_bytes(&self) -> u64 {
         self.0.done.load(Ordering::Relaxed)
+    }
+
+    /// Whether the memory of the paused VM could not be stored: a hook that runs beside it need not go on.
+    pub fn has_failed(&self) -> bool {
+        self.0.failed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn fail(&self) {
+        self.0.failed.store(true, Ordering::Relaxed);
     }
 
     fn begin(&self, total: u64) {

@@ -5,7 +5,6 @@
 use std::net::Shutdown;
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
 
 use vfio_migration_integration::skip;
 
