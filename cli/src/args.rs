@@ -228,6 +228,11 @@ pub(crate) struct SendArguments {
     /// full snapshot and the differentials on top of it, which are applied as they are read.
     #[arg(long, conflicts_with_all = ["connections", "tls_dir", "bandwidth", "all_pages"])]
     pub(crate) local: bool,
+    /// Hand the VM over before its memory is there, to a Cloud Hypervisor in `receive-migration` with
+    /// memory_mode=postcopy: pages come when they are asked for, each checked before that, and ahead of it. Until the last
+    /// one this process has to stay: SIGINT and SIGTERM wait for it, a second one ends the VM.
+    #[arg(long, requires = "local")]
+    pub(crate) on_demand: bool,
     /// Leave the VM paused at the receiver.
     #[arg(long)]
     pub(crate) paused: bool,

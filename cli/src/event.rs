@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use serde::Serialize;
+use vfio_migration::offload::LocalSendProgress;
 use vfio_migration::snapshot::{Digest, PassThrough};
 
 use crate::exit::Exit;
@@ -134,16 +135,27 @@ pub(crate) enum Event<'a> {
         /// Memory that was read from the snapshot and is not zero.
         filled_bytes: u64,
     },
+    /// The receiver runs the VM, or holds it paused, and asks for its memory.
+    HandedOver {
+        /// Where it is.
+        url: String,
+        /// From the first connection on.
+        took_ms: u128,
+    },
+    /// The receiver asks for memory on demand.
+    Serving(Faults),
     /// The receiver has the VM, and its memory as descriptors.
     Passed {
         /// Where it is.
         url: String,
         /// The VM's memory.
         ram_bytes: u64,
-        /// Memory of it that is not zero.
+        /// Memory of it that was read and written.
         filled_bytes: u64,
-        /// From the first connection to the last answer.
+        /// From the first connection to the end.
         total_ms: u128,
+        /// What was asked for on demand; `null` without that.
+        faults: Option<Faults>,
     },
     /// The command failed.
     Failed {
@@ -154,4 +166,47 @@ pub(crate) enum Event<'a> {
         /// What went wrong.
         message: &'a str,
     },
+}
+
+/// What became of memory that is asked for on demand.
+#[derive(Debug, Serialize)]
+pub(crate) struct Faults {
+    /// The VM's memory.
+    pub(crate) ram_bytes: u64,
+    /// Memory that was asked for.
+    pub(crate) asked_bytes: u64,
+    /// Memory that is there and was not asked for yet.
+    pub(crate) ahead_bytes: u64,
+    /// Requests for a page that were answered.
+    pub(crate) served: u64,
+    /// Half of them were answered in so many microseconds.
+    pub(crate) median_us: u128,
+    /// All but a hundredth of them were.
+    pub(crate) percentile_99_us: u128,
+    /// Requests out of order: the guest waited for the page.
+    pub(crate) jumps: u64,
+    /// Half of those out of order were answered in so many microseconds.
+    pub(crate) jump_median_us: u128,
+    /// All but a hundredth of those out of order were.
+    pub(crate) jump_percentile_99_us: u128,
+    /// When the last page was in memory, from the first connection on.
+    pub(crate) last_page_ms: Option<u128>,
+}
+
+impl Faults {
+    pub(crate) fn of(progress: &LocalSendProgress) -> Self {
+        let faults = &progress.faults;
+        Self {
+            ram_bytes: progress.ram_bytes,
+            asked_bytes: faults.asked_bytes,
+            ahead_bytes: faults.ahead_bytes,
+            served: faults.served,
+            median_us: faults.median.as_micros(),
+            percentile_99_us: faults.percentile_99th.as_micros(),
+            jumps: faults.jumps,
+            jump_median_us: faults.jump_median.as_micros(),
+            jump_percentile_99_us: faults.jump_99th.as_micros(),
+            last_page_ms: faults.last_page.map(|at| at.as_millis()),
+        }
+    }
 }

@@ -313,11 +313,14 @@ impl Class for ReceiveError {
 impl Class for LocalSendError {
     fn exit(&self) -> Exit {
         match self {
-            Self::Stopped => Exit::Cancelled,
+            Self::Stopped | Self::Aborted { .. } => Exit::Cancelled,
             Self::Fill(source) => exit_of_copy(source),
-            Self::Make { .. } => Exit::Io,
+            Self::Make { .. } | Self::Thread(_) => Exit::Io,
             Self::Document(error) => exit_of_format(error),
-            Self::Elsewhere { .. } => Exit::Usage,
+            Self::Elsewhere { .. }
+            | Self::CannotFault { .. }
+            | Self::NotOnDemand
+            | Self::OnDemandReceiver { .. } => Exit::Usage,
             Self::NoSlot { .. } | Self::SlotTwice { .. } => Exit::Verification,
             Self::Connection(error) => error.exit(),
             _ if self.is_outcome_unknown() => Exit::OutcomeUnknown,
@@ -334,7 +337,13 @@ impl Class for LocalSendError {
     }
 
     fn remedy(&self) -> Option<&'static str> {
-        if matches!(self, Self::Elsewhere { .. }) { Some(RESTORE_WITH_FILES) } else { None }
+        match self {
+            Self::Elsewhere { .. } => Some(RESTORE_WITH_FILES),
+            Self::NotOnDemand => Some("without --on-demand it gets all memory first"),
+            Self::OnDemandReceiver { .. } => Some("--on-demand sends it so"),
+            Self::CannotFault { .. } => Some("without --on-demand all memory is there first"),
+            _ => None,
+        }
     }
 }
 

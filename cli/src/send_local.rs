@@ -9,19 +9,22 @@ use std::time::Duration;
 
 use indicatif::HumanBytes;
 use vfio_migration::error::Chain;
-use vfio_migration::offload::{LocalSendError, LocalSendOptions, LocalSender, LocalSenderHandle, LocalSent};
+use vfio_migration::offload::{
+    FaultProgress, LocalSendError, LocalSendOptions, LocalSendProgress, LocalSender, LocalSenderHandle,
+    LocalSent,
+};
 use vfio_migration::snapshot::{PassThrough, SnapshotChain};
 use vfio_migration::transfer::url::Endpoint;
 
 use crate::args::SendArguments;
 use crate::devices::refusal_hint;
-use crate::event::Event;
+use crate::event::{Event, Faults};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::host::HostError;
 use crate::output::Output;
 use crate::replacement::read_replacement;
-use crate::signals::stop_flag;
+use crate::signals::{exit, stop_flag_or};
 
 /// How often the sender is looked at.
 const TICK: Duration = Duration::from_millis(50);
@@ -43,14 +46,18 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<LocalSent,
         let message = "Descriptors pass over a UNIX socket only (unix:PATH)".to_owned();
         return Err(Failure { exit: Exit::Usage, message });
     }
-    let stop = stop_flag()?;
     let snapshot_limits = arguments.sizes.of_snapshot();
     let config = read_replacement(arguments)?.map(|(_, config)| config);
     let chain = SnapshotChain::open(&arguments.from, &snapshot_limits)?;
     let devices = config.as_ref().unwrap_or(chain.config()).devices().to_vec();
-    let limits = arguments.limits();
-    let options = LocalSendOptions { config, paused: arguments.paused, limits, snapshot_limits };
+    let (paused, on_demand, limits) = (arguments.paused, arguments.on_demand, arguments.limits());
+    let options = LocalSendOptions { config, paused, on_demand, limits, snapshot_limits };
     let sender = LocalSender::new(chain, options)?;
+    let handle = sender.handle();
+    let stop = stop_flag_or(move || {
+        let is_needed = on_demand && handle.progress().handed_over.is_some();
+        if is_needed { handle.abort() } else { exit() }
+    })?;
     watch(arguments, &sender, &stop, output)?.map_err(|error| failure(error, &devices))
 }
 
@@ -65,32 +72,71 @@ fn watch(
     thread::scope(|scope| {
         let sending = Builder::new().name("send".into()).spawn_scoped(scope, || sender.send(&arguments.url));
         let sending = sending.map_err(|source| HostError::Thread { purpose: "sends", source })?;
-        let mut asked = false;
+        let (mut asked, mut handed_over) = (false, false);
         while !sending.is_finished() {
             if !asked && stop.load(Ordering::Relaxed) {
                 asked = true;
-                output.remark(if handle.cancel() {
-                    "Giving up; the receiver gets no VM"
-                } else {
-                    "Too late to give up: waiting for the receiver to say whether it has the VM"
-                });
+                tell_stopping(&handle, arguments.on_demand, output);
             }
-            tell_progress(&handle, output);
+            let progress = handle.progress();
+            if let Some(took) = progress.handed_over.filter(|_| arguments.on_demand && !handed_over) {
+                handed_over = true;
+                tell_handed_over(arguments, took, output);
+            }
+            tell_progress(&progress, output);
             thread::sleep(TICK);
         }
         Ok(sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
 }
 
-fn tell_progress(handle: &LocalSenderHandle, output: &mut Output) {
-    let progress = handle.progress();
-    if progress.ram_bytes == 0 {
+fn tell_stopping(handle: &LocalSenderHandle, on_demand: bool, output: &Output) {
+    output.remark(if handle.cancel() {
+        "Giving up; the receiver gets no VM"
+    } else if on_demand {
+        "Too late to give up: the VM needs the rest of its memory, and this ends with the last page; a second signal ends the VM"
+    } else {
+        "Too late to give up: waiting for the receiver to say whether it has the VM"
+    });
+}
+
+fn tell_handed_over(arguments: &SendArguments, took: Duration, output: &Output) {
+    let event = Event::HandedOver { url: arguments.url.to_string(), took_ms: took.as_millis() };
+    output.tell(&event, || {
+        let state = if arguments.paused { "stands paused" } else { "runs" };
+        format!(
+            "The VM {state} at {} after {:.3} s; the rest of its memory follows",
+            arguments.url,
+            took.as_secs_f64()
+        )
+    });
+}
+
+fn tell_progress(progress: &LocalSendProgress, output: &mut Output) {
+    let (ram_bytes, filled_bytes) = (progress.ram_bytes, progress.filled_bytes);
+    if ram_bytes == 0 {
         return;
     }
-    let (ram_bytes, filled_bytes) = (progress.ram_bytes, progress.filled_bytes);
+    if progress.handed_over.is_some() {
+        let faults = &progress.faults;
+        let event = Event::Serving(Faults::of(progress));
+        output.progress(&event, faults.asked_bytes, Some(ram_bytes), || told(faults));
+        return;
+    }
     output.progress(&Event::Filling { ram_bytes, filled_bytes }, filled_bytes, Some(ram_bytes), || {
         format!("filled {} of at most {}", HumanBytes(filled_bytes), HumanBytes(ram_bytes))
     });
+}
+
+/// Faults in words.
+fn told(faults: &FaultProgress) -> String {
+    format!(
+        "{} faults served, half in {:?}, 99 of 100 in {:?}; {} ahead",
+        faults.served,
+        faults.median,
+        faults.percentile_99th,
+        HumanBytes(faults.ahead_bytes),
+    )
 }
 
 /// A stored VM stays what it is: nothing is to be resumed or ended here.
@@ -109,22 +155,29 @@ fn failure(error: LocalSendError, devices: &[PassThrough]) -> Failure {
 }
 
 fn tell_sent(arguments: &SendArguments, sent: LocalSent, output: &mut Output) {
+    let progress = sent.progress;
     let event = Event::Passed {
         url: arguments.url.to_string(),
-        ram_bytes: sent.ram_bytes,
-        filled_bytes: sent.filled_bytes,
+        ram_bytes: progress.ram_bytes,
+        filled_bytes: progress.filled_bytes,
         total_ms: sent.took.as_millis(),
+        faults: arguments.on_demand.then(|| Faults::of(&progress)),
     };
     output.result(&event, || {
         let state = if arguments.paused { "stands paused" } else { "is" };
         let from: Vec<_> = arguments.from.iter().map(|dir| dir.display().to_string()).collect();
-        format!(
+        let passed = format!(
             "Passed {} to {}, where the VM {state} now: {} of its {} filled in {:.1} s, the rest is zeros",
             from.join(" + "),
             arguments.url,
-            HumanBytes(sent.filled_bytes),
-            HumanBytes(sent.ram_bytes),
+            HumanBytes(progress.filled_bytes),
+            HumanBytes(progress.ram_bytes),
             sent.took.as_secs_f64(),
-        )
+        );
+        let Some(last_page) = progress.faults.last_page.filter(|_| arguments.on_demand) else {
+            return passed;
+        };
+        let last_page = last_page.as_secs_f64();
+        format!("{passed}; last page written after {last_page:.1} s, {}", told(&progress.faults))
     });
 }

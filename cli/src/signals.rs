@@ -29,18 +29,28 @@ pub(crate) fn survive_file_size_limit() {
 
 /// Returns a flag that the first SIGINT or SIGTERM raises; a later one exits at once.
 pub(crate) fn stop_flag() -> Result<Arc<AtomicBool>, HostError> {
+    stop_flag_or(exit)
+}
+
+/// Exits at once.
+pub(crate) fn exit() {
+    process::exit(Exit::Cancelled as i32);
+}
+
+/// Returns a flag that the first SIGINT or SIGTERM raises; each later one does `again`.
+pub(crate) fn stop_flag_or(again: impl Fn() + Send + 'static) -> Result<Arc<AtomicBool>, HostError> {
     let stop = Arc::new(AtomicBool::new(false));
     let raised = Arc::clone(&stop);
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(HostError::Signals)?;
     let heed = move || {
-        let mut asked: Option<Instant> = None;
+        let mut last: Option<Instant> = None;
         for _ in signals.forever() {
-            match asked {
-                None => asked = Some(Instant::now()),
-                Some(first) if first.elapsed() < SAME_WISH => {}
-                Some(_) => process::exit(Exit::Cancelled as i32),
+            match last {
+                Some(last) if last.elapsed() < SAME_WISH => continue,
+                Some(_) => again(),
+                None => raised.store(true, Ordering::Relaxed),
             }
-            raised.store(true, Ordering::Relaxed);
+            last = Some(Instant::now());
         }
     };
     let started = Builder::new().name("signals".into()).spawn(heed);

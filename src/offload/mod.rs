@@ -56,6 +56,7 @@
 mod restore;
 
 pub use self::restore::{
-    LocalSendError, LocalSendOptions, LocalSendProgress, LocalSender, LocalSenderHandle, LocalSent,
+    FaultProgress, LocalSendError, LocalSendOptions, LocalSendProgress, LocalSender, LocalSenderHandle,
+    LocalSent,
 };
 pub use crate::snapshot::passed::{CopyProgress, LocalEvent, LocalOptions, SlotError};

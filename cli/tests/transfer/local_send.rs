@@ -18,12 +18,12 @@ use crate::stored::Place;
 use crate::tool::{Ended, Tool, run};
 use crate::vmm::{Line, Passed, Vmm};
 
-fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
 /// Starts `send --local` of `from` to a VMM in `place`, with more `options`.
-fn begin(place: &Place, from: &[&Path], options: &[&str]) -> (Vmm, Tool) {
+pub(crate) fn begin(place: &Place, from: &[&Path], options: &[&str]) -> (Vmm, Tool) {
     let socket = place.path("socket");
     let _ = fs::remove_file(&socket);
     let vmm = Vmm::bind(&socket);
@@ -44,12 +44,12 @@ fn send(place: &Place, from: &[&Path], options: &[&str]) -> (Ended, Passed) {
     (tool.end(), line.passed)
 }
 
-fn memory_of(snapshot: &Path) -> Vec<u8> {
+pub(crate) fn memory_of(snapshot: &Path) -> Vec<u8> {
     fs::read(snapshot.join(MEMORY_FILE)).unwrap()
 }
 
 /// Flips a bit of a byte of a file.
-fn flip(file: &Path, offset: u64) {
+pub(crate) fn flip(file: &Path, offset: u64) {
     let file = OpenOptions::new().read(true).write(true).open(file).unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, offset).unwrap();
@@ -57,7 +57,7 @@ fn flip(file: &Path, offset: u64) {
 }
 
 /// A full snapshot and so many differentials on top, each of another VM; and what the last one of them amounts to.
-fn chain(place: &Place, length: u64) -> (Vec<PathBuf>, PathBuf) {
+pub(crate) fn chain(place: &Place, length: u64) -> (Vec<PathBuf>, PathBuf) {
     let mut chain = vec![place.stored("full", 1)];
     for number in 1..=length {
         let (vm, dir) = (place.path(&format!("vm-{number}")), place.path(&format!("differential-{number}")));

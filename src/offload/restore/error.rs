@@ -11,6 +11,7 @@ use crate::range::GpaRange;
 use crate::snapshot::{Elsewhere, FormatError};
 use crate::transfer::connection::ConnectionError;
 use crate::transfer::frame::{Command, FrameError};
+use crate::units::Count;
 
 /// Why a stored VM was not handed over.
 #[derive(Debug, Error)]
@@ -95,6 +96,57 @@ pub enum LocalSendError {
         /// How long it was waited for.
         waited: Duration,
     },
+    /// The receiver waited for requests for pages to be possible, for it was started so.
+    #[error(
+        "Receiver refused State after {:.0} s: it may wait for memory on demand (memory_mode=postcopy), and this is all of it at once",
+        .waited.as_secs_f64()
+    )]
+    OnDemandReceiver {
+        /// How long it waited.
+        waited: Duration,
+    },
+    /// The receiver does not ask for pages.
+    #[error(
+        "Receiver asks for no page: it does not wait for memory on demand (memory_mode=postcopy), and would run the VM on zeros"
+    )]
+    NotOnDemand,
+    /// The VM has devices, or back ends, that reach its memory without a fault.
+    #[error("Memory on demand is not for this VM: {devices} cannot wait for a page, as a vCPU does")]
+    CannotFault {
+        /// What they are called, one after the other.
+        devices: String,
+    },
+    /// Where a request for a page had to come, there was something else.
+    #[error("Receiver sent {command} with {bytes} bytes where it may only ask for a page")]
+    NoFault {
+        /// What it sent.
+        command: Command,
+        /// Bytes of its payload.
+        bytes: u64,
+    },
+    /// The receiver asked for what is no page of the VM.
+    #[error("Receiver asked for {length:#x} bytes at GPA {gpa:#x}, which is no page of the VM's memory")]
+    OutsideRam {
+        /// Where.
+        gpa: u64,
+        /// How much.
+        length: u64,
+    },
+    /// The receiver closed the connection while it lacked memory.
+    #[error("Receiver, or its VM, ended before it had all memory: {} not asked for", Count(.pages, "page"))]
+    Gone {
+        /// Pages of 4 KiB.
+        pages: u64,
+    },
+    /// It was given up here although the receiver ran the VM.
+    #[error("Sending was given up here, and the VM ended: {} not asked for", Count(.pages, "page"))]
+    Aborted {
+        /// Pages of 4 KiB.
+        pages: u64,
+    },
+    /// The system gives no more threads.
+    #[error("Cannot start the thread that serves page faults")]
+    Thread(#[source] io::Error),
     /// It was given up here.
     #[error("Sending was given up here")]
     Stopped,

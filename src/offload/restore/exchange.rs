@@ -15,6 +15,9 @@ use crate::transfer::limits::PeerLimits;
 /// How often a wait for an answer looks whether the VM is still to be sent.
 const TICK: Duration = Duration::from_millis(50);
 
+/// A receiver that refuses State after that long has waited for the connection to ask for pages on; Cloud Hypervisor does for 30 s.
+const WAITED_FOR_FAULTS: Duration = Duration::from_secs(25);
+
 /// The main connection to a receiver.
 pub(super) struct Exchange<'a> {
     pub(super) connection: Connection,
@@ -45,6 +48,11 @@ impl Exchange<'_> {
         self.send(Request::new(command, payload.len() as u64), payload)
     }
 
+    /// Tells the receiver to drop the VM, whether or not it hears of it.
+    pub(super) fn abandon(&mut self) {
+        let _it_may_be_gone = self.connection.write_all(&Request::new(Command::Abandon, 0).to_bytes());
+    }
+
     fn send(&mut self, request: Request, payload: &[u8]) -> Result<(), LocalSendError> {
         let (command, connection) = (request.command(), &mut self.connection);
         let sent = connection.write_all(&request.to_bytes()).and_then(|()| connection.write_all(payload));
@@ -62,7 +70,7 @@ impl Exchange<'_> {
             }
             let head = self.connection.await_head::<HEADER_BYTES>(TICK);
             match head.map_err(|source| LocalSendError::Line { command, source })? {
-                Head::Bytes(bytes) => return check_answer(command, bytes),
+                Head::Bytes(bytes) => return check_answer(command, bytes, began.elapsed()),
                 Head::End => return Err(LocalSendError::Closed { command }),
                 Head::Silence if began.elapsed() >= limit => {
                     return Err(LocalSendError::Silent { command, waited: began.elapsed() });
@@ -73,11 +81,14 @@ impl Exchange<'_> {
     }
 }
 
-fn check_answer(command: Command, bytes: [u8; HEADER_BYTES]) -> Result<(), LocalSendError> {
+fn check_answer(command: Command, bytes: [u8; HEADER_BYTES], waited: Duration) -> Result<(), LocalSendError> {
     let answer = Response::from_bytes(bytes).map_err(|source| LocalSendError::Frame { command, source })?;
     match answer.status() {
         Status::Ok if answer.length() == 0 => Ok(()),
         Status::Ok => Err(LocalSendError::Payload { command, bytes: answer.length() }),
+        Status::Error if command == Command::State && waited >= WAITED_FOR_FAULTS => {
+            Err(LocalSendError::OnDemandReceiver { waited })
+        }
         Status::Error => Err(LocalSendError::Refused { command }),
     }
 }

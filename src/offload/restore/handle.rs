@@ -2,10 +2,12 @@
 
 //! What stops and measures a sender from any thread.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use super::error::LocalSendError;
+use super::latency::Latencies;
 
 /// Stops and measures a [`LocalSender`](super::LocalSender) from any thread.
 #[derive(Debug, Clone, Default)]
@@ -15,8 +17,16 @@ pub struct LocalSenderHandle(Arc<Shared>);
 struct Shared {
     stopped: AtomicBool,
     too_late: AtomicBool,
+    aborted: AtomicBool,
+    began: OnceLock<Instant>,
     ram: AtomicU64,
     filled: AtomicU64,
+    present: AtomicU64,
+    asked: AtomicU64,
+    handed_over: OnceLock<Duration>,
+    last_page: OnceLock<Duration>,
+    in_order: Latencies,
+    jumps: Latencies,
 }
 
 /// How far a [`LocalSender`](super::LocalSender) is.
@@ -27,6 +37,34 @@ pub struct LocalSendProgress {
     pub ram_bytes: u64,
     /// Bytes of it that were read and written; what is zero in the snapshot is not.
     pub filled_bytes: u64,
+    /// When the receiver got the VM, from the first connection on.
+    pub handed_over: Option<Duration>,
+    /// What became of memory that is asked for on demand.
+    pub faults: FaultProgress,
+}
+
+/// What became of memory that a receiver asks for on demand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct FaultProgress {
+    /// Requests for a page that were answered.
+    pub served: u64,
+    /// Those among them out of order: pages that the guest waited for.
+    pub jumps: u64,
+    /// Half of the requests out of order were answered in this time; the figures are an eighth too large at most.
+    pub jump_median: Duration,
+    /// All but a hundredth of the requests out of order were answered in this time.
+    pub jump_99th: Duration,
+    /// Half of all requests were answered in this time.
+    pub median: Duration,
+    /// All but a hundredth of all requests were answered in this time.
+    pub percentile_99th: Duration,
+    /// Bytes that were asked for.
+    pub asked_bytes: u64,
+    /// Bytes that are in memory, and were not asked for yet.
+    pub ahead_bytes: u64,
+    /// When the last page was in memory, from the first connection on.
+    pub last_page: Option<Duration>,
 }
 
 impl LocalSenderHandle {
@@ -36,18 +74,81 @@ impl LocalSenderHandle {
         !self.0.too_late.load(Ordering::SeqCst)
     }
 
+    /// Gives up even if the receiver runs the VM, and needs memory that is not there: the memory is taken away from it, and the VM ends.
+    pub fn abort(&self) {
+        self.cancel();
+        self.0.aborted.store(true, Ordering::SeqCst);
+    }
+
     /// How far the sender is.
     pub fn progress(&self) -> LocalSendProgress {
+        let shared = &*self.0;
         let read = |figure: &AtomicU64| figure.load(Ordering::Relaxed);
-        LocalSendProgress { ram_bytes: read(&self.0.ram), filled_bytes: read(&self.0.filled) }
+        let all = shared.in_order.with(&shared.jumps);
+        let asked_bytes = read(&shared.asked);
+        let faults = FaultProgress {
+            served: all.count(),
+            jumps: shared.jumps.count(),
+            jump_median: shared.jumps.percentile(50),
+            jump_99th: shared.jumps.percentile(99),
+            median: all.percentile(50),
+            percentile_99th: all.percentile(99),
+            asked_bytes,
+            ahead_bytes: read(&shared.present).saturating_sub(asked_bytes),
+            last_page: shared.last_page.get().copied(),
+        };
+        LocalSendProgress {
+            ram_bytes: read(&shared.ram),
+            filled_bytes: read(&shared.filled),
+            handed_over: shared.handed_over.get().copied(),
+            faults,
+        }
     }
 
     pub(super) fn begin(&self, ram_bytes: u64) {
         self.0.ram.store(ram_bytes, Ordering::Relaxed);
     }
 
+    /// Begins to measure time.
+    pub(super) fn begin_time(&self) {
+        let _it_began_before = self.0.began.set(Instant::now());
+    }
+
+    pub(super) fn elapsed(&self) -> Duration {
+        self.0.began.get().map_or(Duration::ZERO, Instant::elapsed)
+    }
+
     pub(super) fn add_filled(&self, bytes: u64) {
         self.0.filled.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_present(&self, bytes: u64) {
+        self.0.present.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn note_asked(&self, bytes: u64) {
+        self.0.asked.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn note_fault(&self, is_jump: bool, took: Duration) {
+        if is_jump { self.0.jumps.add(took) } else { self.0.in_order.add(took) }
+    }
+
+    /// Whether a request was answered.
+    pub(super) fn has_served(&self) -> bool {
+        self.0.in_order.count() + self.0.jumps.count() > 0
+    }
+
+    pub(super) fn note_last_page(&self) {
+        let _it_is_the_only_one = self.0.last_page.set(self.elapsed());
+    }
+
+    pub(super) fn note_handed_over(&self) {
+        let _it_is_the_only_time = self.0.handed_over.set(self.elapsed());
+    }
+
+    pub(super) fn is_aborted(&self) -> bool {
+        self.0.aborted.load(Ordering::SeqCst)
     }
 
     /// Fails where the sender was given up.

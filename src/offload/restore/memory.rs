@@ -8,7 +8,8 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
+use rustix::io::retry_on_intr;
 
 use super::error::LocalSendError;
 use crate::range::GpaRange;
@@ -75,6 +76,31 @@ impl VmMemory {
         })
     }
 
+    /// Gives `range` pages of zeros where it has none; the others stay as they are.
+    ///
+    /// # Errors
+    /// There is no memory left.
+    pub(super) fn allocate(&self, range: GpaRange) -> io::Result<()> {
+        self.places(range).try_for_each(|place| {
+            let allocate =
+                || fallocate(place.file, FallocateFlags::KEEP_SIZE, place.offset, place.range.len());
+            Ok(retry_on_intr(allocate)?)
+        })
+    }
+
+    /// Whether `range` is in one slot.
+    pub(super) fn holds(&self, range: GpaRange) -> bool {
+        self.places(range).next().is_some_and(|place| place.range == range)
+    }
+
+    /// Cuts all memory off, for good: whoever touches it from now on gets SIGBUS, and no zeros; writing to it fails.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub(super) fn take_away(&self) -> io::Result<()> {
+        self.0.iter().map(|part| part.file.set_len(0)).fold(Ok(()), io::Result::and)
+    }
+
     fn places(&self, range: GpaRange) -> impl Iterator<Item = Place<'_>> {
         let first = self.0.partition_point(|part| part.slot.range.end() <= range.start());
         self.0[first..].iter().map_while(move |SlotMemory { slot, file }| {
@@ -92,9 +118,12 @@ struct Place<'a> {
 }
 
 fn one_hole(slot: RamSlot) -> io::Result<File> {
-    let file = File::from(memfd_create(format!("vm-slot-{}", slot.slot), MemfdFlags::CLOEXEC)?);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(memfd_create(format!("vm-slot-{}", slot.slot), flags)?);
     let bytes = slot.offset.checked_add(slot.range.len()).ok_or(io::ErrorKind::InvalidInput)?;
     file.set_len(bytes)?;
+    // What is written late to memory that was taken away does not make it come back, full of zeros.
+    fcntl_add_seals(&file, SealFlags::GROW)?;
     Ok(file)
 }
 
@@ -113,6 +142,8 @@ fn data_runs(bytes: &[u8]) -> impl Iterator<Item = Range<usize>> + '_ {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     fn range(start: u64, length: u64) -> GpaRange {
@@ -144,6 +175,15 @@ mod tests {
             byte[0]
         };
         assert_eq!([read(0, 0x11fff), read(0, 0x12000), read(1, 0xfff), read(1, 0x1000)], [0, 9, 9, 0]);
+        assert!(memory.holds(range(0xf000, 0x1000)) && !memory.holds(range(0xf000, 0x2000)));
+        memory.allocate(range(0, 0x20000)).unwrap();
+        assert_eq!([read(0, 0x12fff), read(1, 0xfff), read(1, 0x1000)], [9, 9, 0]);
+        let blocks = |number: usize| memory.0[number].file.metadata().unwrap().blocks();
+        assert_eq!([blocks(0), blocks(1)], [0x10000 / 512; 2]);
+        memory.take_away().unwrap();
+        assert!(memory.write(range(0x1000, 0x1000), &[1; 0x1000]).is_err());
+        assert!(memory.allocate(range(0x1000, 0x1000)).is_err());
+        assert!(memory.0.iter().all(|part| part.file.metadata().unwrap().len() == 0));
         assert!(matches!(VmMemory::make(&[low, low]), Err(LocalSendError::SlotTwice { slot: 1 })));
     }
 }

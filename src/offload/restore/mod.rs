@@ -2,14 +2,20 @@
 
 //! Hands a stored VM to a VMM that waits on this host: its memory in memfds, each as a descriptor.
 
+mod ahead;
+mod asked;
 mod error;
 mod exchange;
+mod faults;
 mod fill;
 mod handle;
+mod latency;
 mod memory;
+mod on_demand;
+mod supply;
 
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use self::exchange::Exchange;
 use self::memory::VmMemory;
@@ -23,7 +29,7 @@ use crate::transfer::limits::PeerLimits;
 use crate::transfer::url::Url;
 
 pub use self::error::LocalSendError;
-pub use self::handle::{LocalSendProgress, LocalSenderHandle};
+pub use self::handle::{FaultProgress, LocalSendProgress, LocalSenderHandle};
 
 /// How a stored VM is sent to a receiver on this host.
 #[derive(Debug, Clone, Default)]
@@ -32,6 +38,10 @@ pub struct LocalSendOptions {
     pub config: Option<VmConfig>,
     /// Leave the VM paused at the receiver.
     pub paused: bool,
+    /// Hand the VM over before its memory is there: pages come when they are asked for, each checked before it is given, and ahead of that.
+    /// The receiver has to ask for them: Cloud Hypervisor does with `memory_mode=postcopy`. Not for VMs whose devices or back ends reach
+    /// memory without a vCPU, for these cannot wait for a page.
+    pub on_demand: bool,
     /// What the receiver may ask of this process.
     pub limits: PeerLimits,
     /// What the snapshot may ask of this process.
@@ -42,11 +52,9 @@ pub struct LocalSendOptions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LocalSent {
-    /// Bytes of RAM.
-    pub ram_bytes: u64,
-    /// Bytes of it that are not zero, and so were read and written.
-    pub filled_bytes: u64,
-    /// From the first connection to the last answer.
+    /// What it came to.
+    pub progress: LocalSendProgress,
+    /// From the first connection to the end: the last answer, or, with memory on demand, the last page that the receiver asked for.
     pub took: Duration,
 }
 
@@ -54,10 +62,16 @@ pub struct LocalSent {
 ///
 /// The snapshot may be a full one with differentials on top: they are applied as they are read, and nothing is written to disk. Every
 /// block that is read is checked against the manifests before the receiver hears of the VM. What is zero stays a hole.
+///
+/// On demand, the receiver has the VM before that, and each block is checked before a page of it is given. The process has to stay until
+/// the last page: then [`LocalSender::send`] returns. If a block was altered, or the file cannot be read, the memory is taken away from the
+/// receiver before it hears of it, so that its VM ends, and never goes on with other bytes.
 pub struct LocalSender {
     chain: SnapshotChain,
     message: Vec<u8>,
     slots: Vec<RamSlot>,
+    /// Memory that a receiver does not ask for on demand.
+    hotpluggable: Vec<GpaRange>,
     options: LocalSendOptions,
     handle: LocalSenderHandle,
 }
@@ -82,11 +96,21 @@ impl LocalSender {
         if !elsewhere.is_empty() {
             return Err(LocalSendError::Elsewhere { elsewhere });
         }
-        let config = options.config.as_ref().unwrap_or(chain.config());
-        let message = chain.state().config_message(config)?;
-        let slots = ConfigMessage::parse(&message, &options.snapshot_limits)?.slots().to_vec();
+        let mut config = options.config.as_ref().unwrap_or(chain.config()).clone();
+        if options.on_demand {
+            check_faults(&config)?;
+            if let Some(without) = config.without_prefault()? {
+                log::warn!(
+                    "Sending the configuration without prefault=on, which a receiver on demand refuses"
+                );
+                config = without;
+            }
+        }
+        let message = chain.state().config_message(&config)?;
+        let parsed = ConfigMessage::parse(&message, &options.snapshot_limits)?;
+        let (slots, hotpluggable) = (parsed.slots().to_vec(), parsed.hotpluggable().to_vec());
         check_slots(chain.state(), &slots)?;
-        Ok(Self { chain, message, slots, options, handle: LocalSenderHandle::default() })
+        Ok(Self { chain, message, slots, hotpluggable, options, handle: LocalSenderHandle::default() })
     }
 
     /// Returns what stops and measures it from any thread.
@@ -99,34 +123,59 @@ impl LocalSender {
     /// # Errors
     /// The receiver has no VM, unless [`LocalSendError::is_outcome_unknown`].
     pub fn send(&self, url: &Url) -> Result<LocalSent, LocalSendError> {
-        let began = Instant::now();
-        let limits = &self.options.limits;
-        let connection = Connection::connect(url, None, limits)?;
-        let mut exchange = Exchange { connection, limits, handle: &self.handle };
-        let sent = self.fill_and_hand_over(&mut exchange);
-        exchange.connection.close(limits.linger);
-        sent?;
-        let progress = self.handle.progress();
-        let (ram_bytes, filled_bytes) = (progress.ram_bytes, progress.filled_bytes);
-        Ok(LocalSent { ram_bytes, filled_bytes, took: began.elapsed() })
-    }
-
-    fn fill_and_hand_over(&self, exchange: &mut Exchange<'_>) -> Result<(), LocalSendError> {
         let memory = VmMemory::make(&self.slots)?;
         let ram = self.slots.iter().map(|slot| slot.range);
-        self.handle.begin(ram.clone().map(GpaRange::len).sum());
-        let blocks = ChainBlocks::of(&self.chain, ram).map_err(LocalSendError::Fill)?;
-        fill::all(&blocks, &memory, &self.handle, self.options.snapshot_limits.thread_start)?;
-        exchange.start()?;
-        for (slot, file) in memory.descriptors() {
-            exchange.memory(slot, file)?;
-        }
-        exchange.ask(Command::Config, &self.message)?;
+        let blocks = ChainBlocks::of(&self.chain, ram.clone()).map_err(LocalSendError::Fill)?;
+        let limits = &self.options.limits;
+        self.handle.begin(ram.map(GpaRange::len).sum());
+        self.handle.begin_time();
+        let connection = Connection::connect(url, None, limits)?;
+        let mut exchange = Exchange { connection, limits, handle: &self.handle };
+        let sent = if self.options.on_demand {
+            self.serve(&mut exchange, url, (&blocks, &memory))
+        } else {
+            self.fill_and_hand_over(&mut exchange, &blocks, &memory)
+        };
+        exchange.connection.close(limits.linger);
+        sent?;
+        Ok(LocalSent { progress: self.handle.progress(), took: self.handle.elapsed() })
+    }
+
+    fn fill_and_hand_over(
+        &self,
+        exchange: &mut Exchange<'_>,
+        blocks: &ChainBlocks<'_>,
+        memory: &VmMemory,
+    ) -> Result<(), LocalSendError> {
+        fill::all(blocks, memory, &self.handle, self.options.snapshot_limits.thread_start)?;
+        self.begin(exchange, memory)?;
         exchange.ask(Command::State, self.chain.state().text())?;
         self.handle.pass_the_point_of_no_return()?;
-        let complete = if self.options.paused { Command::CompletePaused } else { Command::Complete };
-        exchange.ask(complete, &[])
+        exchange.ask(self.complete(), &[])?;
+        self.handle.note_handed_over();
+        Ok(())
     }
+
+    /// Says all up to Config.
+    fn begin(&self, exchange: &mut Exchange<'_>, memory: &VmMemory) -> Result<(), LocalSendError> {
+        exchange.start()?;
+        memory.descriptors().try_for_each(|(slot, file)| exchange.memory(slot, file))?;
+        exchange.ask(Command::Config, &self.message)
+    }
+
+    fn complete(&self) -> Command {
+        if self.options.paused { Command::CompletePaused } else { Command::Complete }
+    }
+}
+
+/// Checks that nothing but vCPUs and the VMM reaches the VM's memory.
+fn check_faults(config: &VmConfig) -> Result<(), LocalSendError> {
+    let devices = config.devices().iter().map(|device| format!("pass-through device {device}"));
+    let vdpa = config.vdpa().iter().map(|path| format!("vDPA device {}", path.escape_debug()));
+    let back_ends =
+        config.vhost_user().iter().map(|name| format!("vhost-user back end {}", name.escape_debug()));
+    let devices: Vec<_> = devices.chain(vdpa).chain(back_ends).collect();
+    if devices.is_empty() { Ok(()) } else { Err(LocalSendError::CannotFault { devices: devices.join(", ") }) }
 }
 
 /// Checks that all memory of the state is in a slot.

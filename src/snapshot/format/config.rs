@@ -4,6 +4,7 @@
 //!
 //! Only what is needed is parsed; everything else passes through unchanged.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -66,6 +67,43 @@ struct PmemConfig {
     discard_writes: bool,
 }
 
+/// The parts of a configuration that describe back ends in other processes.
+#[derive(Deserialize)]
+struct BackEndFields {
+    #[serde(default)]
+    disks: Option<AtMost<ENTRIES, BackEnd>>,
+    #[serde(default)]
+    net: Option<AtMost<ENTRIES, BackEnd>>,
+    #[serde(default)]
+    fs: Option<AtMost<ENTRIES, BackEnd>>,
+    #[serde(default)]
+    generic_vhost_user: Option<AtMost<ENTRIES, BackEnd>>,
+}
+
+/// A device that may have a vhost-user back end.
+#[derive(Deserialize)]
+struct BackEnd {
+    #[serde(default)]
+    id: Option<String>,
+    #[serde(default)]
+    vhost_user: bool,
+    #[serde(default)]
+    vhost_socket: Option<String>,
+    #[serde(default)]
+    socket: Option<String>,
+}
+
+impl BackEndFields {
+    fn into_names(self) -> Vec<String> {
+        let some = |list: Option<AtMost<ENTRIES, BackEnd>>| list.unwrap_or_default().into_iter();
+        let always = some(self.fs).chain(some(self.generic_vhost_user));
+        let maybe = some(self.disks).chain(some(self.net));
+        let maybe = maybe.filter(|device| device.vhost_user || device.vhost_socket.is_some());
+        let name = |device: BackEnd| device.id.or(device.vhost_socket).or(device.socket).unwrap_or_default();
+        always.chain(maybe).map(name).collect()
+    }
+}
+
 #[derive(Deserialize)]
 struct VdpaConfig {
     path: String,
@@ -99,6 +137,7 @@ pub struct VmConfig {
     file_zones: Vec<ZoneFile>,
     shared_files: Vec<ZoneFile>,
     devices: Vec<PassThrough>,
+    vhost_user: Vec<String>,
 }
 
 impl VmConfig {
@@ -114,6 +153,7 @@ impl VmConfig {
     pub(super) fn from_raw(text: Box<RawValue>) -> Result<Self, FormatError> {
         let fields: VmConfigFields = serde_json::from_str(text.get()).map_err(json("config.json"))?;
         let devices: DeviceFields = serde_json::from_str(text.get()).map_err(json("config.json"))?;
+        let back_ends: BackEndFields = serde_json::from_str(text.get()).map_err(json("config.json"))?;
         let disks = fields.disks.unwrap_or_default().into_iter().filter(|disk| !disk.readonly);
         let disks = disks.map(|disk| disk.path.or(disk.vhost_socket).unwrap_or_default());
         let pmem = fields.pmem.unwrap_or_default().into_iter().filter(|pmem| !pmem.discard_writes);
@@ -133,6 +173,7 @@ impl VmConfig {
             file_zones,
             shared_files,
             devices: devices.into_devices(),
+            vhost_user: back_ends.into_names(),
         })
     }
 
@@ -178,5 +219,68 @@ impl VmConfig {
     /// The pass-through devices; the size of their saved states is not known from a configuration.
     pub fn devices(&self) -> &[PassThrough] {
         &self.devices
+    }
+
+    /// The devices whose back ends are other processes that map the VM's memory (vhost-user), by id or socket.
+    pub fn vhost_user(&self) -> &[String] {
+        &self.vhost_user
+    }
+
+    /// Returns the configuration without `prefault=on`, or `None` where it has none.
+    ///
+    /// # Errors
+    /// Its memory is of another shape.
+    pub(crate) fn without_prefault(&self) -> Result<Option<Self>, FormatError> {
+        let wrong = || json("config.json");
+        let mut config: Object = serde_json::from_str(self.text()).map_err(wrong())?;
+        let memory = config.get("memory").map_or("{}", |memory| memory.get());
+        let mut memory: Object = serde_json::from_str(memory).map_err(wrong())?;
+        let zones = memory.get("zones").map_or("null", |zones| zones.get());
+        let mut zones: Option<Vec<Object>> = serde_json::from_str(zones).map_err(wrong())?;
+        let all = std::iter::once(&mut memory).chain(zones.iter_mut().flatten());
+        let cleared = all.filter_map(|part| part.get_mut("prefault").filter(|value| value.get() == "true"));
+        let cleared: usize = cleared.map(|value| *value = raw(&false)).count();
+        if cleared == 0 {
+            return Ok(None);
+        }
+        if let Some(zones) = zones {
+            memory.insert("zones".to_owned(), raw(&zones));
+        }
+        config.insert("memory".to_owned(), raw(&memory));
+        Self::from_raw(raw(&config)).map(Some)
+    }
+}
+
+/// A JSON object whose values are kept as text.
+type Object = BTreeMap<String, Box<RawValue>>;
+
+fn raw(value: &impl Serialize) -> Box<RawValue> {
+    serde_json::value::to_raw_value(value).expect("texts with text keys are JSON")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(text: &str) -> VmConfig {
+        VmConfig::parse(text.as_bytes(), &SnapshotLimits::default()).unwrap()
+    }
+
+    #[test]
+    fn prefault_is_cleared_wherever_it_is_and_nothing_else_changes() {
+        let with = r#"{"memory":{"size":0,"prefault":true,"zones":[{"id":"a","prefault":true,"size":18446744073709551615}]},"x":1.50}"#;
+        let cleared = config(with).without_prefault().unwrap().unwrap();
+        let expected = r#"{"memory":{"prefault":false,"size":0,"zones":[{"id":"a","prefault":false,"size":18446744073709551615}]},"x":1.50}"#;
+        assert_eq!(cleared.text(), expected);
+        assert!(cleared.without_prefault().unwrap().is_none());
+        assert!(config(r#"{"memory":{"size":0,"zones":null}}"#).without_prefault().unwrap().is_none());
+    }
+
+    #[test]
+    fn back_ends_in_other_processes_are_found() {
+        let text = r#"{"memory":{"size":0},"fs":[{"socket":"/fs"}],"net":[{"id":"n","vhost_user":true},{"id":"tap"}],
+            "disks":[{"path":"/disk"},{"vhost_socket":"/blk"}],"generic_vhost_user":[{"id":"g","socket":"/g"}]}"#;
+        assert_eq!(config(text).vhost_user(), ["/fs", "g", "/blk", "n"]);
+        assert!(config(r#"{"memory":{"size":0},"fs":null}"#).vhost_user().is_empty());
     }
 }

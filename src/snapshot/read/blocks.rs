@@ -40,6 +40,8 @@ pub(crate) struct ChainBlocks<'a> {
     readers: Vec<Option<MemoryReader<'a>>>,
     blocks: Vec<ChainBlock>,
     parts: Vec<BlockPart>,
+    /// Every part with the number of its block, ascending by address.
+    by_gpa: Vec<(GpaRange, usize)>,
 }
 
 impl<'a> ChainBlocks<'a> {
@@ -79,7 +81,13 @@ impl<'a> ChainBlocks<'a> {
         }
         let parts: Vec<_> = pieces.into_iter().map(|(_, part)| part).collect();
         blocks.sort_unstable_by_key(|block| parts[block.parts.start].range);
-        Self { readers, blocks, parts }
+        let numbered = blocks.iter().enumerate();
+        let of_block = |(number, block): (usize, &ChainBlock)| {
+            parts[block.parts.clone()].iter().map(move |part| (part.range, number)).collect::<Vec<_>>()
+        };
+        let mut by_gpa: Vec<_> = numbered.flat_map(of_block).collect();
+        by_gpa.sort_unstable();
+        Self { readers, blocks, parts, by_gpa }
     }
 
     /// How many blocks there are.
@@ -95,6 +103,13 @@ impl<'a> ChainBlocks<'a> {
     /// The memory in a block.
     pub(crate) fn parts(&self, number: usize) -> &[BlockPart] {
         &self.parts[self.blocks[number].parts.clone()]
+    }
+
+    /// The blocks that hold any of `range`; one may come several times.
+    pub(crate) fn holding(&self, range: GpaRange) -> impl Iterator<Item = usize> + '_ {
+        let first = self.by_gpa.partition_point(|(part, _)| part.end() <= range.start());
+        let parts = self.by_gpa[first..].iter().take_while(move |(part, _)| part.start() < range.end());
+        parts.map(|&(_, number)| number)
     }
 
     /// Reads a whole block that is not zeros into `bytes`, and checks it against its digest, however often it was read before.

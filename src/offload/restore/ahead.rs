@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Writes memory ahead of a receiver that asks for it, while faults that it waits for come first.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use super::supply::Supply;
+use crate::range::GpaRange;
+
+/// Memory behind a page that the guest waited for, which it may want next.
+pub(super) const NEAR_BYTES: u64 = 2 << 20;
+
+/// Memory of a range near a fault that is brought at a time.
+const NEAR_AT_ONCE_BYTES: u64 = 128 << 10;
+
+/// Most ranges near faults that are remembered: what the guest did long ago does not count.
+const NEAR_RANGES: usize = 64;
+
+/// Blocks that a thread takes at a time.
+const BLOCKS_AT_ONCE: usize = 16;
+
+/// How long threads of this kind wait before they look again.
+const MOMENT: Duration = Duration::from_micros(50);
+
+/// How long they wait for the VM to be handed over.
+const TICK: Duration = Duration::from_millis(1);
+
+/// What is to be brought next, by any number of threads.
+#[derive(Debug, Default)]
+pub(super) struct Ahead {
+    next: AtomicUsize,
+    near: Mutex<VecDeque<GpaRange>>,
+    /// A fault is being served.
+    is_serving: AtomicBool,
+    /// It takes so much that others are to help.
+    wants_help: AtomicBool,
+    handed_over: AtomicBool,
+    ended: AtomicBool,
+    /// The first failure before anybody asked for what failed.
+    failure: Mutex<Option<io::Error>>,
+}
+
+impl Ahead {
+    /// Ends the threads.
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// Lets all threads take part: nothing is in their way any more.
+    pub(super) fn hand_over(&self) {
+        self.handed_over.store(true, Ordering::Release);
+    }
+
+    /// Takes what failed so far, though nobody has asked for it.
+    pub(super) fn take_failure(&self) -> Option<io::Error> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Does `work` for a fault while the threads wait; for a large page they help.
+    pub(super) fn serve<T>(&self, page: GpaRange, work: impl FnOnce() -> T) -> T {
+        let is_large = page.len() > NEAR_BYTES / 2;
+        if is_large {
+            self.near().push_front(page);
+            self.wants_help.store(true, Ordering::Release);
+        }
+        self.is_serving.store(true, Ordering::Release);
+        let done = work();
+        self.is_serving.store(false, Ordering::Release);
+        self.wants_help.store(false, Ordering::Release);
+        done
+    }
+
+    /// Has what follows `gpa` brought soon.
+    pub(super) fn note_fault(&self, gpa: u64) {
+        let Ok(range) = GpaRange::from_bounds(gpa, gpa.saturating_add(NEAR_BYTES)) else { return };
+        let mut near = self.near();
+        near.push_front(range);
+        near.truncate(NEAR_RANGES);
+    }
+
+    /// Goes on behind block `number`: everything before it was asked for.
+    pub(super) fn skip_to(&self, number: usize) {
+        self.next.fetch_max(number, Ordering::Relaxed);
+    }
+
+    /// Works until everything is in memory or the end is told. `is_first`: before the VM is handed over, too.
+    pub(super) fn work(&self, supply: &Supply<'_>, is_first: bool) {
+        let mut scratch = Vec::new();
+        while !is_first && !self.handed_over.load(Ordering::Acquire) && !self.has_ended() {
+            thread::sleep(TICK);
+        }
+        while !self.has_ended() {
+            if let Some(piece) = self.next_near() {
+                supply.holding(piece).for_each(|number| self.bring(supply, number, &mut scratch));
+                continue;
+            }
+            let first = self.next.fetch_add(BLOCKS_AT_ONCE, Ordering::Relaxed);
+            if first >= supply.count() {
+                break;
+            }
+            let end = supply.count().min(first + BLOCKS_AT_ONCE);
+            (first..end).for_each(|number| self.bring(supply, number, &mut scratch));
+        }
+        // What was skipped, because the receiver asked for it or did not.
+        (0..supply.count()).for_each(|number| self.bring(supply, number, &mut scratch));
+    }
+
+    fn bring(&self, supply: &Supply<'_>, number: usize, scratch: &mut Vec<u8>) {
+        while self.is_serving.load(Ordering::Acquire) && !self.wants_help.load(Ordering::Acquire) {
+            thread::sleep(MOMENT);
+        }
+        if self.has_ended() {
+            return;
+        }
+        if let Err(error) = supply.bring_ahead(number, scratch)
+            && !self.has_ended()
+        {
+            log::warn!("Cannot bring memory ahead: {error}");
+            self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        }
+    }
+
+    fn next_near(&self) -> Option<GpaRange> {
+        let mut near = self.near();
+        let range = near.pop_front()?;
+        let mut pieces = range.pieces(NEAR_AT_ONCE_BYTES);
+        let first = pieces.next();
+        if let Some(rest) =
+            pieces.next().and_then(|next| GpaRange::from_bounds(next.start(), range.end()).ok())
+        {
+            near.push_front(rest);
+        }
+        first
+    }
+
+    fn near(&self) -> std::sync::MutexGuard<'_, VecDeque<GpaRange>> {
+        self.near.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

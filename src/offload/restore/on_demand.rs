@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Hands a VM over before its memory is there: pages come when they are asked for, and ahead of that.
+
+use std::io::Write;
+use std::thread::{self, ScopedJoinHandle};
+use std::time::{Duration, Instant};
+
+use super::LocalSender;
+use super::ahead::Ahead;
+use super::asked::Asked;
+use super::error::LocalSendError;
+use super::exchange::Exchange;
+use super::faults::FaultServer;
+use super::memory::VmMemory;
+use super::supply::Supply;
+use crate::range::{GpaRange, subtract};
+use crate::snapshot::{ChainBlocks, parallel};
+use crate::transfer::connection::Connection;
+use crate::transfer::frame::{Command, ConnectionRole};
+use crate::transfer::url::Url;
+
+/// How often the wait for the first request looks whether it has come.
+const TICK: Duration = Duration::from_millis(1);
+
+/// How long a receiver that has taken State may wait before it asks for its first page; it asks at once.
+const FIRST_FAULT: Duration = Duration::from_secs(10);
+
+impl LocalSender {
+    /// Hands the VM over, and serves its faults until all of its memory was asked for.
+    pub(super) fn serve(
+        &self,
+        exchange: &mut Exchange<'_>,
+        url: &Url,
+        (blocks, memory): (&ChainBlocks<'_>, &VmMemory),
+    ) -> Result<(), LocalSendError> {
+        let supply = Supply::of(blocks, memory, &self.handle);
+        // The receiver registers none of these ranges, and so never asks for them.
+        self.fill_hotpluggable(&supply)?;
+        self.begin(exchange, memory)?;
+        let mut connection = Connection::connect(url, None, exchange.limits)?;
+        let role = ConnectionRole::Fault.to_bytes();
+        let announced = connection.write_all(&role);
+        announced.map_err(|source| LocalSendError::Line { command: Command::PageFault, source })?;
+        let asked = Asked::nothing(self.asked_for());
+        let ahead = Ahead::default();
+        let server = FaultServer::new(connection, (&supply, memory), &ahead, &self.handle, asked);
+        thread::scope(|scope| {
+            let start = self.options.snapshot_limits.thread_start;
+            let serving = start.spawn_scoped(scope, "restore-faults", || server.serve());
+            let serving = serving.map_err(LocalSendError::Thread)?;
+            for number in 0..parallel::processors() {
+                let (ahead, supply) = (&ahead, &supply);
+                let work = move || ahead.work(supply, number == 0);
+                if let Err(error) = start.spawn_scoped(scope, "restore-ahead", work) {
+                    log::warn!("Cannot start a thread that writes ahead: {error}");
+                }
+            }
+            let served = self.hand_over(exchange, &ahead, serving);
+            ahead.end();
+            served
+        })
+    }
+
+    fn fill_hotpluggable(&self, supply: &Supply<'_>) -> Result<(), LocalSendError> {
+        let mut scratch = Vec::new();
+        self.hotpluggable.iter().try_for_each(|&range| {
+            self.handle.check()?;
+            supply.bring_data(range, &mut scratch).map_err(LocalSendError::Fill)
+        })
+    }
+
+    /// The memory that the receiver asks for.
+    fn asked_for(&self) -> Vec<GpaRange> {
+        let mut ranges: Vec<_> = self.slots.iter().map(|slot| slot.range).collect();
+        self.hotpluggable.iter().for_each(|&range| subtract(&mut ranges, range));
+        ranges
+    }
+
+    /// Sends State and Complete, and waits until all is served.
+    fn hand_over(
+        &self,
+        exchange: &mut Exchange<'_>,
+        ahead: &Ahead,
+        serving: ScopedJoinHandle<'_, Result<(), LocalSendError>>,
+    ) -> Result<(), LocalSendError> {
+        let result = |serving: ScopedJoinHandle<'_, _>| {
+            serving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        let prepared = exchange
+            .ask(Command::State, self.chain.state().text())
+            .and_then(|()| self.await_first_fault(ahead, || serving.is_finished()))
+            .and_then(|()| ahead.take_failure().map_or(Ok(()), |error| Err(LocalSendError::Fill(error))))
+            .and_then(|()| self.handle.pass_the_point_of_no_return());
+        if let Err(error) = prepared {
+            exchange.abandon();
+            ahead.end();
+            // What ended the requests for pages is why State was refused, if anything did.
+            return Err(match result(serving) {
+                Err(cause) if !matches!(cause, LocalSendError::Gone { .. }) => cause,
+                _ => error,
+            });
+        }
+        let completed = exchange.ask(self.complete(), &[]);
+        if matches!(completed, Err(LocalSendError::Refused { .. })) {
+            ahead.end();
+        } else {
+            // Where it is not known whether the VM runs, it is served as if it did.
+            self.handle.note_handed_over();
+            ahead.hand_over();
+        }
+        let served = result(serving);
+        completed.and(served)
+    }
+
+    /// Waits for the first request: a receiver that asks for nothing would run the VM on zeros.
+    fn await_first_fault(&self, ahead: &Ahead, has_ended: impl Fn() -> bool) -> Result<(), LocalSendError> {
+        let began = Instant::now();
+        while !self.handle.has_served() {
+            self.handle.check()?;
+            if has_ended() {
+                return Err(LocalSendError::NotOnDemand);
+            }
+            if let Some(error) = ahead.take_failure() {
+                return Err(LocalSendError::Fill(error));
+            }
+            if began.elapsed() > FIRST_FAULT {
+                return Err(LocalSendError::NotOnDemand);
+            }
+            thread::sleep(TICK);
+        }
+        Ok(())
+    }
+}
