@@ -6,7 +6,7 @@ use std::ops::Range;
 
 mod sparse;
 
-pub(crate) use sparse::SparseBitmap;
+pub(crate) use sparse::{STRETCH_WORDS, SparseBitmap, Stretch};
 
 /// Bits in a word.
 pub(crate) const WORD_BITS: usize = u64::BITS as usize;
@@ -106,11 +106,6 @@ impl Bitmap {
         self.words[block * BLOCK_WORDS..].first_chunk_mut().expect("whole blocks")
     }
 
-    /// Whether `block` may hold a set bit.
-    pub(crate) fn may_hold(&self, block: usize) -> bool {
-        self.summary[block / WORD_BITS] >> (block % WORD_BITS) & 1 == 1
-    }
-
     /// Tells the summary that `block` is empty, which the caller has made so.
     pub(crate) fn mark_empty(&mut self, block: usize) {
         debug_assert!(self.block(block).iter().all(|&word| word == 0));
@@ -121,6 +116,15 @@ impl Bitmap {
     pub(crate) fn clear_block(&mut self, block: usize) {
         self.words[block * BLOCK_WORDS..][..BLOCK_WORDS].fill(0);
         self.mark_empty(block);
+    }
+
+    /// Sets the bits of `mask` in `word`; returns how many it did not have.
+    #[inline(always)]
+    pub(crate) fn add_word(&mut self, word: usize, mask: u64) -> u64 {
+        let before = self.words[word];
+        self.words[word] = before | mask;
+        self.note(word / BLOCK_WORDS);
+        u64::from((mask & !before).count_ones())
     }
 
     /// Reads one word.

@@ -19,7 +19,7 @@ pub(crate) use collection::Collection;
 pub use cursor::Chunk;
 pub use terms::{Attribution, ChunkLimits, CursorId, Outstanding, Start};
 
-use collection::Report;
+use collection::Spare;
 use cursor::Cursor;
 
 /// The dirty pages of a VM: what its sources reported, and what each receiver still needs of it.
@@ -44,7 +44,7 @@ pub struct Ledger {
     attribution: Vec<Attribution>,
     cursors: Vec<Cursor>,
     next_id: u64,
-    spare: Vec<Report<'static>>,
+    spare: Spare,
 }
 
 impl Ledger {
@@ -56,7 +56,7 @@ impl Ledger {
             attribution: vec![Attribution::default(); sources],
             cursors: Vec::new(),
             next_id: 0,
-            spare: Vec::new(),
+            spare: Spare::default(),
         }
     }
 

@@ -5,9 +5,10 @@
 use super::{BLOCK_WORDS, WORD_BITS, masks};
 
 /// Words that get and lose their memory together: those under one word of the summary, 4 KiB.
-const STRETCH_WORDS: usize = WORD_BITS * BLOCK_WORDS;
+pub(crate) const STRETCH_WORDS: usize = WORD_BITS * BLOCK_WORDS;
 
-type Stretch = [u64; STRETCH_WORDS];
+/// The words that get and lose their memory together.
+pub(crate) type Stretch = [u64; STRETCH_WORDS];
 
 /// Bits with the summary of a [`super::Bitmap`], which have memory only in stretches that hold some.
 #[derive(Debug, Clone)]
@@ -38,24 +39,23 @@ impl SparseBitmap {
         self.summary[index]
     }
 
-    /// Returns the words of `block`, if it may hold a bit, and clears them.
+    /// The words of blocks `64 * index ..`, where they have memory.
     #[inline(always)]
-    pub(crate) fn take_block(&mut self, block: usize) -> Option<[u64; BLOCK_WORDS]> {
-        let (stretch, offset) = (block / WORD_BITS, block % WORD_BITS);
-        if self.summary[stretch] >> offset & 1 == 0 {
-            return None;
-        }
-        self.summary[stretch] &= !(1 << offset);
-        let (blocks, _) = self.stretches[stretch].as_mut()?.as_chunks_mut::<BLOCK_WORDS>();
-        Some(std::mem::take(&mut blocks[offset]))
+    pub(crate) fn stretch(&self, index: usize) -> Option<&Stretch> {
+        self.stretches[index].as_deref()
     }
 
-    /// Keeps the memory of blocks `64 * index ..` for other bits, if they hold none.
+    /// Clears blocks `64 * index ..`, and keeps their memory for other bits.
     #[inline(always)]
-    pub(crate) fn release(&mut self, index: usize) {
-        if self.summary[index] == 0 {
-            self.spare.extend(self.stretches[index].take());
+    pub(crate) fn clear_stretch(&mut self, index: usize) {
+        let Some(mut stretch) = self.stretches[index].take() else { return };
+        let (blocks, _) = stretch.as_chunks_mut::<BLOCK_WORDS>();
+        let mut touched = std::mem::take(&mut self.summary[index]);
+        while touched != 0 {
+            blocks[touched.trailing_zeros() as usize] = [0; BLOCK_WORDS];
+            touched &= touched - 1;
         }
+        self.spare.push(stretch);
     }
 
     /// Reads one word.
@@ -120,7 +120,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn taken_blocks_equal_a_set_of_bits(
+        fn stretches_equal_a_set_of_bits(
             rounds in prop::collection::vec(prop::collection::vec((0..3 * BITS - 700, 0..700usize, any::<bool>()), 0..6), 1..5),
         ) {
             let mut bitmap = SparseBitmap::new(3 * STRETCH_WORDS - BLOCK_WORDS);
@@ -141,33 +141,36 @@ mod tests {
                 let touched: BTreeSet<_> = oracle.iter().map(|bit| bit / BITS).collect();
                 prop_assert_eq!(stretches_with_memory(&bitmap), touched.len());
                 let mut found = BTreeSet::new();
-                for block in 0..3 * WORD_BITS {
-                    let Some(words) = bitmap.take_block(block) else { continue };
-                    for (index, word) in words.iter().enumerate() {
-                        let first = (block * BLOCK_WORDS + index) * 64;
+                for index in 0..3 {
+                    let summary = bitmap.summary_word(index);
+                    for (at, word) in bitmap.stretch(index).into_iter().flatten().enumerate() {
+                        let first = (index * STRETCH_WORDS + at) * 64;
                         found.extend((0..64).filter(|bit| word >> bit & 1 == 1).map(|bit| first + bit));
+                        prop_assert!(*word == 0 || summary >> (at / BLOCK_WORDS) & 1 == 1, "summary denies a set bit");
                     }
+                    bitmap.clear_stretch(index);
+                    prop_assert_eq!(bitmap.summary_word(index), 0);
                 }
                 prop_assert_eq!(found, oracle);
-                (0..3).for_each(|index| bitmap.release(index));
                 prop_assert_eq!(stretches_with_memory(&bitmap), 0);
             }
         }
     }
 
     #[test]
-    fn a_stretch_keeps_its_memory_while_it_holds_a_bit_and_hands_it_on_after() {
+    fn a_stretch_hands_its_memory_on_once_it_is_cleared() {
         let mut bitmap = SparseBitmap::new(2 * STRETCH_WORDS);
         bitmap.or_words(2, &[0; BLOCK_WORDS * 2]);
         bitmap.set(7..7);
-        assert_eq!((stretches_with_memory(&bitmap), bitmap.take_block(0)), (0, None));
+        assert_eq!(stretches_with_memory(&bitmap), 0);
         bitmap.or_words(8, &[0, 2]);
-        bitmap.release(0);
         assert_eq!((bitmap.word(9), bitmap.summary_word(0)), (2, 2));
-        assert_eq!(bitmap.take_block(1), Some([0, 2, 0, 0, 0, 0, 0, 0]));
-        bitmap.release(0);
-        assert_eq!(bitmap.spare.len(), 1);
+        bitmap.clear_stretch(0);
+        assert_eq!((bitmap.word(9), bitmap.spare.len()), (0, 1));
         bitmap.set(BITS..BITS + 1);
-        assert_eq!((bitmap.spare.len(), bitmap.word(STRETCH_WORDS)), (0, 1));
+        assert_eq!(
+            (bitmap.spare.len(), bitmap.word(STRETCH_WORDS), bitmap.word(STRETCH_WORDS + 9)),
+            (0, 1, 0)
+        );
     }
 }

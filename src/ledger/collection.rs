@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One collect: what all sources report is united, counted and handed to every cursor, a block of words at a time.
+//! One collect: what all sources report is united, counted and handed to every cursor, a stretch of words at a time.
 
 use super::cursor::Cursor;
 use super::terms::Attribution;
-use crate::bitmap::{BLOCK_WORDS, WORD_BITS};
+use crate::bitmap::{BLOCK_WORDS, STRETCH_WORDS, Stretch, WORD_BITS};
 use crate::iova::IovaMap;
 use crate::layout::Layout;
-use crate::source::{Marks, Sink, emptied};
-use crate::sys::cpu::{self, Work};
+use crate::source::{Marks, NONE_STANDING, Sink, emptied, touched};
+use crate::sys::cpu::{self, Work, filled_words};
 
 static IDENTITY: IovaMap = IovaMap::Identity;
 
@@ -21,35 +21,42 @@ pub(crate) struct Collection<'a> {
     marks: std::slice::IterMut<'a, Marks>,
     attribution: &'a mut [Attribution],
     cursors: &'a mut [Cursor],
-    spare: &'a mut Vec<Report<'static>>,
+    spare: &'a mut Spare,
     reports: Vec<Report<'a>>,
 }
 
-/// What one source reported, and of that what lies in the blocks at hand.
+/// Memory of the last collect.
+#[derive(Debug, Default)]
+pub(super) struct Spare {
+    reports: Vec<Report<'static>>,
+    views: Vec<View<'static>>,
+}
+
+/// What one source reported.
 #[derive(Debug)]
 pub(super) struct Report<'a> {
     sink: Sink<'a>,
     /// Loans before this one lie behind.
     next: usize,
-    /// Of the 64 blocks at hand, those that may hold a bit.
+    /// Of the stretch at hand, the blocks that may hold a bit.
     touched: u64,
-    dirty: [u64; BLOCK_WORDS],
-    repeated: [u64; BLOCK_WORDS],
-    /// Whether `repeated` has a bit.
-    repeats: bool,
+    /// Whether the stretch at hand is lent as it is, by loan number `next`; else it is in the marks.
+    is_lent: bool,
 }
 
 impl<'a> Report<'a> {
     fn new(sink: Sink<'a>) -> Self {
-        Self {
-            sink,
-            next: 0,
-            touched: 0,
-            dirty: [0; BLOCK_WORDS],
-            repeated: [0; BLOCK_WORDS],
-            repeats: false,
-        }
+        Self { sink, next: 0, touched: 0, is_lent: false }
     }
+}
+
+/// What a source tells of the stretch at hand, and where it is counted.
+#[derive(Debug)]
+pub(super) struct View<'v> {
+    words: &'v Stretch,
+    /// Of these words, what was counted before.
+    repeated: &'v Stretch,
+    attribution: &'v mut Attribution,
 }
 
 impl<'a> Collection<'a> {
@@ -59,9 +66,9 @@ impl<'a> Collection<'a> {
         marks: &'a mut [Marks],
         attribution: &'a mut [Attribution],
         cursors: &'a mut [Cursor],
-        spare: &'a mut Vec<Report<'static>>,
+        spare: &'a mut Spare,
     ) -> Self {
-        let reports = emptied(std::mem::take(spare));
+        let reports = emptied(std::mem::take(&mut spare.reports));
         Self { layout, marks: marks.iter_mut(), attribution, cursors, spare, reports }
     }
 
@@ -91,7 +98,7 @@ impl<'a> Collection<'a> {
 impl Drop for Collection<'_> {
     fn drop(&mut self) {
         self.reports.iter_mut().for_each(|report| report.sink.give_back(false));
-        *self.spare = emptied(std::mem::take(&mut self.reports));
+        self.spare.reports = emptied(std::mem::take(&mut self.reports));
     }
 }
 
@@ -104,154 +111,140 @@ impl Work for Absorb<'_, '_> {
 
     #[inline(always)]
     fn run(self) {
-        let blocks = self.collection.layout.words() / BLOCK_WORDS;
-        let Collection { reports, attribution, cursors, .. } = self.collection;
-        for first_block in (0..blocks).step_by(WORD_BITS) {
-            let (mut touched, mut shared) = (0, 0);
+        let stretches = self.collection.layout.words().div_ceil(STRETCH_WORDS);
+        let Collection { reports, attribution, cursors, spare, .. } = self.collection;
+        for stretch in 0..stretches {
+            // Loops, not closures: what is not inlined is compiled for every processor.
+            let mut touched = 0;
             for report in reports.iter_mut() {
-                report.look(first_block);
-                shared |= touched & report.touched;
-                touched |= report.touched;
+                touched |= report.look(stretch);
             }
-            while touched != 0 {
-                let offset = touched.trailing_zeros();
-                if shared >> offset & 1 == 1 {
-                    absorb_shared(first_block, offset, reports, attribution, cursors);
-                } else {
-                    absorb_sole(first_block, offset, reports, attribution, cursors);
-                }
-                touched &= touched - 1;
+            if touched == 0 {
+                continue;
             }
-            for report in reports.iter_mut().filter(|report| report.touched != 0) {
-                report.sink.marks.release(first_block / WORD_BITS);
+            let mut views = emptied(std::mem::take(&mut spare.views));
+            let told = reports.iter().zip(attribution.iter_mut()).filter(|(report, _)| report.touched != 0);
+            views.extend(told.map(|(report, attribution)| report.view(stretch, attribution)));
+            absorb_stretch(stretch, touched, &mut views, cursors);
+            spare.views = emptied(views);
+            for report in reports.iter_mut().filter(|report| report.touched != 0 && !report.is_lent) {
+                report.sink.marks.clear_stretch(stretch);
             }
         }
     }
 }
 
-/// Absorbs the block that is `offset` behind `first_block`, of which just one source tells.
+/// Blocks with more words that hold a bit are counted as a whole.
+const SPARSE_WORDS: u32 = 3;
+
+/// Absorbs the blocks of a stretch that may hold a bit.
 #[inline(always)]
-fn absorb_sole(
-    first_block: usize,
-    offset: u32,
-    reports: &mut [Report<'_>],
-    attribution: &mut [Attribution],
-    cursors: &mut [Cursor],
-) {
-    let block = first_block + offset as usize;
-    for (report, attribution) in reports.iter_mut().zip(attribution) {
-        if !report.touches(offset) {
+fn absorb_stretch(stretch: usize, mut touched: u64, views: &mut [View<'_>], cursors: &mut [Cursor]) {
+    while touched != 0 {
+        let offset = touched.trailing_zeros() as usize;
+        touched &= touched - 1;
+        let (mut once, mut twice) = ([0; BLOCK_WORDS], [0; BLOCK_WORDS]);
+        for view in views.iter() {
+            for (i, word) in block_of(view.words, offset).iter().enumerate() {
+                twice[i] |= once[i] & word;
+                once[i] |= word;
+            }
+        }
+        let block = stretch * WORD_BITS + offset;
+        let mut filled = filled_words(&once);
+        if filled.count_ones() > SPARSE_WORDS {
+            for view in views.iter_mut() {
+                view.count_block(offset, &twice);
+            }
+            for cursor in cursors.iter_mut() {
+                cursor.absorb_block(block, &once);
+            }
             continue;
         }
-        report.load(block);
-        let pages = report.fresh_pages();
-        attribution.pages += pages;
-        attribution.exclusive_pages += pages;
-        let set = if report.repeats { ones(&report.dirty) } else { pages };
-        for cursor in cursors {
-            cursor.absorb_block(block, &report.dirty, set);
+        while filled != 0 {
+            let index = filled.trailing_zeros() as usize / 2;
+            filled &= filled - 1;
+            let (dirty, several) = (once[index], twice[index]);
+            for view in views.iter_mut() {
+                view.count_word(offset * BLOCK_WORDS + index, several);
+            }
+            for cursor in cursors.iter_mut() {
+                cursor.absorb_word(block * BLOCK_WORDS + index, dirty);
+            }
         }
-        return;
-    }
-}
-
-/// Absorbs the block that is `offset` behind `first_block`, of which several sources tell.
-#[inline(always)]
-fn absorb_shared(
-    first_block: usize,
-    offset: u32,
-    reports: &mut [Report<'_>],
-    attribution: &mut [Attribution],
-    cursors: &mut [Cursor],
-) {
-    let block = first_block + offset as usize;
-    let (mut once, mut twice) = ([0u64; BLOCK_WORDS], [0u64; BLOCK_WORDS]);
-    for report in reports.iter_mut() {
-        if !report.touches(offset) {
-            continue;
-        }
-        report.load(block);
-        for (i, word) in report.dirty.iter().enumerate() {
-            twice[i] |= once[i] & word;
-            once[i] |= word;
-        }
-    }
-    for (report, attribution) in reports.iter().zip(attribution) {
-        if report.touches(offset) {
-            let pages = report.fresh_pages();
-            attribution.pages += pages;
-            attribution.exclusive_pages += pages - report.fresh_pages_in(&twice);
-        }
-    }
-    let set = ones(&once);
-    for cursor in cursors {
-        cursor.absorb_block(block, &once, set);
     }
 }
 
 #[inline(always)]
-fn ones(words: &[u64; BLOCK_WORDS]) -> u64 {
-    words.iter().fold(0, |ones, word| ones + u64::from(word.count_ones()))
+fn block_of(words: &Stretch, offset: usize) -> &[u64; BLOCK_WORDS] {
+    &words.as_chunks().0[offset]
+}
+
+impl View<'_> {
+    /// Counts the pages of a block, of which other sources told of those in `several` too.
+    #[inline(always)]
+    fn count_block(&mut self, offset: usize, several: &[u64; BLOCK_WORDS]) {
+        let (mut pages, mut exclusive) = (0, 0);
+        let both = block_of(self.words, offset).iter().zip(block_of(self.repeated, offset));
+        for ((word, repeated), several) in both.zip(several) {
+            let fresh = word & !repeated;
+            pages += u64::from(fresh.count_ones());
+            exclusive += u64::from((fresh & !several).count_ones());
+        }
+        self.attribution.pages += pages;
+        self.attribution.exclusive_pages += exclusive;
+    }
+
+    /// Counts the pages of one word.
+    #[inline(always)]
+    fn count_word(&mut self, index: usize, several: u64) {
+        let fresh = self.words[index] & !self.repeated[index];
+        self.attribution.pages += u64::from(fresh.count_ones());
+        self.attribution.exclusive_pages += u64::from((fresh & !several).count_ones());
+    }
 }
 
 impl Report<'_> {
-    /// Finds which of the 64 blocks from `first_block` on may hold a bit.
+    /// Finds which blocks of a stretch may hold a bit.
+    ///
+    /// A stretch that is lent only in part, or has marks beside, is brought together in the marks.
     #[inline(always)]
-    fn look(&mut self, first_block: usize) {
+    fn look(&mut self, stretch: usize) -> u64 {
         let quiet = self.touched == 0;
-        self.touched = self.sink.marks.dirty.summary_word(first_block / WORD_BITS);
-        let Some(lent) = &self.sink.lent else { return };
-        let (first, end) = (first_block * BLOCK_WORDS, (first_block + WORD_BITS) * BLOCK_WORDS);
+        self.touched = self.sink.marks.dirty.summary_word(stretch);
+        self.is_lent = false;
+        let Some(lent) = &self.sink.lent else { return self.touched };
+        let (first, end) = (stretch * STRETCH_WORDS, (stretch + 1) * STRETCH_WORDS);
         while lent.get(self.next).is_some_and(|lent| lent.words().end <= first) {
             self.next += 1;
         }
+        let alone = lent.get(self.next + 1).is_none_or(|lent| lent.words().start >= end);
+        if self.touched == 0
+            && alone
+            && let Some((words, _)) = lent.get(self.next).and_then(|lent| lent.stretch(first))
+        {
+            self.touched = touched(words, quiet);
+            self.is_lent = true;
+            return self.touched;
+        }
         for lent in lent[self.next..].iter().take_while(|lent| lent.words().start < end) {
-            self.touched |= lent.touched(first_block, quiet);
+            self.sink.marks.copy(&lent.within(first));
         }
+        self.touched = self.sink.marks.dirty.summary_word(stretch);
+        self.touched
     }
 
+    /// What was told of a stretch that was just looked at and may hold a bit.
     #[inline(always)]
-    fn touches(&self, offset: u32) -> bool {
-        self.touched >> offset & 1 == 1
-    }
-
-    /// Moves the block's bits out of the marks, and adds those lent.
-    #[inline(always)]
-    fn load(&mut self, block: usize) {
-        if self.repeats {
-            self.repeated = [0; BLOCK_WORDS];
-        }
-        let Marks { dirty, repeated, .. } = &mut *self.sink.marks;
-        self.dirty = dirty.take_block(block).unwrap_or_default();
-        let mut repeats = false;
-        if let Some(block) = repeated.as_mut().and_then(|repeated| repeated.take_block(block)) {
-            repeats = true;
-            self.repeated = block;
-        }
-        if let Some(lent) = &self.sink.lent {
-            let end = (block + 1) * BLOCK_WORDS;
-            for lent in &lent[self.next..] {
-                if lent.words().start >= end {
-                    break;
-                }
-                repeats |= lent.add_to(block, &mut self.dirty, &mut self.repeated);
-            }
-        }
-        self.repeats = repeats;
-    }
-
-    /// Pages of the block that were not counted before.
-    #[inline(always)]
-    fn fresh_pages(&self) -> u64 {
-        if self.repeats { self.fresh_pages_in(&[u64::MAX; BLOCK_WORDS]) } else { ones(&self.dirty) }
-    }
-
-    #[inline(always)]
-    fn fresh_pages_in(&self, mask: &[u64; BLOCK_WORDS]) -> u64 {
-        let mut pages = 0;
-        for ((dirty, repeated), mask) in self.dirty.iter().zip(&self.repeated).zip(mask) {
-            pages += u64::from((dirty & !repeated & mask).count_ones());
-        }
-        pages
+    fn view<'v>(&'v self, stretch: usize, attribution: &'v mut Attribution) -> View<'v> {
+        let lent = self.sink.lent.as_ref().filter(|_| self.is_lent).map(|lent| &lent[self.next]);
+        let marks = &*self.sink.marks;
+        let marked = || {
+            let repeated = marks.repeated.as_ref().and_then(|repeated| repeated.stretch(stretch));
+            Some((marks.dirty.stretch(stretch)?, repeated.unwrap_or(&NONE_STANDING)))
+        };
+        let told = lent.map_or_else(marked, |lent| lent.stretch(stretch * STRETCH_WORDS));
+        let (words, repeated) = told.expect("it was found there");
+        View { words, repeated, attribution }
     }
 }

@@ -125,19 +125,26 @@ impl Cursor {
         }
     }
 
-    /// Makes the `set` pages of `dirty` pending.
+    /// Makes the pages of `dirty` pending, which has some.
     #[inline(always)]
-    pub(super) fn absorb_block(&mut self, block: usize, dirty: &[u64; BLOCK_WORDS], set: u64) {
-        if set == 0 {
-            return;
+    pub(super) fn absorb_block(&mut self, block: usize, dirty: &[u64; BLOCK_WORDS]) {
+        let pending = self.pending.block_mut(block);
+        let mut pages = 0;
+        for (word, dirty) in pending.iter_mut().zip(dirty) {
+            pages += u64::from((dirty & !*word).count_ones());
+            *word |= dirty;
         }
-        if self.pending.may_hold(block) {
-            self.pending_pages += add(&mut self.pending, block, dirty);
-        } else {
-            *self.pending.block_mut(block) = *dirty;
-            self.pending_pages += set;
-        }
+        self.pending_pages += pages;
         self.dirtied_pages += add(&mut self.dirtied, block, dirty);
+    }
+
+    /// Makes the pages of `dirty` in one word pending; it has some.
+    #[inline(always)]
+    pub(super) fn absorb_word(&mut self, word: usize, dirty: u64) {
+        self.pending_pages += self.pending.add_word(word, dirty);
+        if dirty & !self.dirtied.word(word) != 0 {
+            self.dirtied_pages += self.dirtied.add_word(word, dirty);
+        }
     }
 
     /// Begins a round: all that is on its way is known by the bitmap from now on, and the lowest page is offered next.

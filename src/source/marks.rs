@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use crate::bitmap::{BLOCK_WORDS, SparseBitmap, WORD_BITS};
+use crate::bitmap::{BLOCK_WORDS, STRETCH_WORDS, SparseBitmap, Stretch};
 use crate::layout::Layout;
 
 /// What one source reported since the last absorb: the pages, and which of them it had reported before.
@@ -53,17 +53,17 @@ impl Marks {
         std::mem::swap(dirty, repeated);
     }
 
-    /// Keeps the memory of blocks `64 * index ..`, which were taken, for other marks.
+    /// Clears the marks of blocks `64 * index ..`, and keeps their memory for others.
     #[inline(always)]
-    pub(crate) fn release(&mut self, index: usize) {
-        self.dirty.release(index);
+    pub(crate) fn clear_stretch(&mut self, index: usize) {
+        self.dirty.clear_stretch(index);
         if let Some(repeated) = &mut self.repeated {
-            repeated.release(index);
+            repeated.clear_stretch(index);
         }
     }
 
     /// Adds what is lent to the marks.
-    pub(super) fn copy(&mut self, lent: &Lent<'_>) {
+    pub(crate) fn copy(&mut self, lent: &Lent<'_>) {
         let Some((&last, words)) = lent.words.split_last() else { return };
         self.dirty.or_words(lent.first_word, words);
         self.dirty.or_word(lent.first_word + words.len(), last & lent.tail);
@@ -81,68 +81,51 @@ impl Lent<'_> {
         self.first_word..self.first_word + self.words.len()
     }
 
-    /// Returns the blocks among the 64 from `first_block` on that may hold a bit; where that is likely to be none, `quiet` says so.
-    #[inline(always)]
-    pub(crate) fn touched(&self, first_block: usize, quiet: bool) -> u64 {
-        let first = first_block * BLOCK_WORDS;
-        let (from, to) =
-            (first.max(self.first_word), (first + WORD_BITS * BLOCK_WORDS).min(self.words().end));
-        if from >= to {
-            return 0;
+    /// Returns the part that lies in the stretch from `first_word` on.
+    pub(crate) fn within(&self, first_word: usize) -> Lent<'_> {
+        let words = self.words();
+        let from = words.start.max(first_word).min(words.end);
+        let to = words.end.min(first_word + STRETCH_WORDS).max(from);
+        let part = from - words.start..to - words.start;
+        Lent {
+            first_word: from,
+            words: &self.words[part.clone()],
+            tail: if to == words.end { self.tail } else { u64::MAX },
+            standing: self.standing.map(|standing| &standing[part]),
         }
-        let words = &self.words[from - self.first_word..to - self.first_word];
-        if quiet && words.iter().fold(0, |any, word| any | word) == 0 {
-            return 0;
-        }
-        let head = (from.next_multiple_of(BLOCK_WORDS) - from).min(words.len());
-        let (head, whole) = words.split_at(head);
-        let mut touched = 0;
-        if head.iter().any(|&word| word != 0) {
-            touched |= 1 << (from / BLOCK_WORDS - first_block);
-        }
-        let first_whole = (from + head.len()) / BLOCK_WORDS - first_block;
-        let (blocks, rest) = whole.as_chunks::<BLOCK_WORDS>();
-        for (offset, block) in blocks.iter().enumerate() {
-            let any = block.iter().fold(0, |any, word| any | word);
-            touched |= u64::from(any != 0) << (first_whole + offset);
-        }
-        if rest.iter().any(|&word| word != 0) {
-            touched |= 1 << (first_whole + blocks.len());
-        }
-        touched
     }
 
-    /// Adds the bits of `block` to `dirty`, and those that were reported before to `repeated`; returns whether there may be such.
+    /// Returns the words of the stretch from `first_word` on, with those of them that were reported before, if all of its bits are
+    /// lent and stand for pages.
     #[inline(always)]
-    pub(crate) fn add_to(
-        &self,
-        block: usize,
-        dirty: &mut [u64; BLOCK_WORDS],
-        repeated: &mut [u64; BLOCK_WORDS],
-    ) -> bool {
-        let first = block * BLOCK_WORDS;
-        let words = self.words();
-        if words.start <= first && first + BLOCK_WORDS < words.end {
-            let at = first - words.start;
-            for (to, word) in dirty.iter_mut().zip(&self.words[at..at + BLOCK_WORDS]) {
-                *to |= word;
-            }
-            let Some(standing) = self.standing else { return false };
-            let both = self.words[at..at + BLOCK_WORDS].iter().zip(&standing[at..at + BLOCK_WORDS]);
-            for (to, (word, standing)) in repeated.iter_mut().zip(both) {
-                *to |= word & standing;
-            }
-            return true;
+    pub(crate) fn stretch(&self, first_word: usize) -> Option<(&Stretch, &Stretch)> {
+        let (words, end) = (self.words(), first_word + STRETCH_WORDS);
+        let all = end < words.end || (end == words.end && self.tail == u64::MAX);
+        if first_word < words.start || !all {
+            return None;
         }
-        for word in first.max(words.start)..(first + BLOCK_WORDS).min(words.end) {
-            let at = word - words.start;
-            let mask = if word + 1 == words.end { self.tail } else { u64::MAX };
-            let bits = self.words[at] & mask;
-            dirty[word - first] |= bits;
-            repeated[word - first] |= self.standing.map_or(0, |standing| bits & standing[at]);
-        }
-        self.standing.is_some()
+        let at = first_word - words.start;
+        let standing = self.standing.map_or(Some(&NONE_STANDING), |standing| standing[at..].first_chunk());
+        Some((self.words[at..].first_chunk()?, standing?))
     }
+}
+
+/// No page was reported before.
+pub(crate) static NONE_STANDING: Stretch = [0; STRETCH_WORDS];
+
+/// Returns the blocks of a stretch that hold a bit; where that is likely to be none, `quiet` says so.
+#[inline(always)]
+pub(crate) fn touched(words: &Stretch, quiet: bool) -> u64 {
+    if quiet && words.iter().fold(0, |any, word| any | word) == 0 {
+        return 0;
+    }
+    let mut touched = 0;
+    let (blocks, _) = words.as_chunks::<BLOCK_WORDS>();
+    for (index, block) in blocks.iter().enumerate() {
+        let any = block.iter().fold(0, |any, word| any | word);
+        touched |= u64::from(any != 0) << index;
+    }
+    touched
 }
 
 /// Empties a vector, and hands its memory on where the two kinds differ in a lifetime only.

@@ -41,7 +41,7 @@ pub use guest_memory::{GuestMemoryLog, SummaryBitmap, SummarySlice, TakeDirtyWor
 pub use hwpt::{HwptLog, HwptLogError};
 pub use kvm_log::{KvmLog, KvmLogError, KvmLogMode, KvmSlot};
 pub use kvm_ring::{Harvester, KvmRing, KvmRingError, RingSize};
-pub(crate) use marks::{Marks, emptied};
+pub(crate) use marks::{Marks, NONE_STANDING, emptied, touched};
 pub use migratable_log::{MigratableLog, MigratableLogError};
 pub use sink::{ShortBitmap, Sink};
 #[cfg(feature = "vfio-user")]

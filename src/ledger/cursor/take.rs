@@ -6,7 +6,7 @@ use crate::bitmap::{BLOCK_WORDS, Bitmap, WORD_BITS, low_bits};
 use crate::layout::Layout;
 use crate::ledger::terms::ChunkLimits;
 use crate::range::GpaRange;
-use crate::sys::cpu::Work;
+use crate::sys::cpu::{Work, filled_words};
 
 /// Bits of a block.
 const BLOCK_BITS: usize = BLOCK_WORDS * WORD_BITS;
@@ -53,10 +53,19 @@ impl Work for Take<'_> {
                 region = layout.region_index_from(region, block * BLOCK_WORDS);
                 let base = layout.gpa_of(region, block * BLOCK_BITS);
                 let words = pending.words_of(block);
+                let plain = carried.is_none() && skipped == 0;
+                if plain && let Some(end) = filling.take_whole_block(base, words) {
+                    *words = [0; BLOCK_WORDS];
+                    pending.mark_empty(block);
+                    position = if end > 0 { block * BLOCK_BITS + end } else { position };
+                    if filling.room == 0 {
+                        break 'full;
+                    }
+                    continue;
+                }
                 let (end, full) =
                     filling.take_block(base, words, skipped, carried.map(|carried| carried.block(block)));
-                let is_empty = *words == [0; BLOCK_WORDS];
-                if is_empty {
+                if *words == [0; BLOCK_WORDS] {
                     pending.mark_empty(block);
                 }
                 if end > 0 {
@@ -92,6 +101,31 @@ impl<'a> Filling<'a> {
         Self { ranges, most_ranges, room, shift, open: NONE }
     }
 
+    /// Takes all pages of the block at address `base`, if they are sure to fit; returns the bit behind the last.
+    #[inline(always)]
+    fn take_whole_block(&mut self, base: u64, words: &[u64; BLOCK_WORDS]) -> Option<usize> {
+        let mut left = filled_words(words);
+        let filled = left.count_ones() as usize;
+        if self.room < (filled * WORD_BITS) as u64
+            || self.most_ranges - self.ranges.len() < filled * WORD_RUNS + 1
+        {
+            return None;
+        }
+        if words.iter().fold(u64::MAX, |all, word| all & word) == u64::MAX {
+            self.add(base, base + ((BLOCK_BITS as u64) << self.shift));
+            self.room -= BLOCK_BITS as u64;
+            return Some(BLOCK_BITS);
+        }
+        let mut end = 0;
+        while left != 0 {
+            let index = left.trailing_zeros() as usize / 2;
+            left &= left - 1;
+            self.take_whole_word(base + (((index * WORD_BITS) as u64) << self.shift), words[index]);
+            end = (index + 1) * WORD_BITS - words[index].leading_zeros() as usize;
+        }
+        Some(end)
+    }
+
     /// Takes pages of the block at address `base`, behind the first `skipped`; returns the bit behind the last, and whether the
     /// chunk is full.
     #[inline(always)]
@@ -102,19 +136,9 @@ impl<'a> Filling<'a> {
         skipped: usize,
         carried: Option<&[u64; BLOCK_WORDS]>,
     ) -> (usize, bool) {
-        let whole = *words == [u64::MAX; BLOCK_WORDS] && skipped == 0 && carried.is_none();
-        if whole && self.room >= BLOCK_BITS as u64 && self.fits(base, 1) {
-            self.add(base, base + ((BLOCK_BITS as u64) << self.shift));
-            self.room -= BLOCK_BITS as u64;
-            *words = [0; BLOCK_WORDS];
-            return (BLOCK_BITS, self.room == 0);
-        }
-        let (mut end, mut left) = (0, 0_u32);
-        for (index, word) in words.iter().enumerate() {
-            left |= u32::from(*word != 0) << index;
-        }
+        let (mut end, mut left) = (0, filled_words(words));
         while left != 0 {
-            let index = left.trailing_zeros() as usize;
+            let index = left.trailing_zeros() as usize / 2;
             let word = &mut words[index];
             left &= left - 1;
             let first = index * WORD_BITS;
@@ -138,6 +162,13 @@ impl<'a> Filling<'a> {
         if self.room < WORD_BITS as u64 || !self.fits(base, WORD_RUNS) {
             return self.take_some(base, offered);
         }
+        self.take_whole_word(base, offered);
+        offered
+    }
+
+    /// Takes all pages of the word at address `base`, which fit.
+    #[inline(always)]
+    fn take_whole_word(&mut self, base: u64, offered: u64) {
         let mut left = offered;
         while left != 0 {
             let first = left.trailing_zeros();
@@ -148,7 +179,6 @@ impl<'a> Filling<'a> {
             left &= behind;
         }
         self.room -= u64::from(offered.count_ones());
-        offered
     }
 
     /// Takes as many pages as fit.
