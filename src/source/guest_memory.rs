@@ -35,27 +35,95 @@ const WORDS: usize = BLOCK_WORDS;
 /// A drop-in for [`AtomicBitmap`] as the `B` of `GuestMemoryMmap<B>`.
 #[derive(Debug, Default)]
 pub struct SummaryBitmap {
-    words: Vec<AtomicU64>,
-    summary: Vec<AtomicU64>,
+    levels: Levels<AtomicU64>,
     page_shift: u32,
+}
+
+/// Bits, and above each block of words one that says whether it may hold any.
+#[derive(Debug, Default)]
+struct Levels<W> {
+    words: Vec<W>,
+    summary: Vec<W>,
+}
+
+/// An atomic word: the standard library's, or that of a checker which tries every order of threads.
+trait AtomicWord {
+    fn zero() -> Self;
+    fn load(&self) -> u64;
+    fn fetch_or(&self, mask: u64);
+    fn take(&self) -> u64;
+}
+
+impl AtomicWord for AtomicU64 {
+    fn zero() -> Self {
+        Self::new(0)
+    }
+
+    #[inline(always)]
+    fn load(&self) -> u64 {
+        self.load(Ordering::SeqCst)
+    }
+
+    #[inline(always)]
+    fn fetch_or(&self, mask: u64) {
+        self.fetch_or(mask, Ordering::SeqCst);
+    }
+
+    #[inline(always)]
+    fn take(&self) -> u64 {
+        self.swap(0, Ordering::SeqCst)
+    }
+}
+
+impl<W: AtomicWord> Levels<W> {
+    fn new(words: usize) -> Self {
+        let words = words.next_multiple_of(WORDS);
+        let zeros = |count| std::iter::repeat_with(W::zero).take(count).collect();
+        Self { words: zeros(words), summary: zeros((words / WORDS).div_ceil(WORD_BITS)) }
+    }
+
+    /// Sets bits of a word.
+    ///
+    /// The word is marked before the summary and always by a read-modify-write: that orders the guest-memory write before
+    /// whoever takes the bit.
+    #[inline(always)]
+    fn mark(&self, word: usize, mask: u64) {
+        self.words[word].fetch_or(mask);
+        let block = word / WORDS;
+        let (above, bit) = (&self.summary[block / WORD_BITS], 1 << (block % WORD_BITS));
+        if above.load() & bit == 0 {
+            above.fetch_or(bit);
+        }
+    }
+
+    /// Hands over all bits and clears them, a block at a time.
+    ///
+    /// The summary is taken before the words under it: a mark that comes in between is taken now or reported next time.
+    fn take(&self, report: &mut dyn FnMut(usize, &[u64])) {
+        for (index, above) in self.summary.iter().enumerate() {
+            // Most are zero, and to read a word costs less than to exchange it.
+            if above.load() == 0 {
+                continue;
+            }
+            let mut blocks = above.take();
+            while blocks != 0 {
+                let first = (index * WORD_BITS + blocks.trailing_zeros() as usize) * WORDS;
+                let words: [u64; WORDS] = std::array::from_fn(|word| self.words[first + word].take());
+                report(first, &words);
+                blocks &= blocks - 1;
+            }
+        }
+    }
 }
 
 /// A [`SummaryBitmap`] seen from an offset.
 pub type SummarySlice<'a> = RefSlice<'a, SummaryBitmap>;
 
-impl SummaryBitmap {
-    fn zeros(count: usize) -> Vec<AtomicU64> {
-        std::iter::repeat_with(|| AtomicU64::new(0)).take(count).collect()
-    }
-}
-
 impl NewBitmap for SummaryBitmap {
     fn with_len(len: usize) -> Self {
         let page_shift = Granule::host_page().shift();
         let pages = len.div_ceil(1 << page_shift);
-        let words = pages.div_ceil(WORD_BITS).next_multiple_of(WORDS);
-        let summary = (words / WORDS).div_ceil(WORD_BITS);
-        Self { words: Self::zeros(words), summary: Self::zeros(summary), page_shift }
+        Self { levels: Levels::new(pages.div_ceil(WORD_BITS)), page_shift }
     }
 }
 
@@ -65,29 +133,27 @@ impl<'a> WithBitmapSlice<'a> for SummaryBitmap {
 
 impl Bitmap for SummaryBitmap {
     /// Marks the pages; those past the end are ignored, as vm-memory's own bitmap does.
-    ///
-    /// The word is marked before the summary and always by a read-modify-write: that orders the guest-memory write before
-    /// whoever takes the bit.
     fn mark_dirty(&self, offset: usize, len: usize) {
         if len == 0 {
             return;
         }
-        let last = offset.saturating_add(len - 1) >> self.page_shift;
-        let end = (last + 1).min(self.words.len() * WORD_BITS);
-        for (word, mask) in masks((offset >> self.page_shift).min(end)..end) {
-            self.words[word].fetch_or(mask, Ordering::SeqCst);
-            let block = word / WORDS;
-            let (above, bit) = (&self.summary[block / WORD_BITS], 1 << (block % WORD_BITS));
-            if above.load(Ordering::SeqCst) & bit == 0 {
-                above.fetch_or(bit, Ordering::SeqCst);
+        let (first, last) = (offset >> self.page_shift, offset.saturating_add(len - 1) >> self.page_shift);
+        if first == last {
+            if first < self.levels.words.len() * WORD_BITS {
+                self.levels.mark(first / WORD_BITS, 1 << (first % WORD_BITS));
             }
+            return;
+        }
+        let end = (last + 1).min(self.levels.words.len() * WORD_BITS);
+        for (word, mask) in masks(first.min(end)..end) {
+            self.levels.mark(word, mask);
         }
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
         let page = offset >> self.page_shift;
-        let word = self.words.get(page / WORD_BITS);
-        word.is_some_and(|word| word.load(Ordering::SeqCst) >> (page % WORD_BITS) & 1 == 1)
+        let word = self.levels.words.get(page / WORD_BITS);
+        word.is_some_and(|word| AtomicWord::load(word) >> (page % WORD_BITS) & 1 == 1)
     }
 
     fn slice_at(&self, offset: usize) -> SummarySlice<'_> {
@@ -96,18 +162,8 @@ impl Bitmap for SummaryBitmap {
 }
 
 impl TakeDirtyWords for SummaryBitmap {
-    /// The summary is taken before the words under it: a mark that comes in between is taken now or reported next time.
     fn take_dirty_words(&self, report: &mut dyn FnMut(usize, &[u64])) {
-        for (index, above) in self.summary.iter().enumerate() {
-            let mut blocks = above.swap(0, Ordering::SeqCst);
-            while blocks != 0 {
-                let first = (index * WORD_BITS + blocks.trailing_zeros() as usize) * WORDS;
-                let words: [u64; WORDS] =
-                    std::array::from_fn(|word| self.words[first + word].swap(0, Ordering::SeqCst));
-                report(first, &words);
-                blocks &= blocks - 1;
-            }
-        }
+        self.levels.take(report);
     }
 }
 
@@ -239,6 +295,60 @@ mod tests {
                 prop_assert_eq!(&found, &pages.iter().copied().collect::<Vec<_>>());
             }
         }
+    }
+
+    impl AtomicWord for loom::sync::atomic::AtomicU64 {
+        fn zero() -> Self {
+            Self::new(0)
+        }
+
+        fn load(&self) -> u64 {
+            self.load(Ordering::SeqCst)
+        }
+
+        fn fetch_or(&self, mask: u64) {
+            self.fetch_or(mask, Ordering::SeqCst);
+        }
+
+        fn take(&self) -> u64 {
+            self.swap(0, Ordering::SeqCst)
+        }
+    }
+
+    /// Every order of two threads that mark pages of one block and one that takes: each mark is taken, and whoever takes it sees what
+    /// was written before it.
+    #[test]
+    fn no_order_of_threads_loses_a_mark_or_the_write_before_it() {
+        use loom::sync::atomic::AtomicU64 as Word;
+        loom::model(|| {
+            let levels = loom::sync::Arc::new(Levels::<Word>::new(WORDS));
+            let memory = loom::sync::Arc::new([Word::new(0), Word::new(0)]);
+            let marker = |word: usize| {
+                let (levels, memory) = (levels.clone(), memory.clone());
+                loom::thread::spawn(move || {
+                    memory[word].store(1, Ordering::Relaxed);
+                    levels.mark(word, 1);
+                })
+            };
+            let markers = [marker(0), marker(1)];
+            let mut taken = [0, 0];
+            let mut take = || {
+                levels.take(&mut |first, words| {
+                    assert_eq!(first, 0);
+                    for (word, taken) in taken.iter_mut().enumerate() {
+                        *taken += words[word];
+                        assert!(
+                            words[word] == 0 || memory[word].load(Ordering::Relaxed) == 1,
+                            "the write is not seen"
+                        );
+                    }
+                });
+            };
+            take();
+            markers.into_iter().for_each(|marker| marker.join().unwrap());
+            take();
+            assert_eq!(taken, [1, 1]);
+        });
     }
 
     #[test]
