@@ -35,18 +35,56 @@ pub(crate) struct Spent {
     pub(crate) pages: u64,
 }
 
+/// Marks the pages that the VMM writes in a round.
+pub(crate) fn mark_own(bits: &Bits, own: &SummaryBitmap) {
+    bits.own.iter().for_each(|page| own.mark_dirty(page << 12, 1));
+}
+
 impl Ours {
     pub(crate) fn new(bits: &Bits) -> Self {
+        let (tracker, own) = Self::tracker(bits);
+        Self::begin(tracker, own)
+    }
+
+    /// One whose RAM begins at `base`, and whose first log is `first`.
+    pub(crate) fn over(bits: &Bits, base: u64, first: Box<dyn DirtySource>) -> Self {
+        let (tracker, own) = Self::tracker_over(bits, base, first, 1);
+        Self::begin(tracker, own)
+    }
+
+    /// A tracker of two logs and the VMM's writes, which the bitmap has.
+    pub(crate) fn tracker(bits: &Bits) -> (Tracker, Arc<SummaryBitmap>) {
         let ram = GpaRange::new(0, bits.ram_bytes).unwrap();
+        Self::tracker_over(bits, 0, Log::boxed("first", ram, &bits.first), 1)
+    }
+
+    /// A tracker of `first`, the VMM's writes and four more logs.
+    pub(crate) fn six_sources(bits: &Bits, base: u64, first: Box<dyn DirtySource>) -> Tracker {
+        Self::tracker_over(bits, base, first, 4).0
+    }
+
+    fn tracker_over(
+        bits: &Bits,
+        base: u64,
+        first: Box<dyn DirtySource>,
+        others: usize,
+    ) -> (Tracker, Arc<SummaryBitmap>) {
+        const IDS: [&str; 4] = ["second", "third", "fourth", "fifth"];
+        let ram = GpaRange::new(base, bits.ram_bytes).unwrap();
         let own = Arc::new(SummaryBitmap::with_len(bits.ram_bytes as usize));
-        let log = |id, words: &Arc<Vec<u64>>| Box::new(Log { id, ram, words: Arc::clone(words) });
-        let mut tracker = Tracker::builder(Layout::new([ram], Granule::KIB_4).unwrap())
-            .source(log("first", &bits.first))
-            .source(log("second", &bits.second))
+        let mut builder = Tracker::builder(Layout::new([ram], Granule::KIB_4).unwrap()).source(first);
+        for id in &IDS[..others] {
+            builder = builder.source(Log::boxed(id, ram, &bits.second));
+        }
+        let tracker = builder
             .source(Box::new(Own { ram, bitmap: Arc::clone(&own) }))
-            .mappings(move || VmMappings { ram: vec![ram], ..VmMappings::default() })
+            .mappings(move || VmMappings { ram: vec![ram], vcpu_slots: vec![ram], ..VmMappings::default() })
             .build()
             .unwrap();
+        (tracker, own)
+    }
+
+    fn begin(mut tracker: Tracker, own: Arc<SummaryBitmap>) -> Self {
         let cursor = tracker.begin(Start::Copied).unwrap();
         Self { tracker, cursor, own }
     }
@@ -65,7 +103,7 @@ impl Ours {
     }
 
     fn round_with(&mut self, bits: &Bits, mut chunk_of: impl FnMut(&[GpaRange])) -> Spent {
-        bits.own.iter().for_each(|page| self.own.mark_dirty(page << 12, 1));
+        mark_own(bits, &self.own);
         let collect = milliseconds(|| assert!(self.tracker.collect().is_empty()));
         let mut bytes = 0;
         let drain = milliseconds(|| {
@@ -83,8 +121,16 @@ impl Ours {
 /// A log whose bits the kernel has just handed over.
 struct Log {
     id: &'static str,
+    reports: Reports,
     ram: GpaRange,
     words: Arc<Vec<u64>>,
+}
+
+impl Log {
+    fn boxed(id: &'static str, ram: GpaRange, words: &Arc<Vec<u64>>) -> Box<dyn DirtySource> {
+        let reports = if id == "first" { Reports::Vcpus } else { Reports::Component };
+        Box::new(Self { id, reports, ram, words: Arc::clone(words) })
+    }
 }
 
 impl DirtySource for Log {
@@ -93,7 +139,7 @@ impl DirtySource for Log {
     }
 
     fn reports(&self) -> Reports {
-        Reports::Component
+        self.reports
     }
 
     fn cover(&self) -> Cover {
@@ -126,7 +172,7 @@ impl DirtySource for Own {
     }
 
     fn reports(&self) -> Reports {
-        Reports::Component
+        Reports::Vmm
     }
 
     fn cover(&self) -> Cover {
@@ -140,7 +186,7 @@ impl DirtySource for Own {
     fn collect(&mut self, sink: &mut Sink<'_>) -> Result<(), SourceError> {
         self.bitmap.take_dirty_words(&mut |first, words| {
             let bytes = |words: usize| (words as u64 * 64) << 12;
-            let range = GpaRange::new(bytes(first), bytes(words.len())).unwrap();
+            let range = GpaRange::new(self.ram.start() + bytes(first), bytes(words.len())).unwrap();
             sink.gpa_words(range, Granule::KIB_4, words).unwrap();
         });
         Ok(())

@@ -105,6 +105,39 @@ impl Bits {
         Self { ram_bytes, first: Arc::new(first), second: Arc::new(second), own, merged }
     }
 
+    /// As many random pages as [`Bits::new`] has about, found by steps and not by looking at each: for RAM of many TiB.
+    pub(crate) fn scattered(share: Pattern, ram_bytes: u64) -> Self {
+        let Pattern::Random(share) = share else { unreachable!("a share of random pages") };
+        let pages = ram_bytes >> 12;
+        let mut bits = Self::new(Pattern::Idle, ram_bytes);
+        let (first, second) = (Arc::make_mut(&mut bits.first), Arc::make_mut(&mut bits.second));
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let mut page = 0;
+        loop {
+            page += 1 + random.below(2 * 10_000 / share - 1);
+            if page >= pages {
+                return bits;
+            }
+            let (word, bit, by) = ((page / 64) as usize, 1 << (page % 64), random.below(10));
+            first[word] |= if by < 6 { bit } else { 0 };
+            second[word] |= if by >= 5 { bit } else { 0 };
+            bits.merged[word] |= bit;
+        }
+    }
+
+    /// Pages of which the first log tells.
+    pub(crate) fn pages_of_first(&self) -> Vec<u64> {
+        let mut pages = Vec::new();
+        for (index, &word) in self.first.iter().enumerate() {
+            let mut left = word;
+            while left != 0 {
+                pages.push(index as u64 * 64 + u64::from(left.trailing_zeros()));
+                left &= left - 1;
+            }
+        }
+        pages
+    }
+
     /// Dirty pages.
     pub(crate) fn pages(&self) -> u64 {
         self.merged.iter().map(|word| u64::from(word.count_ones())).sum()
@@ -119,10 +152,10 @@ fn zeros(words: usize) -> Vec<u64> {
 }
 
 /// Numbers that look random and are the same in every run.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

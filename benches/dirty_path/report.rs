@@ -13,6 +13,52 @@ pub(crate) fn milliseconds(work: impl FnOnce()) -> f64 {
     start.elapsed().as_secs_f64() * 1e3
 }
 
+/// The median.
+pub(crate) fn median(times: impl Iterator<Item = f64>) -> f64 {
+    let mut times: Vec<_> = times.collect();
+    times.sort_unstable_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// A figure that is wanted to be small, and what it comes of.
+pub(crate) struct Line {
+    name: String,
+    figure: f64,
+    most: f64,
+    parts: Vec<(&'static str, f64)>,
+}
+
+impl Line {
+    pub(crate) fn new(name: String, figure: f64, most: f64) -> Self {
+        Self { name, figure, most, parts: Vec::new() }
+    }
+
+    pub(crate) fn with(mut self, part: &'static str, value: f64) -> Self {
+        self.parts.push((part, value));
+        self
+    }
+
+    pub(crate) fn to_json(&self) -> serde_json::Value {
+        let parts: serde_json::Map<_, _> =
+            self.parts.iter().map(|(part, value)| ((*part).to_owned(), (*value).into())).collect();
+        serde_json::json!({
+            "name": self.name,
+            "figure": self.figure,
+            "at_most": self.most,
+            "reached": self.figure <= self.most,
+            "parts": parts,
+        })
+    }
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = if self.figure <= self.most { "reached" } else { "missed" };
+        write!(f, "{:<46} {:>8.3}, at most {}: {verdict};", self.name, self.figure, self.most)?;
+        self.parts.iter().try_for_each(|(part, value)| write!(f, " {part} {value:.3}"))
+    }
+}
+
 /// What each contender took, in milliseconds.
 pub(crate) struct Round {
     pub(crate) floor: f64,
@@ -40,11 +86,7 @@ impl Figures {
     pub(crate) const HEADER: &str = "pattern          pages    floor   scalar  collect + drain  = ours     usual | ours/floor ours/scalar usual/ours | wanted";
 
     pub(crate) fn new(pattern: Pattern, pages: u64, rounds: &[Round]) -> Self {
-        let median = |of: fn(&Round) -> f64| {
-            let mut times: Vec<_> = rounds.iter().map(of).collect();
-            times.sort_unstable_by(f64::total_cmp);
-            times[times.len() / 2]
-        };
+        let median = |of: fn(&Round) -> f64| median(rounds.iter().map(of));
         let median = Round {
             floor: median(|round| round.floor),
             scalar: median(|round| round.scalar),
