@@ -19,9 +19,11 @@ use crate::units::Count;
 
 mod interface;
 mod ranges;
+mod widening;
 
 use interface::DmaLogging;
 use ranges::{Search, in_words, merged, rounded, word_bytes};
+use widening::{Widening, with_room};
 
 /// The IOVAs a device is asked to log. They are fixed while it logs: a mapping outside them restarts the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,6 +105,7 @@ pub struct DeviceLog<F> {
     mapped: Mapped,
     /// What START covered, while the source is on.
     armed: Option<Armed>,
+    widening: Widening,
     requests: Option<Requests>,
     words: Vec<u64>,
 }
@@ -152,6 +155,7 @@ impl<F> DeviceLog<F> {
             max_ranges: kernel_max_ranges(hint),
             mapped: Mapped::default(),
             armed: None,
+            widening: Widening::default(),
             requests: None,
             words: Vec::new(),
         }
@@ -270,11 +274,17 @@ impl<F: DmaLogging> DeviceLog<F> {
         if armed.lost {
             return Err(DeviceLogError::Lost);
         }
-        if std::mem::take(&mut armed.gap) {
+        let mut asked =
+            self.requests.take().unwrap_or_else(|| requests(&self.mapped, &armed.ranges, armed.chosen));
+        if let Some(&iova) = asked.unknown.first().filter(|_| !armed.full && self.widening.is_due()) {
+            self.widen_over(iova)?;
+            let Some(armed) = &self.armed else { return Ok(()) };
+            asked = requests(&self.mapped, &armed.ranges, armed.chosen);
+        }
+        if self.armed.as_mut().is_some_and(|armed| std::mem::take(&mut armed.gap)) {
             self.mapped.iter().for_each(|mapping| sink.iova_range(mapping.iova()));
         }
-        let requests =
-            self.requests.take().unwrap_or_else(|| requests(&self.mapped, &armed.ranges, armed.chosen));
+        let requests = asked;
         let result = self.carry_out(&requests, sink);
         self.requests = Some(requests);
         result
@@ -310,15 +320,30 @@ impl<F: DmaLogging> DeviceLog<F> {
         }
     }
 
-    /// Restarts the log over what it covered and everything mapped; if the device refuses, over what it covered.
+    /// Restarts the log because it does not cover `iova`, which is mapped.
+    ///
+    /// # Errors
+    /// The device refuses to log more; it logs what it did before.
+    fn widen_over(&mut self, iova: IovaRange) -> Result<(), DeviceLogError> {
+        self.widen().map_err(|refusal| {
+            log::warn!("Cannot widen the DMA log of {}: {refusal}", self.id);
+            DeviceLogError::Uncovered { iova }
+        })
+    }
+
+    /// Restarts the log over what it covered and everything mapped, and from the second time on with room around; if the device refuses, over
+    /// what it covered.
     ///
     /// What the device writes between stop and start is not logged, so everything mapped counts as written, once. The
     /// old log need not be read first: its pages are included.
     fn widen(&mut self) -> Result<(), DeviceLogError> {
         let Some(before) = self.armed.take() else { return Ok(()) };
         let wanted = united(before.ranges.iter().copied().chain(self.mapped_iovas()));
+        let roomy = if self.widening.has_been() { with_room(&wanted) } else { Vec::new() };
+        self.widening.count();
         let _start_tells = self.device.stop();
-        let (armed, refusal) = match self.arm_over(&wanted) {
+        let with_room = roomy.into_iter().find_map(|range| self.arm_over(&[range]).ok());
+        let (armed, refusal) = match with_room.map_or_else(|| self.arm_over(&wanted), Ok) {
             Ok(wider) => (wider, None),
             Err(refusal) => (Armed { full: true, ..self.armed_again(before) }, Some(refusal)),
         };
@@ -396,6 +421,7 @@ impl<F: DmaLogging + Send> DirtySource for DeviceLog<F> {
         }
         self.mapped = Mapped::at_start(layout, iova);
         self.requests = None;
+        self.widening.restart();
         let armed = self.try_start();
         self.armed = Some(armed.map_err(|cause| SourceError::new(&self.id, Operation::Start, cause))?);
         Ok(())
@@ -410,9 +436,9 @@ impl<F: DmaLogging + Send> DirtySource for DeviceLog<F> {
         result.map_err(|cause| SourceError::new(&self.id, Operation::Collect, cause))
     }
 
-    /// Adds a mapping. If the log does not cover it, restarts the log and reports everything mapped once more. If the
-    /// device refuses, returns an error, and the mapping counts as dirty at every collect until it is removed or the
-    /// log stops.
+    /// Adds a mapping. If the log does not cover it, restarts the log and reports everything mapped once more; but not again and again: where
+    /// the last restart is not long past, the mapping counts as dirty until a collect restarts the log. If the device refuses to log more,
+    /// returns an error, and the mapping counts as dirty at every collect until it is removed or the log stops.
     fn mapped(&mut self, mapping: &Mapping) -> Result<(), SourceError> {
         self.mapped.add(*mapping);
         self.requests = None;
@@ -420,13 +446,12 @@ impl<F: DmaLogging + Send> DirtySource for DeviceLog<F> {
         let Some(armed) = self.armed.as_ref().filter(|armed| !covers(&armed.ranges, iova)) else {
             return Ok(());
         };
-        if !armed.full {
-            match self.widen() {
-                Ok(()) => return Ok(()),
-                Err(refusal) => log::warn!("Cannot widen the DMA log of {}: {refusal}", self.id),
-            }
-        }
-        Err(SourceError::new(&self.id, Operation::Mapped, DeviceLogError::Uncovered { iova }))
+        let widened = match armed.full {
+            true => Err(DeviceLogError::Uncovered { iova }),
+            false if self.widening.is_due() => self.widen_over(iova),
+            false => Ok(()),
+        };
+        widened.map_err(|cause| SourceError::new(&self.id, Operation::Mapped, cause))
     }
 
     fn harvest(&self) -> Harvest {

@@ -34,7 +34,12 @@ impl Mapped {
 
     /// Drops the mappings that lie wholly inside `iova`.
     pub(super) fn remove(&mut self, iova: IovaRange) {
-        self.by_iova.retain(|_, mapping| !iova.covers(mapping.iova()));
+        let inside = self.by_iova.range(iova.start()..iova.end());
+        let inside: Vec<_> =
+            inside.filter(|(_, mapping)| iova.covers(mapping.iova())).map(|(&start, _)| start).collect();
+        for start in inside {
+            self.by_iova.remove(&start);
+        }
     }
 
     /// Mappings that stand, ascending by IOVA.
