@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a device's state costs that travels in State, at a plain source's and at a plain receiver's other end.
+//! What devices' states cost in memory: in State, at a plain source's and at a plain receiver's other end, and as streams.
 #![expect(clippy::unwrap_used, reason = "a test may end at any surprise")]
 
 mod counting;
@@ -9,7 +9,7 @@ mod frames;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -23,8 +23,8 @@ use vfio_migration::device::{
 use vfio_migration::layout::Layout;
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::tracker::{Tracker, VmMappings};
-use vfio_migration::transfer::connection::Connection;
-use vfio_migration::transfer::limits::PeerLimits;
+use vfio_migration::transfer::connection::{Connection, Listener};
+use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
 use vfio_migration::transfer::receive::{Completion, Destination, GuestPages, PageStore, Receiver};
 use vfio_migration::transfer::{SendOptions, Sender};
 use vfio_migration::vm::{Backing, Captured, Vm, VmError, read_tree};
@@ -47,9 +47,24 @@ fn memory() -> Arc<Memory> {
     Arc::new(Memory::from_ranges(&[(GuestAddress(0), REGION)]).unwrap())
 }
 
-/// The byte at a place of the device's state.
-fn byte(at: usize) -> u8 {
-    at.wrapping_mul(0x9e37_79b1).to_le_bytes()[2]
+/// Bytes after which a device's state repeats; a prime, so that no two pieces are alike.
+const PERIOD: usize = 65_521;
+
+fn pattern() -> &'static [u8] {
+    static PATTERN: OnceLock<Vec<u8>> = OnceLock::new();
+    PATTERN.get_or_init(|| {
+        (0..PERIOD).map(|at| (at as u64).wrapping_mul(0x9e37_79b1).to_le_bytes()[2]).collect()
+    })
+}
+
+/// The bytes of a device's state from a place on, in parts, `bytes` in all.
+fn parts(mut at: usize, mut bytes: usize) -> impl Iterator<Item = &'static [u8]> {
+    std::iter::from_fn(move || {
+        let part = &pattern()[at % PERIOD..];
+        let part = &part[..part.len().min(bytes)];
+        (at, bytes) = (at + part.len(), bytes - part.len());
+        (!part.is_empty()).then_some(part)
+    })
 }
 
 /// A device that makes its state up as it is read, and looks at what is written to it.
@@ -57,15 +72,24 @@ struct MadeUp {
     state: Arc<Mutex<DeviceState>>,
     at: usize,
     bytes: usize,
-    entered_precopy: bool,
+    /// Whether its state streams, and PRE_COPY may be entered.
+    streams: bool,
 }
 
 impl MadeUp {
     fn device(bytes: usize) -> (Device, Arc<Mutex<DeviceState>>) {
-        let state = Arc::new(Mutex::new(DeviceState::Running));
-        let io = Self { state: Arc::clone(&state), at: 0, bytes, entered_precopy: false };
-        (Device::new("dev", Box::new(io)), state)
+        Self::named("dev", bytes, false)
     }
+
+    fn named(name: &str, bytes: usize, streams: bool) -> (Device, Arc<Mutex<DeviceState>>) {
+        let state = Arc::new(Mutex::new(DeviceState::Running));
+        let io = Self { state: Arc::clone(&state), at: 0, bytes, streams };
+        (Device::new(name, Box::new(io)), state)
+    }
+}
+
+fn is_saving(state: DeviceState) -> bool {
+    matches!(state, DeviceState::PreCopy | DeviceState::PreCopyP2p | DeviceState::StopCopy)
 }
 
 impl DeviceIo for MadeUp {
@@ -82,30 +106,45 @@ impl DeviceIo for MadeUp {
         if *now == DeviceState::Resuming {
             assert_eq!((state, self.at), (DeviceState::Stop, self.bytes), "the state is whole");
         }
-        self.entered_precopy |= state == DeviceState::PreCopy;
-        assert!(!self.entered_precopy, "what is read in PRE_COPY only makes State longer");
-        self.at = 0;
+        let early = state == DeviceState::PreCopy;
+        assert!(self.streams || !early, "what is read in PRE_COPY only makes State longer");
+        if !is_saving(*now) || !is_saving(state) {
+            self.at = 0;
+        }
         *now = state;
         Ok(())
     }
 
     fn read_data(&mut self, buffer: &mut [u8]) -> Result<DataRead, DeviceError> {
         let bytes = buffer.len().min(self.bytes - self.at);
-        let places = self.at..self.at + bytes;
-        buffer.iter_mut().zip(places).for_each(|(to, at)| *to = byte(at));
+        let mut to = buffer;
+        for part in parts(self.at, bytes) {
+            let (now, rest) = to.split_at_mut(part.len());
+            now.copy_from_slice(part);
+            to = rest;
+        }
         self.at += bytes;
-        Ok(if bytes == 0 { DataRead::End } else { DataRead::Bytes(bytes) })
+        Ok(match bytes {
+            0 if *self.state.lock().unwrap() == DeviceState::StopCopy => DataRead::End,
+            0 => DataRead::NothingNow,
+            bytes => DataRead::Bytes(bytes),
+        })
     }
 
     fn write_data(&mut self, data: &[u8]) -> Result<(), DeviceError> {
-        let places = self.at..self.at + data.len();
-        assert!(data.iter().zip(places).all(|(&got, at)| got == byte(at)), "wrong bytes after {}", self.at);
+        let mut left = data;
+        for part in parts(self.at, data.len()) {
+            let (now, rest) = left.split_at(part.len());
+            assert!(now == part, "wrong bytes after {}", self.at);
+            left = rest;
+        }
         self.at += data.len();
         Ok(())
     }
 
     fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
-        Ok(Some(PrecopyInfo { initial_bytes: self.bytes as u64 / 2, dirty_bytes: 0 }))
+        let left = (self.bytes - self.at) as u64;
+        Ok(Some(PrecopyInfo { initial_bytes: left, dirty_bytes: 0 }))
     }
 
     fn data_size(&mut self) -> Result<Option<u64>, DeviceError> {
@@ -217,16 +256,31 @@ fn send(bytes: usize) -> u64 {
 struct Vmm {
     memory: Arc<Memory>,
     devices: MigratableDevice,
+    streams: bool,
+}
+
+impl Vmm {
+    fn new(devices: Vec<Device>, streams: bool) -> Self {
+        let memory = memory();
+        let tracker = Arc::new(Mutex::new(tracker(&memory)));
+        let devices = Arc::new(Mutex::new(DeviceSet::new(devices).unwrap()));
+        Self { memory, devices: MigratableDevice::new("devices", tracker, devices), streams }
+    }
 }
 
 impl Destination for Vmm {
+    fn device_streams(&mut self) -> Option<Arc<Mutex<DeviceSet>>> {
+        self.streams.then(|| Arc::clone(self.devices.devices()))
+    }
+
     fn config(&mut self, _json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
         Ok(Arc::new(GuestPages::new(Arc::clone(&self.memory))?))
     }
 
     fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
         let tree = read_tree(json)?;
-        Ok(self.devices.restore_child(&tree.snapshots["device-manager"])?)
+        let parent = tree.snapshots.get("device-manager").unwrap_or(&tree);
+        Ok(self.devices.restore_child(parent)?)
     }
 
     fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
@@ -254,7 +308,7 @@ fn foreign_source(mut stream: UnixStream, bytes: usize) {
     stream.write_all(&request(STATE, (begin.len() + bytes / 3 * 4 + end.len()) as u64)).unwrap();
     stream.write_all(begin.as_bytes()).unwrap();
     for first in (0..bytes).step_by(PIECE_BYTES) {
-        let piece: Vec<u8> = (first..first + PIECE_BYTES).map(byte).collect();
+        let piece: Vec<u8> = parts(first, PIECE_BYTES).flatten().copied().collect();
         stream.write_all(BASE64.encode(piece).as_bytes()).unwrap();
     }
     stream.write_all(end.as_bytes()).unwrap();
@@ -264,11 +318,8 @@ fn foreign_source(mut stream: UnixStream, bytes: usize) {
 }
 
 fn receive(bytes: usize) {
-    let memory = memory();
-    let tracker = Arc::new(Mutex::new(tracker(&memory)));
     let (device, state) = MadeUp::device(bytes);
-    let devices = Arc::new(Mutex::new(DeviceSet::new(vec![device]).unwrap()));
-    let mut vmm = Vmm { memory, devices: MigratableDevice::new("devices", tracker, devices) };
+    let mut vmm = Vmm::new(vec![device], false);
     let limits = PeerLimits::default();
     let (near, far) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
@@ -277,6 +328,44 @@ fn receive(bytes: usize) {
         Receiver::new(limits, None).receive_from(connection, &mut vmm).unwrap();
     });
     assert_eq!(*state.lock().unwrap(), DeviceState::Stop, "loaded");
+}
+
+/// Moves the states of two devices as streams, over four connections; returns the bytes of them, and those that moved in the downtime.
+fn stream(bytes: usize) -> (u64, u64) {
+    let devices = || ["one", "two"].map(|name| MadeUp::named(name, bytes, true).0).into();
+    let mut vmm = Vmm::new(devices(), true);
+    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let memory = memory();
+    let tracker = Mutex::new(tracker(&memory));
+    let devices = Mutex::new(DeviceSet::new(devices()).unwrap());
+    let options = SendOptions::new(listener.url().clone()).downtime(Duration::from_secs(600));
+    let options = options.connections(ConnectionCount::new(4).unwrap()).unwrap();
+    let sent = thread::scope(|scope| {
+        let received =
+            scope.spawn(|| Receiver::new(PeerLimits::default(), None).receive(&listener, &mut vmm));
+        let sent = Sender::new(options).send(&mut Source(memory), &tracker, &devices);
+        assert_eq!(received.join().unwrap().unwrap().device_bytes, 2 * bytes as u64);
+        sent.unwrap()
+    });
+    (sent.device_state_bytes, sent.device_state_bytes - sent.device_precopy_bytes)
+}
+
+/// What both ends may hold together of states that stream.
+const STREAMING_BYTES: usize = 64 << 20;
+
+#[test]
+fn the_states_of_two_devices_stream_in_little_memory_and_hardly_any_in_the_downtime() {
+    let _alone = alone();
+    let bytes = state_bytes();
+    let ((moved, in_downtime), most) = most_of(|| stream(bytes));
+    eprintln!(
+        "two states of {} MiB: {in_downtime} bytes in the downtime, both ends held {} MiB",
+        bytes >> 20,
+        most >> 20
+    );
+    assert_eq!(moved, 2 * bytes as u64);
+    assert!(in_downtime * 20 <= moved, "{in_downtime} of {moved} bytes moved in the downtime");
+    assert!(most <= STREAMING_BYTES, "both ends held {} MiB", most >> 20);
 }
 
 /// What is held beside a state: pieces, buffers, threads.

@@ -54,6 +54,8 @@ fn try_demo(arguments: DemoArguments, stop: &AtomicBool, output: &mut Output) ->
         guest_dirty_rate: arguments.guest_dirty_rate,
         device_dirty_rate: arguments.device_dirty_rate,
         device_state_bytes: arguments.device_state,
+        device_state_changes_per_second: arguments.device_state / 100
+            * u64::from(arguments.device_state_changes),
         downtime_ms: arguments.downtime_ms,
         timeout_s: arguments.timeout_s,
         transport: arguments.transport,

@@ -26,6 +26,9 @@ pub(crate) struct DemoArguments {
     /// State inside the device, a number of bytes with K, M or G behind it.
     #[arg(long, default_value = "1M", value_name = "SIZE", value_parser = size)]
     pub(crate) device_state: u64,
+    /// Percent of that state that the device rewrites in each second.
+    #[arg(long, default_value_t = 0, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(..=100))]
+    pub(crate) device_state_changes: u8,
     /// Longest acceptable downtime, in milliseconds.
     #[arg(long, default_value_t = 300, value_name = "MS")]
     pub(crate) downtime_ms: u64,

@@ -26,7 +26,7 @@ use vfio_migration::transfer::{DowntimeParts, PinningReceiver, SendOptions, Send
 use vfio_migration::vm::Vm;
 use vm_migration::Pausable;
 
-use super::control::{Command, Control, Event, Health, MachineSetup, Role};
+use super::control::{Command, Control, DeviceSetup, Event, Health, MachineSetup, Role};
 use super::report::{DeviceReport, DowntimeReport, MigrationFigures, Progress, SourceReport};
 use super::run::millis;
 use super::side::Side;
@@ -51,7 +51,9 @@ pub fn process_main() -> ExitCode {
                 let socket = control.receive_descriptor()?;
                 exit_with_parent(control)
                     .context("Cannot start the thread that waits for the parent's end")?;
-                let config = DeviceConfig { state_bytes: setup.state_bytes, ..DeviceConfig::default() };
+                let DeviceSetup { state_bytes, state_changes_per_second } = setup;
+                let config =
+                    DeviceConfig { state_bytes, state_changes_per_second, ..DeviceConfig::default() };
                 Ok(DmaDevice::serve(UnixStream::from(OwnedFd::from(socket)), config)?)
             }
         }

@@ -67,6 +67,7 @@ impl MachineSetup {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct DeviceSetup {
     pub(super) state_bytes: u64,
+    pub(super) state_changes_per_second: u64,
 }
 
 /// What the parent asks of a child.

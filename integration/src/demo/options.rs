@@ -103,6 +103,8 @@ pub struct DemoOptions {
     pub device_dirty_rate: u32,
     /// Bytes of state inside the device.
     pub device_state_bytes: u64,
+    /// Bytes of that state that the device rewrites in each second.
+    pub device_state_changes_per_second: u64,
     /// Longest acceptable downtime.
     pub downtime_ms: u64,
     /// Longest acceptable migration.

@@ -161,7 +161,10 @@ impl<'a> Demo<'a> {
     fn start(&self, role: fn(MachineSetup) -> Role, who: Who) -> Result<Side, DemoError> {
         let memory = Memory::create(&self.layout)?;
         let (machine_end, device_end) = UnixStream::pair().map_err(DemoError::Spawn)?;
-        let device_role = Role::Device(DeviceSetup { state_bytes: self.options.device_state_bytes });
+        let device_role = Role::Device(DeviceSetup {
+            state_bytes: self.options.device_state_bytes,
+            state_changes_per_second: self.options.device_state_changes_per_second,
+        });
         let device = Process::spawn(self.program(&device_role), &device_role, &[&device_end])
             .map_err(DemoError::Spawn)?;
         let mut descriptors: Vec<&dyn AsRawFd> = vec![&machine_end];
