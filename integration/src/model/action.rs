@@ -4,6 +4,7 @@
 
 use std::fmt;
 
+use super::machine::STREAMING;
 use super::world::DEVICES;
 
 /// One step of somebody.
@@ -41,6 +42,12 @@ pub(super) enum Action {
     Ack(u8, u8),
     /// A chunk did not arrive.
     Lose(u8, u8),
+    /// A piece of the streaming device's state arrives at a receiver.
+    Piece(u8),
+    /// Something resets the streaming device, which then runs.
+    Reset,
+    /// The streaming device enters PRE_COPY once more: its state begins anew.
+    Reenter,
     /// The migration to a receiver fails.
     Fail(u8),
     /// The vCPUs are paused, to switch over to a receiver.
@@ -89,6 +96,7 @@ impl Action {
                 | Self::CollectUnread(_)
                 | Self::TakeUncleared(_)
                 | Self::Lose(..)
+                | Self::Reset
                 | Self::Fail(_)
                 | Self::BackOut
         )
@@ -127,6 +135,11 @@ impl fmt::Display for Action {
                 write!(f, "chunk {chunk} arrives at receiver {to}, which acknowledges it")
             }
             Self::Lose(to, chunk) => write!(f, "chunk {chunk} of receiver {to} is lost"),
+            Self::Piece(to) => {
+                write!(f, "a piece of device {}'s state arrives at receiver {to}", name(STREAMING))
+            }
+            Self::Reset => write!(f, "device {} is reset", name(STREAMING)),
+            Self::Reenter => write!(f, "device {} enters PRE_COPY again", name(STREAMING)),
             Self::Fail(to) => write!(f, "the migration to receiver {to} fails"),
             Self::Pause(to) => write!(f, "the vCPUs are paused, to switch over to receiver {to}"),
             Self::Halt(device) => write!(f, "device {} goes an arc towards STOP_COPY", name(device)),

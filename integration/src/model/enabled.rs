@@ -6,7 +6,7 @@ use vfio_migration::device::DeviceState;
 
 use super::Mutation;
 use super::action::Action;
-use super::machine::{Answer, Machine, Phase};
+use super::machine::{Answer, Machine, Phase, STREAMING};
 use super::world::{lock, members};
 
 impl Machine {
@@ -31,6 +31,9 @@ impl Machine {
                     }
                 }
             }
+        }
+        if self.scenario.streams && self.devices[usize::from(STREAMING)].is_running() {
+            actions.push(Action::Reset);
         }
         if let Some(page) = self.scenario.pluggable() {
             let is_there = world.ram >> page & 1 == 1;
@@ -61,6 +64,9 @@ impl Machine {
             Phase::Idle | Phase::Moved | Phase::Unknown => {}
             Phase::Precopy => {
                 actions.push(Action::Collect);
+                if self.scenario.streams && self.devices[usize::from(STREAMING)] == DeviceState::Running {
+                    actions.push(Action::Reenter);
+                }
                 let faults = (0..).zip(&self.devices).filter(|_| self.scenario.faults);
                 actions.extend(faults.map(|(device, _)| Action::CollectUnread(device)));
                 let early = self.mutated(Mutation::DevicesBeforeVcpus);
@@ -145,6 +151,10 @@ impl Machine {
         let left = self.tracker.outstanding(cursor).unwrap_or_default();
         if is_copied && left.pending_bytes > 0 && receiver.flights.len() < self.scenario.window {
             actions.push(Action::Take(number));
+        }
+        let streams = self.scenario.streams && self.phase == Phase::Precopy;
+        if streams && self.devices[usize::from(STREAMING)] == DeviceState::PreCopy {
+            actions.push(Action::Piece(number));
         }
         let is_takeable = left.pending_bytes > left.in_flight_bytes;
         if is_copied && is_takeable && self.scenario.faults {

@@ -24,6 +24,20 @@ use super::{Mutation, Scenario};
 pub(super) const CAPABILITIES: [Capabilities; 2] =
     [Capabilities { p2p: true, pre_copy: false }, Capabilities { p2p: true, pre_copy: true }];
 
+/// The device whose state streams where states do: the one with PRE_COPY.
+pub(super) const STREAMING: u8 = 1;
+
+/// What a receiver holds of a device's state that streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub(super) enum Pieces {
+    #[default]
+    Nothing,
+    /// Pieces of the session that the device is in.
+    Current,
+    /// Pieces of a session that is over, among them or alone.
+    Old,
+}
+
 /// How far the migration is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Phase {
@@ -85,6 +99,8 @@ pub(super) struct Receiver {
     /// Where the round is.
     pub(super) position: u64,
     pub(super) answer: Answer,
+    /// What it holds of the streaming device's state.
+    pub(super) pieces: Pieces,
 }
 
 /// A VM with its migration.
@@ -203,6 +219,10 @@ impl Machine {
             let pages: Vec<_> = members(stale).collect();
             return Err(format!("receiver {number} runs with old content in pages {pages:?}"));
         }
+        if self.scenario.streams && self.receivers[usize::from(number)].pieces != Pieces::Current {
+            let device = DEVICES[usize::from(STREAMING)];
+            return Err(format!("receiver {number} runs with pieces of device {device} of another session"));
+        }
         match self.captured.iter().zip(DEVICES).find(|(captured, _)| !**captured) {
             Some((_, device)) => Err(format!("receiver {number} runs with an old state of device {device}")),
             None => Ok(()),
@@ -259,7 +279,7 @@ impl Machine {
         let flights = receiver.flights.iter().map(|flight| (flight.pages, flight.sent));
         let mut flights: Vec<_> = flights.collect();
         flights.sort_unstable();
-        let known = (receiver.is_used, receiver.held, receiver.answer, cursor.is_some());
+        let known = (receiver.is_used, receiver.held, receiver.answer, receiver.pieces, cursor.is_some());
         (known, position, pending, flights)
     }
 

@@ -37,6 +37,8 @@ pub struct Scenario {
     pub slots: u8,
     /// Whether the guest maps and unmaps them.
     pub remaps: bool,
+    /// Whether a device's state goes ahead as a stream, and something may reset that device.
+    pub streams: bool,
     /// Whether devices' logs fail to be read.
     pub faults: bool,
     /// Whether one of the devices is behind a source that calls all it reaches written.
@@ -60,6 +62,7 @@ const PLAIN: Scenario = Scenario {
     devices: false,
     slots: 0,
     remaps: false,
+    streams: false,
     faults: false,
     imprecise: false,
     initially_set: false,
@@ -69,11 +72,12 @@ const PLAIN: Scenario = Scenario {
 };
 
 /// Small scenarios, a second for all of them.
-pub const SMALL: [Scenario; 6] = [
+pub const SMALL: [Scenario; 7] = [
     Scenario { name: "writes", ..PLAIN },
     Scenario { name: "receivers", ram_pages: 1, receivers: 2, ..PLAIN },
     Scenario { name: "devices", ram_pages: 1, devices: true, slots: 1, faults: true, ..PLAIN },
     Scenario { name: "mappings", ram_pages: 1, devices: true, slots: 1, remaps: true, faults: true, ..PLAIN },
+    Scenario { name: "streams", ram_pages: 1, devices: true, streams: true, ..PLAIN },
     Scenario { name: "hot-plug", ram_pages: 1, plugs: true, ..PLAIN },
     Scenario {
         name: "imprecise",

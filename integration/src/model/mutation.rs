@@ -51,6 +51,8 @@ pub enum Mutation {
     CollectBeforeStop,
     /// Nothing is collected after the capture, which writes.
     ForgetLastCollect,
+    /// Pieces of a device's state from before its reset are kept, before those of its next session.
+    KeepOldPieces,
     /// The devices' states are read before they stopped.
     CaptureBeforeStop,
     /// State is sent while chunks are on their way.
@@ -92,6 +94,7 @@ impl Mutation {
             | Self::CollectBeforeStop
             | Self::CaptureBeforeStop => "devices",
             Self::DrainAfterRead => "two-logs",
+            Self::KeepOldPieces => "streams",
             Self::SkipHarvest | Self::UnmapBeforeHarvest => "mappings",
             Self::MarkOnlyNewAfterRearm => "re-arm",
             Self::PluggedNotPending => "hot-plug",

@@ -8,7 +8,7 @@ use vfio_migration::source::PluggedRam;
 use vfio_migration::tracker::TrackerError;
 
 use super::action::Action;
-use super::machine::{Answer, CAPABILITIES, Flight, Machine, Phase, Receiver};
+use super::machine::{Answer, CAPABILITIES, Flight, Machine, Phase, Pieces, Receiver, STREAMING};
 use super::world::{DEVICES, KVM, Set, gpa_of, iova_of, lock, mapping_of, pages_of};
 use super::{Mutation, Scenario};
 
@@ -35,6 +35,9 @@ impl Machine {
             Action::Send(to, chunk) => self.send(to, chunk),
             Action::Ack(to, chunk) => self.acknowledge(to, chunk),
             Action::Lose(to, chunk) => self.lose(to, chunk),
+            Action::Piece(to) => self.piece(to),
+            Action::Reset => self.reset(),
+            Action::Reenter => self.go(STREAMING, DeviceState::PreCopy),
             Action::Fail(to) => self.fail(to),
             Action::Pause(to) => self.pause(to),
             Action::Halt(device) => self.go(device, DeviceState::StopCopy),
@@ -264,6 +267,28 @@ impl Machine {
         }
     }
 
+    /// Brings a piece of the streaming device's state; the first of another session makes a receiver drop what it has.
+    fn piece(&mut self, to: u8) {
+        let keeps = self.mutated(Mutation::KeepOldPieces);
+        let pieces = &mut self.receiver(to).pieces;
+        if *pieces != Pieces::Old || !keeps {
+            *pieces = Pieces::Current;
+        }
+    }
+
+    /// Resets the streaming device, which leaves its session.
+    fn reset(&mut self) {
+        self.end_saving();
+        self.captured[usize::from(STREAMING)] = false;
+        self.devices[usize::from(STREAMING)] = DeviceState::Running;
+    }
+
+    /// Ends the streaming device's saving session: what came of it is worthless.
+    fn end_saving(&mut self) {
+        let held = self.receivers.iter_mut().filter(|receiver| receiver.pieces == Pieces::Current);
+        held.for_each(|receiver| receiver.pieces = Pieces::Old);
+    }
+
     /// Ends the session with a receiver, which never runs the VM, and sets the source going.
     fn fail(&mut self, to: u8) {
         self.end_session(to);
@@ -306,9 +331,13 @@ impl Machine {
 
     /// Moves a device one arc on its way to `goal`.
     fn go(&mut self, device: u8, goal: DeviceState) {
-        let state = &mut self.devices[usize::from(device)];
-        let next = next_state(*state, goal, CAPABILITIES[usize::from(device)]);
-        *state = next.expect("the way there is open");
+        let state = self.devices[usize::from(device)];
+        let next = next_state(state, goal, CAPABILITIES[usize::from(device)]);
+        let next = next.expect("the way there is open");
+        if device == STREAMING && state.is_saving() && !next.is_saving() {
+            self.end_saving();
+        }
+        self.devices[usize::from(device)] = next;
     }
 
     fn wake(&mut self, device: u8) {
@@ -333,6 +362,8 @@ impl Machine {
             self.captured.fill(true);
         }
         page.into_iter().for_each(|page| self.write(page));
+        // The last piece of what streams.
+        self.piece(self.target);
         self.phase = Phase::Captured;
     }
 
