@@ -84,9 +84,6 @@ impl Device {
         }
         let state = self.state()?;
         let Some(outgoing) = self.outgoing else { return Ok(None) };
-        if outgoing.was_reset {
-            return Err(DeviceFailure::SessionLost { state });
-        }
         if !self.in_session || state != DeviceState::PreCopy {
             return Ok(None);
         }
@@ -157,11 +154,22 @@ impl Device {
         Ok(())
     }
 
-    /// Has a device that something reset while it ran enter PRE_COPY again: its state begins anew, in a session of its own.
+    /// Has a device that something reset while it streamed enter PRE_COPY again: its state begins anew, in a session of its own.
+    ///
+    /// # Errors
+    /// It was reset, or does not answer.
     pub(in crate::device) fn restart_after_reset(&mut self) -> Result<(), DeviceFailure> {
+        if !self.is_streaming() {
+            return Ok(());
+        }
+        let state = self.state()?;
         let was_reset =
             self.outgoing.as_mut().is_some_and(|outgoing| std::mem::take(&mut outgoing.was_reset));
-        if was_reset { self.start_precopy() } else { Ok(()) }
+        if !was_reset {
+            return Ok(());
+        }
+        self.start_precopy()?;
+        Err(DeviceFailure::SessionLost { state })
     }
 
     /// Tells what a failed call of the saving session means: a device that answers is not gone, and one that left the session was reset.

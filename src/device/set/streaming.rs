@@ -45,14 +45,20 @@ impl DeviceSet {
             return Ok(Vec::new());
         }
         let readers = self.devices.iter_mut().map(|device| {
-            let reader = device.precopy_reader();
-            let restarted = device.restart_after_reset();
-            reader
-                .and_then(|reader| restarted.map(|()| reader))
-                .map_err(failed(device, Attempt::Precopy))
-                .transpose()
+            let reader = device.restart_after_reset().and_then(|()| device.precopy_reader());
+            reader.map_err(failed(device, Attempt::Precopy)).transpose()
         });
         readers.flatten().collect()
+    }
+
+    /// Has running devices that something reset since they were last read enter PRE_COPY again.
+    ///
+    /// # Errors
+    /// One was reset, and its state begins anew. All were looked at.
+    pub(crate) fn restart_after_resets(&mut self) -> Result<(), DeviceSetError> {
+        let restart =
+            |device: &mut Device| device.restart_after_reset().map_err(failed(device, Attempt::Precopy));
+        self.devices.iter_mut().map(restart).fold(Ok(()), Result::and)
     }
 
     /// Returns what reads the states of the stopped devices to their ends, each on a thread of its own.

@@ -53,3 +53,23 @@ fn c37_a_stream_that_brings_nothing_more_is_read_again_for_initial_bytes_that_gr
     assert_eq!(set.estimate_anew().unwrap().initial_bytes, 1000);
     assert_eq!(round(&mut set), 1000);
 }
+
+#[test]
+fn c30_a_reset_between_two_turns_of_reading_is_told_and_the_stream_begins_anew() {
+    let (mut set, world) = set(vec![script(ALL), script(ALL)]);
+    set.begin_streaming(&set.stream_identities());
+    set.start_precopy().unwrap();
+    round(&mut set);
+    fail_at_next_call(&world, Effect::IsReset);
+    let told = set.restart_after_resets().unwrap_err();
+    assert_eq!(
+        chain(&told),
+        "Cannot read state of running device \"dev0\": Device left its data session for RUNNING unasked"
+    );
+    assert_eq!(states(&world), [PreCopy; 2]);
+    set.restart_after_resets().unwrap();
+    let readers = set.precopy_readers().unwrap();
+    let next: Vec<_> = readers.iter().map(|reader| (reader.device(), reader.next_index())).collect();
+    assert_eq!(next, [(0, 0)], "the other one has nothing new");
+    assert_eq!(round(&mut set), 24);
+}

@@ -75,13 +75,14 @@ impl<'a> DevicePrecopy<'a> {
         Ok(self.devices().final_readers()?)
     }
 
-    /// Takes in what was read of the running devices' states in a round.
+    /// Takes in what was read of the running devices' states in a round, and looks whether something has reset one since.
     pub(super) fn finish_round(&self, reads: Vec<StateRead>) -> Result<(), SendError> {
         for read in reads {
             let finished = self.devices().finish_read(read);
             finished.or_else(|error| self.tolerate(error))?;
         }
-        Ok(())
+        let restarted = self.devices().restart_after_resets();
+        restarted.or_else(|error| self.tolerate(error))
     }
 
     /// Takes in what was read of the stopped devices' states: all there was.
