@@ -180,11 +180,6 @@ impl<F: AsRawFd + Send> DeviceIo for KernelDevice<F> {
         self.capabilities
     }
 
-    /// A reset takes the data session's descriptor away under a reader.
-    fn may_stream(&self) -> bool {
-        false
-    }
-
     /// Also ends the data session that a reset has taken away, since the caller sees it here.
     fn state(&mut self) -> Result<DeviceState, DeviceError> {
         let state = self.ask_state()?;

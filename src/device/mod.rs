@@ -281,11 +281,6 @@ pub trait DeviceIo: Send {
     /// What the device offers; does not change while it is open.
     fn capabilities(&self) -> Capabilities;
 
-    /// Whether its state may go ahead of State as a stream. One that a reset during PRE_COPY cannot be told of in time has it in State.
-    fn may_stream(&self) -> bool {
-        true
-    }
-
     /// Reads the device's state.
     ///
     /// # Errors

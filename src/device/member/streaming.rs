@@ -60,11 +60,6 @@ impl Device {
         self.outgoing.map(|outgoing| outgoing.number)
     }
 
-    /// Whether the state may go as a stream.
-    pub(in crate::device) fn may_stream(&self) -> bool {
-        self.io.lock().may_stream()
-    }
-
     /// Has the state go away as a stream from the next session on.
     pub(in crate::device) fn begin_streaming(&mut self, number: u16) {
         self.outgoing = Some(Outgoing::new(number, self.in_session.into()));
