@@ -3,7 +3,6 @@
 //! Writes memory ahead of a receiver that asks for it, while faults that it waits for come first.
 
 use std::collections::VecDeque;
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -41,8 +40,6 @@ pub(super) struct Ahead {
     wants_help: AtomicBool,
     handed_over: AtomicBool,
     ended: AtomicBool,
-    /// The first failure before anybody asked for what failed.
-    failure: Mutex<Option<io::Error>>,
 }
 
 impl Ahead {
@@ -55,14 +52,9 @@ impl Ahead {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// Lets all threads take part: nothing is in their way any more.
+    /// Lets the threads begin.
     pub(super) fn hand_over(&self) {
         self.handed_over.store(true, Ordering::Release);
-    }
-
-    /// Takes what failed so far, though nobody has asked for it.
-    pub(super) fn take_failure(&self) -> Option<io::Error> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Does `work` for a fault while the threads wait; for a large page they help.
@@ -92,10 +84,10 @@ impl Ahead {
         self.next.fetch_max(number, Ordering::Relaxed);
     }
 
-    /// Works until everything is in memory or the end is told. `is_first`: before the VM is handed over, too.
-    pub(super) fn work(&self, supply: &Supply<'_>, is_first: bool) {
+    /// Works until everything is in memory or the end is told. Until the VM is handed over, the processors are the receiver's.
+    pub(super) fn work(&self, supply: &Supply<'_>) {
         let mut scratch = Vec::new();
-        while !is_first && !self.handed_over.load(Ordering::Acquire) && !self.has_ended() {
+        while !self.handed_over.load(Ordering::Acquire) && !self.has_ended() {
             thread::sleep(TICK);
         }
         while !self.has_ended() {
@@ -124,8 +116,8 @@ impl Ahead {
         if let Err(error) = supply.bring_ahead(number, scratch)
             && !self.has_ended()
         {
+            // Whoever asks for it gets the error, unless it can be read then.
             log::warn!("Cannot bring memory ahead: {error}");
-            self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         }
     }
 

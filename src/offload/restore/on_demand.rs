@@ -49,9 +49,8 @@ impl LocalSender {
             let start = self.options.snapshot_limits.thread_start;
             let serving = start.spawn_scoped(scope, "restore-faults", || server.serve());
             let serving = serving.map_err(LocalSendError::Thread)?;
-            for number in 0..parallel::processors() {
-                let (ahead, supply) = (&ahead, &supply);
-                let work = move || ahead.work(supply, number == 0);
+            for _ in 0..parallel::processors() {
+                let work = || ahead.work(&supply);
                 if let Err(error) = start.spawn_scoped(scope, "restore-ahead", work) {
                     log::warn!("Cannot start a thread that writes ahead: {error}");
                 }
@@ -89,8 +88,7 @@ impl LocalSender {
         };
         let prepared = exchange
             .ask(Command::State, self.chain.state().text())
-            .and_then(|()| self.await_first_fault(ahead, || serving.is_finished()))
-            .and_then(|()| ahead.take_failure().map_or(Ok(()), |error| Err(LocalSendError::Fill(error))))
+            .and_then(|()| self.await_first_fault(|| serving.is_finished()))
             .and_then(|()| self.handle.pass_the_point_of_no_return());
         if let Err(error) = prepared {
             exchange.abandon();
@@ -114,15 +112,12 @@ impl LocalSender {
     }
 
     /// Waits for the first request: a receiver that asks for nothing would run the VM on zeros.
-    fn await_first_fault(&self, ahead: &Ahead, has_ended: impl Fn() -> bool) -> Result<(), LocalSendError> {
+    fn await_first_fault(&self, has_ended: impl Fn() -> bool) -> Result<(), LocalSendError> {
         let began = Instant::now();
         while !self.handle.has_served() {
             self.handle.check()?;
             if has_ended() {
                 return Err(LocalSendError::NotOnDemand);
-            }
-            if let Some(error) = ahead.take_failure() {
-                return Err(LocalSendError::Fill(error));
             }
             if began.elapsed() > FIRST_FAULT {
                 return Err(LocalSendError::NotOnDemand);
