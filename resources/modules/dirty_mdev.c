@@ -341,6 +341,15 @@ static u64 dirty_mdev_changes(struct fixture *f)
 	return READ_ONCE(from_fixture(f)->changes);
 }
 
+/* Waits for the write that the engine is doing, which is logged when it is done. */
+static void dirty_mdev_settle(struct fixture *f)
+{
+	struct dirty_mdev *d = from_fixture(f);
+
+	mutex_lock(&d->lock);
+	mutex_unlock(&d->lock);
+}
+
 static const struct fixture_ops dirty_mdev_fixture_ops = {
 	.kind = "dirty_mdev",
 	.state_size = sizeof(struct dirty_mdev_state),
@@ -349,6 +358,7 @@ static const struct fixture_ops dirty_mdev_fixture_ops = {
 	.load = dirty_mdev_load,
 	.reset = dirty_mdev_reset,
 	.changes = dirty_mdev_changes,
+	.settle = dirty_mdev_settle,
 };
 
 FIXTURE_VFIO_OPS(dirty_mdev, to_fixture);

@@ -30,8 +30,8 @@ struct migration_file;
  * @reset: return the device to the state it had when opened; DMA is stopped.
  * @changes: optional; a number that grows with every change of the state. A
  *	device that has it sends newer state while it runs, in PRE_COPY.
- * @settle: optional; called before the log is read, to end a fixture_log_hold()
- *	whose DMA has completed.
+ * @settle: optional; called before the log is read, to wait for writes that are
+ *	not logged yet, or to end a fixture_log_hold() whose DMA has completed.
  */
 struct fixture_ops {
 	const char *kind;

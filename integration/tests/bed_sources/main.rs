@@ -24,3 +24,4 @@ mod kvm;
 mod mock;
 mod probe;
 mod seed;
+mod storm;

@@ -56,7 +56,7 @@ fn get(device: &Device, get: Get) -> io::Result<Vec<usize>> {
     get_into(device, get, &mut bitmap).map(|_| set_bits(&bitmap))
 }
 
-fn map(device: &Device, iova: u64, offset: usize, bytes: usize) {
+pub(crate) fn map(device: &Device, iova: u64, offset: usize, bytes: usize) {
     let vaddr = device.memory.addr() + offset;
     let mut map = [32 | 3 << 32, vaddr as u64, iova, bytes as u64];
     vfio(&device.container, IOMMU_MAP_DMA, &raw mut map).unwrap();
