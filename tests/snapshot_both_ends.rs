@@ -140,7 +140,7 @@ fn every_thread_does_what_the_embedder_wants_first() {
     write(&from);
     send(&from, &dir.path().join("into"), &Url::tcp("127.0.0.1", 0).unwrap(), 2, ThreadStart::new(hook));
     let sender = ["migrate-0", "migrate-1", "migrate-close", "migrate-dial"];
-    let others = ["migration-door", "migration-in", "snapshot-check", "snapshot-flush", "snapshot-part"];
+    let others = ["migration-accept", "migration-in", "snapshot-check", "snapshot-sync", "snapshot-part"];
     let expected = sender.into_iter().chain(others).map(str::to_owned).collect();
     assert_eq!(*STARTED.lock().unwrap(), expected);
 }
@@ -166,12 +166,12 @@ fn a_thread_that_cannot_do_what_the_embedder_wants_is_an_error_in_good_time() {
         ("migrate-0", 0, is_sender, true),
         ("migrate-1", 0, is_sender, true),
         ("snapshot-check", 0, is_sender, true),
-        ("migration-door", 0, is_receiver, true),
+        ("migration-accept", 0, is_receiver, true),
         ("migration-in", 0, is_receiver, true),
         // Not the one that only shows that there are threads: the source's own, then that of its second connection.
         ("migration-in", 1, is_receiver, true),
         ("migration-in", 2, is_receiver, true),
-        ("snapshot-flush", 0, is_receiver, true),
+        ("snapshot-sync", 0, is_receiver, true),
         // Others do the share of these, and connections are cut.
         ("snapshot-part", 0, [true; 2], false),
         ("migrate-close", 0, is_sender, false),

@@ -17,7 +17,7 @@ use std::error::Error;
 use derive_more::Display;
 use thiserror::Error;
 
-use crate::source::tells_of_lost_device;
+use crate::sys::tells_of_lost_device;
 
 mod kernel;
 #[cfg_attr(

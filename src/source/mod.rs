@@ -19,6 +19,7 @@ use thiserror::Error;
 use crate::iova::{IovaMap, Mapping};
 use crate::layout::Layout;
 use crate::range::GpaRange;
+use crate::sys::tells_of_lost_device;
 
 pub mod choose;
 mod container;
@@ -111,15 +112,6 @@ impl SourceError {
     pub fn or_gone(self, gone: bool) -> Self {
         Self { gone: self.gone || gone, ..self }
     }
-}
-
-/// Whether a kernel says that the device behind it is no more.
-pub(crate) fn tells_of_lost_device(error: &(dyn Error + 'static)) -> bool {
-    let mut causes = std::iter::successors(Some(error), |&error| error.source());
-    causes.any(|cause| {
-        let cause: Option<&std::io::Error> = cause.downcast_ref();
-        cause.and_then(std::io::Error::raw_os_error) == Some(libc::ENODEV)
-    })
 }
 
 /// The pages a source speaks for.

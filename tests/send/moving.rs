@@ -176,7 +176,7 @@ fn options_out_of_bounds_are_named() {
         assert_eq!(error, format!("window is {window}, but must be from 1 to 64"));
     }
     let error = options().rate_limit(Some(0)).unwrap_err().to_string();
-    assert!(error.starts_with("bandwidth is 0, but must be from 1 to "), "{error}");
+    assert!(error.starts_with("rate limit is 0, but must be from 1 to "), "{error}");
 }
 
 #[test]

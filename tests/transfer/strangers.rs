@@ -276,7 +276,7 @@ fn a_wait_has_an_end_and_tells_how_many_strangers_came() {
         (0..3).for_each(|_| drop(TcpStream::connect(address(listener)).unwrap()));
     });
     let text = received.unwrap_err().to_string();
-    assert_eq!(text, "No source began a migration in 1 s; 3 callers were turned away");
+    assert_eq!(text, "No source began a migration in 1 s; 3 callers were rejected");
 }
 
 #[test]
@@ -337,7 +337,7 @@ fn a_second_source_is_told_that_there_is_one() {
 }
 
 #[test]
-fn a_source_with_a_foreign_certificate_is_turned_away_and_a_good_one_taken() {
+fn a_source_with_a_foreign_certificate_is_rejected_and_a_good_one_taken() {
     let (files, foreign) = (Files::good(), Files::of(&Authority::new("foreign")));
     std::fs::copy(files.path().join("ca-cert.pem"), foreign.path().join("ca-cert.pem")).unwrap();
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();

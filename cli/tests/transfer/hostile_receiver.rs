@@ -189,7 +189,7 @@ fn options_that_make_no_sense_are_refused() {
     send("tcp:127.0.0.1:1", &["--memory-mode", "postcopy"]).failed(2, "the DMA of a device cannot wait");
     let socket = format!("unix:{}", place.path("socket").display());
     send(&socket, &["--connections", "2"]).failed(2, "2 connections take a TCP address");
-    send("tcp:127.0.0.1:1", &["--bandwidth", "0"]).failed(2, "bandwidth is 0");
+    send("tcp:127.0.0.1:1", &["--bandwidth", "0"]).failed(2, "rate limit is 0");
 }
 
 #[test]

@@ -372,7 +372,7 @@ fn a_receiver_short_of_threads_names_that_and_not_its_source() {
         }
         let sent = Tool::send(&url, &from, &[]).end();
         if !tool.ends_within(Duration::from_secs(3)) {
-            // The source was turned away; another one may find a thread.
+            // The source was rejected; another one may find a thread.
             tool.signal("-TERM");
             assert_ne!(sent.code, Some(0));
             tool.end();

@@ -44,7 +44,7 @@ fn a_receiver_whose_certificate_is_no_good_is_refused() {
 }
 
 #[test]
-fn a_source_whose_certificate_is_no_good_is_turned_away_and_a_better_one_let_in() {
+fn a_source_whose_certificate_is_no_good_is_rejected_and_a_better_one_let_in() {
     let authority = Authority::new("ours");
     let good = Files::of(&authority);
     let late = Files::new(&authority, &authority.sign(&loopback()), &authority.sign(&expired()));
@@ -63,7 +63,7 @@ fn a_receiver_of_another_authority_is_refused() {
 }
 
 #[test]
-fn a_source_without_tls_is_turned_away() {
+fn a_source_without_tls_is_rejected() {
     let place = Place::new();
     let files = Files::good();
     let tls = ["--tls-dir", files.path().to_str().unwrap()];

@@ -10,6 +10,7 @@
 //! The parent made both sides' memfds, so it compares them without asking either side. The program that runs the demo is also
 //! the program of its processes: run with [`PROCESS_ARGUMENT`], it calls [`process_main`].
 
+mod checks;
 pub(crate) mod child;
 mod compare;
 pub(crate) mod control;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use vfio_migration::error::Chain;
 
+use super::checks::{check_fault, check_host_memory};
 use super::compare::compare;
 use super::control::{Command, DeviceSetup, Event, Health, MachineSetup, Role};
 use super::error::DemoError;
@@ -18,9 +19,9 @@ use super::options::{DemoOptions, Inject, Transport};
 use super::process::{Process, Who};
 use super::proxy::flip_a_bit;
 use super::report::{MigrationFigures, Progress, Report};
-use super::side::{DEVICE_LOG, KVM_LOG, source_names};
+use super::side::source_names;
 use super::{LOG_VARIABLE, PROCESS_ARGUMENT};
-use crate::vmm::{AreaKind, MAX_RAM_BYTES, Map, Memory, PAGE_BYTES, RamLayout, Split, probe_kvm};
+use crate::vmm::{AreaKind, Map, Memory, PAGE_BYTES, RamLayout, Split, probe_kvm};
 
 /// Passes the guest makes over its pages, after it moved, before it is believed to be well.
 const CHECKED_PASSES: u64 = 2;
@@ -30,9 +31,6 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long a migration may overrun its own timeout before the demo gives up on the source.
 const GRACE: Duration = Duration::from_secs(30);
-
-/// Bytes of sparse RAM for which a machine and its device keep a byte of bitmaps: eight bits a page.
-const BITMAPS_SHARE: u64 = PAGE_BYTES;
 
 /// What the demo tells while it runs.
 #[derive(Debug, Clone)]
@@ -465,41 +463,6 @@ pub(super) fn millis(micros: u64) -> f64 {
 /// Rounds to whole microseconds: a sum of two such figures is not printed to the fifteenth digit.
 fn to_micros(millis: f64) -> f64 {
     (millis * 1000.0).round() / 1000.0
-}
-
-/// Refuses a fault that could not show.
-fn check_fault(options: &DemoOptions) -> Result<(), DemoError> {
-    let contradiction = match &options.inject {
-        _ if options.sparse && !options.no_kvm && options.memory_bytes > MAX_RAM_BYTES => {
-            "more than 128 GiB needs --no-kvm: a KVM guest's page tables map no more"
-        }
-        Some(Inject::CorruptPage) if options.transport == Transport::Unix => {
-            "corrupt-page needs --transport tcp"
-        }
-        Some(Inject::Forget(source)) if source == KVM_LOG && options.guest_dirty_rate == 0 => {
-            "forget-kvm-log needs a guest that writes: --guest-dirty-rate is 0"
-        }
-        Some(Inject::Forget(source)) if source == DEVICE_LOG && options.device_dirty_rate == 0 => {
-            "forget-device-log needs a device that writes: --device-dirty-rate is 0"
-        }
-        _ => return Ok(()),
-    };
-    Err(DemoError::Contradiction(contradiction))
-}
-
-/// What both machines populate and both devices' state must fit the host at once, with the bitmaps of all processes.
-fn check_host_memory(options: &DemoOptions, layout: &RamLayout) -> Result<(), DemoError> {
-    let ram_bytes = match options.sparse {
-        true => Map::new(layout).populated_bytes() + options.memory_bytes / BITMAPS_SHARE,
-        false => options.memory_bytes,
-    };
-    let needed_bytes = ram_bytes.saturating_add(options.device_state_bytes).saturating_mul(2);
-    match crate::vmm::host_available_bytes() {
-        Some(available_bytes) if needed_bytes > available_bytes => {
-            Err(DemoError::HostTooSmall { needed_bytes, available_bytes, sparse: options.sparse })
-        }
-        _ => Ok(()),
-    }
 }
 
 fn kvm_or_why_not(notify: &mut dyn FnMut(Note)) -> bool {

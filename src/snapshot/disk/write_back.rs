@@ -135,7 +135,7 @@ impl WriteBack {
     pub(crate) fn with(sync: SyncBytes, threads: ThreadStart) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let of_thread = Arc::clone(&shared);
-        let thread = threads.spawn("snapshot-flush", move || of_thread.run(&sync))?;
+        let thread = threads.spawn("snapshot-sync", move || of_thread.run(&sync))?;
         Ok(Self { shared, thread: Some(thread) })
     }
 

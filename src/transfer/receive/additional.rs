@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use super::connections::Entry;
 use super::context::{Context, TICK};
-use super::error::{Part, ReceiveError, Step, in_full};
+use super::error::{Part, ReceiveError, Step};
 use super::message::{answer, decode, refuse_and_close, take_device_state, take_memory};
 use super::phase_gate::Ticket;
+use crate::error::Chain;
 use crate::transfer::connection::{Connection, Head};
 use crate::transfer::frame::{Command, Request, Response, Status};
 
@@ -45,7 +46,7 @@ pub(super) fn serve(
     match outcome {
         Ok(()) => connection.close(Duration::ZERO),
         Err(error) => {
-            log::debug!("Connection from {} failed: {}", connection.peer(), in_full(&error));
+            log::debug!("Connection from {} failed: {}", connection.peer(), Chain(&error));
             // Report the failure while the Memory that was cut off still counts as under way, so that State cannot pass it.
             gate.fail(error);
             drop(under_way);

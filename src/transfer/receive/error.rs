@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-use std::error::Error;
 use std::io;
 use std::time::Duration;
 
@@ -65,14 +64,14 @@ pub enum ReceiveError {
     },
     /// Nobody began a migration in time.
     #[error(
-        "No source began a migration in {:.0} s; {turned_away} caller{} turned away",
-        .waited.as_secs_f64(), if *.turned_away == 1 { " was" } else { "s were" }
+        "No source began a migration in {:.0} s; {rejected} caller{} rejected",
+        .waited.as_secs_f64(), if *.rejected == 1 { " was" } else { "s were" }
     )]
     NoSource {
         /// How long one was waited for.
         waited: Duration,
         /// How many others came.
-        turned_away: u64,
+        rejected: u64,
     },
     /// A source that is connected already does not begin.
     #[error("Source said nothing for {:.1} s", .waited.as_secs_f64())]
@@ -310,10 +309,4 @@ impl ReceiveError {
         let complete = [Command::Complete, Command::CompletePaused];
         matches!(self, Self::Destination { command, .. } if complete.contains(command))
     }
-}
-
-/// The whole of an error in one line, causes last.
-pub(super) fn in_full(error: &dyn Error) -> String {
-    let causes = std::iter::successors(error.source(), |&error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -123,7 +123,7 @@ impl Receiver {
     /// Waits on `listener` for a source, and receives its VM into `destination`.
     ///
     /// The first caller to say Start is the source, and its failure is the receiver's. All others are strangers, be they
-    /// silent, slow, many or without a certificate: they are turned away and counted, and never keep the source out.
+    /// silent, slow, many or without a certificate: they are rejected and counted, and never keep the source out.
     ///
     /// # Errors
     /// No VM was received; `destination` was told, unless it is what failed to complete it. A process that could not open a
@@ -143,7 +143,7 @@ impl Receiver {
                 let ending = Ending(context);
                 let (first, callers) = channel();
                 let acceptor = Acceptor::new(listener, self.tls.as_ref(), &rejections, context);
-                context.spawn(scope, "migration-door", move || acceptor.run(scope, &first))?;
+                context.spawn(scope, "migration-accept", move || acceptor.run(scope, &first))?;
                 // And one to hear a caller on: else no source could ever be heard.
                 context.spawn(scope, "migration-in", || {})?;
                 let source = self.await_source(&callers, &rejections, context)?;
@@ -224,7 +224,7 @@ impl Receiver {
             }
             let waited = begun.elapsed();
             if waited >= self.limits.source_wait {
-                return Err(ReceiveError::NoSource { waited, turned_away: rejections.callers() });
+                return Err(ReceiveError::NoSource { waited, rejected: rejections.callers() });
             }
         }
         Err(ReceiveError::Stopped)

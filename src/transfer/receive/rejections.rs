@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use super::error::{Part, ReceiveError, in_full};
+use super::error::{Part, ReceiveError};
+use crate::error::Chain;
 use crate::sync;
 use crate::transfer::connection::Stall;
 use crate::units::Count;
@@ -19,7 +20,7 @@ const BURST: u32 = 10;
 /// Time after which another rejection may be logged.
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// Why a caller was turned away.
+/// Why a caller was rejected.
 #[derive(Debug, Error)]
 pub(super) enum Reason {
     /// Another source's VM is being received.
@@ -52,14 +53,14 @@ impl Reason {
     }
 }
 
-/// Counts callers that were turned away, from any thread.
+/// Counts callers that were rejected, from any thread.
 #[derive(Debug, Default)]
 pub(super) struct Rejections(Mutex<Tally>);
 
 impl Rejections {
     /// Counts a rejected caller, and logs who it was and why, within the rate limit.
     pub(super) fn count(&self, peer: &str, reason: &Reason) {
-        let reason = in_full(reason);
+        let reason = Chain(reason);
         // Not in the match: the lock would be held for as long as the log takes.
         let told = self.lock().count(Instant::now());
         match told {
@@ -84,7 +85,9 @@ impl Rejections {
     pub(super) fn explain(&self, error: ReceiveError) -> ReceiveError {
         let unserved = if error.is_of_source() { self.lock().unserved.take() } else { None };
         match unserved {
-            Some(source) => ReceiveError::Short { outcome: in_full(&error), source: Box::new(source) },
+            Some(source) => {
+                ReceiveError::Short { outcome: Chain(&error).to_string(), source: Box::new(source) }
+            }
             None => error,
         }
     }
@@ -108,7 +111,7 @@ struct Tally {
     budget: u32,
     /// When the budget grew last; `None` while it is full.
     grown: Option<Instant>,
-    /// Why the last one was turned away that this host was to blame for.
+    /// Why the last one was rejected that this host was to blame for.
     unserved: Option<ReceiveError>,
 }
 
@@ -149,7 +152,7 @@ mod tests {
 
     #[test]
     fn who_is_late_is_not_told_of_as_a_connection_that_failed() {
-        let text = |source| in_full(&Reason::of_reading(Part::Role, source));
+        let text = |source| Chain(&Reason::of_reading(Part::Role, source)).to_string();
         let late = Stall::Late { allowed: Duration::from_secs(10) };
         assert_eq!(text(late.into()), "Caller did not identify itself within 10.0 s");
         let cut = text(io::ErrorKind::UnexpectedEof.into());
@@ -164,7 +167,7 @@ mod tests {
         let thread = ReceiveError::Thread { source: io::Error::from_raw_os_error(libc::EAGAIN) };
         rejections.count_unserved("a caller", thread);
         assert!(matches!(rejections.explain(ReceiveError::Stopped), ReceiveError::Stopped));
-        let text = in_full(&rejections.explain(closed()));
+        let text = Chain(&rejections.explain(closed())).to_string();
         assert!(
             text.starts_with("Source closed the connection after Config; connections could not be served"),
             "{text}"

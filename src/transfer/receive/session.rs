@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use super::context::{Context, Source, TICK};
 use super::destination::{Completion, Destination, Received};
 use super::device_streams::DeviceStreams;
-use super::error::{Part, ReceiveError, Step, in_full};
+use super::error::{Part, ReceiveError, Step};
 use super::message::{
     answer, check_empty, decode, read_descriptor, read_devices, read_text, refuse, take_device_state,
     take_memory,
 };
 use super::store::PageStore;
 use crate::device::{DeviceSet, StreamIdentity, compare_identities};
+use crate::error::Chain;
 use crate::sync::lock;
 use crate::transfer::connection::{Connection, Head};
 use crate::transfer::frame::{
@@ -40,13 +41,13 @@ pub(super) fn receive(
     let linger = context.limits.linger;
     match outcome {
         Err(error) if context.connections.is_stopped() => {
-            log::debug!("Stopped in the middle of the migration: {}", in_full(&error));
+            log::debug!("Stopped in the middle of the migration: {}", Chain(&error));
             session.connection.close(Duration::ZERO);
             Err(ReceiveError::Stopped)
         }
         outcome => {
             if let Err(error) = &outcome {
-                log::info!("Receiving the VM ended: {}", in_full(error));
+                log::info!("Receiving the VM ended: {}", Chain(error));
             }
             if !session.answered {
                 refuse(&mut session.connection, linger);
@@ -225,7 +226,7 @@ impl Session<'_> {
         // Even where another connection has failed meanwhile: the VM is here.
         let told = answer(&mut self.connection, request.command(), Response::new(Status::Ok));
         if let Err(error) = &told {
-            log::warn!("The VM runs here, but its source may not know: {}", in_full(error));
+            log::warn!("The VM runs here, but its source may not know: {}", Chain(error));
         }
         Ok((paused, completion, told.is_ok()))
     }

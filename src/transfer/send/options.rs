@@ -104,7 +104,7 @@ impl SendOptions {
     /// # Errors
     /// No bytes per second.
     pub fn rate_limit(self, bytes_per_second: Option<u64>) -> Result<Self, SendOptionsError> {
-        in_bounds("bandwidth", bytes_per_second.unwrap_or(u64::MAX), 1..=u64::MAX)?;
+        in_bounds("rate limit", bytes_per_second.unwrap_or(u64::MAX), 1..=u64::MAX)?;
         Ok(Self { rate_limit: bytes_per_second.and_then(NonZeroU64::new), ..self })
     }
 
