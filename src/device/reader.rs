@@ -100,6 +100,8 @@ impl StateReader {
         if self.is_over() {
             return None;
         }
+        // The time until there was room for it is the receiver's.
+        self.pace.go_on(Instant::now());
         let begin = buffer.len();
         let most = usize::try_from(self.left()).unwrap_or(usize::MAX).min(most);
         buffer.resize(begin + most, 0);
@@ -174,5 +176,30 @@ impl StateReader {
             }
         }
         Ok(filled)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::device::tests::{ALL, script, set};
+
+    #[test]
+    fn the_time_until_a_piece_has_room_is_not_the_devices() {
+        let (mut set, _world) = set(vec![script(ALL)]);
+        set.begin_streaming(&set.stream_identities());
+        set.start_precopy().unwrap();
+        set.stop_for_copy().unwrap();
+        let mut reader = set.final_readers().unwrap().remove(0);
+        reader.pace = Pace::new(Duration::from_secs(1), Instant::now());
+        let mut buffer = Vec::new();
+        for _ in 0..3 {
+            thread::sleep(Duration::from_millis(600));
+            assert!(reader.read(&mut buffer, 7).is_some());
+        }
+        assert!(reader.end().failure.is_none());
+        assert_eq!(buffer.len(), 21);
     }
 }

@@ -167,6 +167,16 @@ impl StateStream {
         self.blob.bytes() + self.streamed
     }
 
+    /// Whether any of the session was read.
+    pub(super) fn has_begun(&self) -> bool {
+        self.filled() > 0 || self.complete || self.taken
+    }
+
+    /// Has a session of which a part was sent away count as one to read again.
+    pub(super) fn keep_whole(&mut self) {
+        self.taken |= self.streamed > 0;
+    }
+
     /// Bytes that were read and sent away.
     pub(super) fn streamed(&self) -> usize {
         self.streamed

@@ -33,6 +33,7 @@ mod skipping;
 mod sources;
 mod spreading;
 mod stopping;
+mod stream_ends;
 mod stream_faults;
 mod stream_order;
 mod stream_policy;

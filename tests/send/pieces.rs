@@ -253,6 +253,20 @@ fn states_that_are_not_as_long_as_state_says_are_refused() {
 }
 
 #[test]
+fn a_source_that_goes_away_after_state_leaves_no_device_with_a_state() {
+    let mut said = conversation(state_messages(pieces()));
+    assert_eq!(said.pop(), Some(message(COMPLETE, b"")));
+    let (received, takers, answers) = receive(true, said, PeerLimits::default());
+    assert_eq!(answers.last(), Some(&1), "it took State");
+    assert!(received.is_err());
+    for taker in takers {
+        let taken = taker.look();
+        assert_eq!((taken.state, taken.loaded.as_ref()), (Some(DeviceState::Running), None));
+        assert_eq!(taken.resets, 1, "it was reset");
+    }
+}
+
+#[test]
 fn a_plain_source_has_no_pieces() {
     let said = [vec![config()], state_messages(pieces())].concat();
     let (received, takers, answers) = receive(false, said, PeerLimits::default());

@@ -26,7 +26,7 @@ use crate::both_ends::loopback;
 use crate::log_of;
 use crate::vm::{FakeDevice, FakeVm, Log, Machine, Memory, PAGES, empty_memory, note, read_page};
 
-const MIB: usize = 1 << 20;
+pub(crate) const MIB: usize = 1 << 20;
 
 /// What a destination's device has been through.
 #[derive(Default)]
@@ -131,6 +131,8 @@ pub(crate) struct Vmm {
     pub(crate) devices: MigratableDevice,
     /// Whether states may come as streams.
     pub(crate) streams: bool,
+    /// How long completing takes.
+    pub(crate) completing: Duration,
     /// Notes what it is given.
     pub(crate) log: Log,
 }
@@ -142,7 +144,7 @@ impl Vmm {
         let tracker = Arc::new(Mutex::new(Tracker::builder(layout).build().unwrap()));
         let devices = Arc::new(Mutex::new(DeviceSet::new(devices).unwrap()));
         let devices = MigratableDevice::new("devices", tracker, devices);
-        Self { memory, devices, streams: true, log: Log::default() }
+        Self { memory, devices, streams: true, completing: Duration::ZERO, log: Log::default() }
     }
 
     pub(crate) fn assert_equals(&self, vm: &FakeVm) {
@@ -169,6 +171,7 @@ impl Destination for Vmm {
 
     fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
         note(&self.log, "complete");
+        thread::sleep(self.completing);
         Ok(Completion::Moved)
     }
 

@@ -363,6 +363,8 @@ pub(crate) struct FakeDevice {
     pub(crate) size: Option<u64>,
     /// Has always one more initial byte than it hands out.
     pub(crate) restless: bool,
+    /// Fails to tell what PRE_COPY has left.
+    pub(crate) fail_info: bool,
     /// Writes the state's number to this page in each move but to STOP, as a device does that has work to finish.
     pub(crate) writes: Option<(Arc<Memory>, u64)>,
     /// Takes so long to move to this state.
@@ -383,6 +385,7 @@ impl FakeDevice {
             read: 0,
             size: Some(0),
             restless: false,
+            fail_info: false,
             writes: None,
             slow: None,
             fail: None,
@@ -419,7 +422,7 @@ impl DeviceIo for FakeDevice {
         if let Some((_, takes)) = self.slow.filter(|(slow, _)| *slow == state) {
             thread::sleep(takes);
         }
-        if matches!(state, DeviceState::PreCopy | DeviceState::Running) {
+        if matches!(state, DeviceState::PreCopy | DeviceState::Running | DeviceState::Stop) {
             self.read = 0;
         }
         if let (Some((memory, page)), true) = (&self.writes, state != DeviceState::Stop) {
@@ -447,6 +450,9 @@ impl DeviceIo for FakeDevice {
     }
 
     fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
+        if self.fail_info {
+            return Err(DeviceError::new(DeviceOperation::PrecopyInfo, "scripted to fail"));
+        }
         let initial_bytes = self.early().saturating_sub(self.read) as u64 + u64::from(self.restless);
         Ok(Some(PrecopyInfo { initial_bytes, dirty_bytes: 0 }))
     }

@@ -60,14 +60,19 @@ impl Device {
         self.outgoing.map(|outgoing| outgoing.number)
     }
 
-    /// Has the state go away as a stream from the next session on.
+    /// Has the state go away as a stream from the next session on. A session from which something was read already is over: a stream
+    /// has all of a session.
     pub(in crate::device) fn begin_streaming(&mut self, number: u16) {
+        if self.stream.has_begun() {
+            self.end_session();
+        }
         self.outgoing = Some(Outgoing::new(number, self.in_session.into()));
     }
 
-    /// Has the state go into the Snapshot tree again.
+    /// Has the state go into the Snapshot tree again, read anew where some of it has gone away.
     pub(in crate::device) fn end_streaming(&mut self) {
         self.outgoing = None;
+        self.stream.keep_whole();
     }
 
     /// Returns what reads the state on while the device runs; `None` where nothing of it is worth reading now.
@@ -82,7 +87,7 @@ impl Device {
         if !self.in_session || state != DeviceState::PreCopy {
             return Ok(None);
         }
-        let budget = match self.unread_in_precopy().map_err(|failure| self.explain(failure))? {
+        let budget = match self.unread_in_precopy().map_err(|failure| self.fail_reading(failure))? {
             _ if outgoing.is_futile => self.initial_bytes(),
             Some(bytes) => bytes,
             None => u64::MAX,
@@ -104,11 +109,18 @@ impl Device {
 
     /// Returns what reads the stopped device's state to its end; `None` where the state is no stream.
     pub(in crate::device) fn final_reader(&mut self) -> Result<Option<StateReader>, DeviceFailure> {
-        let Some(outgoing) = self.outgoing else { return Ok(None) };
-        match self.state()? {
-            DeviceState::StopCopy if self.in_session => Ok(Some(self.reader(outgoing, Until::End))),
-            state => Err(DeviceFailure::NotStopped { state }),
+        if !self.is_streaming() {
+            return Ok(None);
         }
+        match self.state()? {
+            DeviceState::StopCopy if self.in_session => {}
+            DeviceState::StopCopy => {
+                self.go(DeviceState::Stop)?;
+                self.go(DeviceState::StopCopy)?;
+            }
+            state => return Err(DeviceFailure::NotStopped { state }),
+        }
+        Ok(self.outgoing.map(|outgoing| self.reader(outgoing, Until::End)))
     }
 
     fn reader(&self, outgoing: Outgoing, until: Until) -> StateReader {
@@ -216,6 +228,11 @@ impl Device {
     /// Whether the device takes a state in as it comes.
     pub(in crate::device) fn is_loading(&self) -> bool {
         self.incoming.is_some()
+    }
+
+    /// Whether the device holds a loaded state that has not run yet.
+    pub(in crate::device) fn holds_loaded(&self) -> bool {
+        self.holds_loaded
     }
 
     /// Checks that the state that came is whole, of `bytes` bytes.

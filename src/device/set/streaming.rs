@@ -32,18 +32,25 @@ impl DeviceSet {
 
     /// Returns a reader for each running device that has state worth reading now; each reader runs on its own thread.
     ///
-    /// # Errors
-    /// A device failed: its whole state follows in STOP_COPY. Or something reset it: it is in PRE_COPY again, and its state begins anew.
-    /// The next call goes on.
-    pub(crate) fn precopy_readers(&mut self) -> Result<Vec<StateReader>, DeviceSetError> {
+    /// Beside them are the failures of the others: such a device's whole state follows in STOP_COPY. Or something reset it: it is in
+    /// PRE_COPY again, and its state begins anew.
+    pub(crate) fn precopy_readers(&mut self) -> (Vec<StateReader>, Vec<DeviceSetError>) {
+        let (mut readers, mut failures) = (Vec::new(), Vec::new());
         if self.phase != Phase::Running {
-            return Ok(Vec::new());
+            return (readers, failures);
         }
-        let readers = self.devices.iter_mut().map(|device| {
-            let reader = device.restart_after_reset().and_then(|()| device.precopy_reader());
-            reader.map_err(failed(device, Attempt::Precopy)).transpose()
-        });
-        readers.flatten().collect()
+        for device in &mut self.devices {
+            let mut next = || device.restart_after_reset().and_then(|()| device.precopy_reader());
+            match next() {
+                Ok(reader) => readers.extend(reader),
+                Err(failure) => {
+                    // It may have begun anew.
+                    readers.extend(next().ok().flatten());
+                    failures.push(failed(device, Attempt::Precopy)(failure));
+                }
+            }
+        }
+        (readers, failures)
     }
 
     /// Has running devices that something reset since they were last read enter PRE_COPY again.
@@ -110,6 +117,14 @@ impl DeviceSet {
     pub(crate) fn abandon_loading(&mut self) {
         for device in self.devices.iter_mut().filter(|device| device.is_loading()) {
             device.end_loading();
+            device.discard_loaded();
+            self.phase = Phase::Stopped;
+        }
+    }
+
+    /// Drops states that were loaded and have not run: resets the devices that hold them.
+    pub(crate) fn abandon_loaded(&mut self) {
+        for device in self.devices.iter_mut().filter(|device| device.holds_loaded()) {
             device.discard_loaded();
             self.phase = Phase::Stopped;
         }

@@ -5,10 +5,16 @@
 use super::estimates::{MIB, Size, Teller};
 use super::*;
 
+fn readers(set: &mut DeviceSet) -> Vec<StateReader> {
+    let (readers, failures) = set.precopy_readers();
+    assert!(failures.is_empty(), "{failures:?}");
+    readers
+}
+
 /// One round: each device that has something is read to the end of its turn. Returns the bytes.
 fn round(set: &mut DeviceSet) -> u64 {
     let mut bytes = 0;
-    for mut reader in set.precopy_readers().unwrap() {
+    for mut reader in readers(set) {
         let mut buffer = Vec::new();
         while reader.read(&mut buffer, 1 << 20).is_some() {
             buffer.clear();
@@ -68,8 +74,50 @@ fn c30_a_reset_between_two_turns_of_reading_is_told_and_the_stream_begins_anew()
     );
     assert_eq!(states(&world), [PreCopy; 2]);
     set.restart_after_resets().unwrap();
-    let readers = set.precopy_readers().unwrap();
+    let readers = readers(&mut set);
     let next: Vec<_> = readers.iter().map(|reader| (reader.device(), reader.next_index())).collect();
     assert_eq!(next, [(0, 0)], "the other one has nothing new");
     assert_eq!(round(&mut set), 24);
+}
+
+#[test]
+fn a_device_that_does_not_tell_what_precopy_has_left_leaves_it_and_the_others_are_read() {
+    let (mut set, world) = set(vec![script(ALL), script(ALL)]);
+    set.begin_streaming(&set.stream_identities());
+    set.start_precopy().unwrap();
+    {
+        // The next calls ask twice where it is, and then what it has left.
+        let mut world = world.lock().unwrap();
+        world.fault = Some((world.calls + 2, Effect::Fails));
+    }
+    let (readers, failures) = set.precopy_readers();
+    assert_eq!(readers.iter().map(StateReader::device).collect::<Vec<_>>(), [1]);
+    assert_eq!(failures.len(), 1, "{failures:?}");
+    assert_eq!(states(&world), [Running, PreCopy]);
+    let (readers, failures) = set.precopy_readers();
+    assert_eq!((readers.len(), failures.len()), (1, 0));
+}
+
+#[test]
+fn a_stream_begins_at_the_first_byte_whatever_was_read_before() {
+    for stopped in [false, true] {
+        let (mut set, _world) = set(vec![script(ALL)]);
+        set.start_precopy().unwrap();
+        set.precopy_step(10).unwrap();
+        if stopped {
+            set.stop_for_copy().unwrap();
+            set.save().unwrap();
+        }
+        set.begin_streaming(&set.stream_identities());
+        set.start_precopy().unwrap();
+        set.stop_for_copy().unwrap();
+        let mut reader = set.final_readers().unwrap().remove(0);
+        let mut buffer = Vec::new();
+        while reader.read(&mut buffer, 1 << 20).is_some() {}
+        set.finish_read(reader.end()).unwrap();
+        assert_eq!(buffer, script(ALL).stream(), "stopped: {stopped}");
+        // A save after the streams ended holds the state itself.
+        set.end_streaming();
+        assert_eq!(streams(&set.save().unwrap()), [script(ALL).stream()]);
+    }
 }

@@ -94,7 +94,10 @@ impl DeviceStreams {
             return Err(PieceError::QueueFull { limit_bytes: self.limit_bytes }.into());
         }
         let Piece { index, position, last, .. } = piece;
-        stream.waiting.insert(index, Waiting { payload: std::mem::take(payload), position, last });
+        let mut payload = std::mem::take(payload);
+        // It has room for the largest piece, and only its length is counted.
+        payload.shrink_to_fit();
+        stream.waiting.insert(index, Waiting { payload, position, last });
         Ok(())
     }
 
@@ -119,9 +122,14 @@ impl DeviceStreams {
         bytes.sum()
     }
 
-    /// Drops what came, unless all of it was loaded. No piece is under way any more.
-    pub(super) fn abandon(&self) {
-        lock(&self.set).abandon_loading();
+    /// Drops what came. No piece is under way any more. What was loaded is kept where `completing` failed: only the VMM knows whether
+    /// its VM runs.
+    pub(super) fn abandon(&self, completing: bool) {
+        let mut set = lock(&self.set);
+        set.abandon_loading();
+        if !completing {
+            set.abandon_loaded();
+        }
     }
 }
 
@@ -187,5 +195,27 @@ impl Stream {
 
     fn failed(&self, source: DeviceFailure) -> ReceiveError {
         ReceiveError::DeviceState { name: self.sink.name().to_owned(), source: source.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::tests::{ALL, script, set};
+
+    #[test]
+    fn a_piece_that_waits_holds_no_more_than_is_counted() {
+        let (set, _world) = set(vec![script(ALL)]);
+        let listed = set.stream_identities();
+        let set = Arc::new(Mutex::new(set));
+        let streams = DeviceStreams::begin(set, &listed, &PeerLimits::default()).unwrap();
+        let mut buffer = Vec::with_capacity(1 << 20);
+        buffer.resize(PIECE_HEAD_BYTES + 1, 0);
+        let piece = Piece { device: 0, version: 0, session: 1, index: 1, position: 1, last: false };
+        streams.take(piece, &mut buffer).unwrap();
+        let stream = lock(&streams.streams[0]);
+        let held: usize = stream.waiting.values().map(|waiting| waiting.payload.capacity()).sum();
+        assert!(held < 64, "{held} bytes");
+        assert_eq!(streams.queued_bytes.load(Ordering::Relaxed), PIECE_HEAD_BYTES as u64 + 1);
     }
 }

@@ -195,10 +195,8 @@ impl Receiver {
         let threads = self.thread_start;
         let context = Context { gate: &gate, connections: &self.connections, limits: &self.limits, threads };
         let outcome = migrate(context, destination);
-        if outcome.is_err()
-            && let Some(devices) = gate.devices()
-        {
-            devices.abandon();
+        if let (Err(error), Some(devices)) = (&outcome, gate.devices()) {
+            devices.abandon(error.is_of_completing());
         }
         if outcome.as_ref().is_err_and(|error| !error.is_of_completing()) {
             destination.abandoned();

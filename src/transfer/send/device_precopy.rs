@@ -61,17 +61,16 @@ impl<'a> DevicePrecopy<'a> {
         if !self.streams {
             return Ok(Vec::new());
         }
-        for _ in 0..MOST_DEVICES {
-            match self.devices().precopy_readers() {
-                Ok(readers) => return Ok(readers),
-                Err(error) => self.tolerate(error)?,
-            }
-        }
-        Ok(Vec::new())
+        let (readers, failures) = self.devices().precopy_readers();
+        failures.into_iter().try_for_each(|failure| self.tolerate(failure))?;
+        Ok(readers)
     }
 
     /// Returns what reads the stopped devices' states to their ends.
     pub(super) fn final_readers(&self) -> Result<Vec<StateReader>, SendError> {
+        if !self.streams {
+            return Ok(Vec::new());
+        }
         Ok(self.devices().final_readers()?)
     }
 
@@ -168,9 +167,13 @@ impl<'a> DevicePrecopy<'a> {
         bytes
     }
 
+    /// Has the devices' states go into State again: a later migration, or a save, reads them anew.
+    pub(super) fn end_streams(&self) {
+        self.devices().end_streaming();
+    }
+
     /// Makes the devices run again after a failure, or stand still where the VM `stays_paused`.
     pub(super) fn restore(&self, stays_paused: bool) -> Result<(), SendError> {
-        self.devices().end_streaming();
         match (self.touched, stays_paused) {
             (false, _) => Ok(()),
             (true, false) => Ok(self.devices().run()?),

@@ -336,6 +336,7 @@ fn recover<V: Vm>(
     tracking: &mut Tracking<'_>,
 ) -> SendError {
     let _logs_off = tracking.end();
+    devices.end_streams();
     if failure.source_vm() == SourceVm::PausedForSafety {
         return failure;
     }
