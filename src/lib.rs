@@ -35,7 +35,7 @@
 //! | [`precopy`] | when to go on, slow down, switch over or give up: a pure function |
 //! | [`transfer`] | frames, connections, sender and receiver of Cloud Hypervisor's protocol |
 //! | [`snapshot`] | Cloud Hypervisor's snapshot directory: full, differential, received from a running VM, verified |
-//! | [`offload`] | memory that a VMM beside this process passes as descriptors |
+//! | [`offload`] | memory as descriptors between VMMs on one host: snapshots of it, and restores, on demand too |
 //! | [`probe`] | what this host and its devices can do for a migration |
 //! | [`error`] | an error and its causes as one line: how to print any of this crate's |
 //! | [`threads`] | what the threads of the library do first |

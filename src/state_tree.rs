@@ -34,6 +34,7 @@ const MOST_ESCAPES: usize = 1024;
 ///
 /// # Errors
 /// The text is no JSON, or not that of a tree.
+#[cfg_attr(not(feature = "transfer"), expect(unreachable_pub, reason = "`vm::read_tree`, with that feature"))]
 pub fn read_tree(json: Vec<u8>) -> serde_json::Result<Snapshot> {
     let mut text = match String::from_utf8(json) {
         Ok(text) => text,

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Hands a stored VM to a VMM that waits on this host: its memory in memfds, each as a descriptor.
+//!
+//! - `memory`, `fill`: the memfds, and filling them before the VM is handed over;
+//! - `on_demand`: handing it over first (postcopy); `faults` answers the receiver's requests for pages (`asked`, `latency`), `ahead` is
+//!   the prefetch: it decides which block is read next; `supply` reads, checks and writes each block once, for both;
+//! - `exchange`, `handle`, `error`: requests and answers, what other threads see, what can go wrong.
 
 mod ahead;
 mod asked;

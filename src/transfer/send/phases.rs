@@ -258,13 +258,8 @@ impl<'a, V: Vm> Session<'a, V> {
         self.tracking.begin_round()?;
         let limits = chunk_limits(self.options, &self.tracking, 1);
         while let Some((chunk, memory)) = self.tracking.take(limits, || self.vm.memory())? {
-            match control.memory(&*memory, &chunk) {
-                Ok(()) => self.tracking.commit(chunk),
-                Err(failure) => {
-                    self.tracking.roll_back(chunk);
-                    return Err(failure);
-                }
-            }
+            control.memory(&*memory, &chunk)?;
+            self.tracking.commit(chunk);
         }
         self.clock.end_part(|parts| &mut parts.last_pages);
         Ok(())

@@ -132,11 +132,6 @@ impl<'a> Tracking<'a> {
         self.look().commit(chunk);
     }
 
-    /// Makes the pages of a chunk pending again.
-    pub(super) fn roll_back(&self, chunk: Chunk) {
-        self.look().roll_back(chunk);
-    }
-
     /// What the receiver lacks.
     pub(super) fn left(&self) -> Outstanding {
         self.left_in(&self.look())
