@@ -304,7 +304,7 @@ impl DeviceSet {
         for (index, state) in states.iter().enumerate() {
             let device = &mut self.devices[index];
             let loaded = match state {
-                Saved::Here(state) => device.write_state(state),
+                Saved::Here(state) => device.drop_part().and_then(|()| device.write_state(state)),
                 Saved::CameAhead => device.accept_came(),
             };
             if let Err(failure) = loaded.map_err(failed(device, Attempt::Load)) {

@@ -2,15 +2,17 @@
 
 //! Streams that begin in the middle of something, or whose migration ends in doubt: no state is cut.
 
+use std::thread;
 use std::time::Duration;
 
+use vfio_migration::device::Device;
 use vfio_migration::device::saved::SavedState;
 use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::{SendError, SourceVm};
 use vfio_migration::vm::Vm;
 
 use crate::streams::{MIB, Vmm, loaded, moves, pattern, source, takers};
-use crate::vm::FakeVm;
+use crate::vm::{FakeDevice, FakeVm};
 
 const DOWNTIME: Duration = Duration::from_secs(10);
 
@@ -81,4 +83,38 @@ fn a_device_that_never_tells_what_precopy_has_left_keeps_no_other_one_from_strea
     for (taker, state) in takers.iter().zip(&states) {
         assert!(loaded(taker).as_ref() == Some(state));
     }
+}
+
+#[test]
+fn a_device_unplugged_and_plugged_in_again_while_it_streams_arrives_as_it_is_then() {
+    let mut vm = FakeVm::new(0);
+    let states = [pattern(MIB, 1), pattern(MIB, 2)];
+    let machine = source(&vm, &states.each_ref().map(Vec::as_slice), |_, _| ());
+    let (takers, devices) = takers(2);
+    let mut vmm = Vmm::new(devices);
+    let new = pattern(MIB / 2, 3);
+    let mut io = FakeDevice::new(&vm.log, &new);
+    io.size = Some(new.len() as u64);
+    let device = Device::new("dev0", Box::new(io)).kind("fake");
+    let (sent, received) = thread::scope(|scope| {
+        let moving = scope.spawn(|| {
+            moves(&mut vm, &machine, &mut vmm, |options| {
+                options.downtime(DOWNTIME).rate_limit(Some(4 << 20)).unwrap()
+            })
+        });
+        while takers[0].look().written.is_empty() {
+            assert!(!moving.is_finished(), "it ended before the device's state came");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let mut devices = machine.devices.lock().unwrap();
+        drop(devices.remove("dev0").unwrap());
+        devices.add(device).unwrap();
+        drop(devices);
+        moving.join().unwrap()
+    });
+    sent.unwrap();
+    assert_eq!(received.unwrap().device_bytes, MIB as u64, "of the other one");
+    assert!(loaded(&takers[0]).as_ref() == Some(&new));
+    assert!(loaded(&takers[1]).as_ref() == Some(&states[1]));
+    assert_eq!(takers[0].look().resets, 1);
 }

@@ -32,7 +32,7 @@ pub(crate) const MIB: usize = 1 << 20;
 #[derive(Default)]
 pub(crate) struct Taken {
     pub(crate) state: Option<DeviceState>,
-    written: Vec<u8>,
+    pub(crate) written: Vec<u8>,
     /// What it accepted.
     pub(crate) loaded: Option<Vec<u8>>,
     pub(crate) moves: Vec<DeviceState>,

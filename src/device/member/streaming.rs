@@ -260,6 +260,20 @@ impl Device {
         Ok(())
     }
 
+    /// Has a device that took a part of a state in drop it, and stand still again: its whole state comes another way.
+    ///
+    /// # Errors
+    /// It cannot be reset, or does not stop.
+    pub(in crate::device) fn drop_part(&mut self) -> Result<(), DeviceFailure> {
+        let Some(incoming) = self.incoming.take() else { return Ok(()) };
+        self.was_reset |= incoming.was_reset();
+        if incoming.bytes() > 0 {
+            self.reset()?;
+            self.go(DeviceState::Stop)?;
+        }
+        Ok(())
+    }
+
     /// Ends that the device takes a state in as it comes.
     pub(in crate::device) fn end_loading(&mut self) {
         self.incoming = None;

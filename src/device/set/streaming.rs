@@ -131,7 +131,7 @@ impl DeviceSet {
     }
 
     /// Whether states come in.
-    pub(super) fn is_loading(&self) -> bool {
+    pub(crate) fn is_loading(&self) -> bool {
         self.devices.iter().any(Device::is_loading)
     }
 }

@@ -121,3 +121,19 @@ fn a_stream_begins_at_the_first_byte_whatever_was_read_before() {
         assert_eq!(streams(&set.save().unwrap()), [script(ALL).stream()]);
     }
 }
+
+#[test]
+fn a_device_that_took_a_part_in_whose_state_comes_in_the_tree_after_all_holds_just_that() {
+    let (mut source, _world) = set(vec![script(ALL), script(ALL)]);
+    let tree = migrate(&mut source).unwrap();
+    let (mut set, world) = set(vec![script(ALL), script(ALL)]);
+    let mut sinks = set.begin_loading().unwrap();
+    sinks[1].write(b"a part").unwrap();
+    set.load(&tree).unwrap();
+    for device in &world.lock().unwrap().devices {
+        assert_eq!(device.loaded, Some(script(ALL).stream()));
+    }
+    assert_eq!((set.is_loading(), set.drain_resets()), (false, vec!["dev1".to_owned()]));
+    set.run().unwrap();
+    assert_eq!(states(&world), [Running; 2]);
+}

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use super::error::ReceiveError;
 use super::piece_error::PieceError;
 use crate::device::{DeviceFailure, DeviceSet, Piece, StateSink, StreamError, StreamIdentity};
+use crate::error::Chain;
 use crate::sync::lock;
 use crate::transfer::frame::PIECE_HEAD_BYTES;
 use crate::transfer::limits::{PIECES_AHEAD, PeerLimits};
@@ -105,21 +106,33 @@ impl DeviceStreams {
         self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Checks, once no piece is under way, that every state that began to come is whole; returns the bytes of all.
+    /// Returns, once no piece is under way, the bytes of all states that came whole.
+    pub(super) fn bytes(&self) -> u64 {
+        let streams = self.streams.iter().map(lock);
+        streams.filter(|stream| stream.complete).map(|stream| stream.sink.bytes()).sum()
+    }
+
+    /// Checks that State was taken: it has the state of each device whose stream has no end, as of one that was unplugged and
+    /// plugged in again.
     ///
     /// # Errors
     /// A piece never came.
-    pub(super) fn finish(&self) -> Result<u64, ReceiveError> {
-        let bytes = self.streams.iter().map(|stream| {
-            let stream = lock(stream);
-            match stream.complete || stream.session == 0 {
-                true => Ok(stream.sink.bytes()),
-                false => {
-                    Err(PieceError::Missing { name: stream.sink.name().to_owned(), next: stream.next }.into())
-                }
-            }
+    pub(super) fn check_taken(&self, taken: Result<(), ReceiveError>) -> Result<(), ReceiveError> {
+        if taken.is_ok() && !lock(&self.set).is_loading() {
+            return Ok(());
+        }
+        let cut = self.streams.iter().map(lock).find(|stream| stream.session > 0 && !stream.complete);
+        let missing = cut.map(|stream| {
+            PieceError::Missing { name: stream.sink.name().to_owned(), next: stream.next }.into()
         });
-        bytes.sum()
+        match (missing, taken) {
+            (Some(missing), Err(error)) => {
+                log::debug!("State was refused: {}", Chain(&error));
+                Err(missing)
+            }
+            (Some(missing), Ok(())) => Err(missing),
+            (None, taken) => taken,
+        }
     }
 
     /// Drops what came. No piece is under way any more. What was loaded is kept where `completing` failed: only the VMM knows whether

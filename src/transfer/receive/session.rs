@@ -188,14 +188,18 @@ impl Session<'_> {
     fn state(&mut self, request: Request, destination: &mut dyn Destination) -> Result<u64, ReceiveError> {
         self.context.gate.seal()?;
         let devices = self.context.gate.devices();
-        let device_bytes = devices.map_or(Ok(0), |devices| devices.finish())?;
         self.log_memory();
         let began = Instant::now();
         let text = read_text(&mut self.connection, request, self.context.limits)?;
         let bytes = Bytes(text.len() as u64);
         let taking = self.context.connections.take_state();
-        destination.state(text).map_err(|source| refused(request, source))?;
+        let taken = destination.state(text).map_err(|source| refused(request, source));
         drop(taking);
+        let device_bytes = devices.as_ref().map_or(0, |devices| devices.bytes());
+        match devices {
+            Some(devices) => devices.check_taken(taken)?,
+            None => taken?,
+        }
         log::info!("Took the VM's state, {bytes}, in {}", Millis(began.elapsed()));
         self.step = Step::State;
         self.answer_ok(request)?;
