@@ -208,7 +208,8 @@ impl Patience {
 pub(crate) struct SendArguments {
     /// Where the receiver waits: unix:PATH or tcp:HOST:PORT.
     pub(crate) url: Url,
-    /// The full snapshot to send. It must not change meanwhile. Every byte is checked against the manifest while it
+    /// The full snapshot to send; with --local, repeat the option for the differentials on top of it. It must not change
+    /// meanwhile. Every byte is checked against the manifest while it
     /// is sent; if one was altered, the receiver does not run the VM. A snapshot without a manifest is sent
     /// unchecked.
     #[arg(long, value_name = "DIR", required = true)]
@@ -226,11 +227,11 @@ pub(crate) struct SendArguments {
     pub(crate) tls_dir: Option<PathBuf>,
     /// Pass memory as descriptors to a Cloud Hypervisor on this host, over unix:PATH. Then --from may be repeated: a
     /// full snapshot and the differentials on top of it, which are applied as they are read.
-    #[arg(long, conflicts_with_all = ["connections", "tls_dir", "bandwidth", "all_pages"])]
+    #[arg(long, conflicts_with_all = ["connections", "tls_dir", "bandwidth", "all_pages", "downtime_ms", "timeout_s", "timeout_strategy"])]
     pub(crate) local: bool,
     /// Hand the VM over before its memory is there, to a Cloud Hypervisor in `receive-migration` with
     /// memory_mode=postcopy: pages come when they are asked for, each checked before that, and ahead of it. Until the last
-    /// one this process has to stay: SIGINT and SIGTERM wait for it, a second one ends the VM.
+    /// one this process has to stay: SIGINT, SIGTERM, SIGHUP and SIGQUIT wait for it, a second one ends the VM.
     #[arg(long, requires = "local")]
     pub(crate) on_demand: bool,
     /// Leave the VM paused at the receiver.
@@ -321,7 +322,8 @@ fn precopy(text: &str) -> Result<MemoryMode, String> {
         "precopy" => Ok(MemoryMode::Precopy),
         "postcopy" => {
             Err("a VM with pass-through devices cannot move by postcopy: a page that is not there yet makes \
-            a vCPU wait, but the DMA of a device cannot wait, it fails"
+            a vCPU wait, but the DMA of a device cannot wait, it fails; a stored VM without such devices gets its memory \
+            on demand with --local --on-demand"
                 .to_owned())
         }
         _ => Err("not precopy".to_owned()),
@@ -391,6 +393,19 @@ mod tests {
         };
         assert_eq!(arguments.limits().switchover_timeout, Duration::MAX);
         assert_eq!(arguments.limits().answer_timeout, Duration::from_secs(900));
+    }
+
+    #[test]
+    fn what_has_no_effect_on_memory_that_is_passed_is_refused_and_the_way_on_demand_is_named() {
+        let local = ["vfio-migrate", "send", "unix:socket", "--from", "dir", "--local"];
+        assert!(Arguments::try_parse_from(local).is_ok());
+        for option in [["--timeout-s", "9"], ["--timeout-strategy", "ignore"], ["--downtime-ms", "9"]] {
+            let error = Arguments::try_parse_from(local.into_iter().chain(option)).unwrap_err();
+            assert_eq!(error.kind(), clap::error::ErrorKind::ArgumentConflict, "{option:?}");
+        }
+        let postcopy = local.into_iter().chain(["--memory-mode", "postcopy"]);
+        let error = Arguments::try_parse_from(postcopy).unwrap_err().to_string();
+        assert!(error.contains("--local --on-demand"), "{error}");
     }
 
     #[test]
