@@ -20,7 +20,7 @@ pub(crate) enum HostError {
         source: io::Error,
     },
     /// Signals cannot be heeded.
-    #[error("Cannot heed SIGINT and SIGTERM")]
+    #[error("Cannot heed signals")]
     Signals(#[source] io::Error),
     /// A relative path leads nowhere: the current directory is gone.
     #[error("Cannot tell where {path} is", path = .path.display())]

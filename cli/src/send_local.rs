@@ -29,6 +29,9 @@ use crate::signals::{exit, stop_flag_or};
 /// How often the sender is looked at.
 const TICK: Duration = Duration::from_millis(50);
 
+/// How long a sender may take to say that the VM was ended on request.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// Sends the VM, and tells how it goes.
 pub(crate) fn send_local(arguments: &SendArguments) -> ExitCode {
     let mut output = Output::new(arguments.json);
@@ -55,22 +58,27 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<LocalSent,
     let sender = LocalSender::new(chain, options)?;
     let handle = sender.handle();
     let stop = stop_flag_or(move || {
-        let is_needed = on_demand && handle.progress().handed_over.is_some();
-        if is_needed { handle.abort() } else { exit() }
+        if on_demand && handle.is_too_late() {
+            handle.abort();
+            // The VM has ended; the sender may say so, unless it waits for a disk.
+            thread::sleep(LAST_WORDS);
+        }
+        exit();
     })?;
-    watch(arguments, &sender, &stop, output)?.map_err(|error| failure(error, &devices))
+    watch(arguments, sender, &stop, output)?.map_err(|error| failure(error, &devices))
 }
 
 /// Sends on a thread of its own, while this one shows progress and heeds signals.
 fn watch(
     arguments: &SendArguments,
-    sender: &LocalSender,
+    sender: LocalSender,
     stop: &AtomicBool,
     output: &mut Output,
 ) -> Result<Result<LocalSent, LocalSendError>, HostError> {
     let handle = sender.handle();
     thread::scope(|scope| {
-        let sending = Builder::new().name("send".into()).spawn_scoped(scope, || sender.send(&arguments.url));
+        let sending =
+            Builder::new().name("send".into()).spawn_scoped(scope, move || sender.send(&arguments.url));
         let sending = sending.map_err(|source| HostError::Thread { purpose: "sends", source })?;
         let (mut asked, mut handed_over) = (false, false);
         while !sending.is_finished() {
@@ -139,6 +147,17 @@ fn told(faults: &FaultProgress) -> String {
     )
 }
 
+/// Pages that a receiver never asked for in words.
+fn told_unasked(pages: u64) -> String {
+    match pages {
+        0 => String::new(),
+        1 => "; all memory was written, but 1 page was never asked for: look whether the VM lives".to_owned(),
+        _ => format!(
+            "; all memory was written, but {pages} pages were never asked for: look whether the VM lives"
+        ),
+    }
+}
+
 /// A stored VM stays what it is: nothing is to be resumed or ended here.
 fn failure(error: LocalSendError, devices: &[PassThrough]) -> Failure {
     if error.is_outcome_unknown() {
@@ -161,13 +180,18 @@ fn tell_sent(arguments: &SendArguments, sent: LocalSent, output: &mut Output) {
         ram_bytes: progress.ram_bytes,
         filled_bytes: progress.filled_bytes,
         total_ms: sent.took.as_millis(),
+        unasked_pages: sent.unasked_pages,
         faults: arguments.on_demand.then(|| Faults::of(&progress)),
     };
     output.result(&event, || {
-        let state = if arguments.paused { "stands paused" } else { "is" };
+        let state = match (sent.unasked_pages, arguments.paused) {
+            (0, true) => "stands paused now",
+            (0, false) => "is now",
+            _ => "was",
+        };
         let from: Vec<_> = arguments.from.iter().map(|dir| dir.display().to_string()).collect();
         let passed = format!(
-            "Passed {} to {}, where the VM {state} now: {} of its {} filled in {:.1} s, the rest is zeros",
+            "Passed {} to {}, where the VM {state}: {} of its {} filled in {:.1} s, the rest is zeros",
             from.join(" + "),
             arguments.url,
             HumanBytes(progress.filled_bytes),
@@ -178,6 +202,7 @@ fn tell_sent(arguments: &SendArguments, sent: LocalSent, output: &mut Output) {
             return passed;
         };
         let last_page = last_page.as_secs_f64();
-        format!("{passed}; last page written after {last_page:.1} s, {}", told(&progress.faults))
+        let unasked = told_unasked(sent.unasked_pages);
+        format!("{passed}; last page written after {last_page:.1} s, {}{unasked}", told(&progress.faults))
     });
 }

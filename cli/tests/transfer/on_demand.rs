@@ -2,6 +2,8 @@
 
 //! `send --local --on-demand`: a VMM that asks for its VM's memory page by page, in bytes spelled out here, honest and otherwise.
 
+mod ends;
+
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::FileExt;
@@ -48,6 +50,17 @@ impl Faults {
         self.0.read_exact(&mut answer).ok()?;
         assert_eq!(answer[2..], [0; 14], "no payload");
         Some(u16::from_le_bytes([answer[0], answer[1]]))
+    }
+
+    /// Sends one signal after the other until the tool closes this connection.
+    #[track_caller]
+    fn signal_until_closed(&mut self, tool: &Tool) {
+        self.0.set_read_timeout(Some(Duration::from_millis(400))).unwrap();
+        let closed = (0..100).any(|_| {
+            tool.signal("-TERM");
+            !self.0.read(&mut [0; 1]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+        });
+        assert!(closed);
     }
 }
 
@@ -143,6 +156,7 @@ fn every_page_is_right_in_order_and_out_of_it_and_is_left_alone_once_it_was_give
     let figures = &last["faults"];
     assert_eq!(figures["asked_bytes"], RAM);
     assert_eq!(figures["ahead_bytes"], 0);
+    assert_eq!(last["unasked_pages"], 0);
     assert!(figures["served"].as_u64().unwrap() >= RAM / PAGE + 200, "{figures}");
     assert!((150..=210).contains(&figures["jumps"].as_u64().unwrap()), "{figures}");
     assert!(figures["last_page_ms"].is_u64(), "{figures}");
@@ -212,8 +226,11 @@ fn all_is_written_ahead_though_nobody_asks_and_an_end_after_that_is_no_failure()
     assert!(!tool.ends_within(Duration::from_millis(300)), "it waits for the receiver");
     assert!(running.passed.memory() == running.stored, "memory differs");
     drop(running);
-    let figures = tool.end().succeeded().last()["faults"].clone();
-    assert!(figures["asked_bytes"].as_u64().unwrap() < RAM, "{figures}");
+    let last = tool.end().succeeded().last();
+    let asked = last["faults"]["asked_bytes"].as_u64().unwrap();
+    assert!(asked < RAM, "{last}");
+    // Who knows whether the VM has ended meanwhile?
+    assert_eq!(last["unasked_pages"], (RAM - asked) / PAGE);
 }
 
 #[test]
@@ -391,26 +408,30 @@ fn a_signal_waits_for_the_last_page_and_says_so_and_a_second_one_ends_the_vm() {
     assert!(!tool.ends_within(Duration::from_millis(500)));
     running.touch(0x100_0000);
     // Signals in quick succession count as one, and a busy host takes them late.
-    running.faults.0.set_read_timeout(Some(Duration::from_millis(400))).unwrap();
-    let closed = (0..100).any(|_| {
-        tool.signal("-TERM");
-        !running.faults.0.read(&mut [0; 1]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
-    });
-    assert!(closed);
+    running.faults.signal_until_closed(&tool);
     assert!(running.passed.read(0, &mut [0; 4096]).is_err(), "memory was left to the receiver");
     tool.end().failed(130, "given up");
 }
 
 #[test]
 fn a_signal_before_the_vm_is_handed_over_abandons_it() {
-    let place = Place::new();
-    let from = place.stored("from", 1);
-    let (vmm, tool) = begin(&place, &[&from], &["--on-demand"]);
-    let (mut line, mut faults) = take_state(&vmm);
-    assert_eq!(faults.ask(0, PAGE), Some(OK));
-    tool.signal("-TERM");
-    assert_eq!(line.next(), Some(ABANDON));
-    tool.end().failed(130, "Giving up");
+    // Whoever runs the tests may ignore SIGHUP, as `nohup` does.
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
+    for (signal, number) in [("-TERM", 15), ("-INT", 2), ("-HUP", 1), ("-QUIT", 3)] {
+        if ignored >> (number - 1) & 1 == 1 {
+            continue;
+        }
+        let place = Place::new();
+        let from = place.stored("from", 1);
+        let (vmm, tool) = begin(&place, &[&from], &["--on-demand"]);
+        let (mut line, mut faults) = take_state(&vmm);
+        assert_eq!(faults.ask(0, PAGE), Some(OK));
+        tool.signal(signal);
+        assert_eq!(line.next(), Some(ABANDON), "{signal}");
+        tool.end().failed(130, "Giving up");
+    }
 }
 
 /// A VMM that asks for pages until it is killed.

@@ -67,6 +67,19 @@ impl Place {
         })
     }
 
+    /// Writes a snapshot of a VM whose upper half of RAM is virtio-mem, most of it zeros.
+    pub(crate) fn stored_virtio_mem(&self, name: &str) -> PathBuf {
+        let (config, state) = documents();
+        let mut config: Value = serde_json::from_slice(&config).unwrap();
+        let whole = config["memory_manager_data"]["guest_ram_mappings"][0]["size"].as_u64().unwrap();
+        plug_half(&mut config["memory_manager_data"]);
+        let state = with_memory_manager(state, plug_half);
+        self.store(name, 1, (config.to_string().as_bytes(), &state), |number| {
+            let is_low = number < (whole >> 21);
+            (is_low || number.is_multiple_of(8)).then_some(number.is_multiple_of(5))
+        })
+    }
+
     /// Writes a snapshot of a VM of `bytes` bytes of RAM that are all zeros.
     pub(crate) fn stored_holes(&self, name: &str, bytes: u64) -> PathBuf {
         let dir = self.path(name);
@@ -159,14 +172,21 @@ fn config_of_large(config: &[u8]) -> Vec<u8> {
     config.to_string().into_bytes()
 }
 
-/// Gives the VM of a State 4 GiB of RAM; the rest of the text stays as it is.
+/// Gives the VM of a State 4 GiB of RAM.
 fn state_of_large(state: Vec<u8>) -> Vec<u8> {
+    with_memory_manager(state, |memory_manager| {
+        enlarge(memory_manager);
+        memory_manager["memory_ranges"]["data"] =
+            json!(LARGE_RAM.map(|(gpa, length)| json!({"gpa": gpa, "length": length})));
+    })
+}
+
+/// Has `change` change the memory manager of a State; the rest of the text stays as it is.
+fn with_memory_manager(state: Vec<u8>, change: impl Fn(&mut Value)) -> Vec<u8> {
     let tree: Value = serde_json::from_slice(&state).unwrap();
     let old = &tree["snapshots"]["memory-manager"]["snapshot_data"]["state"];
     let mut memory_manager: Value = serde_json::from_str(old.as_str().unwrap()).unwrap();
-    enlarge(&mut memory_manager);
-    memory_manager["memory_ranges"]["data"] =
-        json!(LARGE_RAM.map(|(gpa, length)| json!({"gpa": gpa, "length": length})));
+    change(&mut memory_manager);
     let new = Value::String(memory_manager.to_string());
     String::from_utf8(state).unwrap().replacen(&old.to_string(), &new.to_string(), 1).into_bytes()
 }
@@ -181,6 +201,17 @@ fn enlarge(memory_manager: &mut Value) {
     });
     (mappings[1]["slot"], mappings[1]["file_offset"]) = (json!(1), json!(LARGE_RAM[0].1));
     memory_manager["guest_ram_mappings"] = json!(mappings);
+}
+
+/// Makes the upper half of the one mapping virtio-mem.
+fn plug_half(memory_manager: &mut Value) {
+    let mut mapping = memory_manager["guest_ram_mappings"][0].clone();
+    let half = mapping["size"].as_u64().unwrap() / 2;
+    mapping["size"] = json!(half);
+    let mut upper = mapping.clone();
+    (upper["slot"], upper["gpa"], upper["virtio_mem"]) = (json!(1), json!(half), json!(true));
+    upper["file_offset"] = json!(half);
+    memory_manager["guest_ram_mappings"] = json!([mapping, upper]);
 }
 
 fn made_up() -> (Vec<u8>, Vec<u8>) {

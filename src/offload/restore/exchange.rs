@@ -65,7 +65,7 @@ impl Exchange<'_> {
         let limit = if is_last { self.limits.complete_timeout } else { self.limits.answer_timeout };
         let began = Instant::now();
         loop {
-            if !is_last {
+            if !is_last || self.handle.is_aborted() {
                 self.handle.check()?;
             }
             let head = self.connection.await_head::<HEADER_BYTES>(TICK);

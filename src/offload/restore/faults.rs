@@ -19,8 +19,8 @@ use crate::transfer::limits::GUEST_PAGE_BYTES;
 /// How often a wait for the next request looks whether it is still waited for.
 const TICK: Duration = Duration::from_millis(20);
 
-/// How long a receiver that has asked for everything may take to close the connection. It may ask for a page again.
-const GOODBYE: Duration = Duration::from_secs(5);
+/// How long a receiver that has asked for everything may be silent without closing the connection. It may ask for a page again.
+const GOODBYE: Duration = Duration::from_secs(60);
 
 /// The largest page that a host has.
 const LARGEST_PAGE_BYTES: u64 = 1 << 30;
@@ -58,23 +58,31 @@ impl<'a> FaultServer<'a> {
         Self { connection, supply, memory, ahead, handle, asked, is_over: false }
     }
 
-    /// Answers until the receiver has asked for everything, or closes the connection.
+    /// Answers until the receiver has asked for everything, or closes the connection. Returns how many pages it never asked for,
+    /// though they are in memory.
     ///
     /// # Errors
     /// A page cannot be given, or makes no sense; or the connection ended before everything was asked for and is in memory. Where the
     /// receiver waits for an answer, it got an error, after the memory was taken away from it.
-    pub(super) fn serve(mut self) -> Result<(), LocalSendError> {
+    pub(super) fn serve(mut self) -> Result<u64, LocalSendError> {
+        let served = self.serve_until_the_end();
+        // Whatever else failed, failed because of that.
+        if self.handle.is_aborted() && !self.is_over {
+            return Err(LocalSendError::Aborted { pages: self.asked.left() });
+        }
+        served.map(|()| self.asked.left())
+    }
+
+    fn serve_until_the_end(&mut self) -> Result<(), LocalSendError> {
         let mut scratch = Vec::new();
-        let mut complete_since = None;
+        let mut silent_since = None;
         loop {
-            if self.ahead.has_ended() {
+            if self.ahead.has_ended() || self.handle.is_aborted() {
                 return Ok(());
-            }
-            if self.handle.is_aborted() {
-                return Err(LocalSendError::Aborted { pages: self.asked.left() });
             }
             match self.connection.await_head::<HEADER_BYTES>(TICK) {
                 Ok(Head::Bytes(head)) => {
+                    silent_since = None;
                     let began = Instant::now();
                     match self.answer(head, &mut scratch) {
                         Ok(Some(is_jump)) => self.handle.note_fault(is_jump, began.elapsed()),
@@ -85,7 +93,7 @@ impl<'a> FaultServer<'a> {
                 // Whoever is gone does not care how.
                 Ok(Head::End) | Err(_) => return self.ended(),
                 Ok(Head::Silence) if self.asked.left() == 0 => {
-                    if complete_since.get_or_insert_with(Instant::now).elapsed() > GOODBYE {
+                    if silent_since.get_or_insert_with(Instant::now).elapsed() > GOODBYE {
                         return self.ended();
                     }
                 }
@@ -96,7 +104,8 @@ impl<'a> FaultServer<'a> {
 
     /// Tells the end of a VM from the end of its restore.
     fn ended(&mut self) -> Result<(), LocalSendError> {
-        self.is_over = self.asked.left() == 0 || self.supply.is_complete();
+        let has_all = self.asked.left() == 0 || self.supply.is_complete();
+        self.is_over = has_all && self.handle.let_go();
         if self.is_over { Ok(()) } else { Err(LocalSendError::Gone { pages: self.asked.left() }) }
     }
 

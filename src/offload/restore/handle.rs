@@ -3,11 +3,13 @@
 //! What stops and measures a sender from any thread.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::error::LocalSendError;
 use super::latency::Latencies;
+use super::memory::VmMemory;
+use crate::transfer::connection::ConnectionHandle;
 
 /// Stops and measures a [`LocalSender`](super::LocalSender) from any thread.
 #[derive(Debug, Clone, Default)]
@@ -18,6 +20,8 @@ struct Shared {
     stopped: AtomicBool,
     too_late: AtomicBool,
     aborted: AtomicBool,
+    /// What is taken away when the VM is to end.
+    hold: Mutex<Option<Hold>>,
     began: OnceLock<Instant>,
     ram: AtomicU64,
     filled: AtomicU64,
@@ -27,6 +31,23 @@ struct Shared {
     last_page: OnceLock<Duration>,
     in_order: Latencies,
     jumps: Latencies,
+}
+
+/// The memory of a VM that is served on demand, and the connection that it is asked for on.
+#[derive(Debug)]
+pub(super) struct Hold {
+    pub(super) memory: VmMemory,
+    pub(super) faults: ConnectionHandle,
+}
+
+impl Hold {
+    /// The memory goes first: a vCPU that the end of the connection wakes finds none.
+    fn take_away(&self) {
+        if let Err(error) = self.memory.take_away() {
+            log::error!("Cannot take the memory away from the receiver: {error}");
+        }
+        self.faults.close();
+    }
 }
 
 /// How far a [`LocalSender`](super::LocalSender) is.
@@ -75,9 +96,18 @@ impl LocalSenderHandle {
     }
 
     /// Gives up even if the receiver runs the VM, and needs memory that is not there: the memory is taken away from it, and the VM ends.
+    /// When this returns, that is done, whatever the sender waits for. A VM that is not served on demand, or no more, keeps its memory.
     pub fn abort(&self) {
         self.cancel();
-        self.0.aborted.store(true, Ordering::SeqCst);
+        if let Some(hold) = &*self.hold() {
+            self.0.aborted.store(true, Ordering::SeqCst);
+            hold.take_away();
+        }
+    }
+
+    /// Whether the VM is being handed over, or was: it is too late to [`cancel`](Self::cancel).
+    pub fn is_too_late(&self) -> bool {
+        self.0.too_late.load(Ordering::SeqCst)
     }
 
     /// How far the sender is.
@@ -147,6 +177,23 @@ impl LocalSenderHandle {
         let _it_is_the_only_time = self.0.handed_over.set(self.elapsed());
     }
 
+    /// Has `new` taken away when the VM is to end.
+    pub(super) fn hold_on(&self, new: Hold) {
+        *self.hold() = Some(new);
+    }
+
+    /// Leaves its memory to the VM for good. Returns whether it was not taken away before.
+    pub(super) fn let_go(&self) -> bool {
+        let mut hold = self.hold();
+        *hold = None;
+        !self.is_aborted()
+    }
+
+    fn hold(&self) -> MutexGuard<'_, Option<Hold>> {
+        self.0.hold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the memory was taken away on request.
     pub(super) fn is_aborted(&self) -> bool {
         self.0.aborted.load(Ordering::SeqCst)
     }

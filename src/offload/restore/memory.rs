@@ -7,6 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
 use rustix::io::retry_on_intr;
@@ -23,8 +24,8 @@ struct SlotMemory {
 }
 
 /// The memory of every slot, ascending by address.
-#[derive(Debug)]
-pub(super) struct VmMemory(Vec<SlotMemory>);
+#[derive(Debug, Clone)]
+pub(super) struct VmMemory(Arc<[SlotMemory]>);
 
 impl VmMemory {
     /// Makes memory that is one hole.
@@ -41,7 +42,7 @@ impl VmMemory {
             memory.push(SlotMemory { slot, file: one_hole(slot).map_err(failed)? });
         }
         memory.sort_unstable_by_key(|part| part.slot.range);
-        Ok(Self(memory))
+        Ok(Self(memory.into()))
     }
 
     /// The slots' numbers and descriptors.

@@ -61,6 +61,9 @@ pub struct LocalSent {
     pub progress: LocalSendProgress,
     /// From the first connection to the end: the last answer, or, with memory on demand, the last page that the receiver asked for.
     pub took: Duration,
+    /// With memory on demand: pages of 4 KiB that the receiver never asked for before it closed the connection. If there are any, all memory
+    /// was written, but the receiver's VM may have ended before it had need of them.
+    pub unasked_pages: u64,
 }
 
 /// Sends a stored VM to a Cloud Hypervisor that waits in `receive-migration` on this host, its memory as descriptors.
@@ -127,7 +130,7 @@ impl LocalSender {
     ///
     /// # Errors
     /// The receiver has no VM, unless [`LocalSendError::is_outcome_unknown`].
-    pub fn send(&self, url: &Url) -> Result<LocalSent, LocalSendError> {
+    pub fn send(self, url: &Url) -> Result<LocalSent, LocalSendError> {
         let memory = VmMemory::make(&self.slots)?;
         let ram = self.slots.iter().map(|slot| slot.range);
         let blocks = ChainBlocks::of(&self.chain, ram.clone()).map_err(LocalSendError::Fill)?;
@@ -139,11 +142,11 @@ impl LocalSender {
         let sent = if self.options.on_demand {
             self.serve(&mut exchange, url, (&blocks, &memory))
         } else {
-            self.fill_and_hand_over(&mut exchange, &blocks, &memory)
+            self.fill_and_hand_over(&mut exchange, &blocks, &memory).map(|()| 0)
         };
         exchange.connection.close(limits.linger);
-        sent?;
-        Ok(LocalSent { progress: self.handle.progress(), took: self.handle.elapsed() })
+        let unasked_pages = sent?;
+        Ok(LocalSent { progress: self.handle.progress(), took: self.handle.elapsed(), unasked_pages })
     }
 
     fn fill_and_hand_over(

@@ -12,12 +12,14 @@ use super::asked::Asked;
 use super::error::LocalSendError;
 use super::exchange::Exchange;
 use super::faults::FaultServer;
+use super::handle::Hold;
 use super::memory::VmMemory;
 use super::supply::Supply;
 use crate::range::{GpaRange, subtract};
 use crate::snapshot::{ChainBlocks, parallel};
 use crate::transfer::connection::Connection;
 use crate::transfer::frame::{Command, ConnectionRole};
+use crate::transfer::limits::GUEST_PAGE_BYTES;
 use crate::transfer::url::Url;
 
 /// How often the wait for the first request looks whether it has come.
@@ -27,13 +29,13 @@ const TICK: Duration = Duration::from_millis(1);
 const FIRST_FAULT: Duration = Duration::from_secs(10);
 
 impl LocalSender {
-    /// Hands the VM over, and serves its faults until all of its memory was asked for.
+    /// Hands the VM over, and serves its faults until all of its memory was asked for. Returns how many pages were not.
     pub(super) fn serve(
         &self,
         exchange: &mut Exchange<'_>,
         url: &Url,
         (blocks, memory): (&ChainBlocks<'_>, &VmMemory),
-    ) -> Result<(), LocalSendError> {
+    ) -> Result<u64, LocalSendError> {
         let supply = Supply::of(blocks, memory, &self.handle);
         // The receiver registers none of these ranges, and so never asks for them.
         self.fill_hotpluggable(&supply)?;
@@ -42,6 +44,7 @@ impl LocalSender {
         let role = ConnectionRole::Fault.to_bytes();
         let announced = connection.write_all(&role);
         announced.map_err(|source| LocalSendError::Line { command: Command::PageFault, source })?;
+        self.handle.hold_on(Hold { memory: memory.clone(), faults: connection.handle() });
         let asked = Asked::nothing(self.asked_for());
         let ahead = Ahead::default();
         let server = FaultServer::new(connection, (&supply, memory), &ahead, &self.handle, asked);
@@ -57,6 +60,8 @@ impl LocalSender {
             }
             let served = self.hand_over(exchange, &ahead, serving);
             ahead.end();
+            // All is decided: it has its memory, or lost it.
+            self.handle.let_go();
             served
         })
     }
@@ -81,14 +86,15 @@ impl LocalSender {
         &self,
         exchange: &mut Exchange<'_>,
         ahead: &Ahead,
-        serving: ScopedJoinHandle<'_, Result<(), LocalSendError>>,
-    ) -> Result<(), LocalSendError> {
+        serving: ScopedJoinHandle<'_, Result<u64, LocalSendError>>,
+    ) -> Result<u64, LocalSendError> {
         let result = |serving: ScopedJoinHandle<'_, _>| {
             serving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
         let prepared = exchange
             .ask(Command::State, self.chain.state().text())
             .and_then(|()| self.await_first_fault(|| serving.is_finished()))
+            .and_then(|()| if ahead.has_ended() { Err(self.gone()) } else { Ok(()) })
             .and_then(|()| self.handle.pass_the_point_of_no_return());
         if let Err(error) = prepared {
             exchange.abandon();
@@ -102,13 +108,23 @@ impl LocalSender {
         let completed = exchange.ask(self.complete(), &[]);
         if matches!(completed, Err(LocalSendError::Refused { .. })) {
             ahead.end();
-        } else {
+        } else if !self.handle.is_aborted() {
             // Where it is not known whether the VM runs, it is served as if it did.
             self.handle.note_handed_over();
             ahead.hand_over();
         }
         let served = result(serving);
-        completed.and(served)
+        match (completed, served) {
+            (Ok(()), served) | (Err(LocalSendError::Stopped), served @ Err(_)) => served,
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    /// The receiver has ended, though it had asked for memory.
+    fn gone(&self) -> LocalSendError {
+        let all: u64 = self.asked_for().into_iter().map(GpaRange::len).sum();
+        let asked = self.handle.progress().faults.asked_bytes;
+        LocalSendError::Gone { pages: all.saturating_sub(asked) / GUEST_PAGE_BYTES }
     }
 
     /// Waits for the first request: a receiver that asks for nothing would run the VM on zeros.

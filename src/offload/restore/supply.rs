@@ -23,6 +23,8 @@ const UNDER_WAY: u8 = 1;
 const PRESENT: u8 = 2;
 /// It could not be brought, and nothing of it is in memory.
 const FAILED: u8 = 3;
+/// It is zeros that may stay a hole: nobody waits for it.
+const HOLE: u8 = 4;
 
 /// The blocks of a snapshot, and which of them are in memory.
 #[derive(Debug)]
@@ -70,7 +72,8 @@ impl<'a> Supply<'a> {
     /// # Errors
     /// The snapshot cannot be read, the block was altered, or there is no memory left. Nothing of it is in memory that was not before.
     pub(super) fn bring_ahead(&self, number: usize, scratch: &mut Vec<u8>) -> io::Result<()> {
-        if self.claim(number, ABSENT) { self.bring_claimed(number, scratch) } else { Ok(()) }
+        let is_wanted = !self.handle.is_aborted() && self.claim(number, ABSENT);
+        if is_wanted { self.bring_claimed(number, ABSENT, scratch) } else { Ok(()) }
     }
 
     /// Brings all of `range`, and waits for what others bring of it. Blocks that could not be brought are tried again.
@@ -82,8 +85,9 @@ impl<'a> Supply<'a> {
             loop {
                 match self.states[number].load(Ordering::Acquire) {
                     PRESENT => break,
+                    UNDER_WAY if self.handle.is_aborted() => return Err(io::ErrorKind::Interrupted.into()),
                     UNDER_WAY => thread::sleep(MOMENT),
-                    state if self.claim(number, state) => self.bring_claimed(number, scratch)?,
+                    state if self.claim(number, state) => self.bring_claimed(number, state, scratch)?,
                     _ => {}
                 }
             }
@@ -91,30 +95,48 @@ impl<'a> Supply<'a> {
         Ok(())
     }
 
-    /// Brings the blocks of `range` that are not zeros; what is zero stays a hole.
+    /// Brings the blocks of `range` that are not zeros; what is zero stays a hole, and is not brought ahead.
     ///
     /// # Errors
     /// As [`Supply::bring_ahead`].
     pub(super) fn bring_data(&self, range: GpaRange, scratch: &mut Vec<u8>) -> io::Result<()> {
-        let mut with_data = self.holding(range).filter(|&number| !self.blocks.is_zeros(number));
-        with_data.try_for_each(|number| self.bring_ahead(number, scratch))
+        self.holding(range).try_for_each(|number| {
+            if !self.blocks.is_zeros(number) {
+                return self.bring_ahead(number, scratch);
+            }
+            let is_within = self.blocks.parts(number).iter().all(|part| range.covers(part.range));
+            if is_within && self.state_changes(number, ABSENT, HOLE) {
+                self.note_done();
+            }
+            Ok(())
+        })
     }
 
     fn claim(&self, number: usize, from: u8) -> bool {
-        let state = &self.states[number];
-        state.compare_exchange(from, UNDER_WAY, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        self.state_changes(number, from, UNDER_WAY)
     }
 
-    fn bring_claimed(&self, number: usize, scratch: &mut Vec<u8>) -> io::Result<()> {
+    fn state_changes(&self, number: usize, from: u8, to: u8) -> bool {
+        let state = &self.states[number];
+        state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    fn bring_claimed(&self, number: usize, from: u8, scratch: &mut Vec<u8>) -> io::Result<()> {
         let brought = self.copy(number, scratch);
-        let state = if brought.is_ok() { PRESENT } else { FAILED };
-        self.states[number].store(state, Ordering::Release);
-        let bytes = brought?;
-        self.handle.add_present(bytes);
+        let if_not = if from == HOLE { HOLE } else { FAILED };
+        self.states[number].store(if brought.is_ok() { PRESENT } else { if_not }, Ordering::Release);
+        self.handle.add_present(brought?);
+        if from != HOLE {
+            self.note_done();
+        }
+        Ok(())
+    }
+
+    /// One block less is left.
+    fn note_done(&self) {
         if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.handle.note_last_page();
         }
-        Ok(())
     }
 
     /// Checks a block and writes it; returns how many bytes of memory it holds.
