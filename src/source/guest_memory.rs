@@ -297,60 +297,6 @@ mod tests {
         }
     }
 
-    impl AtomicWord for loom::sync::atomic::AtomicU64 {
-        fn zero() -> Self {
-            Self::new(0)
-        }
-
-        fn load(&self) -> u64 {
-            self.load(Ordering::SeqCst)
-        }
-
-        fn fetch_or(&self, mask: u64) {
-            self.fetch_or(mask, Ordering::SeqCst);
-        }
-
-        fn take(&self) -> u64 {
-            self.swap(0, Ordering::SeqCst)
-        }
-    }
-
-    /// Every order of two threads that mark pages of one block and one that takes: each mark is taken, and whoever takes it sees what
-    /// was written before it.
-    #[test]
-    fn no_order_of_threads_loses_a_mark_or_the_write_before_it() {
-        use loom::sync::atomic::AtomicU64 as Word;
-        loom::model(|| {
-            let levels = loom::sync::Arc::new(Levels::<Word>::new(WORDS));
-            let memory = loom::sync::Arc::new([Word::new(0), Word::new(0)]);
-            let marker = |word: usize| {
-                let (levels, memory) = (levels.clone(), memory.clone());
-                loom::thread::spawn(move || {
-                    memory[word].store(1, Ordering::Relaxed);
-                    levels.mark(word, 1);
-                })
-            };
-            let markers = [marker(0), marker(1)];
-            let mut taken = [0, 0];
-            let mut take = || {
-                levels.take(&mut |first, words| {
-                    assert_eq!(first, 0);
-                    for (word, taken) in taken.iter_mut().enumerate() {
-                        *taken += words[word];
-                        assert!(
-                            words[word] == 0 || memory[word].load(Ordering::Relaxed) == 1,
-                            "the write is not seen"
-                        );
-                    }
-                });
-            };
-            take();
-            markers.into_iter().for_each(|marker| marker.join().unwrap());
-            take();
-            assert_eq!(taken, [1, 1]);
-        });
-    }
-
     #[test]
     fn marks_beside_a_taking_thread_are_never_lost() {
         let bitmap = SummaryBitmap::with_len(64 << 12);
