@@ -46,7 +46,7 @@ struct Levels<W> {
     summary: Vec<W>,
 }
 
-/// An atomic word: the standard library's, or that of a checker which tries every order of threads.
+/// What the bitmap needs of an atomic word.
 trait AtomicWord {
     fn zero() -> Self;
     fn load(&self) -> u64;
