@@ -35,50 +35,21 @@ const WORDS: usize = BLOCK_WORDS;
 /// A drop-in for [`AtomicBitmap`] as the `B` of `GuestMemoryMmap<B>`.
 #[derive(Debug, Default)]
 pub struct SummaryBitmap {
-    levels: Levels<AtomicU64>,
+    levels: Levels,
     page_shift: u32,
 }
 
 /// Bits, and above each block of words one that says whether it may hold any.
 #[derive(Debug, Default)]
-struct Levels<W> {
-    words: Vec<W>,
-    summary: Vec<W>,
+struct Levels {
+    words: Vec<AtomicU64>,
+    summary: Vec<AtomicU64>,
 }
 
-/// What the bitmap needs of an atomic word.
-trait AtomicWord {
-    fn zero() -> Self;
-    fn load(&self) -> u64;
-    fn fetch_or(&self, mask: u64);
-    fn take(&self) -> u64;
-}
-
-impl AtomicWord for AtomicU64 {
-    fn zero() -> Self {
-        Self::new(0)
-    }
-
-    #[inline(always)]
-    fn load(&self) -> u64 {
-        self.load(Ordering::SeqCst)
-    }
-
-    #[inline(always)]
-    fn fetch_or(&self, mask: u64) {
-        self.fetch_or(mask, Ordering::SeqCst);
-    }
-
-    #[inline(always)]
-    fn take(&self) -> u64 {
-        self.swap(0, Ordering::SeqCst)
-    }
-}
-
-impl<W: AtomicWord> Levels<W> {
+impl Levels {
     fn new(words: usize) -> Self {
         let words = words.next_multiple_of(WORDS);
-        let zeros = |count| std::iter::repeat_with(W::zero).take(count).collect();
+        let zeros = |count| std::iter::repeat_with(AtomicU64::default).take(count).collect();
         Self { words: zeros(words), summary: zeros((words / WORDS).div_ceil(WORD_BITS)) }
     }
 
@@ -88,11 +59,11 @@ impl<W: AtomicWord> Levels<W> {
     /// whoever takes the bit.
     #[inline(always)]
     fn mark(&self, word: usize, mask: u64) {
-        self.words[word].fetch_or(mask);
+        self.words[word].fetch_or(mask, Ordering::SeqCst);
         let block = word / WORDS;
         let (above, bit) = (&self.summary[block / WORD_BITS], 1 << (block % WORD_BITS));
-        if above.load() & bit == 0 {
-            above.fetch_or(bit);
+        if above.load(Ordering::SeqCst) & bit == 0 {
+            above.fetch_or(bit, Ordering::SeqCst);
         }
     }
 
@@ -102,13 +73,14 @@ impl<W: AtomicWord> Levels<W> {
     fn take(&self, report: &mut dyn FnMut(usize, &[u64])) {
         for (index, above) in self.summary.iter().enumerate() {
             // Most are zero, and to read a word costs less than to exchange it.
-            if above.load() == 0 {
+            if above.load(Ordering::SeqCst) == 0 {
                 continue;
             }
-            let mut blocks = above.take();
+            let mut blocks = above.swap(0, Ordering::SeqCst);
             while blocks != 0 {
                 let first = (index * WORD_BITS + blocks.trailing_zeros() as usize) * WORDS;
-                let words: [u64; WORDS] = std::array::from_fn(|word| self.words[first + word].take());
+                let words: [u64; WORDS] =
+                    std::array::from_fn(|word| self.words[first + word].swap(0, Ordering::SeqCst));
                 report(first, &words);
                 blocks &= blocks - 1;
             }
@@ -153,7 +125,7 @@ impl Bitmap for SummaryBitmap {
     fn dirty_at(&self, offset: usize) -> bool {
         let page = offset >> self.page_shift;
         let word = self.levels.words.get(page / WORD_BITS);
-        word.is_some_and(|word| AtomicWord::load(word) >> (page % WORD_BITS) & 1 == 1)
+        word.is_some_and(|word| word.load(Ordering::SeqCst) >> (page % WORD_BITS) & 1 == 1)
     }
 
     fn slice_at(&self, offset: usize) -> SummarySlice<'_> {

@@ -194,15 +194,29 @@ fn slots_may_share_a_file_and_come_in_any_order() {
     assert_eq!(kept_memory(&place), contents(&memory));
 }
 
-#[test]
-fn a_differential_holds_what_differs_from_its_base() {
+/// Receives a full snapshot of `memory`, for differentials to it.
+fn stored(memory: &File) -> Place {
     let mut bench = Bench::new(&[]);
-    let memory = guest();
     bench.pass(0, &[memory.as_fd()]);
     bench.ask(&one_slot());
     assert_eq!(bench.finish(), Some(OK));
-    let (ended, base) = bench.end();
+    let (ended, place) = bench.end();
     ended.succeeded();
+    place
+}
+
+/// The memory of the differential that was received, applied to its base.
+fn applied(base: &Path, place: &Place) -> Vec<u8> {
+    let (into, whole) = (place.path("into"), place.path("whole"));
+    let words = ["snapshot", "apply", base.to_str().unwrap(), into.to_str().unwrap(), "--into"];
+    run([&words[..], &[whole.to_str().unwrap()]].concat()).succeeded();
+    std::fs::read(whole.join("memory-ranges")).unwrap()
+}
+
+#[test]
+fn a_differential_holds_what_differs_from_its_base() {
+    let memory = guest();
+    let base = stored(&memory);
     let base_dir = base.path("into");
 
     memory.write_all_at(&[1; 4096], 20 * PAGE).unwrap();
@@ -216,22 +230,14 @@ fn a_differential_holds_what_differs_from_its_base() {
     assert_eq!(bench.finish(), Some(OK));
     let (ended, place) = bench.end();
     ended.succeeded();
-    let (into, whole) = (place.path("into"), place.path("whole"));
-    assert_eq!(std::fs::metadata(into.join("memory-changes")).unwrap().len(), PAGE);
-    let words = ["snapshot", "apply", base_dir.to_str().unwrap(), into.to_str().unwrap(), "--into"];
-    run([&words[..], &[whole.to_str().unwrap()]].concat()).succeeded();
-    assert_eq!(std::fs::read(whole.join("memory-ranges")).unwrap(), contents(&memory));
+    assert_eq!(std::fs::metadata(place.path("into").join("memory-changes")).unwrap().len(), PAGE);
+    assert_eq!(applied(&base_dir, &place), contents(&memory));
 }
 
 #[test]
 fn a_hole_made_while_the_vm_ran_replaces_a_page_of_the_base() {
-    let mut bench = Bench::new(&[]);
     let memory = guest();
-    bench.pass(0, &[memory.as_fd()]);
-    bench.ask(&one_slot());
-    assert_eq!(bench.finish(), Some(OK));
-    let (ended, base) = bench.end();
-    ended.succeeded();
+    let base = stored(&memory);
     let base_dir = base.path("into");
 
     let mut bench = Bench::new(&["--base", base_dir.to_str().unwrap()]);
@@ -243,21 +249,13 @@ fn a_hole_made_while_the_vm_ran_replaces_a_page_of_the_base() {
     assert_eq!(bench.finish(), Some(OK));
     let (ended, place) = bench.end();
     ended.succeeded();
-    let (into, whole) = (place.path("into"), place.path("whole"));
-    let words = ["snapshot", "apply", base_dir.to_str().unwrap(), into.to_str().unwrap(), "--into"];
-    run([&words[..], &[whole.to_str().unwrap()]].concat()).succeeded();
-    assert_eq!(std::fs::read(whole.join("memory-ranges")).unwrap(), contents(&memory));
+    assert_eq!(applied(&base_dir, &place), contents(&memory));
 }
 
 #[test]
 fn a_differential_writes_what_changed_since_the_warm_copy_and_not_since_the_base() {
-    let mut bench = Bench::new(&[]);
     let memory = guest();
-    bench.pass(0, &[memory.as_fd()]);
-    bench.ask(&one_slot());
-    assert_eq!(bench.finish(), Some(OK));
-    let (ended, base) = bench.end();
-    ended.succeeded();
+    let base = stored(&memory);
     let base_dir = base.path("into");
 
     // Twenty pages differ from the base, and one that it has is zero now.
