@@ -354,6 +354,21 @@ mod tests {
         Arguments::command().debug_assert();
     }
 
+    /// The long flags of a command and of those below it.
+    fn flags(command: &clap::Command) -> Vec<String> {
+        let own = command.get_arguments().filter_map(|argument| argument.get_long().map(str::to_owned));
+        own.chain(command.get_subcommands().flat_map(flags)).collect()
+    }
+
+    #[test]
+    fn every_flag_is_in_the_page_of_the_tool() {
+        let page = include_str!("../../docs/cli.md");
+        let flags = flags(&Arguments::command());
+        assert!(flags.iter().any(|flag| flag == "idle-timeout"));
+        let missing: Vec<_> = flags.iter().filter(|flag| !page.contains(&format!("`--{flag}"))).collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+
     /// Cuts a command line as a shell does that knows single quotes and comments.
     fn words(line: &str) -> Vec<String> {
         let mut words = Vec::new();
