@@ -58,7 +58,7 @@
 //! | `transfer` | [`transfer`], [`vm`]; needs `device-state` | socket2 |
 //! | `tls` | TLS 1.3 under [`transfer`], with the cryptography that the process has installed | rustls |
 //! | `ring` | cryptography for `tls` | ring |
-//! | `snapshot` | [`snapshot`]; needs `transfer` | blake3 |
+//! | `snapshot` | [`snapshot`], [`offload`]; needs `transfer` | blake3 |
 //! | `vfio-user` | [`vfio_user`] and its source and device | |
 //! | `probe` | [`probe`] | |
 //!
