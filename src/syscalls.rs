@@ -237,6 +237,26 @@ pub const SNAPSHOT_READ: &[Syscall] = &[
     Syscall::new(libc::SYS_statx),
 ];
 
+/// Handing a stored VM over as descriptors, on demand too: [`LocalSender`](crate::offload::LocalSender), beside [`SNAPSHOT_READ`]. The other
+/// way round, memory that comes as descriptors is in [`SNAPSHOT_WRITE`].
+#[cfg(feature = "snapshot")]
+pub const LOCAL_SENDER: &[Syscall] = &[
+    Syscall::new(libc::SYS_memfd_create),
+    Syscall::new(libc::SYS_ftruncate),
+    Syscall::new(libc::SYS_fcntl),
+    Syscall::new(libc::SYS_fallocate),
+    Syscall::new(libc::SYS_pwrite64),
+    Syscall::new(libc::SYS_socket),
+    Syscall::new(libc::SYS_connect),
+    Syscall::new(libc::SYS_getsockopt),
+    Syscall::new(libc::SYS_setsockopt),
+    Syscall::new(libc::SYS_recvfrom),
+    Syscall::new(libc::SYS_sendto),
+    Syscall::new(libc::SYS_sendmsg),
+    Syscall::new(libc::SYS_shutdown),
+    Syscall::new(libc::SYS_close),
+];
+
 /// What the standard library and the C library ask for on their own: memory, threads, locks, sleep, random seeds, clocks.
 ///
 /// The allocator of the GNU C library looks at `/proc/sys/vm/overcommit_memory` when a thread gives memory back (`openat`, `read`,

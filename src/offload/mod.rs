@@ -51,6 +51,42 @@
 //! # Ok::<(), Box<dyn Error>>(())
 //! ```
 //!
+//! One that restores a VM takes one along. Once the VM runs on demand, [`LocalSenderHandle::cancel`] comes too late, and
+//! [`LocalSenderHandle::abort`] ends the VM:
+//!
+//! ```no_run
+//! # use std::error::Error;
+//! # use std::path::PathBuf;
+//! use std::thread;
+//! use std::time::Duration;
+//!
+//! use vfio_migration::offload::{LocalSendOptions, LocalSender, LocalSent};
+//! use vfio_migration::snapshot::{SnapshotChain, SnapshotLimits};
+//! use vfio_migration::transfer::url::Url;
+//!
+//! /// Restores the VM that a full snapshot and the differentials on top of it make up, unless it takes too long.
+//! fn restore(chain: &[PathBuf], url: &Url, patience: u32) -> Result<LocalSent, Box<dyn Error>> {
+//!     let chain = SnapshotChain::open(chain, &SnapshotLimits::default())?;
+//!     let options = LocalSendOptions { on_demand: true, ..LocalSendOptions::default() };
+//!     let sender = LocalSender::new(chain, options)?;
+//!     let handle = sender.handle();
+//!     thread::scope(|scope| {
+//!         let sending = scope.spawn(|| sender.send(url));
+//!         for _ in 0..patience {
+//!             if sending.is_finished() || handle.progress().handed_over.is_some() {
+//!                 break;
+//!             }
+//!             thread::sleep(Duration::from_secs(1));
+//!         }
+//!         if handle.progress().handed_over.is_none() && handle.cancel() {
+//!             println!("the receiver gets no VM");
+//!         }
+//!         // Where the VM runs, this waits for the last page.
+//!         Ok(sending.join().expect("the sender does not panic")?)
+//!     })
+//! }
+//! ```
+//!
 //! [`SnapshotDestination`]: crate::snapshot::SnapshotDestination
 
 mod restore;

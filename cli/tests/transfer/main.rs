@@ -33,6 +33,7 @@ mod sick_host;
 mod stored;
 mod tls;
 mod tool;
+#[path = "../../../tests/local_send/vmm.rs"]
 mod vmm;
 #[path = "../../../tests/recorded/wire.rs"]
 #[expect(dead_code, reason = "the library's own tests use more of it")]

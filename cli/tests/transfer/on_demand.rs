@@ -7,7 +7,6 @@ mod ends;
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,51 +16,27 @@ use serde_json::{Value, json};
 use vfio_migration::snapshot::{CONFIG_FILE, MEMORY_FILE};
 
 use crate::frames::{
-    ABANDON, COMPLETE, COMPLETE_PAUSED, CONFIG, ERROR, FOR_FAULTS, MEMORY, OK, PAGE_FAULT, STATE, message,
+    ABANDON, COMPLETE, COMPLETE_PAUSED, CONFIG, ERROR, MEMORY, OK, PAGE_FAULT, STATE, message,
 };
 use crate::local_send::{begin, chain, flip, memory_of, text};
 use crate::stored::Place;
 use crate::tool::{Ended, Tool};
-use crate::vmm::{Line, PATIENCE, Passed, Vmm};
+use crate::vmm::{Faults, Line, PATIENCE, Passed, Vmm};
 
 const PAGE: u64 = 4096;
 
 /// RAM of the VM of the captures, and of the one made up.
 const RAM: u64 = 64 << 20;
 
-/// The connection that pages are asked for on.
-struct Faults(UnixStream);
-
-impl Faults {
-    fn accept(vmm: &Vmm) -> Self {
-        let (mut stream, _) = vmm.listener.accept().unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut role = [0; 2];
-        stream.read_exact(&mut role).unwrap();
-        assert_eq!(role, FOR_FAULTS);
-        Self(stream)
-    }
-
-    /// Asks for a page, and returns the status of the answer.
-    fn ask(&mut self, gpa: u64, length: u64) -> Option<u16> {
-        let range = [gpa.to_le_bytes(), length.to_le_bytes()].concat();
-        let _ = self.0.write_all(&message(PAGE_FAULT, &range));
-        let mut answer = [0; 16];
-        self.0.read_exact(&mut answer).ok()?;
-        assert_eq!(answer[2..], [0; 14], "no payload");
-        Some(u16::from_le_bytes([answer[0], answer[1]]))
-    }
-
-    /// Sends one signal after the other until the tool closes this connection.
-    #[track_caller]
-    fn signal_until_closed(&mut self, tool: &Tool) {
-        self.0.set_read_timeout(Some(Duration::from_millis(400))).unwrap();
-        let closed = (0..100).any(|_| {
-            tool.signal("-TERM");
-            !self.0.read(&mut [0; 1]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
-        });
-        assert!(closed);
-    }
+/// Sends one signal after the other until the tool closes the connection that pages are asked for on.
+#[track_caller]
+fn signal_until_closed(faults: &mut Faults, tool: &Tool) {
+    faults.0.set_read_timeout(Some(Duration::from_millis(400))).unwrap();
+    let closed = (0..100).any(|_| {
+        tool.signal("-TERM");
+        !faults.0.read(&mut [0; 1]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+    });
+    assert!(closed);
 }
 
 /// A VM that its VMM runs, and asks for memory of.
@@ -408,7 +383,7 @@ fn a_signal_waits_for_the_last_page_and_says_so_and_a_second_one_ends_the_vm() {
     assert!(!tool.ends_within(Duration::from_millis(500)));
     running.touch(0x100_0000);
     // Signals in quick succession count as one, and a busy host takes them late.
-    running.faults.signal_until_closed(&tool);
+    signal_until_closed(&mut running.faults, &tool);
     assert!(running.passed.read(0, &mut [0; 4096]).is_err(), "memory was left to the receiver");
     tool.end().failed(130, "given up");
 }

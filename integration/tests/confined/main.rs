@@ -8,6 +8,9 @@
 #[path = "../../../tests/transfer/certificates.rs"]
 mod certificates;
 mod components;
+#[expect(dead_code, reason = "the library's own tests use the rest")]
+#[path = "../../../tests/frames/mod.rs"]
+mod frames;
 #[cfg(target_arch = "x86_64")]
 #[path = "../../../tests/guest/mod.rs"]
 mod guest;
@@ -19,6 +22,9 @@ mod transfer;
 #[path = "../../../tests/send/userfault/handler.rs"]
 mod userfault;
 mod vfio_user;
+#[expect(dead_code, reason = "the tool's tests use the rest")]
+#[path = "../../../tests/local_send/vmm.rs"]
+mod vmm;
 /// What the borrowed handler of a userfaultfd skips by.
 mod skip {
     pub(crate) use vfio_migration_integration::skip;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_migration::granule::Granule;
 use vfio_migration::layout::Layout;
-use vfio_migration::offload::LocalOptions;
+use vfio_migration::offload::{LocalOptions, LocalSendOptions, LocalSender};
 use vfio_migration::range::GpaRange;
 use vfio_migration::snapshot::{
     AnnouncedRam, Base, DestinationOptions, FullSnapshot, MANIFEST_FILE, OnPaused, SnapshotChain,
@@ -29,8 +29,11 @@ use vfio_migration::transfer::{self, SendOptions, Sender};
 use vfio_migration_integration::confined::check;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use crate::frames::{CONFIG, OK, STATE};
+use crate::vmm::{Faults, Vmm};
+
 const BYTES: u64 = 16 << 20;
-const CONFIG: &[u8] = br#"{"memory":{"size":16777216},"cpus":{"boot_vcpus":2}}"#;
+const VM_CONFIG: &[u8] = br#"{"memory":{"size":16777216},"cpus":{"boot_vcpus":2}}"#;
 
 fn state() -> String {
     let range = format!(r#"{{\"gpa\":0,\"length\":{BYTES}}}"#);
@@ -58,7 +61,7 @@ fn write(target: &Path) {
     writer.fill(zeros, &mut std::io::repeat(0).take(zeros.len())).unwrap();
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap();
     writer.copy_from([pages(2000, 9)], &memory).unwrap();
-    writer.finish(CONFIG, state().as_bytes()).unwrap();
+    writer.finish(VM_CONFIG, state().as_bytes()).unwrap();
 }
 
 fn write_differential(base: &Path, target: &Path) {
@@ -67,7 +70,7 @@ fn write_differential(base: &Path, target: &Path) {
     let (twos, zeros) = (pages(100, 50), pages(600, 50));
     writer.fill(twos, &mut std::io::repeat(2).take(twos.len())).unwrap();
     writer.fill(zeros, &mut std::io::repeat(0).take(zeros.len())).unwrap();
-    writer.finish(CONFIG, state().as_bytes()).unwrap();
+    writer.finish(VM_CONFIG, state().as_bytes()).unwrap();
 }
 
 fn receive(listener: &Listener, target: &Path) {
@@ -94,7 +97,7 @@ fn take_descriptor(base: &Path, target: &Path, memory: &File) {
     destination.descriptor(0, memory.try_clone().unwrap().into()).unwrap();
     let mapping = format!(r#"{{"slot":0,"gpa":0,"size":{BYTES},"virtio_mem":false,"file_offset":0}}"#);
     let memory_manager = format!(r#"{{"guest_ram_mappings":[{mapping}]}}"#);
-    let config = std::str::from_utf8(CONFIG).unwrap();
+    let config = std::str::from_utf8(VM_CONFIG).unwrap();
     let message = format!(r#"{{"vm_config":{config},"memory_manager_data":{memory_manager}}}"#);
     destination.config(message.as_bytes()).unwrap();
     memory.write_all_at(&[5; 4096], 9 << 12).unwrap();
@@ -163,5 +166,48 @@ fn snapshot_read() {
             scope.spawn(|| receive(&listener, &at("received")));
             confinement.run(|| send(&at("full"), listener.url()));
         });
+    });
+}
+
+/// Hands the VM of a full snapshot and a differential over as descriptors.
+fn pass(place: &Path, on_demand: bool) {
+    let directories = ["full", "differential"].map(|name| place.join(name));
+    let chain = SnapshotChain::open(directories, &SnapshotLimits::default()).unwrap();
+    let options = LocalSendOptions { on_demand, ..LocalSendOptions::default() };
+    let sender = LocalSender::new(chain, options).unwrap();
+    sender.send(&Url::unix(place.join("waiting")).unwrap()).unwrap();
+}
+
+/// Takes a VM, and asks for all of its memory where it comes on demand.
+fn wait_for(vmm: &Vmm, on_demand: bool) {
+    let mut line = vmm.accept();
+    assert!(line.answer_until(CONFIG));
+    line.answer(OK);
+    let mut faults = on_demand.then(|| Faults::accept(vmm));
+    assert_eq!(line.next(), Some(STATE));
+    if let Some(faults) = &mut faults {
+        assert_eq!(faults.ask(0, 4096), Some(OK));
+    }
+    line.answer(OK);
+    assert!(line.next().is_some());
+    line.answer(OK);
+    if let Some(faults) = &mut faults {
+        (0..BYTES).step_by(4096).for_each(|gpa| assert_eq!(faults.ask(gpa, 4096), Some(OK)));
+    }
+}
+
+#[test]
+fn snapshot_local_send() {
+    check("snapshot::snapshot_local_send", syscalls::LOCAL_SENDER, syscalls::SNAPSHOT_READ, |confinement| {
+        let place = tempfile::tempdir().unwrap();
+        write(&place.path().join("full"));
+        write_differential(&place.path().join("full"), &place.path().join("differential"));
+        let vmm = Vmm::bind(&place.path().join("waiting"));
+        for on_demand in [false, true] {
+            thread::scope(|scope| {
+                scope.spawn(|| wait_for(&vmm, on_demand));
+                confinement.run(|| pass(place.path(), on_demand));
+            });
+        }
     });
 }

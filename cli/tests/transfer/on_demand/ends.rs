@@ -43,7 +43,7 @@ fn a_second_signal_ends_a_vm_that_the_receiver_does_not_say_it_has() {
     assert_eq!(line.next(), Some(COMPLETE));
     tool.signal("-TERM");
     assert!(!tool.ends_within(Duration::from_millis(500)));
-    faults.signal_until_closed(&tool);
+    signal_until_closed(&mut faults, &tool);
     assert!(line.passed.read(0, &mut [0; 4096]).is_err(), "memory was left to the receiver");
     let ended = tool.end().failed(130, "given up");
     assert!(ended.events().iter().all(|event| event["event"] != "handed-over"), "{ended:?}");

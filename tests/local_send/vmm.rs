@@ -15,7 +15,7 @@ use std::time::Duration;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::Value;
 
-use crate::frames::{OK, request};
+use crate::frames::{FOR_FAULTS, OK, PAGE_FAULT, message, request};
 
 /// The longest that a sender may say nothing.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -163,5 +163,29 @@ impl Line {
             self.answer(OK);
         }
         false
+    }
+}
+
+/// The connection that pages are asked for on.
+pub(crate) struct Faults(pub(crate) UnixStream);
+
+impl Faults {
+    pub(crate) fn accept(vmm: &Vmm) -> Self {
+        let (mut stream, _) = vmm.listener.accept().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut role = [0; 2];
+        stream.read_exact(&mut role).unwrap();
+        assert_eq!(role, FOR_FAULTS);
+        Self(stream)
+    }
+
+    /// Asks for a page, and returns the status of the answer.
+    pub(crate) fn ask(&mut self, gpa: u64, length: u64) -> Option<u16> {
+        let range = [gpa.to_le_bytes(), length.to_le_bytes()].concat();
+        let _ = self.0.write_all(&message(PAGE_FAULT, &range));
+        let mut answer = [0; 16];
+        self.0.read_exact(&mut answer).ok()?;
+        assert_eq!(answer[2..], [0; 14], "no payload");
+        Some(u16::from_le_bytes([answer[0], answer[1]]))
     }
 }
