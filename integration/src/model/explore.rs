@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -68,13 +69,40 @@ struct Found {
     what: String,
 }
 
+/// What the steps from some states led to.
+#[derive(Default)]
+struct Expanded {
+    /// How many there are.
+    transitions: usize,
+    /// Those to states that were not known, in order; some of them to the same state.
+    steps: Vec<Step>,
+    found: Option<Found>,
+}
+
 /// The first state, which has no parent.
 const ROOT: u32 = 0;
+
+/// Takes half of a state's hash for the hash of that.
+#[derive(Default)]
+struct Hashed(u64);
+
+impl Hasher for Hashed {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        let half = bytes.first_chunk().expect("a state's hash has 16 bytes");
+        self.0 = u64::from_ne_bytes(*half);
+    }
+}
 
 struct Search<'a> {
     scenario: &'a Scenario,
     mutation: Option<Mutation>,
     nodes: Vec<Node>,
+    /// Hashes of all states in `nodes`.
+    known: HashSet<u128, BuildHasherDefault<Hashed>>,
 }
 
 /// Explores all that can happen in `scenario`.
@@ -83,19 +111,19 @@ struct Search<'a> {
 /// Something happened that must not; no way to anything that must not is shorter.
 pub fn explore(scenario: &Scenario, mutation: Option<Mutation>) -> Result<Explored, Box<Violation>> {
     let began = Instant::now();
-    let mut search =
-        Search { scenario, mutation, nodes: vec![Node { parent: ROOT, action: Action::Resume }] };
-    let mut known = HashSet::from([search.machine(ROOT).fingerprint()]);
+    let nodes = vec![Node { parent: ROOT, action: Action::Resume }];
+    let mut search = Search { scenario, mutation, nodes, known: HashSet::default() };
+    search.known.insert(search.machine(ROOT).fingerprint());
     let (mut transitions, mut depth, mut handed_over) = (0, 0, 0);
     let mut frontier = ROOT..1;
     while !frontier.is_empty() {
-        let (steps, found) = search.expand(&frontier);
-        if let Some(found) = found {
+        let expanded = search.expand(&frontier);
+        if let Some(found) = expanded.found {
             return Err(Box::new(search.violation(&found)));
         }
-        transitions += steps.len();
-        for step in steps {
-            if known.insert(step.hash) {
+        transitions += expanded.transitions;
+        for step in expanded.steps {
+            if search.known.insert(step.hash) {
                 search.nodes.push(step.node);
                 handed_over += usize::from(step.handed_over);
             }
@@ -108,7 +136,7 @@ pub fn explore(scenario: &Scenario, mutation: Option<Mutation>) -> Result<Explor
 
 impl Search<'_> {
     /// Takes every step from the states of `frontier`, on all processors.
-    fn expand(&self, frontier: &std::ops::Range<u32>) -> (Vec<Step>, Option<Found>) {
+    fn expand(&self, frontier: &std::ops::Range<u32>) -> Expanded {
         let threads = thread::available_parallelism().map_or(1, usize::from).min(frontier.len());
         let share = frontier.len().div_ceil(threads);
         thread::scope(|scope| {
@@ -116,35 +144,47 @@ impl Search<'_> {
             let parts: Vec<_> = starts.map(|at| at..(at + index(share)).min(frontier.end)).collect();
             let workers: Vec<_> =
                 parts.into_iter().map(|part| scope.spawn(move || self.expand_part(part))).collect();
-            let (mut all, mut first) = (Vec::new(), None);
+            let mut all = Expanded::default();
             for worker in workers {
-                let (steps, found) = worker.join().expect("the model does not panic");
-                all.extend(steps);
-                first = first.or(found);
+                let part = worker.join().expect("the model does not panic");
+                all.transitions += part.transitions;
+                all.steps.extend(part.steps);
+                all.found = all.found.or(part.found);
             }
-            (all, first)
+            all
         })
     }
 
-    fn expand_part(&self, states: std::ops::Range<u32>) -> (Vec<Step>, Option<Found>) {
-        let mut steps = Vec::new();
+    fn expand_part(&self, states: std::ops::Range<u32>) -> Expanded {
+        let mut expanded = Expanded::default();
         for at in states {
-            let actions = self.machine(at).enabled();
-            let is_stuck = !actions.iter().any(|action| action.is_progress());
-            if is_stuck && !self.machine(at).is_over() {
-                let what = "nothing leads on: the migration neither ends nor fails".to_owned();
-                return (steps, Some(Found { at, action: None, what }));
-            }
-            for action in actions {
-                let mut machine = self.machine(at);
-                if let Err(what) = machine.step(action) {
-                    return (steps, Some(Found { at, action: Some(action), what }));
-                }
-                let (node, handed_over) = (Node { parent: at, action }, machine.is_handed_over());
-                steps.push(Step { node, hash: machine.fingerprint(), handed_over });
+            if let Err(found) = self.expand_state(at, &mut expanded) {
+                expanded.found = Some(found);
+                break;
             }
         }
-        (steps, None)
+        expanded
+    }
+
+    fn expand_state(&self, at: u32, expanded: &mut Expanded) -> Result<(), Found> {
+        let state = self.machine(at);
+        let actions = state.enabled();
+        if !actions.iter().any(|action| action.is_progress()) && !state.is_over() {
+            let what = "nothing leads on: the migration neither ends nor fails".to_owned();
+            return Err(Found { at, action: None, what });
+        }
+        expanded.transitions += actions.len();
+        let mut built = Some(state);
+        for action in actions {
+            let mut machine = built.take().unwrap_or_else(|| self.machine(at));
+            machine.step(action).map_err(|what| Found { at, action: Some(action), what })?;
+            let (node, handed_over) = (Node { parent: at, action }, machine.is_handed_over());
+            let hash = machine.fingerprint();
+            if !self.known.contains(&hash) {
+                expanded.steps.push(Step { node, hash, handed_over });
+            }
+        }
+        Ok(())
     }
 
     /// Builds a state anew.

@@ -28,7 +28,7 @@ pub(super) const CAPABILITIES: [Capabilities; 2] =
 pub(super) const STREAMING: u8 = 1;
 
 /// What a receiver holds of a device's state that streams.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub(super) enum Pieces {
     #[default]
     Nothing,
@@ -66,7 +66,7 @@ pub(super) enum Phase {
 }
 
 /// What a receiver made of Complete.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub(super) enum Answer {
     /// It was not asked.
     #[default]
@@ -246,11 +246,15 @@ impl Machine {
 
     /// Hashes all that decides on what can happen, the tracker's bits among it, which are found by taking them.
     pub(super) fn fingerprint(mut self) -> u128 {
-        let bits: Vec<_> = (0..self.receivers.len()).map(|number| self.take_bits(number)).collect();
+        let mut receivers: Vec<_> = (0..self.receivers.len()).map(|number| self.take_bits(number)).collect();
+        if !self.mutated(Mutation::OneCursorOnly) {
+            // Receivers differ by what they hold and by who is switched over to, not by number.
+            receivers.sort_unstable();
+        }
         let halves = [0u8, 1].map(|half| {
             let mut hasher = DefaultHasher::new();
-            (half, &bits, &*lock(&self.world)).hash(&mut hasher);
-            (self.phase, self.vcpus_run, self.released, self.target).hash(&mut hasher);
+            (half, &receivers, &*lock(&self.world)).hash(&mut hasher);
+            (self.phase, self.vcpus_run, self.released).hash(&mut hasher);
             (&self.devices, &self.captured).hash(&mut hasher);
             u128::from(hasher.finish())
         });
@@ -258,8 +262,8 @@ impl Machine {
     }
 
     /// Returns what tells one receiver's state from another's: pages pending in this round, in the next one, and while in
-    /// flight; the round's position; chunks on their way, in no order.
-    fn take_bits(&mut self, number: usize) -> impl Hash + use<> {
+    /// flight; the round's position; chunks on their way, in no order; and whether it is the target.
+    fn take_bits(&mut self, number: usize) -> impl Hash + Ord + use<> {
         let (cursor, position) = (self.receivers[number].cursor, self.receivers[number].position);
         let mut pending = [0; 3];
         if let Some(cursor) = cursor {
@@ -280,7 +284,7 @@ impl Machine {
         let mut flights: Vec<_> = flights.collect();
         flights.sort_unstable();
         let known = (receiver.is_used, receiver.held, receiver.answer, receiver.pieces, cursor.is_some());
-        (known, position, pending, flights)
+        (number == usize::from(self.target), known, position, pending, flights)
     }
 
     /// Takes all that can be taken; the tracker is of no further use.

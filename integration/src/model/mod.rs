@@ -93,7 +93,7 @@ pub const SMALL: [Scenario; 7] = [
 /// Larger ones, in which more of it comes together.
 pub const LARGE: [Scenario; 9] = [
     Scenario { name: "many-pages", ram_pages: 4, initially_set: true, ..PLAIN },
-    Scenario { name: "large-chunks", ram_pages: 4, chunk_pages: 2, ..PLAIN },
+    Scenario { name: "large-chunks", ram_pages: 3, chunk_pages: 2, ..PLAIN },
     Scenario { name: "two-receivers", receivers: 2, initially_set: true, window: 1, ..PLAIN },
     Scenario { name: "plug-for-two", plugs: true, receivers: 2, ram_pages: 1, window: 1, ..PLAIN },
     Scenario { name: "two-logs", devices: true, slots: 2, quiet_vcpus: true, window: 1, ..PLAIN },
