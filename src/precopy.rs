@@ -107,6 +107,8 @@ pub struct Observation {
     pub state_rate: u64,
     /// Device state that its devices want read before they are stopped.
     pub device_initial_bytes: u64,
+    /// Of the device state that the downtime would carry, what further rounds may bring before.
+    pub device_early_bytes: u64,
     /// Time since the migration began.
     pub elapsed_ms: u64,
     /// Passes over memory that have ended.
@@ -131,8 +133,21 @@ impl Observation {
 
     /// How much of that is for device state; `None` where that cannot be told.
     pub fn state_ms(&self) -> Option<u64> {
+        self.state_ms_for(self.device.bytes()?)
+    }
+
+    /// How much of it is for device state that further rounds do not bring before; `None` where that cannot be told.
+    fn late_state_ms(&self) -> Option<u64> {
+        self.state_ms_for(self.late_bytes()?)
+    }
+
+    fn late_bytes(&self) -> Option<u64> {
+        Some(self.device.bytes()?.saturating_sub(self.device_early_bytes))
+    }
+
+    fn state_ms_for(&self, bytes: u64) -> Option<u64> {
         let rate = if self.bandwidth == 0 { 0 } else { self.state_rate() };
-        time_for(self.device.bytes()?.into(), rate)
+        time_for(bytes.into(), rate)
     }
 
     /// Bytes of device state per second: what both ends get done, but no more than arrives. In base64, three bytes are four.
@@ -245,8 +260,8 @@ impl Policy {
 
     /// Whether the device state alone breaks the limit, with all of it that should be read early read, and memory within it.
     fn hopeless_state(&self, seen: &Observation) -> Option<CancelReason> {
-        let (bytes, state_ms) = (seen.device.bytes()?, seen.state_ms()?);
-        let memory_ms = seen.expected_downtime_ms()?.saturating_sub(state_ms);
+        let (bytes, state_ms) = (seen.late_bytes()?, seen.late_state_ms()?);
+        let memory_ms = seen.expected_downtime_ms()?.saturating_sub(seen.state_ms()?);
         // In the first rounds a bandwidth is not telling and a guess is often too high; what both ends get done is certain.
         let expected_ms = match (seen.rounds < ROUNDS_BEFORE_GIVING_UP, seen.device) {
             (false, _) => state_ms,
@@ -264,7 +279,7 @@ impl Policy {
         {
             return None;
         }
-        let expected_ms = seen.standing_ms()?.saturating_add(seen.state_ms()?);
+        let expected_ms = seen.standing_ms()?.saturating_add(seen.late_state_ms()?);
         let others_ms = seen.expected_downtime_ms()?.saturating_sub(expected_ms);
         let bytes = seen.standing_bytes;
         let reason =

@@ -117,9 +117,10 @@ fn write_figures(report: &Report, text: &mut String) -> std::fmt::Result {
     )?;
     writeln!(
         text,
-        "  device state {}, {} of it before the switchover",
+        "  device state {}, {} of it before the switchover; the rest took {:.1} ms, beside the last pages",
         HumanBytes(report.device.state_bytes),
-        HumanBytes(report.device.precopy_bytes)
+        HumanBytes(report.device.precopy_bytes),
+        report.device.downtime_ms
     )?;
     writeln!(text, "\n  {:<20} {:>12} {:>17}", "who dirtied", "pages", "only they dirtied")?;
     for source in &report.sources {

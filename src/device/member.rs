@@ -54,6 +54,8 @@ pub struct Device {
     /// Whether the device holds a loaded state that has not run yet.
     holds_loaded: bool,
     last_state_bytes: Option<u64>,
+    /// How well it was known, and how much, when it was last asked what is left for the downtime.
+    last_left: (Basis, u64),
     was_reset: bool,
     /// Where the state goes away as a stream.
     outgoing: Option<Outgoing>,
@@ -86,6 +88,7 @@ impl Device {
             in_session: false,
             holds_loaded: false,
             last_state_bytes: None,
+            last_left: (Basis::Told, 0),
             was_reset: false,
             outgoing: None,
             incoming: None,
@@ -272,6 +275,15 @@ impl Device {
         }
     }
 
+    pub(super) fn note_estimate(&mut self, estimate: Estimate) {
+        let basis = if estimate.basis == Basis::Unknown { Basis::Unknown } else { Basis::Told };
+        self.last_left = (basis, estimate.stop_copy_bytes);
+    }
+
+    pub(super) fn last_left(&self) -> (Basis, u64) {
+        self.last_left
+    }
+
     fn try_estimate(&mut self, asking: Asking) -> Result<Estimate, DeviceFailure> {
         let state = self.state()?;
         if state == DeviceState::Error {
@@ -293,10 +305,15 @@ impl Device {
                 self.note_told_size(told);
                 (told, told, Basis::Told)
             }
-            None => (self.guess(read), self.size.least(read), Basis::Guessed),
+            None => match self.guess(read) {
+                Some(guess) => (guess, self.size.least(read), Basis::Guessed),
+                None => (UNKNOWN_STATE_BYTES.max(read), self.size.least(read), Basis::Unknown),
+            },
         };
         let initial_bytes = if precopying { self.initial_bytes() } else { 0 };
-        Ok(Estimate { state_bytes, known_bytes, stop_copy_bytes: state_bytes - read, initial_bytes, basis })
+        let early_bytes = if precopying { self.early_bytes() } else { 0 };
+        let stop_copy_bytes = state_bytes - read;
+        Ok(Estimate { state_bytes, known_bytes, stop_copy_bytes, initial_bytes, early_bytes, basis })
     }
 
     /// Asks how much PRE_COPY has left; `None` if the interface cannot report it.
@@ -309,10 +326,13 @@ impl Device {
     }
 
     /// Bytes to read before the device is stopped. A device that reports no sizes counts as having some until it has
-    /// paused once.
+    /// paused once; where its state streams, until what it has left is known.
     fn initial_bytes(&self) -> u64 {
-        let untold = || (self.stream.is_short_of_first_pause() && !self.is_futile()).into();
-        self.size.precopy().map_or_else(untold, |info| info.initial_bytes)
+        let untold = || match self.is_streaming() {
+            true => self.is_unsettled(),
+            false => self.stream.is_short_of_first_pause(),
+        };
+        self.size.precopy().map_or_else(|| untold().into(), |info| info.initial_bytes)
     }
 
     fn check_limit(&self, estimate: Estimate) -> Result<(), DeviceFailure> {
@@ -333,20 +353,25 @@ impl Device {
             known_bytes: self.size.least(read),
             stop_copy_bytes: UNKNOWN_STATE_BYTES,
             initial_bytes: 0,
+            early_bytes: 0,
             basis: Basis::Unknown,
         }
     }
 
     /// Guesses the size of the whole state, of which `read` bytes were read: what changed between the last two pauses is taken
-    /// to change again; else the state is taken to be as long as last time.
-    fn guess(&self, read: u64) -> u64 {
+    /// to change again; else the state is taken to be as long as last time. Of a stream, what was read twice counts twice; `None` where
+    /// nothing is known of what is left.
+    fn guess(&self, read: u64) -> Option<u64> {
+        if self.is_streaming() && self.in_session {
+            return Some(read.saturating_add(self.untold_left()?));
+        }
         let last_batch = self.stream.last_batch().filter(|_| self.in_session);
         let guess = match (last_batch, self.last_state_bytes) {
             (Some(batch), _) => read.saturating_add(batch as u64),
             (None, Some(last)) => last,
             (None, None) => read.saturating_add(UNASKABLE_STATE_BYTES),
         };
-        guess.max(self.size.least(read))
+        Some(guess.max(self.size.least(read)))
     }
 
     /// Makes a running device P2P-quiescent on the way to `goal`, if it has such a state, before any device is

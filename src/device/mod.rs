@@ -8,7 +8,7 @@
 //!
 //! - `set`, `member`: the order across devices, and one device in it; `failure`: what sets them back;
 //! - `state`: which move leads where (pure); `stream`, `reader`, `sink`, `blob`: bytes of state out of a device and into one;
-//! - `outgoing`, `incoming`, `pace`, `size`: how far a state has come, and how much is left;
+//! - `outgoing`, `incoming`, `pace`, `size`, `changes`: how far a state has come, how much is left, and how fast that changes;
 //! - `identity`, `saved`, `without_state`: whose state it is, and its form in a Snapshot;
 //! - `kernel`, `vfio_user`, `shared`: back ends.
 
@@ -35,6 +35,8 @@ pub use vfio_user::{VfioUserDevice, VfioUserDeviceError};
 
 #[cfg(feature = "device-state")]
 mod blob;
+#[cfg(feature = "device-state")]
+mod changes;
 #[cfg(feature = "device-state")]
 mod failure;
 #[cfg(feature = "device-state")]
@@ -197,14 +199,22 @@ pub struct Estimate {
     pub stop_copy_bytes: u64,
     /// Bytes that should be read before PRE_COPY is left. May grow again.
     pub initial_bytes: u64,
+    /// Of the bytes to read once the devices are stopped, those that PRE_COPY may bring before, where states stream.
+    pub early_bytes: u64,
     /// How well this is known.
     pub basis: Basis,
 }
 
 impl Estimate {
     /// There is nothing to hand over.
-    pub const NOTHING: Self =
-        Self { state_bytes: 0, known_bytes: 0, stop_copy_bytes: 0, initial_bytes: 0, basis: Basis::Told };
+    pub const NOTHING: Self = Self {
+        state_bytes: 0,
+        known_bytes: 0,
+        stop_copy_bytes: 0,
+        initial_bytes: 0,
+        early_bytes: 0,
+        basis: Basis::Told,
+    };
 
     #[cfg(feature = "device-state")]
     fn plus(self, other: Self) -> Self {
@@ -213,6 +223,7 @@ impl Estimate {
             known_bytes: self.known_bytes.saturating_add(other.known_bytes),
             stop_copy_bytes: self.stop_copy_bytes.saturating_add(other.stop_copy_bytes),
             initial_bytes: self.initial_bytes.saturating_add(other.initial_bytes),
+            early_bytes: self.early_bytes.saturating_add(other.early_bytes),
             basis: self.basis.max(other.basis),
         }
     }

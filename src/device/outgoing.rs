@@ -10,6 +10,8 @@ pub(super) struct Outgoing {
     pub(super) next_index: u64,
     /// Bytes of the whole state, as the device told them first.
     pub(super) told_bytes: Option<u64>,
+    /// Bytes that one read brought at most.
+    pub(super) largest_read: usize,
     /// PRE_COPY brings more than it saves in this session.
     pub(super) is_futile: bool,
     /// Something reset the device in this session: what was read is worthless.
@@ -19,7 +21,15 @@ pub(super) struct Outgoing {
 impl Outgoing {
     /// Begins the stream of the device with this number. `session` is 0 before the first.
     pub(super) fn new(number: u16, session: u32) -> Self {
-        Self { number, session, next_index: 0, told_bytes: None, is_futile: false, was_reset: false }
+        Self {
+            number,
+            session,
+            next_index: 0,
+            told_bytes: None,
+            largest_read: 0,
+            is_futile: false,
+            was_reset: false,
+        }
     }
 
     /// Begins another session.

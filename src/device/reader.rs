@@ -11,6 +11,13 @@ use super::{DataRead, StreamError};
 /// How long a device in PRE_COPY is read in one turn; then memory has its turn, and the device goes on in the next one.
 const TURN: Duration = Duration::from_millis(250);
 
+/// Reads in a row that bring a small part of what one read brings at most, after which a device in PRE_COPY counts as having no more for
+/// now: one that changes its state all the time always has a little.
+const SHORT_READS: u32 = 16;
+
+/// Which part of it they do not reach.
+const SHORT_SHARE: usize = 4;
+
 /// How far a reader goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Until {
@@ -50,12 +57,21 @@ pub(crate) struct StateRead {
     pub(super) complete: bool,
     pub(super) failure: Option<StreamError>,
     pub(crate) took: Duration,
+    /// When the turn ended.
+    pub(super) ended: Instant,
+    /// Bytes that one read brought at most, in all turns of the session.
+    pub(super) largest: usize,
 }
 
 impl StateRead {
     /// Bytes read.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// The device's number.
+    pub(crate) fn device(&self) -> u16 {
+        self.device
     }
 }
 
@@ -67,10 +83,12 @@ pub(crate) struct StateReader {
     read: StateRead,
     begun: Instant,
     pace: Pace,
+    short_reads: u32,
 }
 
 impl StateReader {
-    pub(super) fn new(io: SharedIo, until: Until, next: Piece) -> Self {
+    /// Reads on at `next`; one read of the session brought `largest` bytes at most.
+    pub(super) fn new(io: SharedIo, until: Until, next: Piece, largest: usize) -> Self {
         let (begun, Piece { device, session, .. }) = (Instant::now(), next);
         let read = StateRead {
             device,
@@ -81,8 +99,10 @@ impl StateReader {
             complete: false,
             failure: None,
             took: Duration::ZERO,
+            ended: begun,
+            largest,
         };
-        Self { io, until, next, read, begun, pace: Pace::new(PATIENCE, begun) }
+        Self { io, until, next, read, begun, pace: Pace::new(PATIENCE, begun), short_reads: 0 }
     }
 
     /// The device's number.
@@ -123,11 +143,20 @@ impl StateReader {
 
     /// Ends the turn, whether all was read or not.
     pub(crate) fn end(mut self) -> StateRead {
-        self.read.took = self.begun.elapsed();
+        self.read.ended = Instant::now();
+        self.read.took = self.read.ended.saturating_duration_since(self.begun);
         let crawls = self.read.took >= TURN && (self.read.bytes as f64) < self.least_bytes();
         // A device in PRE_COPY that hands out tiny pieces counts as having no more for now.
         self.read.drained |= crawls && self.until != Until::End;
         self.read
+    }
+
+    /// Takes in that a read that had room for `room` bytes brought `count`.
+    fn look_at(&mut self, count: usize, room: usize) {
+        let is_short = count < self.read.largest.min(room) / SHORT_SHARE;
+        self.short_reads = if is_short { self.short_reads + 1 } else { 0 };
+        self.read.largest = self.read.largest.max(count);
+        self.read.drained |= self.until != Until::End && self.short_reads >= SHORT_READS;
     }
 
     fn least_bytes(&self) -> f64 {
@@ -159,6 +188,7 @@ impl StateReader {
                     return Err(StreamError::Miscounted { claimed_bytes: count, offered_bytes: room.len() });
                 }
                 DataRead::Bytes(count) => {
+                    self.look_at(count, room.len());
                     filled += count;
                     self.read.bytes += count as u64;
                     if self.until == Until::End && !self.pace.keeps_up(count, Instant::now()) {

@@ -191,8 +191,15 @@ impl DeviceSet {
     fn estimate_asking(&mut self, asking: Asking) -> Result<Estimate, DeviceSetError> {
         self.devices.iter_mut().try_fold(Estimate::NOTHING, |sum, device| {
             let estimate = device.estimate(asking).map_err(failed(device, Attempt::Estimate))?;
+            device.note_estimate(estimate);
             Ok(sum.plus(estimate))
         })
+    }
+
+    /// The device that had most state left for the downtime when all were last asked, one that cannot tell before all others.
+    pub(crate) fn largest_left(&self) -> Option<&str> {
+        let largest = self.devices.iter().max_by_key(|device| device.last_left())?;
+        Some(&largest.identity().name)
     }
 
     /// Moves all devices to STOP, for a pause. Ends PRE_COPY and drops what was read in it.

@@ -51,7 +51,7 @@ impl StateSize {
     }
 
     /// Bytes that PRE_COPY still has to bring, as far as they are known.
-    fn unread(&self) -> u64 {
+    pub(super) fn unread(&self) -> u64 {
         self.precopy.map_or(0, |info| info.initial_bytes.saturating_add(info.dirty_bytes))
     }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::blob::Blob;
+use super::changes::{Changes, Turn};
 use super::pace::{LEAST_BYTES_PER_SECOND, PATIENCE, Pace};
 use super::{DataRead, DeviceError, DeviceIo};
 
@@ -112,6 +113,7 @@ pub(super) struct StateStream {
     since_pause: usize,
     last_batch: Option<usize>,
     batch_before: Option<usize>,
+    changes: Changes,
 }
 
 impl StateStream {
@@ -130,6 +132,7 @@ impl StateStream {
             since_pause: 0,
             last_batch: None,
             batch_before: None,
+            changes: Changes::default(),
         }
     }
 
@@ -182,14 +185,16 @@ impl StateStream {
         self.streamed
     }
 
-    /// Takes in that so many bytes were read in PRE_COPY and sent away, and whether the device has no more for now.
-    pub(super) fn streamed_in_precopy(&mut self, bytes: u64, drained: bool) {
-        self.count_streamed(bytes);
+    /// Takes in what a turn in PRE_COPY brought, all of which was sent away.
+    pub(super) fn streamed_in_precopy(&mut self, turn: Turn) {
+        self.count_streamed(turn.bytes);
         self.precopy_bytes = self.filled();
-        self.since_pause += usize::try_from(bytes).unwrap_or(usize::MAX);
-        if drained {
-            self.batch_before = self.last_batch.replace(std::mem::take(&mut self.since_pause));
-        }
+        self.changes.read(turn);
+    }
+
+    /// How the device changes what was read of it and sent away.
+    pub(super) fn changes(&self) -> &Changes {
+        &self.changes
     }
 
     /// Takes in that so many bytes, the last ones, were read in STOP_COPY and sent away.
@@ -201,11 +206,6 @@ impl StateStream {
     fn count_streamed(&mut self, bytes: u64) {
         self.streamed = self.streamed.saturating_add(usize::try_from(bytes).unwrap_or(usize::MAX));
         self.state_bytes = self.filled();
-    }
-
-    /// Bytes read since the device last paused in PRE_COPY.
-    pub(super) fn since_pause(&self) -> usize {
-        self.since_pause
     }
 
     /// Whether the device said that this is all.

@@ -232,6 +232,7 @@ fn c28_a_size_that_cannot_be_had_is_huge_and_one_that_cannot_be_asked_is_guessed
         known_bytes,
         stop_copy_bytes,
         initial_bytes: 0,
+        early_bytes: 0,
         basis: Basis::Guessed,
     };
     let unasked = 68 + UNASKABLE_STATE_BYTES;
@@ -306,6 +307,7 @@ fn c38_the_switchover_asks_once_more_when_all_are_quiescent() {
         known_bytes: 2 * 68,
         stop_copy_bytes: 44 + 68,
         initial_bytes: 0,
+        early_bytes: 0,
         basis: Basis::Told,
     };
     assert_eq!(last, expected);

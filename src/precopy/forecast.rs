@@ -47,13 +47,18 @@ pub enum Forecast {
 pub enum Blame {
     /// The device state alone takes longer than the downtime limit.
     DeviceState {
+        /// The device that has most of it.
+        device: String,
         /// Its bytes.
         bytes: u64,
         /// Bytes that the limit allows.
         allowed_bytes: u64,
     },
-    /// Nobody can tell the device state's size.
-    DeviceSizeUnknown,
+    /// Nobody can tell how much state a device has left.
+    DeviceSizeUnknown {
+        /// The device.
+        device: String,
+    },
     /// Pages that a device keeps pinned come back in every round, and do not fit the downtime limit.
     StandingPages {
         /// Who reports most of them.
@@ -82,18 +87,27 @@ pub enum Blame {
 }
 
 impl Forecast {
-    /// Judges from the rates of each source; where several could be to blame, names the one that dirties most.
-    pub fn new(policy: &Policy, seen: &Observation, sources: &[SourceRate<'_>]) -> Self {
+    /// Judges from the rates of each source; where several could be to blame, names the one that dirties most. `device` is the one that has
+    /// most state left.
+    pub fn new(policy: &Policy, seen: &Observation, sources: &[SourceRate<'_>], device: &str) -> Self {
         if seen.bandwidth == 0 {
             return Self::Unmeasured;
         }
-        let Some(device_bytes) = seen.device.bytes() else {
-            return Self::Stuck(Blame::DeviceSizeUnknown);
+        let device = device.to_owned();
+        let initial_bytes = seen.device_initial_bytes.max(seen.device_early_bytes);
+        let Some(bytes) = seen.late_bytes() else {
+            return match initial_bytes {
+                0 => Self::Stuck(Blame::DeviceSizeUnknown { device }),
+                _ => Self::AwaitsDevices { initial_bytes },
+            };
         };
-        let left_ms = seen.state_ms().and_then(|state_ms| policy.downtime_ms().checked_sub(state_ms));
-        let Some(left_ms) = left_ms else {
+        let left_ms = |state_ms: Option<u64>| policy.downtime_ms().checked_sub(state_ms?);
+        if left_ms(seen.late_state_ms()).is_none() && seen.device_initial_bytes == 0 {
             let allowed_bytes = bytes_in(policy.downtime_ms(), seen.state_rate());
-            return Self::Stuck(Blame::DeviceState { bytes: device_bytes, allowed_bytes });
+            return Self::Stuck(Blame::DeviceState { device, bytes, allowed_bytes });
+        }
+        let Some(left_ms) = left_ms(seen.state_ms()) else {
+            return Self::AwaitsDevices { initial_bytes };
         };
         let memory = seen.pending_bytes.saturating_add(seen.in_flight_bytes);
         let allowed_bytes = bytes_in(left_ms, seen.bandwidth);
@@ -148,13 +162,15 @@ impl fmt::Display for Forecast {
 impl fmt::Display for Blame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::DeviceState { bytes, allowed_bytes } => write!(
+            Self::DeviceState { device, bytes, allowed_bytes } => write!(
                 f,
-                "device state of {} does not fit the downtime limit, which carries {}",
+                "device state of {}, most of it of {device:?}, does not fit the downtime limit, which carries {}",
                 Bytes(*bytes),
                 Bytes(*allowed_bytes)
             ),
-            Self::DeviceSizeUnknown => f.write_str("size of the device state is unknown"),
+            Self::DeviceSizeUnknown { device } => {
+                write!(f, "size of the state of device {device:?} is unknown")
+            }
             Self::StandingPages { id, bytes, allowed_bytes } => write!(
                 f,
                 "{id} reports {} of pinned pages in every round, and the downtime limit carries {}",

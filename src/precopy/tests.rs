@@ -64,6 +64,7 @@ fn observations() -> impl Strategy<Value = Observation> {
                 device,
                 state_rate,
                 device_initial_bytes,
+                device_early_bytes: device_initial_bytes / 2,
                 elapsed_ms,
                 rounds,
                 throttle_percent,
@@ -156,7 +157,7 @@ proptest! {
         let nothing = silent.pending_bytes == 0 && silent.in_flight_bytes == 0 && silent.device.bytes() == Some(0);
         prop_assert_eq!(silent.expected_downtime_ms(), nothing.then_some(0));
         prop_assert!(!matches!(policy.decide(&silent), Decision::ContinueThrottled(_)));
-        prop_assert_eq!(Forecast::new(&policy, &silent, &[]), Forecast::Unmeasured);
+        prop_assert_eq!(Forecast::new(&policy, &silent, &[], "net0"), Forecast::Unmeasured);
     }
 
     #[test]
@@ -173,7 +174,7 @@ proptest! {
             .iter()
             .map(|&(dirty_rate, exclusive_dirty_rate)| SourceRate { id: "a", dirty_rate, exclusive_dirty_rate, standing_bytes: 0 })
             .collect();
-        prop_assert!(!Forecast::new(&policy, &seen, &sources).to_string().is_empty());
+        prop_assert!(!Forecast::new(&policy, &seen, &sources, "net0").to_string().is_empty());
     }
 }
 
@@ -211,7 +212,7 @@ fn the_source_that_alone_keeps_it_from_converging_is_named() {
         standing_bytes: 0,
     };
     let sources = [rate("kvm-log", GIB, GIB / 2), rate("device-log:net0", 3 * GIB / 2, 5 * GIB / 4)];
-    let forecast = Forecast::new(&Policy::default(), &losing(), &sources);
+    let forecast = Forecast::new(&Policy::default(), &losing(), &sources, "net0");
     let Forecast::Stuck(Blame::Source { id, .. }) = &forecast else { panic!("{forecast}") };
     assert_eq!(id, "device-log:net0");
     assert_eq!(
@@ -224,14 +225,14 @@ fn the_source_that_alone_keeps_it_from_converging_is_named() {
 fn sources_that_share_the_blame_are_named_together() {
     let one = SourceRate { id: "kvm-log", dirty_rate: 2 * GIB, exclusive_dirty_rate: 0, standing_bytes: 0 };
     let sources = [one; 2];
-    let forecast = Forecast::new(&Policy::default(), &losing(), &sources);
+    let forecast = Forecast::new(&Policy::default(), &losing(), &sources, "net0");
     assert_eq!(forecast, Forecast::Stuck(Blame::Together { dirty_rate: 2 * GIB, bandwidth: GIB }));
 }
 
 #[test]
 fn a_device_state_beyond_the_limit_is_to_blame_before_any_source() {
     let seen = Observation { device: DeviceLeft::Estimate(GIB), dirty_rate: 0, ..losing() };
-    let forecast = Forecast::new(&Policy::default(), &seen, &[]);
+    let forecast = Forecast::new(&Policy::default(), &seen, &[], "net0");
     assert!(matches!(forecast, Forecast::Stuck(Blame::DeviceState { bytes: GIB, .. })), "{forecast}");
 }
 
@@ -266,6 +267,16 @@ fn a_device_state_that_alone_exceeds_the_limit_ends_precopy_before_the_timeout()
         assert_eq!(policy.decide(&much), Decision::Continue, "rounds still gain something");
         let early = Observation { device_initial_bytes: 1, ..heavy() };
         assert_eq!(policy.decide(&early), Decision::Continue, "it may be read while the VM runs");
+        let streams = Observation { device_early_bytes: 32 << 20, ..heavy() };
+        assert_eq!(
+            policy.decide(&streams),
+            Decision::Continue,
+            "half of it goes ahead, and the other half fits"
+        );
+        let forecast = Forecast::new(&policy, &streams, &[], "net0");
+        assert_eq!(forecast, Forecast::AwaitsDevices { initial_bytes: 32 << 20 });
+        let late = Observation { device_early_bytes: 8 << 20, ..heavy() };
+        assert_ne!(policy.decide(&late), Decision::Continue, "what cannot go ahead does not fit");
     }
     let slow = Observation { bandwidth: 10 << 20, device: DeviceLeft::Exact(4 << 20), rounds: 1, ..heavy() };
     assert_eq!(cancel.decide(&slow), Decision::Continue, "a bandwidth of one round says little");
@@ -273,8 +284,9 @@ fn a_device_state_that_alone_exceeds_the_limit_ends_precopy_before_the_timeout()
     let guessed = Observation { device: DeviceLeft::Estimate(64 << 20), ..heavy() };
     assert_eq!(cancel.decide(&guessed), Decision::Continue, "a first guess may be twice the state");
     assert!(matches!(cancel.decide(&Observation { rounds: 5, ..guessed }), Decision::Cancel { .. }));
-    let forecast = Forecast::new(&cancel, &heavy(), &[]);
+    let forecast = Forecast::new(&cancel, &heavy(), &[], "net0");
     assert!(matches!(forecast, Forecast::Stuck(Blame::DeviceState { allowed_bytes: 45_000_000, .. })));
+    assert!(forecast.to_string().contains("most of it of \"net0\""), "{forecast}");
 }
 
 #[test]
@@ -288,7 +300,7 @@ fn a_back_out_takes_nothing_from_the_time_for_device_state() {
 fn a_converging_migration_tells_when() {
     let seen = Observation { pending_bytes: 2 * GIB, dirty_rate: GIB / 2, ..losing() };
     let policy = Policy { downtime: Duration::from_millis(1000), ..Policy::default() };
-    assert_eq!(Forecast::new(&policy, &seen, &[]), Forecast::Converges { in_ms: 2000 });
+    assert_eq!(Forecast::new(&policy, &seen, &[], "net0"), Forecast::Converges { in_ms: 2000 });
 }
 
 #[test]
@@ -333,7 +345,7 @@ fn c54_the_forecast_names_who_keeps_pages_pinned() {
     let rate =
         |id, standing_bytes| SourceRate { id, dirty_rate: GIB, exclusive_dirty_rate: GIB, standing_bytes };
     let forecast =
-        Forecast::new(&Policy::default(), &pinned(), &[rate("kvm", 0), rate("container", 400 << 20)]);
+        Forecast::new(&Policy::default(), &pinned(), &[rate("kvm", 0), rate("container", 400 << 20)], "net0");
     assert_eq!(
         forecast.to_string(),
         "does not converge: container reports 400.0 MiB of pinned pages in every round, and the downtime limit carries 300.0 MiB"
@@ -370,6 +382,6 @@ fn c47_a_timeout_says_what_it_waited_for() {
 #[test]
 fn c47_a_forecast_does_not_call_ready_what_waits_for_its_devices() {
     let seen = Observation { bandwidth: GIB, device_initial_bytes: 5 << 20, ..Observation::default() };
-    let forecast = Forecast::new(&Policy::default(), &seen, &[]);
+    let forecast = Forecast::new(&Policy::default(), &seen, &[], "net0");
     assert_eq!(forecast.to_string(), "waits for 5.0 MiB of device state to be read");
 }

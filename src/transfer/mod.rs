@@ -17,7 +17,7 @@ pub mod tls;
 pub mod url;
 
 pub use send::{
-    DowntimeParts, MissedBecause, MissedDowntime, PeerError, Phase, PinningReceiver, Populated, Progress,
-    SendDegradation, SendError, SendOptions, SendOptionsError, SendStep, Sender, SenderHandle, Sent,
-    SourceProgress, SourceVm, VmOperation,
+    DeviceDowntime, DowntimeParts, MissedBecause, MissedDowntime, PeerError, Phase, PinningReceiver,
+    Populated, Progress, SendDegradation, SendError, SendOptions, SendOptionsError, SendStep, Sender,
+    SenderHandle, Sent, SourceProgress, SourceVm, VmOperation,
 };

@@ -4,12 +4,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vfio_migration::device::{
     Capabilities, DataRead, Device, DeviceError, DeviceIo, DeviceOperation, DeviceState, PrecopyInfo,
 };
-use vfio_migration::precopy::{CancelReason, Obstacle};
+use vfio_migration::precopy::{CancelReason, Forecast, Obstacle, TimeoutStrategy};
 use vfio_migration::transfer::{SendError, SourceVm};
 
 use crate::streams::{Vmm, loaded, moves, pattern, source, takers};
@@ -124,4 +125,115 @@ fn c47_initial_bytes_beyond_the_limit_of_a_state_in_state_are_streamed() {
         assert_eq!(sent.is_ok(), fits, "{sent:?}");
         assert_eq!(loaded(&takers[0]), fits.then_some(data));
     }
+}
+
+/// A device that tells no sizes, as one behind vfio-user, and changes its state while it runs.
+struct Busy {
+    state: DeviceState,
+    bytes: u64,
+    left: u64,
+    changes_per_second: u64,
+    looked: Instant,
+}
+
+impl Busy {
+    fn device(bytes: usize, changes_per_second: u64) -> Device {
+        let bytes = bytes as u64;
+        let state = DeviceState::Running;
+        let io = Self { state, bytes, left: bytes, changes_per_second, looked: Instant::now() };
+        Device::new("dev0", Box::new(io)).kind("fake").state_limit(usize::try_from(bytes).unwrap())
+    }
+
+    /// Takes in what has changed.
+    fn look(&mut self) {
+        let since = std::mem::replace(&mut self.looked, Instant::now()).elapsed();
+        let changed = if self.state == DeviceState::PreCopy {
+            u128::from(self.changes_per_second) * since.as_micros() / 1_000_000
+        } else {
+            0
+        };
+        self.left = self.bytes.min(self.left.saturating_add(u64::try_from(changed).unwrap()));
+    }
+}
+
+impl DeviceIo for Busy {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { p2p: false, pre_copy: true }
+    }
+
+    fn state(&mut self) -> Result<DeviceState, DeviceError> {
+        Ok(self.state)
+    }
+
+    fn set_state(&mut self, state: DeviceState) -> Result<(), DeviceError> {
+        self.look();
+        self.state = state;
+        Ok(())
+    }
+
+    /// Hands out at most 64 MiB a second.
+    fn read_data(&mut self, buffer: &mut [u8]) -> Result<DataRead, DeviceError> {
+        self.look();
+        let bytes = usize::try_from(self.left).unwrap().min(buffer.len()).min(MIB / 16);
+        if bytes > 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        self.left -= bytes as u64;
+        Ok(match (bytes, self.state) {
+            (0, DeviceState::StopCopy) => DataRead::End,
+            (0, _) => DataRead::NothingNow,
+            _ => DataRead::Bytes(bytes),
+        })
+    }
+
+    fn write_data(&mut self, _: &[u8]) -> Result<(), DeviceError> {
+        unreachable!("a source's device takes no state")
+    }
+
+    fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
+        Ok(None)
+    }
+
+    fn data_size(&mut self) -> Result<Option<u64>, DeviceError> {
+        Ok(None)
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        unreachable!("nothing fails")
+    }
+}
+
+#[test]
+fn c28_a_device_that_tells_no_sizes_is_read_until_what_it_has_left_is_known() {
+    let bytes = 32 * MIB;
+    let mut vm = FakeVm::new(5);
+    let machine = vm.machine();
+    machine.devices.lock().unwrap().add(Busy::device(bytes, 4 * MIB as u64)).unwrap();
+    let (_takers, devices) = takers(1);
+    let (sent, received) = moves(&mut vm, &machine, &mut Vmm::new(devices), |options| options);
+    let (sent, received) = (sent.unwrap(), received.unwrap());
+    assert_eq!(received.device_bytes, sent.device_state_bytes);
+    let [share] = sent.device_downtimes.as_slice() else { panic!("{sent:?}") };
+    assert_eq!((&*share.device, share.bytes), ("dev0", sent.device_state_bytes - sent.device_precopy_bytes));
+    assert!(share.bytes < bytes as u64 / 4, "{share:?}");
+    assert!(share.took <= sent.downtime, "{share:?} of {:?}", sent.downtime);
+}
+
+#[test]
+fn c47_a_device_that_changes_its_state_as_fast_as_it_is_read_is_named_in_the_forecast() {
+    let bytes = 8 * MIB;
+    let mut vm = FakeVm::new(5);
+    let machine = vm.machine();
+    machine.devices.lock().unwrap().add(Busy::device(bytes, 1 << 40)).unwrap();
+    let (_takers, devices) = takers(1);
+    let (sent, _received) = moves(&mut vm, &machine, &mut Vmm::new(devices), |options| {
+        let options = options.downtime(Duration::from_millis(10)).timeout(Duration::from_secs(60));
+        options.timeout_strategy(TimeoutStrategy::Ignore)
+    });
+    let sent = sent.unwrap();
+    assert!(sent.total < Duration::from_secs(30), "nothing is waited for that does not come");
+    assert!(sent.downtime_exceeded && sent.progress.expected_downtime_ms() > Some(20), "{sent:?}");
+    let forecast = &sent.progress.forecast;
+    assert!(matches!(forecast, Forecast::Stuck(_)) && forecast.to_string().contains("dev0"), "{forecast}");
+    assert!(sent.device_downtimes[0].bytes >= bytes as u64, "{:?}", sent.device_downtimes);
 }

@@ -279,8 +279,8 @@ fn progress_of(migration: &SenderHandle) -> Progress {
 fn remark(sent: &Sent, downtime_ms: u64) -> Option<String> {
     let exceeded = format!("Downtime limit of {downtime_ms} ms exceeded");
     sent.downtime_exceeded.then(|| match &sent.progress.forecast {
-        Forecast::Stuck(Blame::DeviceState { .. }) => {
-            format!("{exceeded}: device state of {} MiB is to blame", sent.device_state_bytes >> 20)
+        Forecast::Stuck(Blame::DeviceState { bytes, .. }) => {
+            format!("{exceeded}: device state of {} MiB is to blame", bytes >> 20)
         }
         Forecast::Stuck(blame) => format!("{exceeded}: {blame}"),
         _ => exceeded,
@@ -305,6 +305,9 @@ fn figures_of(sent: &Sent, downtime_ms: u64) -> MigrationFigures {
         device: DeviceReport {
             state_bytes: sent.device_state_bytes,
             precopy_bytes: sent.device_precopy_bytes,
+            downtime_ms: millis(
+                sent.device_downtimes.iter().map(|share| micros(share.took)).max().unwrap_or(0),
+            ),
         },
         degradations: sent.progress.degradations.iter().map(degradation).collect(),
         remark: remark(sent, downtime_ms),

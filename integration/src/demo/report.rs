@@ -62,12 +62,14 @@ pub struct SourceReport {
 }
 
 /// What moved of the device itself.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeviceReport {
     /// Bytes of device state in all.
     pub state_bytes: u64,
     /// Bytes of it that were read while the device still ran.
     pub precopy_bytes: u64,
+    /// How much of the downtime it took to read the others, beside the last pages.
+    pub downtime_ms: f64,
 }
 
 /// What the downtime was spent on, in milliseconds; the parts add up to it.

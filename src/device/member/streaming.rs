@@ -3,11 +3,13 @@
 //! One device whose state goes away, or comes in, as a stream of its own.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use log::error;
 
 use super::Device;
 use crate::device::DeviceFailure;
+use crate::device::changes::Turn;
 use crate::device::identity::StreamIdentity;
 use crate::device::incoming::Incoming;
 use crate::device::outgoing::Outgoing;
@@ -16,9 +18,6 @@ use crate::device::saved::streamed_to_snapshot;
 use crate::device::sink::StateSink;
 use crate::device::{DeviceState, SavedStateError};
 use crate::error::Chain;
-
-/// How often a state may be read over without a pause: a device that changes it faster than it is read gains nothing by PRE_COPY.
-const READINGS: u64 = 2;
 
 impl Device {
     /// Declares the device's firmware: a state streams only into a device with the same.
@@ -132,7 +131,7 @@ impl Device {
             position: self.stream.streamed() as u64,
             last: false,
         };
-        StateReader::new(self.io.clone(), until, next)
+        StateReader::new(self.io.clone(), until, next, outgoing.largest_read)
     }
 
     /// Takes in what a reader brought, all of which has arrived.
@@ -145,6 +144,7 @@ impl Device {
             return Ok(());
         };
         outgoing.next_index += read.pieces;
+        outgoing.largest_read = read.largest;
         if let Some(failure) = read.failure {
             return Err(self.fail_reading(failure.into()));
         }
@@ -153,12 +153,42 @@ impl Device {
             self.last_state_bytes = Some(self.state_bytes());
             return Ok(());
         }
-        self.stream.streamed_in_precopy(read.bytes, read.drained);
         self.size.precopy_read(read.bytes);
-        let most = self.last_state_bytes.into_iter().chain(outgoing.told_bytes).max();
-        let since_pause = self.stream.since_pause() as u64;
-        outgoing.is_futile = most.is_some_and(|most| since_pause > most.saturating_mul(READINGS));
+        let has_nothing_told = self.size.precopy().is_some_and(|_| self.size.unread() == 0);
+        self.stream.streamed_in_precopy(Turn {
+            bytes: read.bytes,
+            drained: read.drained || has_nothing_told,
+            took: read.took,
+            ended: read.ended,
+        });
+        let most = self.most_bytes().unwrap_or(self.limit_bytes() as u64);
+        let is_futile = self.stream.changes().are_as_fast_as_reading(most);
+        self.outgoing.iter_mut().for_each(|outgoing| outgoing.is_futile = is_futile);
         Ok(())
+    }
+
+    /// Bytes that the whole state has at most, as far as it was told or read.
+    fn most_bytes(&self) -> Option<u64> {
+        let told = self.outgoing.and_then(|outgoing| outgoing.told_bytes);
+        [self.last_state_bytes, told, self.stream.changes().most()].into_iter().flatten().max()
+    }
+
+    /// Whether a device that tells no sizes has to be read further, for nothing can be said of what it has left: it has paused less than
+    /// twice, or has more.
+    pub(super) fn is_unsettled(&self) -> bool {
+        !self.is_futile() && self.stream.changes().left(Instant::now()).is_none()
+    }
+
+    /// Bytes that a device that tells no sizes has left to hand out, `None` where nobody can tell: what it has changed since it last paused,
+    /// or else as much as it ever had.
+    pub(super) fn untold_left(&self) -> Option<u64> {
+        let left = self.stream.changes().left(Instant::now()).filter(|_| !self.is_futile());
+        left.or_else(|| self.most_bytes()).or_else(|| self.is_futile().then_some(self.limit_bytes() as u64))
+    }
+
+    /// Bytes that a streaming device still hands out in PRE_COPY, where it is worth reading them: they are no part of the downtime.
+    pub(super) fn early_bytes(&self) -> u64 {
+        if self.is_streaming() && !self.is_futile() { self.size.unread() } else { 0 }
     }
 
     /// Has a device that something reset while it streamed enter PRE_COPY again: its state begins anew, in a session of its own.

@@ -15,6 +15,12 @@ impl DeviceSet {
         self.devices.iter().map(Device::stream_identity).collect()
     }
 
+    /// The name of the device whose stream has this number.
+    pub(crate) fn name_of_stream(&self, number: u16) -> Option<&str> {
+        let device = self.devices.iter().find(|device| device.stream_number() == Some(number))?;
+        Some(&device.identity().name)
+    }
+
     /// Streams the states of the devices in `listed`; each device's number is its place in the list.
     pub(crate) fn begin_streaming(&mut self, listed: &[StreamIdentity]) {
         for device in &mut self.devices {

@@ -44,7 +44,7 @@ fn c46_a_stream_is_read_as_long_as_that_shrinks_what_is_left() {
     let rewritten = Teller::new(Size::Whole(5 * MIB), 5 * MIB).changing(5 * MIB);
     let mut set = streaming(rewritten);
     let rounds: Vec<_> = (0..20).map(|_| round(&mut set)).collect();
-    assert!(rounds.iter().sum::<u64>() <= 3 * 10 * MIB, "not much more than twice over: {rounds:?}");
+    assert!(rounds.iter().sum::<u64>() <= 4 * 10 * MIB, "not much more than twice over: {rounds:?}");
     assert!(rounds[10..].iter().all(|&bytes| bytes == 0), "and then no more: {rounds:?}");
 }
 

@@ -9,10 +9,20 @@ use vm_migration::Snapshot;
 use super::error::SendError;
 use super::payload::StatePayload;
 use super::progress::SenderHandle;
+use super::sent::DeviceDowntime;
 use crate::device::saved::text_bytes;
 use crate::device::{DeviceSet, DeviceSetError, Estimate, StateRead, StateReader, StreamIdentity};
 use crate::sync::lock;
 use crate::transfer::frame::MOST_DEVICES;
+
+/// What devices have left to hand over.
+#[derive(Debug, Clone)]
+pub(super) struct DevicesLeft {
+    /// Of all.
+    pub(super) estimate: Estimate,
+    /// The device that has most of it, or of which nobody can tell; empty where there is none.
+    pub(super) largest: String,
+}
 
 /// The VM's pass-through devices, locked for one step at a time.
 pub(super) struct DevicePrecopy<'a> {
@@ -24,11 +34,13 @@ pub(super) struct DevicePrecopy<'a> {
     touched: bool,
     /// Whether their states are streams of their own.
     streams: bool,
+    /// What each handed over once it was stopped.
+    in_downtime: Vec<DeviceDowntime>,
 }
 
 impl<'a> DevicePrecopy<'a> {
     pub(super) fn new(devices: &'a Mutex<DeviceSet>, migration: &'a SenderHandle, limit_bytes: u64) -> Self {
-        Self { devices, migration, limit_bytes, touched: false, streams: false }
+        Self { devices, migration, limit_bytes, touched: false, streams: false, in_downtime: Vec::new() }
     }
 
     fn devices(&self) -> MutexGuard<'a, DeviceSet> {
@@ -85,8 +97,9 @@ impl<'a> DevicePrecopy<'a> {
     }
 
     /// Takes in what was read of the stopped devices' states: all there was.
-    pub(super) fn finish(&self, reads: Vec<StateRead>) -> Result<(), SendError> {
+    pub(super) fn finish(&mut self, reads: Vec<StateRead>) -> Result<(), SendError> {
         let mut devices = self.devices();
+        self.in_downtime = reads.iter().filter_map(|read| downtime_of(&devices, read)).collect();
         Ok(reads.into_iter().try_for_each(|read| devices.finish_read(read))?)
     }
 
@@ -116,27 +129,36 @@ impl<'a> DevicePrecopy<'a> {
     ///
     /// # Errors
     /// A device is gone, or says that it has more state than may be moved.
-    pub(super) fn estimate(&self) -> Result<Estimate, SendError> {
-        let estimate = self.devices().estimate()?;
-        self.check_fits(estimate)
+    pub(super) fn estimate(&self) -> Result<DevicesLeft, SendError> {
+        self.ask(DeviceSet::estimate)
+    }
+
+    fn ask(
+        &self,
+        how: impl FnOnce(&mut DeviceSet) -> Result<Estimate, DeviceSetError>,
+    ) -> Result<DevicesLeft, SendError> {
+        let mut devices = self.devices();
+        let estimate = how(&mut devices)?;
+        let largest = devices.largest_left().unwrap_or_default().to_owned();
+        drop(devices);
+        self.check_fits(estimate)?;
+        Ok(DevicesLeft { estimate, largest })
     }
 
     /// Estimates the devices' state, before a switchover that hangs on it.
     ///
     /// # Errors
     /// As [`DevicePrecopy::estimate`].
-    pub(super) fn estimate_anew(&self) -> Result<Estimate, SendError> {
-        let estimate = self.devices().estimate_anew()?;
-        self.check_fits(estimate)
+    pub(super) fn estimate_anew(&self) -> Result<DevicesLeft, SendError> {
+        self.ask(DeviceSet::estimate_anew)
     }
 
     /// Stops all devices, quiescent first, and asks for the sizes that are certain now (C38).
     ///
     /// # Errors
     /// As [`DevicePrecopy::estimate`].
-    pub(super) fn stop(&self) -> Result<Estimate, SendError> {
-        let estimate = self.devices().stop_for_copy()?;
-        self.check_fits(estimate)
+    pub(super) fn stop(&self) -> Result<DevicesLeft, SendError> {
+        self.ask(DeviceSet::stop_for_copy)
     }
 
     /// Lets the devices run again, since the switchover is taken back.
@@ -167,6 +189,11 @@ impl<'a> DevicePrecopy<'a> {
         bytes
     }
 
+    /// What each device handed over as a stream once it was stopped.
+    pub(super) fn take_downtimes(&mut self) -> Vec<DeviceDowntime> {
+        std::mem::take(&mut self.in_downtime)
+    }
+
     /// Has the devices' states go into State again: a later migration, or a save, reads them anew.
     pub(super) fn end_streams(&self) {
         self.devices().end_streaming();
@@ -182,12 +209,11 @@ impl<'a> DevicePrecopy<'a> {
     }
 
     /// Compares what is known of the devices' state with what State may hold: there, four bytes of text carry three of theirs.
-    fn check_fits(&self, estimate: Estimate) -> Result<Estimate, SendError> {
+    fn check_fits(&self, estimate: Estimate) -> Result<(), SendError> {
         if self.streams {
-            return Ok(estimate);
+            return Ok(());
         }
-        self.check_limit(text_bytes(estimate.known_bytes), estimate.known_bytes)?;
-        Ok(estimate)
+        self.check_limit(text_bytes(estimate.known_bytes), estimate.known_bytes)
     }
 
     fn check_limit(&self, state_bytes: u64, device_bytes: u64) -> Result<(), SendError> {
@@ -197,4 +223,9 @@ impl<'a> DevicePrecopy<'a> {
             false => Ok(()),
         }
     }
+}
+
+fn downtime_of(devices: &DeviceSet, read: &StateRead) -> Option<DeviceDowntime> {
+    let device = devices.name_of_stream(read.device())?.to_owned();
+    Some(DeviceDowntime { device, bytes: read.bytes(), took: read.took })
 }

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use super::device_precopy::DevicesLeft;
 use super::progress::{Progress, SenderHandle, SourceProgress};
 use super::rates::{Bandwidth, Reported, SourceRates, rate};
 use super::restorable_vm::Standing;
@@ -212,7 +213,7 @@ impl<'a> Meter<'a> {
         &mut self,
         tracking: &Tracking<'_>,
         vm: Standing,
-        devices: Estimate,
+        devices: &DevicesLeft,
     ) -> Observation {
         let Outstanding { pending_bytes, in_flight_bytes } = tracking.left();
         // What imprecise sources will report once the VM stands still is part of what the downtime carries.
@@ -223,21 +224,22 @@ impl<'a> Meter<'a> {
             in_flight_bytes,
             bandwidth: self.bandwidth(),
             dirty_rate: self.dirty_rate,
-            device: device_left(devices, self.stream_rate.is_some()),
+            device: device_left(devices.estimate, self.stream_rate.is_some()),
             state_rate: self.stream_rate.unwrap_or(STATE_BYTES_PER_SECOND),
-            device_initial_bytes: devices.initial_bytes,
+            device_initial_bytes: devices.estimate.initial_bytes,
+            device_early_bytes: devices.estimate.early_bytes,
             elapsed_ms: self.elapsed_ms(),
             rounds: self.rounds,
             throttle_percent: vm.throttle_percent,
             back_outs: self.back_outs,
         };
-        self.show(tracking);
+        self.show(tracking, &devices.largest);
         self.seen
     }
 
-    fn show(&self, tracking: &Tracking<'_>) {
+    fn show(&self, tracking: &Tracking<'_>, device: &str) {
         let seen = self.seen;
-        let forecast = Forecast::new(&self.policy, &seen, &self.source_rates.rates());
+        let forecast = Forecast::new(&self.policy, &seen, &self.source_rates.rates(), device);
         let sources = self.attribution(tracking);
         self.migration.update(|progress| {
             *progress = Progress { seen, sources, forecast, ..std::mem::take(progress) };

@@ -55,7 +55,7 @@ pub use exchange::PeerError;
 pub use options::{SendOptions, SendOptionsError};
 pub use pinning::{MissedBecause, MissedDowntime, PinningReceiver, Populated};
 pub use progress::{Phase, Progress, SendDegradation, SenderHandle, SourceProgress};
-pub use sent::Sent;
+pub use sent::{DeviceDowntime, Sent};
 
 /// Sends VMs.
 ///

@@ -173,7 +173,7 @@ impl<'a, V: Vm> Session<'a, V> {
                     self.options.policy.decide(&self.meter.observe(
                         &self.tracking,
                         self.vm.standing(),
-                        devices,
+                        &devices,
                     ))
                 }
                 decision => decision,
@@ -198,7 +198,7 @@ impl<'a, V: Vm> Session<'a, V> {
         self.meter.collected(&self.tracking, collected_bytes);
         self.tracking.name_standing_pages();
         let devices = self.devices.estimate()?;
-        let seen = self.meter.observe(&self.tracking, self.vm.standing(), devices);
+        let seen = self.meter.observe(&self.tracking, self.vm.standing(), &devices);
         logging::round(&self.meter, &seen);
         Ok(seen)
     }
@@ -215,7 +215,7 @@ impl<'a, V: Vm> Session<'a, V> {
         let devices = self.devices.stop()?;
         self.clock.end_part(|parts| &mut parts.devices_stop);
         self.tracking.collect_final()?;
-        let seen = self.meter.observe(&self.tracking, self.vm.standing(), devices);
+        let seen = self.meter.observe(&self.tracking, self.vm.standing(), &devices);
         self.clock.end_part(|parts| &mut parts.last_collect);
         logging::stopped(&self.meter, &seen);
         if self.options.complete_paused {
@@ -281,6 +281,7 @@ impl<'a, V: Vm> Session<'a, V> {
         let downtime = downtime_parts.total();
         let total = self.meter.elapsed();
         let unique_dirty_bytes = self.tracking.dirtied_bytes();
+        let device_downtimes = self.devices.take_downtimes();
         let (device_state_bytes, device_precopy_bytes) = self.devices.retire();
         if let Some(Err(error)) = self.tracking.end() {
             self.migration.degrade(error);
@@ -306,6 +307,7 @@ impl<'a, V: Vm> Session<'a, V> {
             total,
             device_state_bytes,
             device_precopy_bytes,
+            device_downtimes,
         }
     }
 }

@@ -31,4 +31,19 @@ pub struct Sent {
     pub device_state_bytes: u64,
     /// Of these, bytes that were read while the devices ran.
     pub device_precopy_bytes: u64,
+    /// What each device handed over as a stream within the downtime: part of `last_pages`, all of them at the same time. Empty where
+    /// states are in State.
+    pub device_downtimes: Vec<DeviceDowntime>,
+}
+
+/// A device's share of the downtime.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeviceDowntime {
+    /// The device's name.
+    pub device: String,
+    /// Bytes of its state that it handed over once it was stopped.
+    pub bytes: u64,
+    /// How long that took, from its first byte to the last one on its way.
+    pub took: Duration,
 }
