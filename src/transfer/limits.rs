@@ -102,6 +102,10 @@ pub struct PeerLimits {
     pub device_piece_bytes: u64,
     /// Bytes of device state that wait, at a receiver, for the pieces before them; 64 MiB.
     pub device_queue_bytes: u64,
+    /// Bytes of one device's stream, those that were sent again as the device changed them among them; 16 TiB.
+    pub device_stream_bytes: u64,
+    /// Times that one device's stream may begin, which it does again when something resets the device; 1024.
+    pub device_sessions: u32,
     /// Additional connections a receiver accepts; 128.
     pub connections: ConnectionCount,
     /// How long a receiver waits for a source; one day.
@@ -140,6 +144,8 @@ impl Default for PeerLimits {
             chunk_bytes: 64 << 20,
             device_piece_bytes: 1 << 20,
             device_queue_bytes: 64 << 20,
+            device_stream_bytes: 16 << 40,
+            device_sessions: 1024,
             connections: ConnectionCount::MAX,
             source_wait: Duration::from_secs(24 * 60 * 60),
             connect_timeout: Duration::from_secs(10),

@@ -228,6 +228,29 @@ fn pieces_that_wait_are_bounded_in_bytes() {
 }
 
 #[test]
+fn a_stream_is_bounded_in_bytes_and_in_how_often_it_begins() {
+    let limits = PeerLimits { device_stream_bytes: 11, ..PeerLimits::default() };
+    let words = "Stream of device \"dev1\" is longer than 11 bytes (PeerLimits::device_stream_bytes)";
+    for order in [[0, 1, 2], [2, 1, 0]] {
+        let pieces = order.map(|index: usize| pieces()[index].clone());
+        assert_refused_within(limits.clone(), state_messages(pieces), words);
+    }
+    let begun = |times: u32| {
+        let sessions = (1..=times).map(|session| Piece { session: session * 5, ..pieces()[0].clone() });
+        let last = pieces().into_iter().map(|piece| Piece { session: 1000, ..piece });
+        state_messages(sessions.chain(last))
+    };
+    let limits = PeerLimits { device_sessions: 4, device_stream_bytes: 12, ..PeerLimits::default() };
+    let (received, ..) = receive(true, conversation(begun(3)), limits.clone());
+    received.unwrap();
+    let (received, takers, _) = receive(true, conversation(begun(4)), limits);
+    let words =
+        "Stream of device \"dev1\" begins anew, and it has begun 4 times (PeerLimits::device_sessions)";
+    assert_eq!(text_of(&received.unwrap_err()).split_once(words).map(|(_, after)| after), Some(""));
+    assert!(takers.iter().all(|taker| taker.look().loaded.is_none()));
+}
+
+#[test]
 fn another_session_begins_the_device_anew() {
     let [a, b, _] = <[Piece; 3]>::try_from(pieces()).ok().unwrap();
     // Pieces 0 and 2 of the first session, one of them in the queue.

@@ -205,7 +205,7 @@ impl DeviceIo for Busy {
 
 #[test]
 fn c28_a_device_that_tells_no_sizes_is_read_until_what_it_has_left_is_known() {
-    let bytes = 32 * MIB;
+    let bytes = 96 * MIB;
     let mut vm = FakeVm::new(5);
     let machine = vm.machine();
     machine.devices.lock().unwrap().add(Busy::device(bytes, 4 * MIB as u64)).unwrap();

@@ -28,6 +28,8 @@ struct Waiting {
 struct Stream {
     sink: StateSink,
     session: u32,
+    /// Sessions so far.
+    sessions: u32,
     /// The piece whose turn it is.
     next: u64,
     waiting: BTreeMap<u64, Waiting>,
@@ -40,7 +42,7 @@ pub(super) struct DeviceStreams {
     /// By the numbers the source gave them.
     streams: Vec<Mutex<Stream>>,
     queued_bytes: AtomicU64,
-    limit_bytes: u64,
+    limits: PeerLimits,
 }
 
 impl DeviceStreams {
@@ -59,8 +61,7 @@ impl DeviceStreams {
         let mut streams: Vec<_> = sinks.into_iter().map(|sink| (number(&sink), Stream::new(sink))).collect();
         streams.sort_by_key(|&(number, _)| number);
         let streams = streams.into_iter().map(|(_, stream)| Mutex::new(stream)).collect();
-        let (queued_bytes, limit_bytes) = (AtomicU64::new(0), limits.device_queue_bytes);
-        Ok(Self { set, streams, queued_bytes, limit_bytes })
+        Ok(Self { set, streams, queued_bytes: AtomicU64::new(0), limits: limits.clone() })
     }
 
     /// Takes a piece in, whose bytes follow its head in `payload`; that buffer is taken away only where the piece has to wait.
@@ -73,26 +74,43 @@ impl DeviceStreams {
         let mut stream = lock(stream);
         stream.check(piece)?;
         if piece.session > stream.session {
-            self.count_out(stream.begin_session(piece.session)?);
+            self.count_out(stream.begin_session(piece.session, self.limits.device_sessions)?);
         }
         if piece.index > stream.next {
             return self.queue(piece, payload, &mut stream);
         }
-        stream.write(piece.index, piece.position, piece.last, &payload[PIECE_HEAD_BYTES..])?;
+        self.write(&mut stream, (piece.index, piece.position, piece.last), payload)?;
         while let Some(waiting) = stream.take_next() {
             self.count_out(waiting.payload.len() as u64);
             let Waiting { payload, position, last } = &waiting;
             let index = stream.next;
-            stream.write(index, *position, *last, &payload[PIECE_HEAD_BYTES..])?;
+            self.write(&mut stream, (index, *position, *last), payload)?;
         }
         Ok(())
+    }
+
+    /// Writes a piece, of such an index, position and end, whose turn it is.
+    fn write(
+        &self,
+        stream: &mut Stream,
+        (index, position, last): (u64, u64, bool),
+        payload: &[u8],
+    ) -> Result<(), ReceiveError> {
+        let data = &payload[PIECE_HEAD_BYTES..];
+        let limit_bytes = self.limits.device_stream_bytes;
+        if stream.sink.bytes().saturating_add(data.len() as u64) > limit_bytes {
+            let name = stream.sink.name().to_owned();
+            return Err(PieceError::TooLong { name, limit_bytes }.into());
+        }
+        stream.write(index, position, last, data)
     }
 
     fn queue(&self, piece: Piece, payload: &mut Vec<u8>, stream: &mut Stream) -> Result<(), ReceiveError> {
         let bytes = payload.len() as u64;
         let queued = self.queued_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if queued > self.limit_bytes {
-            return Err(PieceError::QueueFull { limit_bytes: self.limit_bytes }.into());
+        let limit_bytes = self.limits.device_queue_bytes;
+        if queued > limit_bytes {
+            return Err(PieceError::QueueFull { limit_bytes }.into());
         }
         let Piece { index, position, last, .. } = piece;
         let mut payload = std::mem::take(payload);
@@ -148,7 +166,7 @@ impl DeviceStreams {
 
 impl Stream {
     fn new(sink: StateSink) -> Self {
-        Self { sink, session: 0, next: 0, waiting: BTreeMap::new(), complete: false }
+        Self { sink, session: 0, sessions: 0, next: 0, waiting: BTreeMap::new(), complete: false }
     }
 
     /// Checks that a piece can come now.
@@ -174,8 +192,12 @@ impl Stream {
         Ok(())
     }
 
-    /// Begins another session, and returns the bytes that wait no longer.
-    fn begin_session(&mut self, session: u32) -> Result<u64, ReceiveError> {
+    /// Begins another session, of `limit` at most, and returns the bytes that wait no longer.
+    fn begin_session(&mut self, session: u32, limit: u32) -> Result<u64, ReceiveError> {
+        if self.sessions >= limit {
+            return Err(PieceError::TooManySessions { name: self.sink.name().to_owned(), limit }.into());
+        }
+        self.sessions += 1;
         let dropped = std::mem::take(&mut self.waiting);
         if self.session > 0 {
             self.sink.begin_anew().map_err(|source| self.failed(source))?;

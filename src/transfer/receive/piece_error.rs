@@ -81,6 +81,22 @@ pub enum PieceError {
         /// Its index.
         index: u64,
     },
+    /// The stream is longer than allowed.
+    #[error("Stream of device {name:?} is longer than {} (PeerLimits::device_stream_bytes)", Count(.limit_bytes, "byte"))]
+    TooLong {
+        /// The device.
+        name: String,
+        /// The limit.
+        limit_bytes: u64,
+    },
+    /// The stream began more often than allowed.
+    #[error("Stream of device {name:?} begins anew, and it has begun {} (PeerLimits::device_sessions)", Count(.limit, "time"))]
+    TooManySessions {
+        /// The device.
+        name: String,
+        /// The limit.
+        limit: u32,
+    },
     /// More wait for their turn than may.
     #[error("Pieces that wait for their turn have more than {} (PeerLimits::device_queue_bytes)", Count(.limit_bytes, "byte"))]
     QueueFull {
