@@ -86,7 +86,7 @@ pub enum StopsToldBy {
 enum State {
     /// They run.
     Running,
-    /// They run; those that offer PRE_COPY are in it.
+    /// They run, and are to go to STOP_COPY when they are stopped.
     Migrating,
     /// They are stopped.
     Stopped,
@@ -283,12 +283,6 @@ impl MigratableDevice {
         Ok(())
     }
 
-    fn begin_migration(&mut self) -> Result<(), MigratableDeviceError> {
-        lock(&self.devices).start_precopy()?;
-        self.state = self.state.migrating();
-        Ok(())
-    }
-
     fn end_migration(&mut self) -> Result<(), MigratableDeviceError> {
         self.check_all_sent()?;
         self.state = State::Stopped;
@@ -370,9 +364,13 @@ impl Migratable for MigratableDevice {
         self.next_table().map_err(|error| MigratableError::DirtyLog(error.into()))
     }
 
-    /// Moves devices that offer PRE_COPY to it: they hand out state while they run.
+    /// Has the next pause take the devices to STOP_COPY.
+    ///
+    /// They run on and do not enter PRE_COPY: their states go in the Snapshot, read once they have stopped, and what PRE_COPY hands out
+    /// would only make it longer.
     fn start_migration(&mut self) -> Result<(), MigratableError> {
-        self.begin_migration().map_err(|error| MigratableError::StartMigration(error.into()))
+        self.state = self.state.migrating();
+        Ok(())
     }
 
     /// Ends the session of a migration that succeeded, and the devices' sessions with it. The devices are stopped by now.

@@ -76,7 +76,7 @@ pub(crate) struct Inside {
 pub(crate) struct World {
     pub(super) devices: Vec<Inside>,
     /// States entered, in order, with the device that entered them.
-    pub(super) log: Vec<(usize, DeviceState)>,
+    pub(crate) log: Vec<(usize, DeviceState)>,
     pub(super) calls: usize,
     pub(super) fault: Option<(usize, Effect)>,
     /// How the order across devices was broken.
