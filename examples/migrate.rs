@@ -87,7 +87,8 @@ impl Destination for Arrival {
             return Err("VM has other RAM than this VMM offers".into());
         }
         let machine = self.machine.insert(Machine::new()?);
-        Ok(Arc::new(GuestPages::new(Arc::clone(&machine.memory))?))
+        let backing = Backing::of_mmap(&machine.memory);
+        Ok(Arc::new(GuestPages::new(Arc::clone(&machine.memory))?.backed_by(backing)))
     }
 
     fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {

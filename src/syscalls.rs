@@ -192,6 +192,9 @@ pub const RECEIVER: &[Syscall] = &[
     Syscall::new(libc::SYS_close),
     Syscall::new(libc::SYS_prlimit64),
     Syscall::new(libc::SYS_madvise),
+    Syscall::new(libc::SYS_fstatfs),
+    Syscall::new(libc::SYS_lseek),
+    Syscall::new(libc::SYS_pwrite64),
 ];
 
 /// Writing snapshots: [`SnapshotWriter`](crate::snapshot::SnapshotWriter),

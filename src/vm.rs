@@ -13,7 +13,7 @@ mod reading;
 mod userfault;
 
 pub use backing::Backing;
-pub(crate) use backing::Behind;
+pub(crate) use backing::{Behind, bytes_without_hole};
 pub use reading::UnreadableMemory;
 pub(crate) use reading::{has_address, read_memory};
 pub(crate) use userfault::HoleWatch;

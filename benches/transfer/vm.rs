@@ -138,7 +138,7 @@ impl Vmm {
 
 impl Destination for Vmm {
     fn config(&mut self, _json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
-        let pages = GuestPages::new(Arc::clone(&self.memory))?;
+        let pages = GuestPages::new(Arc::clone(&self.memory))?.backed_by(Backing::of_mmap(&self.memory));
         Ok(Arc::new(if self.by_faults { pages.by_faults() } else { pages }))
     }
 

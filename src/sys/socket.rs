@@ -41,7 +41,7 @@ pub(crate) fn receive_slices<B: BitmapSlice>(
         .collect();
     let mut message = message_of(&mut vectors);
     // SAFETY: each vector names a mapping that its guard keeps alive through the call and that guest memory allows to change.
-    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) };
+    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_WAITALL) };
     let received = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
     mark_dirty(slices, received);
     Ok(received)

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use rustix::fs::fstat;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -107,6 +108,20 @@ impl Backing {
         Self { parts: parts.collect() }
     }
 
+    /// Whether no page of `memory` is a hole: all of it is in files that have blocks for every byte.
+    pub(crate) fn is_without_hole<M: GuestMemoryBackend>(&self, memory: &M) -> bool {
+        memory.iter().all(|region| {
+            let gpa = GpaRange::new(region.start_addr().raw_value(), region.len()).ok();
+            let part = self.parts.iter().find(|(part, _)| gpa.is_some_and(|gpa| part.covers(gpa)));
+            match (part, gpa) {
+                (Some((part, Behind::SharedFile { file, offset })), Some(gpa)) => {
+                    gpa.end() - part.start() <= bytes_without_hole(file).saturating_sub(*offset)
+                }
+                _ => false,
+            }
+        })
+    }
+
     /// What something is said about.
     pub(crate) fn ranges(&self) -> impl Iterator<Item = GpaRange> {
         self.parts.iter().map(|(gpa, _)| *gpa)
@@ -115,6 +130,14 @@ impl Backing {
     pub(crate) fn into_parts(self) -> Vec<(GpaRange, Behind)> {
         self.parts
     }
+}
+
+/// Returns how long `file` is if it has blocks for all of that, which takes no walk through its pages to tell; else 0.
+pub(crate) fn bytes_without_hole(file: &File) -> u64 {
+    const BLOCK_BYTES: u64 = 512;
+    let bytes = |number| u64::try_from(number).unwrap_or(0);
+    let size = fstat(file).map(|stat| (bytes(stat.st_size), bytes(stat.st_blocks) * BLOCK_BYTES));
+    size.ok().filter(|(length, allocated)| allocated >= length).map_or(0, |(length, _)| length)
 }
 
 /// Returns what of `whole` is in none of `ranges`, which are sorted and disjoint.
@@ -131,6 +154,8 @@ fn remainder(whole: GpaRange, ranges: &[GpaRange]) -> Vec<GpaRange> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use vm_memory::mmap::MmapRegionBuilder;
     use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
@@ -161,6 +186,28 @@ mod tests {
         assert!(matches!(&parts[0], (range, Behind::SharedFile { offset: 0, .. }) if *range == gpa(0)));
         assert!(matches!(&parts[1], (range, Behind::Anonymous { .. }) if *range == gpa(2 << 20)));
         assert_eq!(parts.len(), 2);
+    }
+
+    #[test]
+    fn a_single_hole_is_one_and_anonymous_memory_counts_as_full_of_them() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(2 << 20).unwrap();
+        let part = FileOffset::from_arc(Arc::clone(&file), 1 << 20);
+        let regions = [(GuestAddress(0), 1 << 20, Some(part))];
+        let memory = GuestMemoryMmap::<()>::from_ranges_with_files(regions).unwrap();
+        let is_without_hole = || Backing::of_mmap(&memory).is_without_hole(&memory);
+        let (before, last) = (vec![1; (2 << 20) - 65536], vec![1; 65536]);
+        file.write_all_at(&before, 0).unwrap();
+        assert!(!is_without_hole());
+        file.write_all_at(&last, before.len() as u64).unwrap();
+        assert!(is_without_hole());
+        assert!(!Backing::default().is_without_hole(&memory));
+        let beyond =
+            Backing::default().shared_file(GpaRange::new(0, 1 << 20).unwrap(), file, (1 << 20) + 4096);
+        assert!(!beyond.is_without_hole(&memory));
+
+        let anonymous = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        assert!(!Backing::of_mmap(&anonymous).is_without_hole(&anonymous));
     }
 
     #[test]

@@ -62,7 +62,9 @@ impl HoleWatch {
         memory: &M,
         backing: Backing,
     ) -> Result<(Self, Backing), UserfaultError> {
-        let backing = backing.without(&registered(memory)?);
+        // What has no hole holds all it will be read as, whoever fills holes.
+        let registered = if backing.is_without_hole(memory) { Vec::new() } else { registered(memory)? };
+        let backing = backing.without(&registered);
         Ok((Self { ranges: backing.ranges().collect(), ..Self::default() }, backing))
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_migration::transfer::receive::{GuestPages, Received};
+use vfio_migration::vm::Backing;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use crate::frames::{memory, table};
@@ -35,7 +36,20 @@ fn resident_bytes(file: &File) -> usize {
 
 #[test]
 fn what_a_source_leaves_out_stays_a_hole() {
+    leaves_holes(|pages, _| pages);
+}
+
+#[test]
+fn what_goes_into_memory_through_its_file_is_there_and_what_is_left_out_stays_a_hole() {
+    leaves_holes(|pages, memory| pages.backed_by(Backing::of_mmap(memory)));
+}
+
+fn leaves_holes(
+    told: impl FnOnce(GuestPages<GuestMemoryMmap>, &GuestMemoryMmap) -> GuestPages<GuestMemoryMmap>,
+) {
     let (mut vmm, file, pages) = sparse_vmm(64);
+    let pages = told(pages, &vmm.memory);
+    vmm.store = Some(Arc::new(pages.clone()));
     let (long, short) = (vec![7; 3 * MIB + 4096], vec![9; 4096]);
     let ranges: [(u64, &[u8]); 3] = [(8 << 20, &long), (20 << 20, &short), ((64 << 20) - 4096, &short)];
     let (received, ()) = receive_on_pair(quick(), &mut vmm, |mut peer: Peer| {
@@ -49,6 +63,20 @@ fn what_a_source_leaves_out_stays_a_hole() {
     assert_eq!(pages.allocated_ahead_bytes(), 3 * MIB as u64, "what is short is left to faults");
     assert_eq!(vmm.bytes(8 << 20, long.len()), long);
     assert_eq!(vmm.bytes(20 << 20, 4096), short);
+}
+
+#[test]
+fn bytes_that_come_again_through_the_mapping_take_the_place_of_those_that_came_through_the_file() {
+    let (mut vmm, _, pages) = sparse_vmm(8);
+    vmm.store = Some(Arc::new(pages.backed_by(Backing::of_mmap(&vmm.memory))));
+    let (first, second) = (vec![7; 2 * MIB], vec![9; 2 * MIB]);
+    let (received, ()) = receive_on_pair(quick(), &mut vmm, |mut peer: Peer| {
+        peer.begin();
+        peer.say(&[memory(&[(MIB as u64, &first)]), memory(&[(2 * MIB as u64, &second)])]);
+        peer.end();
+    });
+    received.unwrap();
+    assert_eq!(vmm.bytes(0, 5 * MIB), [vec![0; MIB], vec![7; MIB], second, vec![0; MIB]].concat());
 }
 
 #[test]

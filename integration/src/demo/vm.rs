@@ -167,7 +167,8 @@ impl Destination for DestinationVm<'_> {
         if described != ours {
             return Err(VmMessageError::OtherRam.into());
         }
-        let pages = GuestPages::new(Arc::new(self.machine.memory().clone()))?;
+        let memory = self.machine.memory();
+        let pages = GuestPages::new(Arc::new(memory.clone()))?.backed_by(Backing::of_mmap(memory));
         Ok(Arc::new(if wants_memory_now { pages.populated()? } else { pages }))
     }
 

@@ -39,16 +39,21 @@ type Memory = GuestMemoryMmap<AtomicBitmap>;
 const BYTES: usize = 4 << 20;
 const HIGH: GuestAddress = GuestAddress(4 << 30);
 
-/// RAM in a memfd and in anonymous memory, both with pages that nobody ever wrote.
-fn memory() -> Arc<Memory> {
+/// RAM in a memfd and in anonymous memory, which nobody ever wrote.
+fn fresh_memory() -> Arc<Memory> {
     let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC).unwrap());
     file.set_len(BYTES as u64).unwrap();
     let low = (GuestAddress(0), BYTES, Some(FileOffset::new(file, 0)));
-    let memory = Memory::from_ranges_with_files(&[low, (HIGH, BYTES, None)]).unwrap();
+    Arc::new(Memory::from_ranges_with_files(&[low, (HIGH, BYTES, None)]).unwrap())
+}
+
+/// RAM in both, of which some pages were written.
+fn memory() -> Arc<Memory> {
+    let memory = fresh_memory();
     for start in [GuestAddress(0), HIGH] {
         memory.write_slice(&[7; 1 << 20], start).unwrap();
     }
-    Arc::new(memory)
+    memory
 }
 
 /// A VM that gives a migration up when it is paused, where it has one to give up.
@@ -100,7 +105,8 @@ struct Vmm {
 
 impl Destination for Vmm {
     fn config(&mut self, _json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
-        Ok(Arc::new(GuestPages::new(Arc::clone(&self.memory))?))
+        let backing = Backing::of_mmap(&self.memory);
+        Ok(Arc::new(GuestPages::new(Arc::clone(&self.memory))?.backed_by(backing)))
     }
 
     fn state(&mut self, _json: Vec<u8>) -> Result<(), VmError> {
@@ -171,7 +177,7 @@ fn migrate(
     let tracker = Mutex::new(builder.source(source).build().unwrap());
     let (devices, _ram) = has_device.then(device).unzip();
     let devices = Mutex::new(devices.unwrap_or_default());
-    let mut vmm = Vmm { memory: memory(), receiver: receiver.handle() };
+    let mut vmm = Vmm { memory: fresh_memory(), receiver: receiver.handle() };
     strangers(listener.url());
     thread::scope(|scope| {
         scope.spawn(|| {

@@ -2,7 +2,7 @@
 
 //! Guest memory allocated a piece ahead of the bytes that fill it.
 //!
-//! Bytes that arrive in memory nobody has touched fault page by page. One system call for a piece costs the kernel about half of
+//! Bytes that arrive in memory nobody has touched fault page by page. One system call for a piece costs the kernel less than
 //! that. Nothing but what a source has announced is allocated, and only a piece at a time: holes stay holes, and a source that
 //! announces much and sends little costs little.
 
@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use super::through_file::{Hole, MemoryFiles};
 use crate::layout::Layout;
 use crate::range::GpaRange;
 use crate::sys::guest::allocate;
@@ -20,53 +21,79 @@ const PIECE_BYTES: u64 = 1 << 20;
 /// Bytes of a range below which page faults cost no more than the call.
 const LEAST_BYTES: u64 = 64 << 10;
 
-/// Which memory needs no allocating any more.
+/// Which memory needs no readying any more.
 #[derive(Debug)]
 pub(super) struct Ahead {
     regions: Vec<Pieces>,
+    files: MemoryFiles,
     bytes: AtomicU64,
 }
 
 impl Ahead {
-    /// Takes all RAM of `layout` for untouched.
-    pub(super) fn new(layout: &Layout) -> Self {
+    /// Takes all RAM of `layout` for untouched, but for what `files` show.
+    pub(super) fn new(layout: &Layout, files: MemoryFiles) -> Self {
         let regions = layout.regions().iter().map(|region| Pieces::new(region.range()));
-        Self { regions: regions.collect(), bytes: AtomicU64::new(0) }
+        Self { regions: regions.collect(), files, bytes: AtomicU64::new(0) }
     }
 
-    /// Has the kernel allocate the long ones of `ranges`, a piece of [`pieces`], unless that was done before.
+    /// Readies `range`, a [`Piece::Long`], for its bytes: returns the hole of a file that they go into, or has the kernel allocate
+    /// the memory, unless that was done before.
     ///
     /// What cannot be allocated is left to whoever writes it, who gets to know why.
-    pub(super) fn allocate<M: GuestMemoryBackend>(&self, memory: &M, ranges: &[GpaRange]) {
-        for &range in ranges.iter().filter(|range| range.len() >= LEAST_BYTES) {
-            let Some(region) = self.regions.iter().find(|region| region.gpa.covers(range)) else { continue };
-            let length = usize::try_from(range.len()).unwrap_or(usize::MAX);
-            let mut slices = memory.get_slices(GuestAddress(range.start()), length).map_while(Result::ok);
-            if !region.is_allocated(range) && slices.all(|slice| allocate(&slice).is_ok()) {
-                region.note(range);
-                self.bytes.fetch_add(range.len(), Ordering::Relaxed);
-            }
+    pub(super) fn ready<M: GuestMemoryBackend>(&self, memory: &M, range: GpaRange) -> Option<Hole<'_>> {
+        let region = self.regions.iter().find(|region| region.gpa.covers(range))?;
+        if region.is_ready(range) {
+            return None;
         }
+        let hole = self.files.hole(range);
+        // What of a file is no hole was allocated by whoever wrote it.
+        let allocated = || !self.files.cover(range) && allocate_all(memory, range);
+        if hole.is_some() || allocated() {
+            self.bytes.fetch_add(range.len(), Ordering::Relaxed);
+        }
+        region.note(range);
+        hole
     }
 
-    /// Bytes allocated so far.
+    /// Bytes readied so far.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 }
 
+/// What of a table is received in one go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Piece {
+    /// Long enough to ready its memory first, and in one of the stretches that multiples of [`PIECE_BYTES`] bound.
+    Long(GpaRange),
+    /// Ranges that are too short for that, [`PIECE_BYTES`] in all at most.
+    Short(Vec<GpaRange>),
+}
+
 /// Groups `ranges` into pieces, in their order; a range that crosses a multiple of [`PIECE_BYTES`] is cut there.
-pub(super) fn pieces(ranges: impl Iterator<Item = GpaRange>) -> impl Iterator<Item = Vec<GpaRange>> {
+pub(super) fn pieces(ranges: impl Iterator<Item = GpaRange>) -> impl Iterator<Item = Piece> {
+    let is_short = |range: &GpaRange| range.len() < LEAST_BYTES;
     let mut parts = ranges.flat_map(parts).peekable();
     std::iter::from_fn(move || {
         let first = parts.next()?;
+        if !is_short(&first) {
+            return Some(Piece::Long(first));
+        }
         let (mut piece, mut bytes) = (vec![first], first.len());
-        while let Some(part) = parts.next_if(|part| bytes + part.len() <= PIECE_BYTES) {
+        while let Some(part) = parts.next_if(|part| is_short(part) && bytes + part.len() <= PIECE_BYTES) {
             bytes += part.len();
             piece.push(part);
         }
-        Some(piece)
+        Some(Piece::Short(piece))
     })
+}
+
+/// Has the kernel allocate `range`; returns whether it did.
+fn allocate_all<M: GuestMemoryBackend>(memory: &M, range: GpaRange) -> bool {
+    let length = usize::try_from(range.len()).unwrap_or(usize::MAX);
+    memory
+        .get_slices(GuestAddress(range.start()), length)
+        .all(|slice| slice.is_ok_and(|slice| allocate(&slice).is_ok()))
 }
 
 /// Cuts `range` at each multiple of [`PIECE_BYTES`].
@@ -80,7 +107,7 @@ fn parts(range: GpaRange) -> impl Iterator<Item = GpaRange> {
     })
 }
 
-/// A bit for each [`PIECE_BYTES`] of a region: whether all of it was allocated.
+/// A bit for each [`PIECE_BYTES`] of a region: whether all of it was readied.
 #[derive(Debug)]
 struct Pieces {
     gpa: GpaRange,
@@ -93,8 +120,8 @@ impl Pieces {
         Self { gpa, words: (0..pieces.div_ceil(64)).map(|_| AtomicU64::new(0)).collect() }
     }
 
-    /// Whether all of the piece that `range` is in was allocated.
-    fn is_allocated(&self, range: GpaRange) -> bool {
+    /// Whether all of the piece that `range` is in was readied.
+    fn is_ready(&self, range: GpaRange) -> bool {
         let (word, bit) = self.bit(range);
         word.load(Ordering::Relaxed) & bit != 0
     }
@@ -131,9 +158,15 @@ mod tests {
         let ranges =
             [range(0, 3 * PIECE_BYTES), range(PIECE_BYTES / 2, PIECE_BYTES), range(8, 1), range(0, 1)];
         let pieces: Vec<_> = pieces(ranges.into_iter()).collect();
-        assert!(pieces.iter().all(|piece| piece.iter().map(|part| part.len()).sum::<u64>() <= PIECE_BYTES));
+        let parts_of = |piece: &Piece| match piece {
+            Piece::Long(part) => vec![*part],
+            Piece::Short(parts) => parts.clone(),
+        };
+        let bytes = |piece: &Piece| parts_of(piece).iter().map(|part| part.len()).sum::<u64>();
+        assert!(pieces.iter().all(|piece| bytes(piece) <= PIECE_BYTES));
+        assert!(pieces.iter().all(|piece| matches!(piece, Piece::Long(_)) == (bytes(piece) >= LEAST_BYTES)));
         let mut joined: Vec<GpaRange> = Vec::new();
-        for part in pieces.into_iter().flatten() {
+        for part in pieces.iter().flat_map(parts_of) {
             match joined.last_mut() {
                 Some(last) if last.end() == part.start() && part.start() % PIECE_BYTES == 0 => {
                     *last = GpaRange::from_bounds(last.start(), part.end()).unwrap();
@@ -145,19 +178,21 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_is_allocated_once_and_a_short_range_is_left_to_faults() {
+    fn a_piece_is_allocated_once() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(PAGE), 4 << 20)]).unwrap();
-        let ahead = Ahead::new(&Layout::from_guest_memory(&memory).unwrap());
+        let ahead = Ahead::new(&Layout::from_guest_memory(&memory).unwrap(), MemoryFiles::default());
         let whole = range(PIECE_BYTES, PIECE_BYTES);
         for _ in 0..2 {
-            ahead.allocate(&memory, &[whole]);
+            assert!(ahead.ready(&memory, whole).is_none());
             assert_eq!(ahead.bytes(), PIECE_BYTES);
         }
-        ahead.allocate(&memory, &[range(PIECE_BYTES + PAGE, PAGE), range(2 * PIECE_BYTES, PAGE / 2)]);
-        assert_eq!(ahead.bytes(), PIECE_BYTES, "the first is part of it, the second too short");
-        ahead.allocate(&memory, &[range(PAGE, PAGE)]);
+        ahead.ready(&memory, range(PIECE_BYTES + PAGE, PAGE));
+        assert_eq!(ahead.bytes(), PIECE_BYTES, "it is part of the piece");
+        ahead.ready(&memory, range(PAGE, PAGE));
         assert_eq!(ahead.bytes(), PIECE_BYTES + PAGE);
-        ahead.allocate(&memory, &[range(0, PIECE_BYTES), range(u64::MAX - PIECE_BYTES, PIECE_BYTES)]);
+        for nowhere in [range(0, PIECE_BYTES), range(u64::MAX - PIECE_BYTES, PIECE_BYTES)] {
+            assert!(ahead.ready(&memory, nowhere).is_none());
+        }
         assert_eq!(ahead.bytes(), PIECE_BYTES + PAGE, "no memory is there");
     }
 }

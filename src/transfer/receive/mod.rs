@@ -30,6 +30,7 @@ mod rejections;
 mod session;
 mod store;
 mod tables;
+mod through_file;
 
 use std::sync::mpsc::{Receiver as Callers, RecvTimeoutError, channel};
 use std::thread;

@@ -7,12 +7,14 @@ use std::sync::Arc;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::ahead::{Ahead, pieces};
+use super::ahead::{Ahead, Piece, pieces};
+use super::through_file::MemoryFiles;
 use crate::layout::{Layout, LayoutError};
 use crate::range::GpaRange;
 use crate::sys::guest::populate;
 use crate::transfer::connection::Connection;
 use crate::transfer::frame::MemoryTable;
+use crate::vm::Backing;
 
 /// Takes the pages of the VM, from several connections at a time.
 pub trait PageStore: Send + Sync {
@@ -93,8 +95,8 @@ impl Read for Pages<'_> {
 
 /// Keeps the pages in a VMM's guest memory.
 ///
-/// Long ranges are allocated a piece ahead of their bytes, which costs the kernel half of what a fault for each page does. What
-/// the source leaves out stays a hole.
+/// The memory of long ranges is readied a piece ahead of their bytes, which costs the kernel less than a fault for each page
+/// does. What the source leaves out stays a hole.
 #[derive(Debug, Clone)]
 pub struct GuestPages<M> {
     memory: Arc<M>,
@@ -110,8 +112,16 @@ impl<M: GuestMemoryBackend> GuestPages<M> {
     /// `memory` has no region, or one that is not aligned to this host's pages.
     pub fn new(memory: Arc<M>) -> Result<Self, LayoutError> {
         let layout = Layout::from_guest_memory(memory.as_ref())?;
-        let ahead = Some(Arc::new(Ahead::new(&layout)));
+        let ahead = Some(Arc::new(Ahead::new(&layout, MemoryFiles::default())));
         Ok(Self { memory, layout, ahead })
+    }
+
+    /// Says what is behind the memory, as a sender is told: bytes for holes of memfds (and other shared files on tmpfs) are written to
+    /// the file then, which takes about half the time. Their pages are mapped when somebody touches them.
+    #[must_use]
+    pub fn backed_by(self, backing: Backing) -> Self {
+        let ahead = Some(Arc::new(Ahead::new(&self.layout, MemoryFiles::new(backing))));
+        Self { ahead, ..self }
     }
 
     /// Leaves it to page faults to allocate the memory, as bytes arrive in it.
@@ -120,7 +130,7 @@ impl<M: GuestMemoryBackend> GuestPages<M> {
         Self { ahead: None, ..self }
     }
 
-    /// Bytes that were allocated ahead of what came for them.
+    /// Bytes whose memory was readied ahead of what came for them: allocated, or found to be a hole to write to.
     pub fn allocated_ahead_bytes(&self) -> u64 {
         self.ahead.as_ref().map_or(0, |ahead| ahead.bytes())
     }
@@ -150,9 +160,15 @@ impl<M: GuestMemoryBackend + Send + Sync> PageStore for GuestPages<M> {
     fn fill(&self, table: &MemoryTable, pages: &mut Pages<'_>) -> io::Result<()> {
         let memory = self.memory.as_ref();
         let Some(ahead) = &self.ahead else { return pages.read_guest(memory, table.ranges()) };
+        let mut buffer = Vec::new();
         for piece in pieces(table.ranges()) {
-            ahead.allocate(memory, &piece);
-            pages.read_guest(memory, piece.into_iter())?;
+            match piece {
+                Piece::Short(ranges) => pages.read_guest(memory, ranges.into_iter())?,
+                Piece::Long(range) => match ahead.ready(memory, range) {
+                    Some(hole) => hole.fill(memory, pages, &mut buffer)?,
+                    None => pages.read_guest(memory, std::iter::once(range))?,
+                },
+            }
         }
         Ok(())
     }
