@@ -316,3 +316,45 @@ fn a_flipped_bit_in_a_sparse_vm_is_found() {
     let output = demo(&["--no-kvm", "--memory", "8G", "--sparse", "--inject", "corrupt-page"]);
     assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
 }
+
+/// The most that one process has to itself, in bytes; guest RAM is shared.
+fn own_bytes(process: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let kib = |line: &str| line.strip_prefix("RssAnon:")?.split_whitespace().next()?.parse::<u64>().ok();
+    status.lines().find_map(kib).unwrap_or(0) << 10
+}
+
+/// Moves a VM with an idle device's state of so many MiB; returns its downtime in milliseconds.
+fn move_idle_state(mib: u64) -> f64 {
+    let state = format!("{mib}M");
+    let mut run = Run::start(&["--json", "--memory", "32M", "--device-state", &state]);
+    let mut most = 0;
+    while run.child.try_wait().unwrap().is_none() {
+        most = run.processes("").into_iter().map(own_bytes).fold(most, u64::max);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let report = report(&run.finish());
+    assert_eq!(report["verified"], true);
+    let bytes = |field: &str| report["device"][field].as_u64().unwrap();
+    let in_downtime = bytes("state_bytes") - bytes("precopy_bytes");
+    assert!(bytes("state_bytes") >= mib << 20);
+    assert!(in_downtime * 20 <= bytes("state_bytes"), "{in_downtime} bytes moved in the downtime");
+    assert!((1 << 20..64 << 20).contains(&most), "a process took {most} bytes");
+    eprintln!(
+        "{mib} MiB: {in_downtime} bytes in the downtime, {most} bytes of memory, {}",
+        report["downtime_ms"]
+    );
+    report["downtime_ms"].as_f64().unwrap()
+}
+
+#[test]
+fn an_idle_devices_state_goes_ahead_in_little_memory() {
+    move_idle_state(64);
+}
+
+#[test]
+#[ignore = "an optimised build does it in seconds"]
+fn an_idle_devices_gibibyte_costs_no_100_ms() {
+    let downtimes = [0; 3].map(|_| move_idle_state(1024));
+    assert!(downtimes.iter().any(|&ms| ms <= 100.0), "{downtimes:?} ms");
+}
