@@ -29,11 +29,13 @@
 #define STREAM_VERSION	1
 #define RECORD_STATE	0x54415453	/* "STAT" */
 #define RECORD_END	0x20444e45	/* "END " */
-#define IMAGE_BYTES_MAX	(256UL << 20)
+#define IMAGE_BYTES_MAX	(16UL << 20)
+/* After so many bytes the padding repeats, and so many are made up at once. */
+#define PADDING_PERIOD	(64UL << 10)
 
 static unsigned int state_padding;
 module_param(state_padding, uint, 0644);
-MODULE_PARM_DESC(state_padding, "Bytes of padding in a saved state");
+MODULE_PARM_DESC(state_padding, "Bytes of padding in a saved state, made up as they are read");
 
 static unsigned int arc_delay_ms;
 module_param(arc_delay_ms, uint, 0644);
@@ -77,12 +79,15 @@ struct stream_record {
  * @lock: taken inside the fixture's state_lock, outside the device's locks.
  * @f: the device; NULL once its session has ended.
  * @data: saving: bytes produced and not read yet, from @pos to @len.
- *	resuming: the image so far, up to @len.
+ *	resuming: the image so far without its padding, up to @len.
  * @offset: bytes the user has read or written.
- * @initial_end: the offset at which PRE_COPY's initial bytes end.
+ * @padding: bytes of padding in the image; resuming: 0 before the header.
+ * @padded: bytes of it that were produced or taken in.
  * @precopy: the device is in PRE_COPY or PRE_COPY_P2P.
+ * @ended: the last record was produced.
+ * @bad: the padding is not what it should be.
  * @saved_changes: fixture_ops.changes() at the last STATE record.
- * @crc: of all bytes produced.
+ * @crc: of all bytes produced; resuming: of header and padding.
  */
 struct migration_file {
 	struct file *filp;
@@ -90,8 +95,9 @@ struct migration_file {
 	struct fixture *f;
 	u8 *data;
 	size_t pos, len, capacity;
-	u64 offset, initial_end;
-	bool precopy;
+	u64 offset;
+	u32 padding, padded;
+	bool precopy, ended, bad;
 	u64 saved_changes;
 	u32 crc;
 };
@@ -107,9 +113,23 @@ bool fixture_is_target(struct fixture *f)
 
 /* --- the stream ---------------------------------------------------------- */
 
-static u8 padding_byte(size_t i)
+/* One period of the padding, and the bytes of it from one of its offsets on. */
+static u8 *padding_bytes;
+
+static void make_padding(void)
 {
-	return i * 167 + (i >> 8);
+	size_t i;
+
+	for (i = 0; i < PADDING_PERIOD; i++)
+		padding_bytes[i] = i * 167 + (i >> 8);
+}
+
+static const u8 *padding_at(u32 offset, size_t *n)
+{
+	size_t at = offset % PADDING_PERIOD;
+
+	*n = min(*n, PADDING_PERIOD - at);
+	return padding_bytes + at;
 }
 
 static int file_reserve(struct migration_file *m, size_t more)
@@ -147,19 +167,26 @@ static int file_append_header(struct migration_file *m)
 		.state_size = cpu_to_le32(m->f->ops->state_size),
 		.padding = cpu_to_le32(state_padding),
 	};
-	size_t padding = le32_to_cpu(header.padding), i;
-	int ret = file_reserve(m, sizeof(header) + padding);
+	int ret = file_reserve(m, sizeof(header));
 
 	if (ret)
 		return ret;
 	strscpy(header.kind, m->f->ops->kind, sizeof(header.kind));
 	file_append(m, &header, sizeof(header));
-	for (i = 0; i < padding; i++) {
-		u8 byte = padding_byte(i);
+	m->padding = le32_to_cpu(header.padding);
+	return 0;
+}
 
-		file_append(m, &byte, 1);
-	}
-	m->initial_end = m->len;
+static int file_append_padding(struct migration_file *m)
+{
+	size_t n = m->padding - m->padded;
+	const u8 *bytes = padding_at(m->padded, &n);
+	int ret = file_reserve(m, n);
+
+	if (ret)
+		return ret;
+	file_append(m, bytes, n);
+	m->padded += n;
 	return 0;
 }
 
@@ -209,12 +236,13 @@ static size_t record_size(const struct fixture *f)
  * Finds the last state in a whole image. Any defect, including a byte too few
  * or too many, is -EINVAL.
  */
-static int image_last_state(const struct fixture *f, const u8 *data, size_t len,
-			    const void **state)
+static int image_last_state(const struct migration_file *m, const void **state)
 {
+	const struct fixture *f = m->f;
+	const u8 *data = m->data;
 	const struct stream_header *header = (const void *)data;
-	size_t at = sizeof(*header), size = f->ops->state_size;
-	u32 crc;
+	size_t len = m->len, at = sizeof(*header), size = f->ops->state_size;
+	u32 crc = m->crc;
 
 	*state = NULL;
 	if (len < sizeof(*header) ||
@@ -222,10 +250,8 @@ static int image_last_state(const struct fixture *f, const u8 *data, size_t len,
 	    le32_to_cpu(header->version) != STREAM_VERSION ||
 	    le32_to_cpu(header->state_size) != size ||
 	    strncmp(header->kind, f->ops->kind, sizeof(header->kind)) ||
-	    le32_to_cpu(header->padding) > len - at)
+	    m->padded != m->padding || m->bad)
 		return -EINVAL;
-	at += le32_to_cpu(header->padding);
-	crc = crc32_le(0, data, at);
 
 	while (len - at >= sizeof(struct stream_record)) {
 		const struct stream_record *record = (const void *)(data + at);
@@ -265,16 +291,34 @@ static bool file_has_newer_state(const struct migration_file *m)
 	return ops->changes && ops->changes(m->f) != m->saved_changes;
 }
 
+/* Makes up what follows what was read, if anything does now. */
+static int file_refill(struct migration_file *m)
+{
+	int ret;
+
+	m->pos = 0;
+	m->len = 0;
+	if (m->padded < m->padding)
+		return file_append_padding(m);
+	if (m->precopy)
+		return file_has_newer_state(m) ? file_append_state(m) : 0;
+	if (m->ended)
+		return 0;
+	ret = file_append_state(m);
+	if (!ret)
+		ret = file_append_end(m);
+	m->ended = !ret;
+	return ret;
+}
+
 static ssize_t file_next_bytes(struct migration_file *m, size_t len)
 {
 	int ret;
 
 	if (!m->f)
 		return -ENODEV;
-	if (m->pos == m->len && m->precopy && file_has_newer_state(m)) {
-		m->pos = 0;
-		m->len = 0;
-		ret = file_append_state(m);
+	if (m->pos == m->len) {
+		ret = file_refill(m);
 		if (ret)
 			return ret;
 	}
@@ -309,7 +353,7 @@ static long saving_ioctl(struct file *filp, unsigned int cmd, unsigned long arg)
 	struct migration_file *m = filp->private_data;
 	size_t minsz = offsetofend(struct vfio_precopy_info, dirty_bytes);
 	struct vfio_precopy_info info;
-	size_t pending;
+	u64 pending;
 	long ret = 0;
 
 	if (cmd != VFIO_MIG_GET_PRECOPY_INFO)
@@ -325,9 +369,11 @@ static long saving_ioctl(struct file *filp, unsigned int cmd, unsigned long arg)
 	} else if (!m->precopy) {
 		ret = -EINVAL;
 	} else {
-		pending = m->len - m->pos;
-		info.initial_bytes = m->offset < m->initial_end ?
-					     m->initial_end - m->offset : 0;
+		u64 initial_end = sizeof(struct stream_header) + m->padding;
+
+		pending = m->len - m->pos + m->padding - m->padded;
+		info.initial_bytes = m->offset < initial_end ?
+					     initial_end - m->offset : 0;
 		info.dirty_bytes = pending - info.initial_bytes;
 		if (file_has_newer_state(m))
 			info.dirty_bytes += record_size(m->f);
@@ -336,6 +382,49 @@ static long saving_ioctl(struct file *filp, unsigned int cmd, unsigned long arg)
 	if (!ret && copy_to_user((void __user *)arg, &info, minsz))
 		ret = -EFAULT;
 	return ret;
+}
+
+/* Keeps @n bytes of the image, from @bytes on. */
+static int image_keep(struct migration_file *m, const u8 *bytes, size_t n)
+{
+	int ret = file_reserve(m, n);
+
+	if (ret)
+		return ret;
+	memcpy(m->data + m->len, bytes, n);
+	m->len += n;
+	return 0;
+}
+
+/* Takes in the next @n bytes of an image: padding is compared, and not kept. */
+static int image_take(struct migration_file *m, const u8 *bytes, size_t n)
+{
+	size_t header = sizeof(struct stream_header), part;
+	const u8 *expected;
+	int ret;
+
+	if (m->len < header) {
+		part = min(n, header - m->len);
+		ret = image_keep(m, bytes, part);
+		if (ret)
+			return ret;
+		bytes += part;
+		n -= part;
+		if (m->len < header)
+			return 0;
+		m->padding = le32_to_cpu(((struct stream_header *)m->data)->padding);
+		m->crc = crc32_le(0, m->data, header);
+	}
+	while (n && m->padded < m->padding) {
+		part = min_t(size_t, n, m->padding - m->padded);
+		expected = padding_at(m->padded, &part);
+		m->bad |= memcmp(bytes, expected, part) != 0;
+		m->crc = crc32_le(m->crc, bytes, part);
+		m->padded += part;
+		bytes += part;
+		n -= part;
+	}
+	return n ? image_keep(m, bytes, n) : 0;
 }
 
 static ssize_t resuming_write(struct file *filp, const char __user *buf,
@@ -350,17 +439,21 @@ static ssize_t resuming_write(struct file *filp, const char __user *buf,
 	mutex_lock(&m->lock);
 	n = m->f ? clip_to_fault(m, fault_write_at, len) : -ENODEV;
 	if (n > 0) {
-		int ret = file_reserve(m, n);
+		u8 *bytes;
 
-		if (ret)
-			n = ret;
-		else if (copy_from_user(m->data + m->len, buf, n))
-			n = -EFAULT;
+		n = min_t(size_t, n, PADDING_PERIOD);
+		bytes = vmemdup_user(buf, n);
+		if (IS_ERR(bytes)) {
+			n = PTR_ERR(bytes);
+		} else {
+			int ret = image_take(m, bytes, n);
+
+			kvfree(bytes);
+			n = ret ?: n;
+		}
 	}
-	if (n > 0) {
-		m->len += n;
+	if (n > 0)
 		m->offset += n;
-	}
 	mutex_unlock(&m->lock);
 	return n;
 }
@@ -446,34 +539,22 @@ static struct file *begin_saving(struct fixture *f)
 	return m->filp;
 }
 
-static int finish_saving(struct fixture *f)
+/* The last state is made when its turn to be read comes: the device is stopped. */
+static void finish_saving(struct fixture *f)
 {
 	struct migration_file *m = f->saving;
-	int ret;
 
 	mutex_lock(&m->lock);
-	ret = file_append_state(m);
-	if (!ret)
-		ret = file_append_end(m);
-	if (!ret)
-		m->precopy = false;
+	m->precopy = false;
 	mutex_unlock(&m->lock);
-	return ret;
 }
 
 static struct file *save_all(struct fixture *f)
 {
 	struct file *filp = begin_saving(f);
-	int ret;
 
-	if (IS_ERR(filp))
-		return filp;
-	ret = finish_saving(f);
-	if (ret) {
-		fput(filp);
-		file_close(&f->saving);
-		return ERR_PTR(ret);
-	}
+	if (!IS_ERR(filp))
+		finish_saving(f);
 	return filp;
 }
 
@@ -495,7 +576,7 @@ static int finish_resuming(struct fixture *f)
 	int ret;
 
 	mutex_lock(&m->lock);
-	ret = image_last_state(f, m->data, m->len, &state);
+	ret = image_last_state(m, &state);
 	if (!ret)
 		ret = f->ops->load(f, state);
 	mutex_unlock(&m->lock);
@@ -540,9 +621,12 @@ static struct file *step(struct fixture *f, enum vfio_device_mig_state next)
 		return begin_saving(f);
 	case ARC(PRE_COPY, STOP_COPY):
 		ret = f->ops->set_dma(f, false);
-		return ERR_PTR(ret ?: finish_saving(f));
+		if (!ret)
+			finish_saving(f);
+		return ERR_PTR(ret);
 	case ARC(PRE_COPY_P2P, STOP_COPY):
-		return ERR_PTR(finish_saving(f));
+		finish_saving(f);
+		return NULL;
 	case ARC(STOP, STOP_COPY):
 		return save_all(f);
 	case ARC(PRE_COPY, RUNNING):
@@ -658,6 +742,23 @@ void fixture_reset(struct fixture *f)
 	mutex_unlock(&f->state_lock);
 }
 EXPORT_SYMBOL_GPL(fixture_reset);
+
+static int __init fixture_module_init(void)
+{
+	padding_bytes = kvmalloc(PADDING_PERIOD, GFP_KERNEL);
+	if (!padding_bytes)
+		return -ENOMEM;
+	make_padding();
+	return 0;
+}
+
+static void __exit fixture_module_exit(void)
+{
+	kvfree(padding_bytes);
+}
+
+module_init(fixture_module_init);
+module_exit(fixture_module_exit);
 
 MODULE_DESCRIPTION("What the VFIO devices of the test bed have in common");
 MODULE_LICENSE("GPL");

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::limits::PeerLimits;
+use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
 use vfio_migration::transfer::receive::Receiver;
 use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent};
 
@@ -70,7 +70,9 @@ pub fn migrate(
         .downtime(Duration::from_millis(moving.downtime_ms))
         .timeout(Duration::from_secs(60))
         .rate_limit(Some(moving.bytes_per_second))
-        .expect("a limit that lets something through");
+        .expect("a limit that lets something through")
+        .connections(ConnectionCount::new(moving.connections).expect("1 to 128"))
+        .expect("TCP has as many");
     let sender = Sender::new(options);
     let (migration, over) = (sender.handle(), AtomicBool::new(false));
     let Here { devices, side, .. } = source;

@@ -7,8 +7,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::process::Command as Program;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
+use std::{fs, thread};
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
@@ -59,12 +61,14 @@ pub struct Moving {
     pub downtime_ms: u64,
     /// Bytes of memory sent per second, so that there is time for several rounds.
     pub bytes_per_second: u64,
+    /// Connections, for a VM that moves within this process; between two there is one.
+    pub connections: u64,
 }
 
 impl Default for Moving {
     /// As befits the emulated machine.
     fn default() -> Self {
-        Self { downtime_ms: 700, bytes_per_second: 4 << 20 }
+        Self { downtime_ms: 700, bytes_per_second: 4 << 20, connections: 1 }
     }
 }
 
@@ -150,6 +154,39 @@ impl Pair {
         Ok(figures)
     }
 
+    /// Memory that the source and the destination hold to themselves, in bytes: guest RAM, which they share with this process, is none of it.
+    ///
+    /// # Errors
+    /// A process is gone.
+    pub fn own_bytes(&self) -> io::Result<[u64; 2]> {
+        Ok([own_bytes(self.source.id())?, own_bytes(self.destination.id())?])
+    }
+
+    /// Calls `work`, and returns with its result the most memory that source and destination held to themselves meanwhile, as in
+    /// [`Pair::own_bytes`].
+    ///
+    /// # Errors
+    /// As [`Pair::own_bytes`].
+    pub fn watch<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> io::Result<(T, [u64; 2])> {
+        let ids = [self.source.id(), self.destination.id()];
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let watching = scope.spawn(|| {
+                let mut most = [0; 2];
+                while !over.load(Ordering::Relaxed) {
+                    for (most, id) in most.iter_mut().zip(ids) {
+                        *most = own_bytes(id)?.max(*most);
+                    }
+                    thread::sleep(Duration::from_millis(20));
+                }
+                Ok(most)
+            });
+            let done = work(self);
+            over.store(true, Ordering::Relaxed);
+            watching.join().expect("watching does not panic").map(|most| (done, most))
+        })
+    }
+
     /// Returns the addresses of the pages in which the RAM of both, which stand still, differs.
     ///
     /// # Errors
@@ -200,6 +237,12 @@ impl Pair {
 }
 
 const DESTINATION: Who = Who::Destination(0);
+
+fn own_bytes(process: u32) -> io::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
+    let of_line = |line: &str| line.strip_prefix("RssAnon:")?.split_whitespace().next()?.parse::<u64>().ok();
+    Ok(status.lines().find_map(of_line).unwrap_or(0) << 10)
+}
 
 fn health(event: Event) -> Option<Health> {
     match event {

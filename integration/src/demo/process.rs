@@ -65,6 +65,11 @@ impl Process {
         Ok(())
     }
 
+    /// The kernel's number of it.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn send(&mut self, command: &Command) -> io::Result<()> {
         self.control.send(command)
     }

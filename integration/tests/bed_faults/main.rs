@@ -9,6 +9,7 @@ mod buffer;
 mod devices;
 mod logs;
 mod ring;
+mod streams;
 mod trap;
 
 use std::collections::BTreeSet;

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 
-use vfio_migration_integration::bed::{Bed, BedSetup, Moving, Pair, process_main};
+use vfio_migration_integration::bed::{Bed, BedSetup, Moving, Pair, Parameter, process_main};
 use vfio_migration_integration::demo::{Health, MigrationFigures};
 use vfio_migration_integration::skipped;
 use vfio_migration_integration::vmm::MIN_RAM_BYTES;
@@ -40,12 +40,20 @@ fn setups(mdevs: [String; 2], edus: Option<[String; 2]>) -> [BedSetup; 2] {
 }
 
 /// Moves a VM and checks that nothing is lost; returns what was measured.
-fn move_vm([source, destination]: &[BedSetup; 2]) -> MigrationFigures {
+fn move_vm(setups: &[BedSetup; 2]) -> MigrationFigures {
+    move_with(setups, Moving::default()).0
+}
+
+/// As [`move_vm`]; returns the memory that each end took to itself for it, too.
+fn move_with([source, destination]: &[BedSetup; 2], moving: Moving) -> (MigrationFigures, [u64; 2]) {
     let mut pair = Pair::start(source, destination).unwrap();
     let before = pair.check_source(1).unwrap();
     assert_well(&before);
-    let figures = pair.migrate(Moving::default()).unwrap();
+    let held = pair.own_bytes().unwrap();
+    let (figures, most) = pair.watch(|pair| pair.migrate(moving)).unwrap();
+    let figures = figures.unwrap();
     eprintln!("moved: {figures:?}");
+    let taken = [0, 1].map(|end: usize| most[end].saturating_sub(held[end]));
     assert_eq!(pair.differing().unwrap(), BTreeSet::new(), "pages differ at the switchover");
 
     pair.run().unwrap();
@@ -53,7 +61,7 @@ fn move_vm([source, destination]: &[BedSetup; 2]) -> MigrationFigures {
     assert_well(&after);
     assert!(after.passes >= before.passes + 2, "the guest goes on");
     assert!(after.device_position > before.device_position, "the engine's stream goes on");
-    figures
+    (figures, taken)
 }
 
 fn assert_well(health: &Health) {
@@ -115,4 +123,34 @@ fn guest_and_mdev_move_beside_a_page_table_that_tracks() {
     let Some(mdevs) = bed.two("moving beside a page table", "dirty_mdev") else { return };
     let figures = move_vm(&setups(mdevs, None));
     assert_all_reported(&figures, ["kvm-log", "vmm-writes", "container:mdev0", "hwpt:mock0"]);
+}
+
+/// Moves a VM with two devices, each with so many MiB of state.
+fn move_large_states(mib: u64) {
+    let Some(bed) = Bed::find("states that go ahead") else { return };
+    let Some(mdevs) = bed.two("states that go ahead", "dirty_mdev") else { return };
+    let Some(edus) = bed.two("states that go ahead", "edu_vfio") else { return };
+    let bytes = mib << 20;
+    let _padding = Parameter::fixture("state_padding", &bytes.to_string()).unwrap();
+    let moving = Moving { bytes_per_second: 1 << 30, ..Moving::default() };
+    let (figures, taken) = move_with(&setups(mdevs, Some(edus)), moving);
+    let device = &figures.device;
+    let in_downtime = device.state_bytes - device.precopy_bytes;
+    eprintln!(
+        "two states of {mib} MiB: {in_downtime} bytes in the downtime, {taken:?} bytes of memory taken"
+    );
+    assert!(device.state_bytes >= 2 * bytes, "{device:?}");
+    assert!(in_downtime * 20 <= device.state_bytes, "{in_downtime} bytes moved in the downtime");
+    assert!(taken.iter().all(|&taken| taken <= 64 << 20), "source and destination took {taken:?} bytes");
+}
+
+#[test]
+fn two_states_of_64_mib_go_ahead_in_little_memory() {
+    move_large_states(64);
+}
+
+#[test]
+#[ignore = "a gibibyte takes minutes"]
+fn two_states_of_a_gibibyte_go_ahead_in_little_memory() {
+    move_large_states(1024);
 }
