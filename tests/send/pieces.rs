@@ -5,15 +5,15 @@
 use std::error::Error;
 use std::io::{Read, Write};
 use std::iter::successors;
-use std::os::unix::net::UnixStream;
+use std::net::TcpStream;
 use std::thread;
 
 use vfio_migration::device::{Device, DeviceState};
-use vfio_migration::transfer::connection::Connection;
+use vfio_migration::transfer::connection::Listener;
 use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver};
 
-use crate::frames::{COMPLETE, CONFIG, DEVICE_STATE, DEVICES, STATE, message};
+use crate::frames::{COMPLETE, CONFIG, DEVICE_STATE, DEVICES, FOR_MEMORY, STATE, message};
 use crate::streams::{Taker, Vmm};
 
 /// One piece, as it should be.
@@ -70,42 +70,84 @@ fn receive(
     said: Vec<Vec<u8>>,
     limits: PeerLimits,
 ) -> (Result<Received, ReceiveError>, [Taker; 2], Vec<u16>) {
+    receive_over(0, offers, said, limits)
+}
+
+/// As [`receive`], with the pieces on so many additional connections in turn.
+fn receive_over(
+    additional: usize,
+    offers: bool,
+    said: Vec<Vec<u8>>,
+    limits: PeerLimits,
+) -> (Result<Received, ReceiveError>, [Taker; 2], Vec<u16>) {
     let takers = [Taker::new(), Taker::new()];
     let device = |index: usize| {
         let io = Box::new(takers[index].clone());
         Device::new(format!("dev{index}"), io).kind("fake").stream_version(3)
     };
     let mut vmm = Vmm::new(vec![device(1), device(0)]);
-    let (near, mut far) = UnixStream::pair().unwrap();
-    let connection = Connection::from_unix(near, &limits).unwrap();
+    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = listener.url().to_string().replace("tcp:", "");
     let (received, answers) = thread::scope(|scope| {
         let source = scope.spawn(move || {
-            let magic = if offers { [0, 0, b'v', b'M', 1, 0] } else { [0; 6] };
-            far.write_all(&[&[1, 0][..], &magic, &[0; 8]].concat()).unwrap();
-            let mut answer = [0; 16];
-            far.read_exact(&mut answer).unwrap();
-            if offers {
-                assert_eq!(answer, [1, 0, b'v', b'M', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-                far.write_all(&message(DEVICES, &list())).unwrap();
-                far.read_exact(&mut answer).unwrap();
-                let mut theirs = vec![0; usize::from(answer[8])];
-                far.read_exact(&mut theirs).unwrap();
-                assert_eq!(theirs.len(), list().len());
-            }
-            let mut answers = Vec::new();
-            for message in said {
-                let _refused_before = far.write_all(&message);
-                if far.read_exact(&mut answer).is_err() {
-                    break;
-                }
-                answers.push(u16::from(answer[0]));
-            }
-            answers
+            let mut main = TcpStream::connect(&address).unwrap();
+            begin(&mut main, offers);
+            speak(main, &address, additional, said)
         });
-        let received = Receiver::new(limits, None).receive_from(connection, &mut vmm);
+        let received = Receiver::new(limits, None).receive(&listener, &mut vmm);
         (received, source.join().unwrap())
     });
     (received, takers, answers)
+}
+
+/// Says Start and Devices.
+fn begin(main: &mut TcpStream, offers: bool) {
+    let magic = if offers { [0, 0, b'v', b'M', 1, 0] } else { [0; 6] };
+    main.write_all(&[&[1, 0][..], &magic, &[0; 8]].concat()).unwrap();
+    let mut answer = [0; 16];
+    main.read_exact(&mut answer).unwrap();
+    if offers {
+        assert_eq!(answer, [1, 0, b'v', b'M', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        main.write_all(&message(DEVICES, &list())).unwrap();
+        main.read_exact(&mut answer).unwrap();
+        let mut theirs = vec![0; usize::from(answer[8])];
+        main.read_exact(&mut theirs).unwrap();
+        assert_eq!(theirs.len(), list().len());
+    }
+}
+
+/// Says the rest, until a message is not answered or refused; returns the answers.
+fn speak(mut main: TcpStream, address: &str, additional: usize, said: Vec<Vec<u8>>) -> Vec<u16> {
+    let (mut answers, mut others, mut pieces) = (Vec::new(), Vec::new(), 0);
+    for message in said {
+        let is_piece = message.starts_with(&DEVICE_STATE.to_le_bytes());
+        if is_piece && additional > 0 && others.is_empty() {
+            others.extend((0..additional).map(|_| {
+                let mut other = TcpStream::connect(address).unwrap();
+                other.write_all(&FOR_MEMORY).unwrap();
+                other
+            }));
+        }
+        pieces += usize::from(is_piece);
+        let connection = match others.len() {
+            0 => &mut main,
+            count if is_piece => &mut others[pieces % count],
+            _ => {
+                others.clear();
+                &mut main
+            }
+        };
+        let mut answer = [0; 16];
+        let _refused_before = connection.write_all(&message);
+        if connection.read_exact(&mut answer).is_err() {
+            break;
+        }
+        answers.push(u16::from(answer[0]));
+        if answer[0] != 1 {
+            break;
+        }
+    }
+    answers
 }
 
 fn config() -> Vec<u8> {
@@ -147,14 +189,17 @@ fn assert_refused(first: Vec<Vec<u8>>, words: &str) {
 }
 
 fn assert_refused_within(limits: PeerLimits, first: Vec<Vec<u8>>, words: &str) {
-    let (received, takers, answers) = receive(true, conversation(first), limits);
-    let error = received.unwrap_err();
-    assert!(text_of(&error).contains(words), "{words}: {}", text_of(&error));
-    assert_eq!(answers.last(), Some(&2), "the source hears of it");
-    for taker in takers {
-        let taken = taker.look();
-        assert_eq!((taken.state, taken.loaded.as_ref()), (Some(DeviceState::Running), None));
-        assert_eq!(taken.resets, 1, "it was reset");
+    for additional in [0, 2] {
+        let said = conversation(first.clone());
+        let (received, takers, answers) = receive_over(additional, true, said, limits.clone());
+        let error = received.unwrap_err();
+        assert!(text_of(&error).contains(words), "{words}, {additional} more: {}", text_of(&error));
+        assert_eq!(answers.last(), Some(&2), "the source hears of it, {additional} more");
+        for taker in takers {
+            let taken = taker.look();
+            assert_eq!((taken.state, taken.loaded.as_ref()), (Some(DeviceState::Running), None));
+            assert_eq!(taken.resets, 1, "it was reset");
+        }
     }
 }
 
@@ -162,12 +207,15 @@ fn assert_refused_within(limits: PeerLimits, first: Vec<Vec<u8>>, words: &str) {
 fn c35_pieces_in_any_order_are_written_in_theirs() {
     for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
         let mixed = order.map(|index: usize| pieces()[index].clone());
-        let (received, takers, _) = receive(true, conversation(state_messages(mixed)), PeerLimits::default());
-        assert_eq!(received.unwrap().device_bytes, 24);
-        for taker in takers {
-            let taken = taker.look();
-            assert_eq!(taken.loaded.as_deref(), Some(b"abcdefghijkl".as_slice()));
-            assert_eq!((taken.state, taken.resets), (Some(DeviceState::Stop), 0));
+        for additional in [0, 2] {
+            let said = conversation(state_messages(mixed.clone()));
+            let (received, takers, _) = receive_over(additional, true, said, PeerLimits::default());
+            assert_eq!(received.unwrap().device_bytes, 24);
+            for taker in takers {
+                let taken = taker.look();
+                assert_eq!(taken.loaded.as_deref(), Some(b"abcdefghijkl".as_slice()));
+                assert_eq!((taken.state, taken.resets), (Some(DeviceState::Stop), 0));
+            }
         }
     }
 }
