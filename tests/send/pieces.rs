@@ -184,13 +184,13 @@ fn text_of(error: &dyn Error) -> String {
 }
 
 /// Checks that pieces are refused with these words, and that no device keeps any of a state.
-fn assert_refused(first: Vec<Vec<u8>>, words: &str) {
-    assert_refused_within(PeerLimits::default(), first, words);
+fn assert_refused(first: &[Vec<u8>], words: &str) {
+    assert_refused_within(&PeerLimits::default(), first, words);
 }
 
-fn assert_refused_within(limits: PeerLimits, first: Vec<Vec<u8>>, words: &str) {
+fn assert_refused_within(limits: &PeerLimits, first: &[Vec<u8>], words: &str) {
     for additional in [0, 2] {
-        let said = conversation(first.clone());
+        let said = conversation(first.to_vec());
         let (received, takers, answers) = receive_over(additional, true, said, limits.clone());
         let error = received.unwrap_err();
         assert!(text_of(&error).contains(words), "{words}, {additional} more: {}", text_of(&error));
@@ -224,7 +224,7 @@ fn c35_pieces_in_any_order_are_written_in_theirs() {
 fn pieces_dropped_doubled_too_far_ahead_or_after_the_end_are_refused() {
     let [a, b, c] = <[Piece; 3]>::try_from(pieces()).ok().unwrap();
     let refused = |pieces: &[&Piece], words| {
-        assert_refused(state_messages(pieces.iter().map(|&piece| piece.clone())), words);
+        assert_refused(&state_messages(pieces.iter().map(|&piece| piece.clone())), words);
     };
     refused(&[&a, &c], "Piece 1 of device \"dev0\" never came");
     refused(&[&a, &b], "Piece 2 of device \"dev0\" never came");
@@ -243,7 +243,7 @@ fn pieces_dropped_doubled_too_far_ahead_or_after_the_end_are_refused() {
 #[test]
 fn pieces_of_another_device_version_session_or_place_are_refused() {
     let [a, b, _] = <[Piece; 3]>::try_from(pieces()).ok().unwrap();
-    let refused = |pieces: &[Piece], words| assert_refused(state_messages(pieces.iter().cloned()), words);
+    let refused = |pieces: &[Piece], words| assert_refused(&state_messages(pieces.iter().cloned()), words);
     refused(&[Piece { device: 2, ..a.clone() }], "Piece is of device 2, and 2 devices listed");
     refused(&[Piece { device: 1, ..a.clone() }], "Piece 0 of device \"dev1\" came twice");
     refused(&[Piece { version: 4, ..a.clone() }], "has stream version 4 and should have 3");
@@ -254,7 +254,7 @@ fn pieces_of_another_device_version_session_or_place_are_refused() {
 #[test]
 fn pieces_cut_flipped_or_too_long_are_refused() {
     let whole = payload(&pieces()[0]);
-    let refused = |payload: &[u8], words| assert_refused(vec![message(DEVICE_STATE, payload)], words);
+    let refused = |payload: &[u8], words| assert_refused(&[message(DEVICE_STATE, payload)], words);
     refused(&whole[..31], "has 31 bytes, fewer than its head of 32");
     refused(&whole[..35], "has checksum");
     for at in [0, 5, 9, 17, 25, 29, 33] {
@@ -272,7 +272,7 @@ fn pieces_cut_flipped_or_too_long_are_refused() {
 fn pieces_that_wait_are_bounded_in_bytes() {
     let waiting = state_messages((1..10).map(|index| Piece { index, ..pieces()[0].clone() }));
     let limits = PeerLimits { device_queue_bytes: 4 * 36, ..PeerLimits::default() };
-    assert_refused_within(limits, waiting, "more than 144 bytes (PeerLimits::device_queue_bytes)");
+    assert_refused_within(&limits, &waiting, "more than 144 bytes (PeerLimits::device_queue_bytes)");
 }
 
 #[test]
@@ -284,7 +284,7 @@ fn a_stream_is_bounded_in_bytes_and_in_how_often_it_begins() {
         let mut pieces = [pieces(), vec![longer.clone()]].concat();
         pieces[2].last = false;
         let pieces = order.map(|index: usize| pieces[index].clone());
-        assert_refused_within(limits.clone(), state_messages(pieces), words);
+        assert_refused_within(&limits, &state_messages(pieces), words);
     }
     let begun = |times: u32| {
         let sessions = (1..=times).map(|session| Piece { session: session * 5, ..pieces()[0].clone() });
@@ -314,7 +314,7 @@ fn another_session_begins_the_device_anew() {
     assert_eq!((taken.loaded.as_deref(), taken.resets), (Some(b"abcdefghijkl".as_slice()), 1));
     let mut old = state_messages([Piece { session: 2, ..pieces()[0].clone() }]);
     old.extend(state_messages([pieces()[1].clone()]));
-    assert_refused(old, "is of session 1, and session 2 has begun");
+    assert_refused(&old, "is of session 1, and session 2 has begun");
 }
 
 #[test]
