@@ -13,7 +13,7 @@ use std::time::Duration;
 use vfio_migration::transfer::connection::{Connection, Listener};
 use vfio_migration::transfer::limits::PeerLimits;
 use vfio_migration::transfer::receive::{
-    Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
+    Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver, ReceiverHandle,
 };
 use vfio_migration::transfer::url::Endpoint;
 use vfio_migration::vm::VmError;
@@ -179,9 +179,25 @@ pub(crate) fn receive_on_tcp<T: Send>(
     source: impl FnOnce(&Listener) -> T + Send,
 ) -> (Result<Received, ReceiveError>, T) {
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let receiver = Receiver::new(limits, None);
+    let ending = StopOnPanic(receiver.handle());
     thread::scope(|scope| {
-        let source = scope.spawn(|| source(&listener));
-        let received = Receiver::new(limits, None).receive(&listener, vmm);
+        let source = scope.spawn(|| {
+            let _ending = ending;
+            source(&listener)
+        });
+        let received = receiver.receive(&listener, vmm);
         (received, source.join().unwrap())
     })
+}
+
+/// Ends a receiver that would wait for a source which has panicked.
+struct StopOnPanic(ReceiverHandle);
+
+impl Drop for StopOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let _it_may_be_too_late = self.0.stop();
+        }
+    }
 }

@@ -168,7 +168,7 @@ fn a_caller_has_its_time_and_no_more_however_slowly_it_speaks() {
             let _ = stranger.write_all(&[byte]);
         }
         closed_after(&mut stranger);
-        assert!(begun.elapsed() < 3 * SECOND, "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < 20 * SECOND, "{:?}", begun.elapsed());
         let mut main = Peer::to(listener);
         main.begin();
         main.end();

@@ -146,11 +146,20 @@ impl<'env> Acceptor<'env> {
                 let _ = first.send(Source { connection, entry, first: request });
                 Ok(())
             }
-            Err(error) => {
-                refuse_and_close(connection, self.context.limits.linger);
-                Err(error)
+            Err(reason) => {
+                self.refuse(connection, &reason);
+                Ok(())
             }
         }
+    }
+
+    /// Rejects a caller that is told so. It is counted first: until it hears that, and goes, the migration may be over.
+    fn refuse(self, connection: Connection, reason: &Reason) {
+        let Context { gate, connections, limits, .. } = self.context;
+        if !gate.is_over() && !connections.is_stopped() {
+            self.rejections.count(connection.peer(), reason);
+        }
+        refuse_and_close(connection, limits.linger);
     }
 
     /// Begins the migration with a caller that sent Start, of whatever version.
@@ -167,14 +176,21 @@ impl<'env> Acceptor<'env> {
         let role = role.map_err(|source| ReceiveError::Frame { part: Part::Role, source })?;
         connection.end_at(None);
         if !entry.announce(self.callers) {
-            refuse_and_close(connection, self.context.limits.linger);
-            return Err(Reason::Crowd { callers: self.callers });
+            self.refuse(connection, &Reason::Crowd { callers: self.callers });
+            return Ok(());
         }
-        match role {
-            ConnectionRole::PrecopyMemory => additional::serve(connection, entry, self.context)?,
+        let served = match role {
+            ConnectionRole::PrecopyMemory => additional::serve(connection, entry, self.context),
             // No stranger has a certificate.
-            ConnectionRole::Fault if self.tls.is_some() => self.context.gate.fail(ReceiveError::Postcopy),
-            ConnectionRole::Fault => additional::keep_fault(connection, self.context)?,
+            ConnectionRole::Fault if self.tls.is_some() => {
+                self.context.gate.fail(ReceiveError::Postcopy);
+                Ok(())
+            }
+            ConnectionRole::Fault => additional::keep_fault(connection, self.context),
+        };
+        if let Err(stranger) = served {
+            let (connection, error) = *stranger;
+            self.refuse(connection, &error.into());
         }
         Ok(())
     }

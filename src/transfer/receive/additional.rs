@@ -19,12 +19,12 @@ use crate::transfer::frame::{Command, Request, Response, Status};
 ///
 /// # Errors
 /// What came first is not a message of an additional connection: the caller is a stranger, such as another source that sends
-/// Start. It gets an Error, and the migration goes on.
+/// Start. It is still to be refused, and the migration goes on.
 pub(super) fn serve(
     mut connection: Connection,
     entry: Entry,
     context: Context<'_>,
-) -> Result<(), ReceiveError> {
+) -> Result<(), Box<(Connection, ReceiveError)>> {
     let Context { gate, limits, .. } = context;
     let first = match next_request(&mut connection, context) {
         Ok(Some(first)) => first,
@@ -32,10 +32,7 @@ pub(super) fn serve(
             connection.close(Duration::ZERO);
             return Ok(());
         }
-        Err(error) => {
-            refuse_and_close(connection, limits.linger);
-            return Err(error);
-        }
+        Err(error) => return Err(Box::new((connection, error))),
     };
     entry.admit();
     let mut under_way = None;
@@ -59,8 +56,11 @@ pub(super) fn serve(
 /// Keeps a connection for page faults, which anybody can open, until State shows whether the source waits on it.
 ///
 /// # Errors
-/// The peer sends something before it is asked to, so it is a stranger.
-pub(super) fn keep_fault(mut connection: Connection, context: Context<'_>) -> Result<(), ReceiveError> {
+/// The peer sends something before it is asked to, so it is a stranger, and still to be refused.
+pub(super) fn keep_fault(
+    mut connection: Connection,
+    context: Context<'_>,
+) -> Result<(), Box<(Connection, ReceiveError)>> {
     let fault = context.gate.enter_fault();
     let said = next_request(&mut connection, context);
     drop(fault);
@@ -69,8 +69,7 @@ pub(super) fn keep_fault(mut connection: Connection, context: Context<'_>) -> Re
         Ok(Some(request)) => ReceiveError::OutOfOrder { command: request.command(), step: Step::Config },
         Err(error) => error,
     };
-    refuse_and_close(connection, context.limits.linger);
-    Err(error)
+    Err(Box::new((connection, error)))
 }
 
 /// Takes Memory, `first` first, until the source closes the connection or the migration is over.
