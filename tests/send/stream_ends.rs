@@ -24,7 +24,7 @@ fn after_an_outcome_in_doubt_the_states_are_read_anew_for_a_save_and_for_a_plain
         let machine = source(&vm, &[&state], |_, _| ());
         let (_takers, devices) = takers(1);
         let mut vmm = Vmm::new(devices);
-        vmm.completing = Duration::from_secs(2);
+        vmm.completing = Duration::from_millis(600);
         let (sent, _received) = moves(&mut vm, &machine, &mut vmm, |options| {
             let limits = PeerLimits { complete_timeout: Duration::from_millis(100), ..PeerLimits::default() };
             options.limits(limits).downtime(DOWNTIME)

@@ -68,7 +68,7 @@ pub fn migrate(
     let listener = Listener::bind(&any_port).expect("the loopback interface has a free port");
     let options = SendOptions::new(listener.url().clone())
         .downtime(Duration::from_millis(moving.downtime_ms))
-        .timeout(Duration::from_secs(60))
+        .timeout(Duration::from_secs(moving.timeout_s))
         .rate_limit(Some(moving.bytes_per_second))
         .expect("a limit that lets something through")
         .connections(ConnectionCount::new(moving.connections).expect("1 to 128"))

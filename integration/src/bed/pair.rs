@@ -63,12 +63,14 @@ pub struct Moving {
     pub bytes_per_second: u64,
     /// Connections, for a VM that moves within this process; between two there is one.
     pub connections: u64,
+    /// Seconds until it is given up.
+    pub timeout_s: u64,
 }
 
 impl Default for Moving {
     /// As befits the emulated machine.
     fn default() -> Self {
-        Self { downtime_ms: 700, bytes_per_second: 4 << 20, connections: 1 }
+        Self { downtime_ms: 700, bytes_per_second: 4 << 20, connections: 1, timeout_s: 90 }
     }
 }
 
@@ -141,12 +143,13 @@ impl Pair {
         self.source.send(&Command::Migrate {
             url,
             downtime_ms,
-            timeout_s: 90,
+            timeout_s: moving.timeout_s,
             bandwidth_bytes_per_s,
             insist: false,
             sparse: false,
         })?;
-        let figures = self.wait(Who::Source, |event| match event {
+        let deadline = Instant::now() + PATIENCE + Duration::from_secs(moving.timeout_s);
+        let figures = self.wait_until(deadline, Who::Source, |event| match event {
             Event::Migrated(figures) => Some(figures),
             _ => None,
         })?;
@@ -206,7 +209,15 @@ impl Pair {
 
     /// Waits for the event that `wanted` takes; the process may tell other things before it.
     fn wait<T>(&mut self, from: Who, wanted: impl Fn(Event) -> Option<T>) -> anyhow::Result<T> {
-        let deadline = Instant::now() + PATIENCE;
+        self.wait_until(Instant::now() + PATIENCE, from, wanted)
+    }
+
+    fn wait_until<T>(
+        &mut self,
+        deadline: Instant,
+        from: Who,
+        wanted: impl Fn(Event) -> Option<T>,
+    ) -> anyhow::Result<T> {
         loop {
             if let Some(answer) = wanted(self.next(from, deadline)?) {
                 return Ok(answer);

@@ -132,7 +132,7 @@ fn move_large_states(mib: u64) {
     let Some(edus) = bed.two("states that go ahead", "edu_vfio") else { return };
     let bytes = mib << 20;
     let _padding = Parameter::fixture("state_padding", &bytes.to_string()).unwrap();
-    let moving = Moving { bytes_per_second: 1 << 30, ..Moving::default() };
+    let moving = Moving { bytes_per_second: 1 << 30, timeout_s: 1200, ..Moving::default() };
     let (figures, taken) = move_with(&setups(mdevs, Some(edus)), moving);
     let device = &figures.device;
     let in_downtime = device.state_bytes - device.precopy_bytes;
