@@ -70,7 +70,7 @@ pub struct Moving {
 impl Default for Moving {
     /// As befits the emulated machine.
     fn default() -> Self {
-        Self { downtime_ms: 700, bytes_per_second: 4 << 20, connections: 1, timeout_s: 90 }
+        Self { downtime_ms: 700, bytes_per_second: 8 << 20, connections: 1, timeout_s: 90 }
     }
 }
 
