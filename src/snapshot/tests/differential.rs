@@ -328,6 +328,36 @@ fn by_page(ranges: &[GpaRange]) -> Vec<GpaRange> {
     ranges.iter().flat_map(|range| range.pieces(page())).collect()
 }
 
+/// The blocks of a chain make up the guest: each byte of its RAM is in one part of one block, and found by its address.
+fn assert_blocks(chain: &SnapshotChain, guest: &Guest) {
+    let blocks = ChainBlocks::of(chain, guest.ranges.iter().copied()).unwrap();
+    let (mut parts, mut bytes) = (Vec::new(), Vec::new());
+    for number in 0..blocks.count() {
+        bytes.clear();
+        blocks.read(number, &mut bytes).unwrap();
+        for part in blocks.parts(number) {
+            let expected = guest.bytes(part.range);
+            if blocks.is_zeros(number) {
+                assert!(expected.iter().all(|&byte| byte == 0), "zeros at {}", part.range);
+            } else {
+                assert!(
+                    bytes[index(part.at)..][..expected.len()] == expected,
+                    "block {number}, {}",
+                    part.range
+                );
+            }
+            let mut read = vec![1; expected.len()];
+            chain.read(part.range, &mut read).unwrap();
+            assert!(read == expected, "{} as the chain reads it", part.range);
+            assert!(blocks.holding(part.range).any(|found| found == number));
+            parts.push(part.range);
+        }
+    }
+    parts.sort_unstable();
+    assert!(parts.windows(2).all(|pair| pair[0].end() <= pair[1].start()), "a byte is in two blocks");
+    assert_eq!(by_page(&parts), by_page(&guest.ranges));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(8))]
 
@@ -373,6 +403,8 @@ proptest! {
             assert_clean(&next);
             paths.push(next);
         }
+        let read = chain(&paths);
+        assert_blocks(&read, &guest);
         let applied = path("applied".into());
         let whole = apply(&chain(&paths), &applied, &SnapshotLimits::default()).unwrap();
         let taken = path("taken".into());
