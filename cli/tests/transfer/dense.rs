@@ -10,7 +10,8 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
     BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
@@ -29,6 +30,8 @@ const FOR_NO_TIME: Duration = Duration::ZERO;
 pub(crate) struct Faults {
     /// The disk reads nothing of files of this name any more.
     pub(crate) unreadable: Mutex<Option<&'static str>>,
+    /// The disk answers no read of files of this name, for as long as it says so.
+    pub(crate) hangs: Mutex<Option<&'static str>>,
     /// A directory that is moved is answered with an error, though it was moved.
     pub(crate) denies_moves: AtomicBool,
 }
@@ -128,6 +131,15 @@ impl Passing {
         let unreadable = *self.faults.unreadable.lock().unwrap();
         if unreadable.is_some_and(|name| self.path(inode).is_ok_and(|path| path.ends_with(name))) {
             return Err(io::Error::from_raw_os_error(rustix::io::Errno::IO.raw_os_error()));
+        }
+        let is_hung = || {
+            let hangs = *self.faults.hangs.lock().unwrap();
+            hangs.is_some_and(|name| self.path(inode).is_ok_and(|path| path.ends_with(name)))
+        };
+        // A test that has failed waits for nothing.
+        let began = Instant::now();
+        while is_hung() && began.elapsed() < Duration::from_secs(60) {
+            thread::sleep(Duration::from_millis(10));
         }
         let file = self.file(handle).ok_or(io::ErrorKind::NotFound)?;
         let mut buffer = vec![0; usize::try_from(bytes).unwrap()];

@@ -78,7 +78,7 @@ impl Running {
 }
 
 /// Takes all up to State, which is left unanswered.
-fn take_state(vmm: &Vmm) -> (Line, Faults) {
+pub(crate) fn take_state(vmm: &Vmm) -> (Line, Faults) {
     let mut line = vmm.accept();
     assert!(line.answer_until(CONFIG));
     line.answer(OK);

@@ -3,6 +3,7 @@
 //! When a sender on demand ends, and what it leaves to the receiver then.
 
 use super::*;
+use crate::dense::Dense;
 
 #[test]
 fn a_receiver_that_has_asked_for_everything_may_ask_again_for_as_long_as_it_does() {
@@ -67,4 +68,29 @@ fn what_is_zero_of_virtio_mem_takes_up_no_memory() {
     assert!(passed.memory() == stored, "memory differs");
     let most = whole + (RAM - whole) / 4;
     assert!((whole..most).contains(&passed.allocated()), "{} bytes", passed.allocated());
+}
+
+#[test]
+fn a_second_signal_ends_a_vm_whose_disk_answers_no_read() {
+    let Some(dense) = Dense::mount() else { return };
+    let place = Place::within(dense.path());
+    let from = place.stored("from", 1);
+    let local = Place::new();
+    let (vmm, mut tool) = begin(&local, &[&from], &["--on-demand"]);
+    let (mut line, mut faults) = take_state(&vmm);
+    assert_eq!(faults.ask(0, PAGE), Some(OK));
+    *dense.faults.hangs.lock().unwrap() = Some(MEMORY_FILE);
+    line.answer(OK);
+    assert_eq!(line.next(), Some(COMPLETE));
+    line.answer(OK);
+    // A page that the guest waits for, and that nobody can read.
+    let range = [(60u64 << 20).to_le_bytes(), PAGE.to_le_bytes()].concat();
+    faults.0.write_all(&message(PAGE_FAULT, &range)).unwrap();
+    tool.signal("-TERM");
+    assert!(!tool.ends_within(Duration::from_millis(500)), "the first signal waits");
+    signal_until_closed(&mut faults, &tool);
+    assert!(line.passed.read(0, &mut [0; 4096]).is_err(), "memory was left to the receiver");
+    // The VM has ended. The kernel keeps a process for as long as a FUSE server has a read of it.
+    *dense.faults.hangs.lock().unwrap() = None;
+    assert_eq!(tool.end().code, Some(130));
 }
