@@ -27,10 +27,6 @@ pub struct DeviceSet(());
     reason = "the signatures are those of the set with devices"
 )]
 impl DeviceSet {
-    pub(crate) fn start_precopy(&mut self) -> Result<(), DeviceSetError> {
-        Ok(())
-    }
-
     pub(crate) fn stop(&mut self) -> Result<(), DeviceSetError> {
         Ok(())
     }
