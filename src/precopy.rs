@@ -19,6 +19,8 @@ mod reason;
 
 use std::time::Duration;
 
+use crate::units::Bytes;
+
 pub use forecast::{Blame, Forecast, SourceRate};
 pub use reason::{CancelReason, Obstacle};
 
@@ -71,6 +73,17 @@ pub enum DeviceLeft {
     Unknown,
 }
 
+/// Bytes of a device that has state to be read before it is stopped, and does not tell how much.
+pub const UNTOLD_BYTES: u64 = 1;
+
+/// Bytes of device state, for people.
+fn initial(bytes: u64) -> String {
+    match bytes {
+        UNTOLD_BYTES => "device state of a size that nobody tells".to_owned(),
+        bytes => format!("{} of device state", Bytes(bytes)),
+    }
+}
+
 impl DeviceLeft {
     /// Bytes, where they are known at least roughly.
     pub fn bytes(self) -> Option<u64> {
@@ -105,7 +118,7 @@ pub struct Observation {
     /// Bytes of it per second that both ends can process, whatever the connections carry; 0 for no limit of their
     /// own.
     pub state_rate: u64,
-    /// Device state that its devices want read before they are stopped.
+    /// Device state that its devices want read before they are stopped; [`UNTOLD_BYTES`] where they do not tell how much.
     pub device_initial_bytes: u64,
     /// Of the device state that the downtime would carry, what further rounds may bring before.
     pub device_early_bytes: u64,

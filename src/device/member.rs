@@ -22,6 +22,7 @@ use super::{
     next_state,
 };
 use crate::error::Chain;
+use crate::precopy::UNTOLD_BYTES;
 
 /// State size assumed for a device that fails to report it: so large that no downtime limit is met by mistake.
 pub const UNKNOWN_STATE_BYTES: u64 = 100 << 30;
@@ -332,7 +333,8 @@ impl Device {
             true => self.is_unsettled(),
             false => self.stream.is_short_of_first_pause(),
         };
-        self.size.precopy().map_or_else(|| untold().into(), |info| info.initial_bytes)
+        let untold_bytes = || if untold() { UNTOLD_BYTES } else { 0 };
+        self.size.precopy().map_or_else(untold_bytes, |info| info.initial_bytes)
     }
 
     fn check_limit(&self, estimate: Estimate) -> Result<(), DeviceFailure> {

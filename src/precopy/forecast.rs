@@ -152,7 +152,7 @@ impl fmt::Display for Forecast {
             Self::Converges { in_ms: 0 } => f.write_str("ready to switch over"),
             Self::Converges { in_ms } => write!(f, "switches over in about {} s", in_ms.div_ceil(1000)),
             Self::AwaitsDevices { initial_bytes } => {
-                write!(f, "waits for {} of device state to be read", Bytes(*initial_bytes))
+                write!(f, "waits for {} to be read", super::initial(*initial_bytes))
             }
             Self::Stuck(blame) => write!(f, "does not converge: {blame}"),
         }

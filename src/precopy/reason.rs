@@ -64,7 +64,7 @@ pub enum Obstacle {
         bytes: u64,
     },
     /// Devices had state left that they want read before they are stopped.
-    #[display("{} of device state were to be read before the devices stop", Bytes(*bytes))]
+    #[display("{} was to be read before the devices stop", super::initial(*bytes))]
     InitialBytes {
         /// Its bytes.
         bytes: u64,

@@ -275,6 +275,10 @@ fn a_device_state_that_alone_exceeds_the_limit_ends_precopy_before_the_timeout()
         );
         let forecast = Forecast::new(&policy, &streams, &[], "net0");
         assert_eq!(forecast, Forecast::AwaitsDevices { initial_bytes: 32 << 20 });
+        let untold =
+            Observation { device: DeviceLeft::Unknown, device_initial_bytes: UNTOLD_BYTES, ..heavy() };
+        let forecast = Forecast::new(&policy, &untold, &[], "net0").to_string();
+        assert_eq!(forecast, "waits for device state of a size that nobody tells to be read");
         let late = Observation { device_early_bytes: 8 << 20, ..heavy() };
         assert_ne!(policy.decide(&late), Decision::Continue, "what cannot go ahead does not fit");
     }
@@ -375,7 +379,7 @@ fn c47_a_timeout_says_what_it_waited_for() {
     assert_eq!(reason(busy), Obstacle::Memory { bytes: GIB });
     assert_eq!(
         CancelReason::OutOfRounds { max_rounds: 9, obstacle: reason(initial) }.to_string(),
-        "not converged within 9 rounds: 3.0 GiB of device state were to be read before the devices stop"
+        "not converged within 9 rounds: 3.0 GiB of device state was to be read before the devices stop"
     );
 }
 
