@@ -127,8 +127,9 @@ fn c47_initial_bytes_beyond_the_limit_of_a_state_in_state_are_streamed() {
     }
 }
 
-/// A device that tells no sizes, as one behind vfio-user, and changes its state while it runs.
+/// A device that changes its state while it runs; and tells no sizes, as one behind vfio-user, or all of them.
 struct Busy {
+    tells: bool,
     state: DeviceState,
     bytes: u64,
     left: u64,
@@ -140,8 +141,19 @@ impl Busy {
     fn device(bytes: usize, changes_per_second: u64) -> Device {
         let bytes = bytes as u64;
         let state = DeviceState::Running;
-        let io = Self { state, bytes, left: bytes, changes_per_second, looked: Instant::now() };
-        Device::new("dev0", Box::new(io)).kind("fake").state_limit(usize::try_from(bytes).unwrap())
+        let looked = Instant::now();
+        Self { tells: false, state, bytes, left: bytes, changes_per_second, looked }.into_device()
+    }
+
+    fn telling(bytes: usize) -> Device {
+        let (bytes, state) = (bytes as u64, DeviceState::Running);
+        Self { tells: true, state, bytes, left: bytes, changes_per_second: 0, looked: Instant::now() }
+            .into_device()
+    }
+
+    fn into_device(self) -> Device {
+        let bytes = self.bytes;
+        Device::new("dev0", Box::new(self)).kind("fake").state_limit(usize::try_from(bytes).unwrap())
     }
 
     /// Takes in what has changed.
@@ -191,11 +203,12 @@ impl DeviceIo for Busy {
     }
 
     fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
-        Ok(None)
+        self.look();
+        Ok(self.tells.then_some(PrecopyInfo { initial_bytes: 0, dirty_bytes: self.left }))
     }
 
     fn data_size(&mut self) -> Result<Option<u64>, DeviceError> {
-        Ok(None)
+        Ok(self.tells.then_some(self.bytes))
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
@@ -236,4 +249,17 @@ fn c47_a_device_that_changes_its_state_as_fast_as_it_is_read_is_named_in_the_for
     let forecast = &sent.progress.forecast;
     assert!(matches!(forecast, Forecast::Stuck(_)) && forecast.to_string().contains("dev0"), "{forecast}");
     assert!(sent.device_downtimes[0].bytes >= bytes as u64, "{:?}", sent.device_downtimes);
+}
+
+#[test]
+fn state_that_the_next_rounds_bring_is_no_reason_to_give_up() {
+    let mut vm = FakeVm::new(5);
+    let machine = vm.machine();
+    // Three quarters of a second of it, and none of it has to be read early.
+    machine.devices.lock().unwrap().add(Busy::telling(48 * MIB)).unwrap();
+    let (_takers, devices) = takers(1);
+    let (sent, _received) = moves(&mut vm, &machine, &mut Vmm::new(devices), |options| options);
+    let sent = sent.unwrap();
+    assert_eq!(sent.device_state_bytes, 48 * MIB as u64);
+    assert!(sent.device_precopy_bytes > 24 * MIB as u64, "{sent:?}");
 }
