@@ -5,11 +5,11 @@
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-use super::ahead::Ahead;
 use super::asked::Asked;
 use super::error::LocalSendError;
 use super::handle::LocalSenderHandle;
 use super::memory::VmMemory;
+use super::prefetch::Prefetch;
 use super::supply::Supply;
 use crate::range::GpaRange;
 use crate::transfer::connection::{Connection, Head};
@@ -30,7 +30,7 @@ pub(super) struct FaultServer<'a> {
     connection: Connection,
     supply: &'a Supply<'a>,
     memory: &'a VmMemory,
-    ahead: &'a Ahead,
+    prefetch: &'a Prefetch,
     handle: &'a LocalSenderHandle,
     asked: Asked,
     /// The receiver has all memory.
@@ -51,11 +51,11 @@ impl<'a> FaultServer<'a> {
     pub(super) fn new(
         connection: Connection,
         (supply, memory): (&'a Supply<'a>, &'a VmMemory),
-        ahead: &'a Ahead,
+        prefetch: &'a Prefetch,
         handle: &'a LocalSenderHandle,
         asked: Asked,
     ) -> Self {
-        Self { connection, supply, memory, ahead, handle, asked, is_over: false }
+        Self { connection, supply, memory, prefetch, handle, asked, is_over: false }
     }
 
     /// Answers until the receiver has asked for everything, or closes the connection. Returns how many pages it never asked for,
@@ -77,7 +77,7 @@ impl<'a> FaultServer<'a> {
         let mut scratch = Vec::new();
         let mut silent_since = None;
         loop {
-            if self.ahead.has_ended() || self.handle.is_aborted() {
+            if self.prefetch.has_ended() || self.handle.is_aborted() {
                 return Ok(());
             }
             match self.connection.await_head::<HEADER_BYTES>(TICK) {
@@ -132,16 +132,16 @@ impl<'a> FaultServer<'a> {
         self.handle.note_asked(place.fresh_bytes);
         if !self.supply.has(page) {
             let bring = || self.supply.bring(page, scratch);
-            self.ahead.serve(page, bring).map_err(LocalSendError::Fill)?;
+            self.prefetch.serve(page, bring).map_err(LocalSendError::Fill)?;
         }
         let answer = Response::new(Status::Ok).to_bytes();
         if self.connection.write_all(&answer).is_err() {
             return Ok(None);
         }
         if place.at_cursor {
-            self.supply.holding(page).next().into_iter().for_each(|number| self.ahead.skip_to(number));
-        } else if place.is_jump || page.start().is_multiple_of(super::ahead::NEAR_BYTES) {
-            self.ahead.note_fault(page.end());
+            self.supply.holding(page).next().into_iter().for_each(|number| self.prefetch.skip_to(number));
+        } else if place.is_jump || page.start().is_multiple_of(super::prefetch::NEAR_BYTES) {
+            self.prefetch.note_fault(page.end());
         }
         Ok(Some(place.is_jump))
     }
@@ -166,7 +166,7 @@ impl<'a> FaultServer<'a> {
     }
 
     fn take_away(&self) {
-        self.ahead.end();
+        self.prefetch.end();
         if let Err(error) = self.memory.take_away() {
             log::error!("Cannot take the memory away from the receiver: {error}");
         }

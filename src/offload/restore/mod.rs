@@ -3,11 +3,10 @@
 //! Hands a stored VM to a VMM that waits on this host: its memory in memfds, each as a descriptor.
 //!
 //! - `memory`, `fill`: the memfds, and filling them before the VM is handed over;
-//! - `on_demand`: handing it over first (postcopy); `faults` answers the receiver's requests for pages (`asked`, `latency`), `ahead` is
-//!   the prefetch: it decides which block is read next; `supply` reads, checks and writes each block once, for both;
+//! - `on_demand`: handing it over first (postcopy); `faults` answers the receiver's requests for pages (`asked`, `latency`), `prefetch`
+//!   decides which block is read next; `supply` reads, checks and writes each block once, for both;
 //! - `exchange`, `handle`, `error`: requests and answers, what other threads see, what can go wrong.
 
-mod ahead;
 mod asked;
 mod error;
 mod exchange;
@@ -17,6 +16,7 @@ mod handle;
 mod latency;
 mod memory;
 mod on_demand;
+mod prefetch;
 mod supply;
 
 use std::fmt;

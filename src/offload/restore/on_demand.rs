@@ -7,13 +7,13 @@ use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use super::LocalSender;
-use super::ahead::Ahead;
 use super::asked::Asked;
 use super::error::LocalSendError;
 use super::exchange::Exchange;
 use super::faults::FaultServer;
 use super::handle::Hold;
 use super::memory::VmMemory;
+use super::prefetch::Prefetch;
 use super::supply::Supply;
 use crate::range::{GpaRange, subtract};
 use crate::snapshot::{ChainBlocks, parallel};
@@ -46,20 +46,20 @@ impl LocalSender {
         announced.map_err(|source| LocalSendError::Line { command: Command::PageFault, source })?;
         self.handle.hold_on(Hold { memory: memory.clone(), faults: connection.handle() });
         let asked = Asked::nothing(self.asked_for());
-        let ahead = Ahead::default();
-        let server = FaultServer::new(connection, (&supply, memory), &ahead, &self.handle, asked);
+        let prefetch = Prefetch::default();
+        let server = FaultServer::new(connection, (&supply, memory), &prefetch, &self.handle, asked);
         thread::scope(|scope| {
             let start = self.options.snapshot_limits.thread_start;
             let serving = start.spawn_scoped(scope, "restore-faults", || server.serve());
             let serving = serving.map_err(LocalSendError::Thread)?;
             for _ in 0..parallel::processors() {
-                let work = || ahead.work(&supply);
-                if let Err(error) = start.spawn_scoped(scope, "restore-ahead", work) {
-                    log::warn!("Cannot start a thread that writes ahead: {error}");
+                let work = || prefetch.work(&supply);
+                if let Err(error) = start.spawn_scoped(scope, "restore-prefetch", work) {
+                    log::warn!("Cannot start a thread that writes prefetch: {error}");
                 }
             }
-            let served = self.hand_over(exchange, &ahead, serving);
-            ahead.end();
+            let served = self.hand_over(exchange, &prefetch, serving);
+            prefetch.end();
             // All is decided: it has its memory, or lost it.
             self.handle.let_go();
             served
@@ -85,7 +85,7 @@ impl LocalSender {
     fn hand_over(
         &self,
         exchange: &mut Exchange<'_>,
-        ahead: &Ahead,
+        prefetch: &Prefetch,
         serving: ScopedJoinHandle<'_, Result<u64, LocalSendError>>,
     ) -> Result<u64, LocalSendError> {
         let result = |serving: ScopedJoinHandle<'_, _>| {
@@ -94,11 +94,11 @@ impl LocalSender {
         let prepared = exchange
             .ask(Command::State, self.chain.state().text())
             .and_then(|()| self.await_first_fault(|| serving.is_finished()))
-            .and_then(|()| if ahead.has_ended() { Err(self.gone()) } else { Ok(()) })
+            .and_then(|()| if prefetch.has_ended() { Err(self.gone()) } else { Ok(()) })
             .and_then(|()| self.handle.pass_the_point_of_no_return());
         if let Err(error) = prepared {
             exchange.abandon();
-            ahead.end();
+            prefetch.end();
             // What ended the requests for pages is why State was refused, if anything did.
             return Err(match result(serving) {
                 Err(cause) if !matches!(cause, LocalSendError::Gone { .. }) => cause,
@@ -107,11 +107,11 @@ impl LocalSender {
         }
         let completed = exchange.ask(self.complete(), &[]);
         if matches!(completed, Err(LocalSendError::Refused { .. })) {
-            ahead.end();
+            prefetch.end();
         } else if !self.handle.is_aborted() {
             // Where it is not known whether the VM runs, it is served as if it did.
             self.handle.note_handed_over();
-            ahead.hand_over();
+            prefetch.hand_over();
         }
         let served = result(serving);
         match (completed, served) {

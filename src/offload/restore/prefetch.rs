@@ -31,7 +31,7 @@ const TICK: Duration = Duration::from_millis(1);
 
 /// What is to be brought next, by any number of threads.
 #[derive(Debug, Default)]
-pub(super) struct Ahead {
+pub(super) struct Prefetch {
     next: AtomicUsize,
     near: Mutex<VecDeque<GpaRange>>,
     /// A fault is being served.
@@ -42,7 +42,7 @@ pub(super) struct Ahead {
     ended: AtomicBool,
 }
 
-impl Ahead {
+impl Prefetch {
     /// Ends the threads.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::Release);
@@ -117,7 +117,7 @@ impl Ahead {
             && !self.has_ended()
         {
             // Whoever asks for it gets the error, unless it can be read then.
-            log::warn!("Cannot bring memory ahead: {error}");
+            log::warn!("Cannot bring memory prefetch: {error}");
         }
     }
 
