@@ -29,6 +29,9 @@ use crate::signals::{exit, stop_flag_or};
 /// How often the sender is looked at.
 const TICK: Duration = Duration::from_millis(50);
 
+/// How long a page may be waited for before that is told.
+const SLOW: Duration = Duration::from_secs(3);
+
 /// How long a sender may take to say that the VM was ended on request.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -80,7 +83,7 @@ fn watch(
         let sending =
             Builder::new().name("send".into()).spawn_scoped(scope, move || sender.send(&arguments.url));
         let sending = sending.map_err(|source| HostError::Thread { purpose: "sends", source })?;
-        let (mut asked, mut handed_over) = (false, false);
+        let (mut asked, mut handed_over, mut slow) = (false, false, false);
         while !sending.is_finished() {
             if !asked && stop.load(Ordering::Relaxed) {
                 asked = true;
@@ -91,6 +94,13 @@ fn watch(
                 handed_over = true;
                 tell_handed_over(arguments, took, output);
             }
+            let is_slow = progress.faults.waiting.is_some_and(|waiting| waiting >= SLOW);
+            if is_slow && !slow {
+                output.remark(
+                    "The VM waits for a page that cannot be read yet: does the disk of the snapshot answer?",
+                );
+            }
+            slow = is_slow;
             tell_progress(&progress, output);
             thread::sleep(TICK);
         }

@@ -173,7 +173,7 @@ fn the_handle_counts_the_faults_of_a_vm_that_is_served_on_demand() {
         // The answer comes before the count.
         wait_until(|| handle.progress().faults.served == 3);
         let progress = handle.progress().faults;
-        assert_eq!((progress.jumps, progress.asked_bytes), (2, 2 * PAGE));
+        assert_eq!((progress.jumps, progress.asked_bytes, progress.waiting), (2, 2 * PAGE, None));
         assert!(Duration::ZERO < progress.jump_median && progress.jump_median <= progress.jump_99th);
         for gpa in pages() {
             assert_eq!(faults.ask(gpa, PAGE), Some(OK));

@@ -84,6 +84,7 @@ impl<'a> FaultServer<'a> {
                 Ok(Head::Bytes(head)) => {
                     silent_since = None;
                     let began = Instant::now();
+                    self.handle.begin_fault(began);
                     match self.answer(head, &mut scratch) {
                         Ok(Some(is_jump)) => self.handle.note_fault(is_jump, began.elapsed()),
                         Ok(None) => return self.ended(),

@@ -31,6 +31,8 @@ struct Shared {
     last_page: OnceLock<Duration>,
     in_order: Latencies,
     jumps: Latencies,
+    /// When the request came that is being answered.
+    asked_at: Mutex<Option<Instant>>,
 }
 
 /// The memory of a VM that is served on demand, and the connection that it is asked for on.
@@ -86,6 +88,8 @@ pub struct FaultProgress {
     pub ahead_bytes: u64,
     /// When the last page was in memory, from the first connection on.
     pub last_page: Option<Duration>,
+    /// How long the receiver has waited for the page that it asked for last; `None` while it waits for none. The VM may stand still as long.
+    pub waiting: Option<Duration>,
 }
 
 impl LocalSenderHandle {
@@ -126,6 +130,7 @@ impl LocalSenderHandle {
             asked_bytes,
             ahead_bytes: read(&shared.present).saturating_sub(asked_bytes),
             last_page: shared.last_page.get().copied(),
+            waiting: self.asked_at().map(|asked| asked.elapsed()),
         };
         LocalSendProgress {
             ram_bytes: read(&shared.ram),
@@ -160,8 +165,19 @@ impl LocalSenderHandle {
         self.0.asked.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// A request came.
+    pub(super) fn begin_fault(&self, at: Instant) {
+        *self.asked_at() = Some(at);
+    }
+
+    /// The request was answered.
     pub(super) fn note_fault(&self, is_jump: bool, took: Duration) {
+        *self.asked_at() = None;
         if is_jump { self.0.jumps.add(took) } else { self.0.in_order.add(took) }
+    }
+
+    fn asked_at(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.0.asked_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a request was answered.
