@@ -90,7 +90,9 @@ impl<'a> Collection<'a> {
         for lent in self.reports.iter_mut().filter_map(|report| report.sink.lent.as_mut()) {
             lent.sort_unstable_by_key(|lent| lent.words().start);
         }
+        self.cursors.iter_mut().for_each(Cursor::begin_absorb);
         cpu::run(Absorb { collection: &mut self });
+        self.cursors.iter_mut().for_each(Cursor::end_absorb);
         self.reports.iter_mut().for_each(|report| report.sink.give_back(true));
     }
 }
@@ -122,6 +124,7 @@ impl Work for Absorb<'_, '_> {
             if touched == 0 {
                 continue;
             }
+            cursors.iter().for_each(|cursor| cursor.fetch(stretch, touched));
             let mut views = emptied(std::mem::take(&mut spare.views));
             let told = reports.iter().zip(attribution.iter_mut()).filter(|(report, _)| report.touched != 0);
             views.extend(told.map(|(report, attribution)| report.view(stretch, attribution)));

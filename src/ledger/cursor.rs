@@ -10,9 +10,11 @@ use crate::layout::{Layout, Region};
 use crate::range::{GpaRange, subtract};
 use crate::sys::cpu;
 
+mod recent;
 mod take;
 
-use take::Take;
+use recent::Recent;
+use take::{Take, TakeRecent};
 
 /// Pages in flight to one receiver: sorted, disjoint, coalesced ranges.
 ///
@@ -41,7 +43,15 @@ impl Chunk {
 #[derive(Debug)]
 pub(super) struct Cursor {
     pub(super) id: CursorId,
+    /// Pending pages, unless they are in `recent`: one of the two is empty. Made when it is needed first.
     pending: Bitmap,
+    recent: Recent,
+    /// Whether the collect under way goes into `recent`.
+    is_listing: bool,
+    /// Entries of `recent` that the collect under way would take; more than it takes, where words of ones become one.
+    entries: usize,
+    /// Pages of the VM's RAM.
+    ram_pages: u64,
     pending_pages: u64,
     /// Pages reported since the cursor was opened.
     dirtied: Bitmap,
@@ -79,7 +89,11 @@ impl Cursor {
     pub(super) fn new(id: CursorId, layout: &Layout) -> Self {
         Self {
             id,
-            pending: Bitmap::new(layout.words()),
+            pending: Bitmap::new(0),
+            recent: Recent::new(layout.words()),
+            is_listing: false,
+            entries: 0,
+            ram_pages: layout.pages(),
             pending_pages: 0,
             dirtied: Bitmap::new(layout.words()),
             dirtied_pages: 0,
@@ -117,6 +131,7 @@ impl Cursor {
     }
 
     pub(super) fn mark(&mut self, layout: &Layout, range: GpaRange) {
+        self.spill();
         for bits in layout.bits_of(range) {
             for (word, mask) in masks(bits) {
                 self.pending_pages += u64::from((mask & !self.pending.word(word)).count_ones());
@@ -125,25 +140,92 @@ impl Cursor {
         }
     }
 
+    /// Begins to take in what a collect brings, in ascending order.
+    pub(super) fn begin_absorb(&mut self) {
+        self.is_listing = self.pending_pages == 0 && self.recent.is_worthwhile();
+        if self.is_listing {
+            self.recent.clear();
+        } else {
+            self.spill();
+        }
+        self.entries = 0;
+    }
+
+    /// Moves the pages of the list into the bitmap.
+    fn spill(&mut self) {
+        if self.pending.blocks() == 0 {
+            self.pending = Bitmap::new(self.dirtied.blocks() * BLOCK_WORDS);
+        }
+        self.recent.move_into(&mut self.pending);
+    }
+
+    pub(super) fn end_absorb(&mut self) {
+        if !self.is_listing {
+            self.recent.learn(self.entries);
+        }
+    }
+
+    /// Fetches what absorbing these blocks of a stretch will touch: one after the other, each would be waited for.
+    #[inline(always)]
+    pub(super) fn fetch(&self, stretch: usize, mut blocks: u64) {
+        while blocks != 0 {
+            let block = stretch * WORD_BITS + blocks.trailing_zeros() as usize;
+            blocks &= blocks - 1;
+            cpu::fetch(self.dirtied.block(block));
+            if !self.is_listing {
+                cpu::fetch(self.pending.block(block));
+            }
+        }
+    }
+
     /// Makes the pages of `dirty` pending, which has some.
     #[inline(always)]
     pub(super) fn absorb_block(&mut self, block: usize, dirty: &[u64; BLOCK_WORDS]) {
-        let pending = self.pending.block_mut(block);
-        let mut pages = 0;
-        for (word, dirty) in pending.iter_mut().zip(dirty) {
-            pages += u64::from((dirty & !*word).count_ones());
-            *word |= dirty;
+        let first = block * BLOCK_WORDS;
+        if dirty.iter().fold(u64::MAX, |all, word| all & word) == u64::MAX {
+            self.list(first, BLOCK_WORDS, u64::MAX);
+        } else if self.is_listing {
+            for (index, &dirty) in dirty.iter().enumerate().filter(|(_, dirty)| **dirty != 0) {
+                self.list(first + index, 1, dirty);
+            }
+        } else {
+            let pending = self.pending.block_mut(block);
+            let mut pages = 0;
+            for (word, dirty) in pending.iter_mut().zip(dirty) {
+                pages += u64::from((dirty & !*word).count_ones());
+                *word |= dirty;
+            }
+            self.pending_pages += pages;
+            self.entries += BLOCK_WORDS;
         }
-        self.pending_pages += pages;
-        self.dirtied_pages += add(&mut self.dirtied, block, dirty);
+        if self.dirtied_pages < self.ram_pages {
+            self.dirtied_pages += add(&mut self.dirtied, block, dirty);
+        }
     }
 
     /// Makes the pages of `dirty` in one word pending; it has some.
     #[inline(always)]
     pub(super) fn absorb_word(&mut self, word: usize, dirty: u64) {
-        self.pending_pages += self.pending.add_word(word, dirty);
+        self.list(word, 1, dirty);
         if dirty & !self.dirtied.word(word) != 0 {
             self.dirtied_pages += self.dirtied.add_word(word, dirty);
+        }
+    }
+
+    /// Adds pages of `count` words to the list, or to the bitmap once the list is full.
+    #[inline(always)]
+    fn list(&mut self, first: usize, count: usize, dirty: u64) {
+        self.entries += 1;
+        if self.is_listing {
+            if self.recent.push(first, count, dirty) {
+                self.pending_pages += count as u64 * u64::from(dirty.count_ones());
+                return;
+            }
+            self.is_listing = false;
+            self.spill();
+        }
+        for word in first..first + count {
+            self.pending_pages += self.pending.add_word(word, dirty);
         }
     }
 
@@ -176,15 +258,16 @@ impl Cursor {
         }
         let list = Arc::get_mut(&mut ranges)?;
         list.clear();
+        if self.carried_pages > 0 || self.recent.begins_before(self.position) {
+            self.spill();
+        }
         let carried = self.carried.as_ref().filter(|_| self.carried_pages > 0);
-        let taken = cpu::run(Take {
-            pending: &mut self.pending,
-            carried,
-            position: self.position,
-            layout,
-            limits,
-            ranges: list,
-        });
+        let taken = if self.recent.is_empty() {
+            let (pending, position) = (&mut self.pending, self.position);
+            cpu::run(Take { pending, carried, position, layout, limits, ranges: list })
+        } else {
+            cpu::run(TakeRecent { recent: &mut self.recent, layout, limits, ranges: list })
+        };
         if taken.pages == 0 {
             self.spare.push(ranges);
             return None;
@@ -240,6 +323,9 @@ impl Cursor {
 
     pub(super) fn change_layout(&mut self, old: &Layout, new: &Layout) {
         self.carry(old);
+        self.spill();
+        self.recent = Recent::new(new.words());
+        self.ram_pages = new.pages();
         let moved = |bits: &Bitmap| {
             let mut moved = Bitmap::new(new.words());
             old.ranges_in(bits).flat_map(|range| new.bits_of(range)).for_each(|bits| moved.set(bits));

@@ -33,20 +33,22 @@ enum Step {
 const SOURCES: usize = 3;
 
 fn step() -> impl Strategy<Value = Step> {
-    let run = (0..700u64, prop_oneof![1..4u64, 1..200u64]);
+    let pages = || prop_oneof![4 => 1..4u64, 4 => 1..200u64, 1 => 500..1500u64];
+    let run = (0..700u64, pages());
     prop_oneof![
-        4 => (prop::collection::vec((0..SOURCES, 0..700u64, prop_oneof![1..4u64, 1..200u64]), 0..6), any::<bool>())
+        4 => (prop::collection::vec((0..SOURCES, 0..700u64, pages()), 0..6), any::<bool>())
             .prop_map(|(spans, lend)| Step::Collect(spans, lend)),
         1 => run.prop_map(|(page, pages)| Step::Mark(page, pages)),
         2 => Just(Step::BeginRound),
-        6 => (0..400u64, 1..9usize).prop_map(|(pages, ranges)| Step::Take { bytes: pages << 12, ranges }),
+        6 => (prop_oneof![0..400u64, 400..1500u64], 1..9usize).prop_map(|(pages, ranges)| Step::Take { bytes: pages << 12, ranges }),
         3 => any::<usize>().prop_map(Step::Commit),
         2 => any::<usize>().prop_map(Step::RollBack),
     ]
 }
 
 fn layouts() -> impl Strategy<Value = Layout> {
-    prop::collection::vec((1..300u64, prop_oneof![Just(0u64), 1..90u64]), 1..4).prop_map(|regions| {
+    let pages = prop_oneof![3 => 1..300u64, 1 => 512..1500u64];
+    prop::collection::vec((pages, prop_oneof![Just(0u64), 1..90u64]), 1..4).prop_map(|regions| {
         let mut next = 0;
         let ranges: Vec<_> = regions
             .into_iter()
@@ -147,7 +149,7 @@ proptest! {
         let cursor = ledger.open(if empty { Start::Empty } else { Start::Copied });
         let mut naive = Naive::default();
         if empty {
-            naive.pending = pages_of(&layout, 0, 2000).collect();
+            naive.pending = pages_of(&layout, 0, 10_000).collect();
         }
         let mut flying: Vec<Chunk> = Vec::new();
         let mut dirtied = BTreeSet::new();

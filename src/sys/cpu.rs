@@ -42,6 +42,19 @@ fn newer<W: Work>(work: W) -> W::Output {
     work.run()
 }
 
+/// Has the line of memory that `at` begins come from memory while other work goes on.
+#[inline(always)]
+pub(crate) fn fetch<T>(at: &T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every x86-64 has the instruction, which reads nothing that the program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// Returns which words of a block have a bit set: word `i` by bit `2 * i`.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]

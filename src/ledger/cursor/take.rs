@@ -2,6 +2,7 @@
 
 //! Bits into ranges, up to the limits of a chunk.
 
+use super::recent::Recent;
 use crate::bitmap::{BLOCK_WORDS, Bitmap, WORD_BITS, low_bits};
 use crate::layout::Layout;
 use crate::ledger::terms::ChunkLimits;
@@ -81,6 +82,49 @@ impl Work for Take<'_> {
     }
 }
 
+/// Takes the pages of a list, from its start on, into `ranges`.
+pub(super) struct TakeRecent<'a> {
+    pub(super) recent: &'a mut Recent,
+    pub(super) layout: &'a Layout,
+    pub(super) limits: ChunkLimits,
+    pub(super) ranges: &'a mut Vec<GpaRange>,
+}
+
+impl Work for TakeRecent<'_> {
+    type Output = Taken;
+
+    #[inline(always)]
+    fn run(self) -> Taken {
+        let Self { recent, layout, limits, ranges } = self;
+        let mut filling = Filling::new(limits, layout, ranges);
+        let (room, mut region, mut position) = (filling.room, 0, 0);
+        while let Some((word, count, offered)) = recent.first() {
+            region = layout.region_index_from(region, word);
+            let base = layout.gpa_of(region, word * WORD_BITS);
+            let whole = count.min(layout.regions()[region].words().end - word);
+            let whole = whole.min(usize::try_from(filling.room).unwrap_or(usize::MAX) / WORD_BITS);
+            if whole > 1 && filling.fits(base, 1) {
+                filling.take_run(base, whole * WORD_BITS);
+                recent.take_words(whole);
+                position = (word + whole) * WORD_BITS;
+            } else {
+                let taken = filling.take_word(base, offered);
+                if taken != 0 {
+                    position = (word + 1) * WORD_BITS - taken.leading_zeros() as usize;
+                    recent.take_bits(taken);
+                }
+                if taken != offered {
+                    break;
+                }
+            }
+            if filling.room == 0 {
+                break;
+            }
+        }
+        Taken { pages: room - filling.end(), position }
+    }
+}
+
 /// A chunk that is being filled.
 struct Filling<'a> {
     ranges: &'a mut Vec<GpaRange>,
@@ -112,8 +156,7 @@ impl<'a> Filling<'a> {
             return None;
         }
         if words.iter().fold(u64::MAX, |all, word| all & word) == u64::MAX {
-            self.add(base, base + ((BLOCK_BITS as u64) << self.shift));
-            self.room -= BLOCK_BITS as u64;
+            self.take_run(base, BLOCK_BITS);
             return Some(BLOCK_BITS);
         }
         let mut end = 0;
@@ -164,6 +207,13 @@ impl<'a> Filling<'a> {
         }
         self.take_whole_word(base, offered);
         offered
+    }
+
+    /// Takes `pages` pages one after the other, which fit.
+    #[inline(always)]
+    fn take_run(&mut self, base: u64, pages: usize) {
+        self.add(base, base + ((pages as u64) << self.shift));
+        self.room -= pages as u64;
     }
 
     /// Takes all pages of the word at address `base`, which fit.
