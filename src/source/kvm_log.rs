@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use thiserror::Error;
 
 use super::{Cover, DirtySource, Operation, PluggedRam, Reports, Sink, SourceError};
-use crate::bitmap::{WORD_BITS, masks};
+use crate::bitmap::{WORD_BITS, low_bits};
 use crate::granule::Granule;
 use crate::iova::IovaMap;
 use crate::layout::Layout;
@@ -82,8 +82,8 @@ struct SlotLog {
     words: Vec<u64>,
     /// What `words` was before the last report, with [`KvmLogMode::ManualAtRead`].
     before: Vec<u64>,
-    /// The mask of a CLEAR, as long as the longest was, [`CLEAR_WORDS`] or so at most; zero in between.
-    scratch: Vec<u64>,
+    /// Whether bits were cleared since the last report, so that none may be left in `words`.
+    cleared: bool,
 }
 
 /// The dirty log of a VM's memory slots, over any VM descriptor.
@@ -97,10 +97,10 @@ pub struct KvmLog<F> {
     initially_set: bool,
 }
 
-/// Bits farther apart than this many words are cleared by separate CLEARs.
+/// Words without a bit that end a CLEAR.
 const CLEAR_GAP_WORDS: usize = 64;
 
-/// The words of one CLEAR at most, so that its mask is small whatever the chunk.
+/// The words of one CLEAR at most: KVM holds the lock of its page tables while it goes through them.
 const CLEAR_WORDS: usize = 1 << 15;
 
 impl<F: AsRawFd + Send> KvmLog<F> {
@@ -157,7 +157,7 @@ impl SlotLog {
     fn new(slot: KvmSlot, mode: KvmLogMode) -> Self {
         let words = vec![0; slot.words()];
         let before = if mode == KvmLogMode::ManualAtRead { words.clone() } else { Vec::new() };
-        Self { slot, before, scratch: Vec::new(), words }
+        Self { slot, before, cleared: false, words }
     }
 
     fn switch(&self, vm: &impl AsRawFd, on: bool) -> Result<(), KvmLogError> {
@@ -184,8 +184,10 @@ impl SlotLog {
         if lazy {
             std::mem::swap(&mut self.words, &mut self.before);
         }
+        let were_cleared = std::mem::take(&mut self.cleared);
         let this: &'a Self = self;
-        let standing = lazy.then_some(&this.before[..]);
+        let stands = lazy && !(were_cleared && first_set(&this.before).is_none());
+        let standing = stands.then_some(&this.before[..]);
         sink.lend_gpa_words(gpa, Granule::host_page(), &this.words, standing)
             .expect("the log has a bit for each page of its slot");
         if mode == KvmLogMode::ManualAtReport { this.clear_all(vm) } else { Ok(()) }
@@ -193,63 +195,87 @@ impl SlotLog {
 
     /// Clears, in KVM, all that was just reported.
     fn clear_all(&self, vm: &impl AsRawFd) -> Result<(), KvmLogError> {
-        let dirty = |word: &u64| *word != 0;
-        let Some(first) = self.words.iter().position(dirty) else { return Ok(()) };
-        let last = self.words.iter().rposition(dirty).unwrap_or(first);
-        self.clear_words(vm, first, &self.words[first..=last])
+        let Some(first) = first_set(&self.words) else { return Ok(()) };
+        let end = self.words.iter().rposition(|&word| word != 0).map_or(first, |last| last + 1);
+        self.clear_words(vm, first..end)
     }
 
-    fn clear_words(&self, vm: &impl AsRawFd, first: usize, mask: &[u64]) -> Result<(), KvmLogError> {
+    /// Clears, in KVM, the bits that are set in these words.
+    fn clear_words(&self, vm: &impl AsRawFd, words: Range<usize>) -> Result<(), KvmLogError> {
         let (slot, gpa) = (self.slot.id(), self.slot.gpa());
-        self.slot.clear_dirty_log(vm, first, mask).map_err(|source| KvmLogError::Clear { slot, gpa, source })
+        let mask = &self.words[words.clone()];
+        self.slot.clear_dirty_log(vm, words.start, mask).map_err(|source| KvmLogError::Clear {
+            slot,
+            gpa,
+            source,
+        })
     }
 
-    /// Clears, in KVM, the standing bits of the pages in `chunk`, which ascends.
+    /// Clears, in KVM, the bits that stand from the first page of `chunk` to its last, which ascends.
+    ///
+    /// Those of pages in between that the chunk leaves out, because they are on their way, go with them: whoever needs them has them
+    /// pending, and will read them later than now.
     fn clear_chunk(&mut self, vm: &impl AsRawFd, chunk: &[GpaRange]) -> Result<(), KvmLogError> {
-        let mut group: Option<Range<usize>> = None;
-        let slot = self.slot.gpa();
-        let shift = Granule::host_page().shift();
-        let most = ((CLEAR_WORDS * WORD_BITS) as u64) << shift;
-        let parts = chunk.iter().filter_map(|range| range.intersection(slot));
-        for part in parts.flat_map(|part| part.pieces(most)) {
-            let page = |gpa: u64| usize::try_from((gpa - slot.start()) >> shift).expect("pages of the slot");
-            let bits = page(part.start())..page(part.end() - 1) + 1;
-            let words = bits.start / WORD_BITS..bits.end.div_ceil(WORD_BITS);
-            let near = |open: &Range<usize>| {
-                words.start <= open.end + CLEAR_GAP_WORDS && words.end <= open.start + CLEAR_WORDS
-            };
-            group = match group.take() {
-                Some(open) if near(&open) => Some(open.start..words.end.max(open.end)),
-                Some(open) => {
-                    self.clear_scratch(vm, open)?;
-                    Some(words)
-                }
-                None => Some(words),
-            };
-            let open = group.as_ref().expect("it was just opened");
-            if self.scratch.len() < open.len() {
-                self.scratch.resize(open.len(), 0);
-            }
-            for (word, mask) in masks(bits) {
-                self.scratch[word - open.start] |= self.words[word] & mask;
-            }
-        }
-        group.map_or(Ok(()), |open| self.clear_scratch(vm, open))
+        let (slot, shift) = (self.slot.gpa(), Granule::host_page().shift());
+        let first = chunk.partition_point(|range| range.end() <= slot.start());
+        let behind = chunk.partition_point(|range| range.start() < slot.end());
+        let Some(inside) = chunk.get(first..behind).filter(|inside| !inside.is_empty()) else {
+            return Ok(());
+        };
+        let span = (inside[0].start(), inside[inside.len() - 1].end());
+        let page = |gpa: u64| usize::try_from((gpa - slot.start()) >> shift).expect("pages of the slot");
+        let bits = page(span.0.max(slot.start()))..page(span.1.min(slot.end()) - 1) + 1;
+        self.clear_bits(vm, bits)
     }
 
-    /// Clears, in KVM, the bits gathered in the scratch words, of which the first is that of `group`, and forgets them whatever the answer.
-    fn clear_scratch(&mut self, vm: &impl AsRawFd, group: Range<usize>) -> Result<(), KvmLogError> {
-        let mask = &self.scratch[..group.len()];
-        let any = mask.iter().any(|&word| word != 0);
-        let result = if any { self.clear_words(vm, group.start, mask) } else { Ok(()) };
-        for (word, mask) in self.words[group.clone()].iter_mut().zip(&mut self.scratch) {
-            if result.is_ok() {
-                *word &= !*mask;
-            }
-            *mask = 0;
-        }
-        result
+    /// Clears, in KVM, those of `bits` that stand.
+    fn clear_bits(&mut self, vm: &impl AsRawFd, bits: Range<usize>) -> Result<(), KvmLogError> {
+        let words = bits.start / WORD_BITS..bits.end.div_ceil(WORD_BITS);
+        let (low, high) =
+            (low_bits(bits.start % WORD_BITS), !low_bits(bits.end - (words.end - 1) * WORD_BITS));
+        // The pages before and behind share words with those to clear: their bits are put back when that is done.
+        let kept =
+            [(words.start, self.words[words.start] & low), (words.end - 1, self.words[words.end - 1] & high)];
+        kept.iter().for_each(|&(word, bits)| self.words[word] &= !bits);
+        self.cleared = true;
+        let outcome = self.clear_groups(vm, words);
+        kept.iter().for_each(|&(word, bits)| self.words[word] |= bits);
+        outcome
     }
+
+    /// Clears, in KVM, the bits that stand in these words, and forgets those of which KVM took it.
+    fn clear_groups(&mut self, vm: &impl AsRawFd, words: Range<usize>) -> Result<(), KvmLogError> {
+        let mut next = words.start;
+        loop {
+            let Some(group) = next_group(&self.words[..words.end], next) else { return Ok(()) };
+            self.clear_words(vm, group.clone())?;
+            self.words[group.clone()].fill(0);
+            next = group.end;
+        }
+    }
+}
+
+/// Returns the next words from `from` on that hold bits, [`CLEAR_WORDS`] at most: up to a gap that [`CLEAR_GAP_WORDS`] fit into, or twice
+/// as many.
+fn next_group(words: &[u64], from: usize) -> Option<Range<usize>> {
+    let start = from + first_set(&words[from..])?;
+    let most = &words[start..(start + CLEAR_WORDS).min(words.len())];
+    let filled = most.chunks(CLEAR_GAP_WORDS).take_while(|words| any(words)).count();
+    let last = most[..most.len().min(filled * CLEAR_GAP_WORDS)].iter().rposition(|&word| word != 0)?;
+    Some(start..start + last + 1)
+}
+
+/// Returns the first word that holds a bit.
+fn first_set(words: &[u64]) -> Option<usize> {
+    /// Words that are looked at before anything is decided.
+    const AT_ONCE: usize = 32;
+    let empty = words.chunks(AT_ONCE).take_while(|words| !any(words)).count();
+    let start = (empty * AT_ONCE).min(words.len());
+    words[start..].iter().position(|&word| word != 0).map(|at| start + at)
+}
+
+fn any(words: &[u64]) -> bool {
+    words.iter().fold(0, |any, word| any | word) != 0
 }
 
 const ID: &str = "kvm-log";
@@ -310,5 +336,39 @@ impl<F: AsRawFd + Send> DirtySource for KvmLog<F> {
 
     fn stop(&mut self) -> Result<(), SourceError> {
         self.try_stop().map_err(|cause| SourceError::new(ID, Operation::Stop, cause))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn groups_hold_every_word_with_a_bit_and_no_wide_gap(
+            set in prop::collection::btree_set(0..600usize, 0..20), from in 0..600usize,
+        ) {
+            let mut words = vec![0; 600];
+            set.iter().for_each(|&word| words[word] = 1 << (word % 64));
+            let (mut left, mut next) = (set.range(from..).copied().collect::<Vec<_>>(), from);
+            while let Some(group) = next_group(&words, next) {
+                let (within, behind): (Vec<_>, Vec<_>) = left.into_iter().partition(|word| group.contains(word));
+                prop_assert!(within.first() == Some(&group.start) && within.last() == Some(&(group.end - 1)));
+                prop_assert!(within.windows(2).all(|pair| pair[1] - pair[0] < 2 * CLEAR_GAP_WORDS));
+                prop_assert!(behind.first().is_none_or(|word| word - group.end >= CLEAR_GAP_WORDS));
+                (left, next) = (behind, group.end);
+            }
+            prop_assert!(left.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_group_is_no_longer_than_one_clear_may_be() {
+        let words = vec![1; CLEAR_WORDS + 7];
+        assert_eq!(next_group(&words, 0), Some(0..CLEAR_WORDS));
+        assert_eq!(next_group(&words, CLEAR_WORDS), Some(CLEAR_WORDS..CLEAR_WORDS + 7));
+        assert_eq!(next_group(&words, CLEAR_WORDS + 7), None);
     }
 }
