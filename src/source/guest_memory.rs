@@ -2,17 +2,23 @@
 
 //! The VMM's own writes: the dirty bitmap inside vm-memory's guest memory.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::{Cover, DirtySource, Reports, Sink, SourceError};
-use crate::bitmap::{BLOCK_WORDS, WORD_BITS, masks};
+use crate::bitmap::{WORD_BITS, masks};
 use crate::granule::Granule;
 use crate::iova::IovaMap;
 use crate::layout::Layout;
 use crate::range::GpaRange;
+
+mod levels {
+    use std::sync::atomic::AtomicU64;
+
+    include!("guest_memory/levels.rs");
+}
+
+use levels::Levels;
 
 /// A region's dirty bitmap, one bit per host page, that can be read and cleared in one step.
 pub trait TakeDirtyWords: Bitmap {
@@ -27,9 +33,6 @@ impl TakeDirtyWords for AtomicBitmap {
     }
 }
 
-/// Words under one bit of a [`SummaryBitmap`]'s upper level.
-const WORDS: usize = BLOCK_WORDS;
-
 /// A dirty bitmap for vm-memory with a summary level: taking an idle one reads a word per 128 MiB of 4 KiB pages, and allocates nothing.
 ///
 /// A drop-in for [`AtomicBitmap`] as the `B` of `GuestMemoryMmap<B>`.
@@ -37,55 +40,6 @@ const WORDS: usize = BLOCK_WORDS;
 pub struct SummaryBitmap {
     levels: Levels,
     page_shift: u32,
-}
-
-/// Bits, and above each block of words one that says whether it may hold any.
-#[derive(Debug, Default)]
-struct Levels {
-    words: Vec<AtomicU64>,
-    summary: Vec<AtomicU64>,
-}
-
-impl Levels {
-    fn new(words: usize) -> Self {
-        let words = words.next_multiple_of(WORDS);
-        let zeros = |count| std::iter::repeat_with(AtomicU64::default).take(count).collect();
-        Self { words: zeros(words), summary: zeros((words / WORDS).div_ceil(WORD_BITS)) }
-    }
-
-    /// Sets bits of a word.
-    ///
-    /// The word is marked before the summary and always by a read-modify-write: that orders the guest-memory write before
-    /// whoever takes the bit.
-    #[inline(always)]
-    fn mark(&self, word: usize, mask: u64) {
-        self.words[word].fetch_or(mask, Ordering::SeqCst);
-        let block = word / WORDS;
-        let (above, bit) = (&self.summary[block / WORD_BITS], 1 << (block % WORD_BITS));
-        if above.load(Ordering::SeqCst) & bit == 0 {
-            above.fetch_or(bit, Ordering::SeqCst);
-        }
-    }
-
-    /// Hands over all bits and clears them, a block at a time.
-    ///
-    /// The summary is taken before the words under it: a mark that comes in between is taken now or reported next time.
-    fn take(&self, report: &mut dyn FnMut(usize, &[u64])) {
-        for (index, above) in self.summary.iter().enumerate() {
-            // Most are zero, and to read a word costs less than to exchange it.
-            if above.load(Ordering::SeqCst) == 0 {
-                continue;
-            }
-            let mut blocks = above.swap(0, Ordering::SeqCst);
-            while blocks != 0 {
-                let first = (index * WORD_BITS + blocks.trailing_zeros() as usize) * WORDS;
-                let words: [u64; WORDS] =
-                    std::array::from_fn(|word| self.words[first + word].swap(0, Ordering::SeqCst));
-                report(first, &words);
-                blocks &= blocks - 1;
-            }
-        }
-    }
 }
 
 /// A [`SummaryBitmap`] seen from an offset.
@@ -111,12 +65,12 @@ impl Bitmap for SummaryBitmap {
         }
         let (first, last) = (offset >> self.page_shift, offset.saturating_add(len - 1) >> self.page_shift);
         if first == last {
-            if first < self.levels.words.len() * WORD_BITS {
+            if first < self.levels.bits() {
                 self.levels.mark(first / WORD_BITS, 1 << (first % WORD_BITS));
             }
             return;
         }
-        let end = (last + 1).min(self.levels.words.len() * WORD_BITS);
+        let end = (last + 1).min(self.levels.bits());
         for (word, mask) in masks(first.min(end)..end) {
             self.levels.mark(word, mask);
         }
@@ -124,8 +78,7 @@ impl Bitmap for SummaryBitmap {
 
     fn dirty_at(&self, offset: usize) -> bool {
         let page = offset >> self.page_shift;
-        let word = self.levels.words.get(page / WORD_BITS);
-        word.is_some_and(|word| word.load(Ordering::SeqCst) >> (page % WORD_BITS) & 1 == 1)
+        self.levels.word(page / WORD_BITS) >> (page % WORD_BITS) & 1 == 1
     }
 
     fn slice_at(&self, offset: usize) -> SummarySlice<'_> {
@@ -218,6 +171,7 @@ where
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use proptest::prelude::*;
     use vm_memory::{Bytes, GuestAddress};
@@ -267,6 +221,35 @@ mod tests {
                 prop_assert_eq!(&found, &pages.iter().copied().collect::<Vec<_>>());
             }
         }
+    }
+
+    /// The words over atomics of a checker, which has threads run in every order.
+    mod checked {
+        use shuttle::sync::atomic::AtomicU64;
+
+        include!("guest_memory/levels.rs");
+    }
+
+    #[test]
+    fn no_order_of_marking_and_taking_threads_loses_a_mark() {
+        static ORDERS: AtomicUsize = AtomicUsize::new(0);
+        let every_order = || {
+            ORDERS.fetch_add(1, Ordering::Relaxed);
+            let levels = shuttle::sync::Arc::new(checked::Levels::new(1));
+            let marks = [1 << 3, 1 << 5].map(|mask| {
+                let levels = shuttle::sync::Arc::clone(&levels);
+                shuttle::thread::spawn(move || levels.mark(0, mask))
+            });
+            let mut taken = 0;
+            levels.take(&mut |_, words| taken |= words[0]);
+            marks.into_iter().for_each(|marker| marker.join().unwrap());
+            let mut left = 0;
+            levels.take(&mut |_, words| left |= words[0]);
+            assert_eq!((taken | left, taken & left), (1 << 3 | 1 << 5, 0), "each mark is taken once");
+            assert_eq!((levels.word(0), levels.bits()), (0, 8 * 64), "none is left");
+        };
+        shuttle::check_dfs(every_order, None);
+        assert!(ORDERS.load(Ordering::Relaxed) > 100, "{ORDERS:?} orders are not all");
     }
 
     #[test]
