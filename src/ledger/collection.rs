@@ -226,6 +226,9 @@ impl Report<'_> {
             && alone
             && let Some((words, _)) = lent.get(self.next).and_then(|lent| lent.stretch(first))
         {
+            if !quiet {
+                lent[self.next].fetch(end);
+            }
             self.touched = touched(words, quiet);
             self.is_lent = true;
             return self.touched;

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use crate::bitmap::{BLOCK_WORDS, STRETCH_WORDS, SparseBitmap, Stretch};
 use crate::layout::Layout;
+use crate::sys::cpu;
 
 /// What one source reported since the last absorb: the pages, and which of them it had reported before.
 #[derive(Debug, Clone)]
@@ -92,6 +93,16 @@ impl Lent<'_> {
             words: &self.words[part.clone()],
             tail: if to == words.end { self.tail } else { u64::MAX },
             standing: self.standing.map(|standing| &standing[part]),
+        }
+    }
+
+    /// Fetches the stretch from `first_word` on, while the one before is gone through: by itself the processor does so up to the end of a
+    /// page only.
+    #[inline(always)]
+    pub(crate) fn fetch(&self, first_word: usize) {
+        let ahead = self.words.get(first_word.wrapping_sub(self.first_word)..).unwrap_or_default();
+        for line in ahead.chunks_exact(BLOCK_WORDS).take(STRETCH_WORDS / BLOCK_WORDS) {
+            cpu::fetch(&line[0]);
         }
     }
 
