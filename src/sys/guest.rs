@@ -39,32 +39,6 @@ pub(crate) fn is_zero<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) -> bool {
         && (tail..bytes).all(|at| byte(at) == 0)
 }
 
-/// Pages that [`may_be_zero`] looks at.
-pub(crate) const PAGES_AT_ONCE: usize = u64::BITS as usize;
-
-/// Returns a bit for each page of `slice`, which has [`PAGES_AT_ONCE`] at most, each of `page_bytes`, a power of two: whether its first
-/// word reads zero, or may do so.
-///
-/// No read waits for the outcome of another: the processor has the pages' first lines come from memory at the same time.
-pub(crate) fn may_be_zero<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, page_bytes: usize) -> u64 {
-    let guard = slice.ptr_guard();
-    let (start, bytes) = (guard.as_ptr(), guard.len());
-    if start.align_offset(WORD_BYTES) != 0 || bytes % WORD_BYTES != 0 {
-        return u64::MAX;
-    }
-    (0..bytes).step_by(page_bytes.max(WORD_BYTES)).take(PAGES_AT_ONCE).enumerate().fold(
-        0,
-        |zeros, (page, at)| {
-            // SAFETY: `at` and `bytes` are multiples of a word, so a word from `at` on ends within `bytes`, and the guard keeps that
-            // many bytes mapped.
-            let place = unsafe { start.add(at) };
-            // SAFETY: see above; aligned as `start` is; volatile, because the guest may write it meanwhile.
-            let word = unsafe { place.cast::<u64>().read_volatile() };
-            zeros | u64::from(word == 0) << page
-        },
-    )
-}
-
 /// Has the kernel allocate every page of `slice`, each of `page_bytes`, as a write would; changes no byte.
 ///
 /// # Errors
@@ -121,25 +95,6 @@ mod tests {
         assert_eq!(unsafe { libc::mincore(start, 1 << 20, resident.as_mut_ptr()) }, 0);
         assert!(resident.iter().filter(|&&page| page & 1 == 1).count() >= 16);
         assert_eq!(memory.read_obj::<u8>(GuestAddress(5000)).unwrap(), 7);
-    }
-
-    #[test]
-    fn a_page_may_be_zero_where_its_first_word_is() {
-        const PAGE: usize = 64;
-        let mut words = vec![0_u64; PAGES_AT_ONCE * PAGE / 8];
-        for page in [0, 1, 5, 63] {
-            words[page * PAGE / 8] = 1 << 40;
-            words[page * PAGE / 8 + 1] = 1;
-        }
-        let nonzero = 1 | 1 << 1 | 1 << 5 | 1 << 63;
-        // SAFETY: the bytes of the words, of which any is a byte, and which are borrowed as long.
-        let bytes = unsafe { words.align_to_mut::<u8>() }.1;
-        assert_eq!(may_be_zero(&VolatileSlice::from(&mut *bytes), PAGE), !nonzero);
-        assert_eq!(may_be_zero(&VolatileSlice::from(&mut bytes[..2 * PAGE + 8]), PAGE), 1 << 2);
-        assert_eq!(may_be_zero(&VolatileSlice::from(&mut bytes[..0]), PAGE), 0);
-        for odd in [4..PAGE, 0..PAGE + 1] {
-            assert_eq!(may_be_zero(&VolatileSlice::from(&mut bytes[odd]), PAGE), u64::MAX);
-        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 use crate::granule::Granule;
 use crate::range::GpaRange;
 use crate::sync;
-use crate::sys::guest::{PAGES_AT_ONCE, is_zero, may_be_zero};
+use crate::sys::guest::is_zero;
 use crate::vm::{Backing, Behind, bytes_without_hole, has_address, read_memory};
 
 /// Bytes that were left out.
@@ -219,18 +219,12 @@ fn append_nonzero<M: GuestMemoryBackend>(
     let mut gpa = part.start();
     let bytes = usize::try_from(part.len()).unwrap_or(usize::MAX);
     for slice in memory.get_slices(GuestAddress(part.start()), bytes).map_while(Result::ok) {
-        let at_once = page_bytes.saturating_mul(PAGES_AT_ONCE);
-        for first in (0..slice.len()).step_by(at_once) {
-            let pages = slice.subslice(first, at_once.min(slice.len() - first));
-            let zeros = pages.map_or(0, |pages| may_be_zero(&pages, page_bytes));
-            for (page, offset) in (first..slice.len()).step_by(page_bytes).take(PAGES_AT_ONCE).enumerate() {
-                let bytes = page_bytes.min(slice.len() - offset);
-                let zero = || slice.subslice(offset, bytes).is_ok_and(|page| is_zero(&page));
-                if zeros >> page & 1 == 0 || !zero() {
-                    append(kept, gpa, gpa + bytes as u64);
-                }
-                gpa += bytes as u64;
+        for offset in (0..slice.len()).step_by(page_bytes) {
+            let bytes = page_bytes.min(slice.len() - offset);
+            if !slice.subslice(offset, bytes).is_ok_and(|page| is_zero(&page)) {
+                append(kept, gpa, gpa + bytes as u64);
             }
+            gpa += bytes as u64;
         }
     }
     append(kept, gpa, part.end());
