@@ -22,7 +22,8 @@ fn c47_a_device_that_always_wants_more_read_is_what_the_timeout_names() {
     let error = sent.unwrap_err();
     let SendError::GivenUp(CancelReason::TimedOut { obstacle, .. }) = &error else { panic!("{error}") };
     assert_eq!(*obstacle, Obstacle::InitialBytes { bytes: 1 });
-    assert!(error.to_string().contains("were to be read before the devices stop"), "{error}");
+    let named = "device state of a size that nobody tells was to be read before the devices stop";
+    assert!(error.to_string().contains(named), "{error}");
     assert_eq!(error.source_vm(), SourceVm::AsBefore);
     let log = log_of(&vm.log);
     assert!(!log.iter().any(|step| step == "pause" || step == "STOP_COPY"), "{log:?}");

@@ -147,7 +147,11 @@ impl Setting {
                 source.kill();
                 source.end();
                 // Before its first message a source is none, and the receiver waits for another.
-                let begun = self.place.partial(name).iter().any(|dir| dir.read_dir().unwrap().count() > 0);
+                let begun = self
+                    .place
+                    .partial(name)
+                    .iter()
+                    .any(|dir| dir.read_dir().is_ok_and(|files| files.count() > 0));
                 let patience = if begun { NOTICED } else { Duration::from_millis(300) };
                 if !receiver.ends_within(patience) {
                     assert!(!begun, "the receiver did not notice");
