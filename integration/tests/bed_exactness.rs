@@ -82,6 +82,7 @@ impl Bench {
             seed: 77,
             mdev,
             edu: Some(edu),
+            served_state_bytes: None,
         };
         let Here { side, devices, memory } = Here::new(setup).unwrap();
         side.boot().unwrap();

@@ -20,6 +20,7 @@ mod mock;
 mod pair;
 mod parameter;
 mod pass_through;
+mod served;
 mod side;
 mod territory;
 

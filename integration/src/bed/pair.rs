@@ -16,6 +16,7 @@ use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 
 use super::mirror::differing;
+use super::served::Served;
 use super::side::{BedSetup, BedSide};
 use crate::demo::child::{Child, Party, receive_ram};
 use crate::demo::control::{Command, Control, Event};
@@ -40,6 +41,9 @@ const PROCESS_VARIABLE: &str = "VFIO_MIGRATION_BED_PROCESS";
 /// # Errors
 /// The parent is gone.
 pub fn process_main() -> anyhow::Result<()> {
+    if Served::serve()? {
+        return Ok(());
+    }
     if std::env::var_os(PROCESS_VARIABLE).is_none() {
         return Ok(());
     }

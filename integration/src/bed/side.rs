@@ -5,6 +5,8 @@
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use kvm_ioctls::VmFd;
@@ -27,6 +29,7 @@ use super::driver::Driver;
 use super::edu::{Edu, EduDma};
 use super::engine::{Engine, EngineStream};
 use super::mock::MockDomain;
+use super::served::Served;
 use super::territory::Territory;
 use crate::demo::Health;
 use crate::demo::child::Hosted;
@@ -55,14 +58,17 @@ pub struct BedSetup {
     pub seed: u64,
     /// The `dirty_mdev`.
     pub mdev: String,
-    /// The `edu`; `None`: the mock domain and a thread in the place of a device.
+    /// The `edu`; `None`: the mock domain and a thread in the place of a device, or a vfio-user device.
     pub edu: Option<String>,
+    /// Bytes of state of a vfio-user device in the place of the `edu`, in a process of its own.
+    pub served_state_bytes: Option<u64>,
 }
 
-/// The second device: one that logs its own DMA, or what stands for one behind a page table that tracks.
+/// The second device: one that logs its own DMA, the kernel's or another process's, or what stands for one behind a page table that tracks.
 enum Second {
     Edu(Arc<Edu>),
     Mock(Arc<MockDomain>),
+    Served(Served),
 }
 
 /// What the vCPU's thread does about its dirty ring when that is full.
@@ -78,6 +84,7 @@ struct FullRing {
 const MDEV: &str = "mdev0";
 const EDU: &str = "edu0";
 const MOCK: &str = "mock0";
+const SERVED: &str = "served0";
 
 /// A machine and its devices.
 pub struct BedSide {
@@ -105,9 +112,12 @@ impl BedSide {
         let territory = Territory::new(machine.map());
         let engine = Engine::open(&setup.mdev, &memory)?;
         let stream = EngineStream { seed: setup.seed, windows: territory.engine.clone() };
-        let second = match &setup.edu {
-            Some(address) => Second::Edu(Arc::new(Edu::open(address, &memory)?)),
-            None => Second::Mock(Arc::new(MockDomain::open(&memory)?)),
+        let second = match (&setup.edu, setup.served_state_bytes) {
+            (Some(address), _) => Second::Edu(Arc::new(Edu::open(address, &memory)?)),
+            (None, Some(bytes)) => {
+                Second::Served(Served::start(bytes, &machine, setup.seed, territory.second())?)
+            }
+            (None, None) => Second::Mock(Arc::new(MockDomain::open(&memory)?)),
         };
         let driver = second.driver(&territory, setup.seed);
         Ok(Self { driver, second, engine, stream, territory, full_ring, machine, setup })
@@ -178,7 +188,7 @@ impl BedSide {
     pub fn edu(&self) -> Option<&Arc<Edu>> {
         match &self.second {
             Second::Edu(edu) => Some(edu),
-            Second::Mock(_) => None,
+            Second::Mock(_) | Second::Served(_) => None,
         }
     }
 
@@ -208,6 +218,9 @@ impl BedSide {
         self.boot()?;
         self.machine.start()?;
         self.engine.run(true)?;
+        if let Second::Served(served) = &self.second {
+            served.begin()?;
+        }
         self.driver.run(true);
         Ok(())
     }
@@ -223,7 +236,10 @@ impl BedSide {
         let device_position = self.engine.position()?;
         let refused = self.engine.errors()?;
         ensure!(refused == 0, "{refused} of the engine's words were refused");
-        let wrong_device_pages = self.wrong_engine_pages(device_position)?;
+        let mut wrong_device_pages = self.wrong_engine_pages(device_position)?;
+        if let Second::Served(served) = &self.second {
+            wrong_device_pages.extend(served.wrong_pages(&self.machine)?);
+        }
         self.engine.run(true)?;
         Ok(Health {
             passes: self.machine.passes()?,
@@ -356,6 +372,10 @@ impl Second {
                 devices.push(edu.device(EDU)?);
                 Ok(tracker.source_of(SpaceId::IDENTITY, [EDU], edu.source("device-log:edu0")?))
             }
+            Self::Served(served) => {
+                devices.push(served.device(SERVED)?);
+                Ok(tracker.source_of(SpaceId::IDENTITY, [SERVED], served.source("device-log:served0")?))
+            }
             Self::Mock(mock) => {
                 let space = tracker.space(mock.iova_map()?);
                 let log = HwptLog::new("hwpt:mock0", Arc::clone(mock.iommufd()), mock.hwpt_id());
@@ -368,6 +388,7 @@ impl Second {
         match self {
             Self::Edu(_) => EDU,
             Self::Mock(_) => MOCK,
+            Self::Served(_) => SERVED,
         }
     }
 
@@ -396,6 +417,11 @@ impl Second {
                     if whole_page { mock.write_page(dma.iova & !(PAGE_BYTES - 1), page) } else { Ok(()) }
                 })
             }
+            // It has a stream of its own.
+            Self::Served(_) => Driver::spawn(|| {
+                thread::sleep(Duration::from_millis(50));
+                Ok(())
+            }),
         }
     }
 }

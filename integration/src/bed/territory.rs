@@ -49,6 +49,11 @@ impl Territory {
         Self { engine, edu, edu_shared, cold: map.ranges(AreaKind::Cold).collect(), scratch }
     }
 
+    /// Pages of a device in edu's place.
+    pub(super) fn second(&self) -> &[Range<u64>] {
+        &self.edu
+    }
+
     /// The DMA number `step` of edu's: it fills its buffer from a page that never changes, then writes it to three places.
     pub fn edu_dma(&self, seed: u64, step: u64) -> EduDma {
         let word = stream_word(seed, step);

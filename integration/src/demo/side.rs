@@ -175,24 +175,9 @@ impl Side {
         })
     }
 
-    /// Compares every page the device owns with what its stream, from its first word on, says was written there last.
+    /// Compares every page the device owns with what its stream says was written there last.
     fn check_device(&self) -> anyhow::Result<(u64, Vec<u64>)> {
-        let mut client = self.client();
-        device::run(&mut client, false)?;
-        let status = device::status(&mut client)?;
-        let expected = self.stream.last_writes(status.position);
-        let mut wrong = Vec::new();
-        for window in &self.stream.windows {
-            for iova in (window.iova()..window.iova() + window.length()).step_by(STREAM_PAGE_BYTES) {
-                let mut page = [0; STREAM_PAGE_BYTES];
-                self.machine.memory().read_slice(&mut page, GuestAddress(iova))?;
-                if self.stream.check_page(iova, &page) != Ok(expected.get(&iova).copied()) {
-                    wrong.push(iova);
-                }
-            }
-        }
-        device::run(&mut client, true)?;
-        Ok((status.position, wrong))
+        wrong_pages(&mut self.client(), &self.stream, &self.machine)
     }
 
     fn client(&self) -> std::sync::MutexGuard<'_, Client> {
@@ -254,8 +239,32 @@ pub(crate) fn make_passes(machine: &Machine, passes: u64) -> anyhow::Result<()> 
     Ok(())
 }
 
+/// Compares every page in the device's windows with what its stream, from its first word on, says was written there last; returns the
+/// stream's position and the pages that differ.
+pub(crate) fn wrong_pages(
+    client: &mut Client,
+    stream: &Stream,
+    machine: &Machine,
+) -> anyhow::Result<(u64, Vec<u64>)> {
+    device::run(client, false)?;
+    let status = device::status(client)?;
+    let expected = stream.last_writes(status.position);
+    let mut wrong = Vec::new();
+    for window in &stream.windows {
+        for iova in (window.iova()..window.iova() + window.length()).step_by(STREAM_PAGE_BYTES) {
+            let mut page = [0; STREAM_PAGE_BYTES];
+            machine.memory().read_slice(&mut page, GuestAddress(iova))?;
+            if stream.check_page(iova, &page) != Ok(expected.get(&iova).copied()) {
+                wrong.push(iova);
+            }
+        }
+    }
+    device::run(client, true)?;
+    Ok((status.position, wrong))
+}
+
 /// Connects a device that reaches `regions`.
-fn connect(socket: UnixStream, regions: &[RegionBacking]) -> anyhow::Result<SharedClient> {
+pub(crate) fn connect(socket: UnixStream, regions: &[RegionBacking]) -> anyhow::Result<SharedClient> {
     let mut client = Client::connect(socket, DEVICE, &Options::default())?;
     for region in regions {
         let iova = IovaRange::new(region.gpa, region.len)?;

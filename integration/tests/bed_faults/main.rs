@@ -40,6 +40,7 @@ fn setups(test: &str) -> Option<[BedSetup; 2]> {
         seed: 0xfa17,
         mdev,
         edu,
+        served_state_bytes: None,
     };
     Some([setup(source, first), setup(destination, second)])
 }
