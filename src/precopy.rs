@@ -113,11 +113,13 @@ pub struct Observation {
     pub bandwidth: u64,
     /// Bytes per second that become pending, without those that come back in every round.
     pub dirty_rate: u64,
-    /// Device state that the downtime will carry, as the devices count it: all of it, for all of it is in State.
+    /// Device state that the downtime will carry, as the devices count it: where it streams, what was not read before; else all of it.
     pub device: DeviceLeft,
     /// Bytes of it per second that both ends can process, whatever the connections carry; 0 for no limit of their
     /// own.
     pub state_rate: u64,
+    /// The same of the state without `device_early_bytes`, where devices differ; 0 where they do not.
+    pub late_state_rate: u64,
     /// Device state that its devices want read before they are stopped; [`UNTOLD_BYTES`] where they do not tell how much.
     pub device_initial_bytes: u64,
     /// Of the device state that the downtime would carry, what further rounds may bring before.
@@ -146,26 +148,34 @@ impl Observation {
 
     /// How much of that is for device state; `None` where that cannot be told.
     pub fn state_ms(&self) -> Option<u64> {
-        self.state_ms_for(self.device.bytes()?)
+        self.state_ms_for(self.device.bytes()?, self.state_rate)
     }
 
     /// How much of it is for device state that further rounds do not bring before; `None` where that cannot be told.
     fn late_state_ms(&self) -> Option<u64> {
-        self.state_ms_for(self.late_bytes()?)
+        self.state_ms_for(self.late_bytes()?, self.late_rate())
     }
 
     fn late_bytes(&self) -> Option<u64> {
         Some(self.device.bytes()?.saturating_sub(self.device_early_bytes))
     }
 
-    fn state_ms_for(&self, bytes: u64) -> Option<u64> {
-        let rate = if self.bandwidth == 0 { 0 } else { self.state_rate() };
+    fn late_rate(&self) -> u64 {
+        if self.late_state_rate == 0 { self.state_rate } else { self.late_state_rate }
+    }
+
+    fn state_ms_for(&self, bytes: u64, rate: u64) -> Option<u64> {
+        let rate = if self.bandwidth == 0 { 0 } else { self.arriving(rate) };
         time_for(bytes.into(), rate)
     }
 
     /// Bytes of device state per second: what both ends get done, but no more than arrives. In base64, three bytes are four.
     fn state_rate(&self) -> u64 {
-        match self.state_rate {
+        self.arriving(self.state_rate)
+    }
+
+    fn arriving(&self, rate: u64) -> u64 {
+        match rate {
             0 => self.bandwidth,
             rate => rate.min(self.bandwidth / 4 * 3).max(1),
         }
@@ -278,7 +288,7 @@ impl Policy {
         // In the first rounds a bandwidth is not telling and a guess is often too high; what both ends get done is certain.
         let expected_ms = match (seen.rounds < ROUNDS_BEFORE_GIVING_UP, seen.device) {
             (false, _) => state_ms,
-            (true, DeviceLeft::Exact(_)) => time_for(bytes.into(), seen.state_rate)?,
+            (true, DeviceLeft::Exact(_)) => time_for(bytes.into(), seen.late_rate())?,
             (true, _) => return None,
         };
         let only_state = expected_ms > self.downtime_ms() && memory_ms <= self.downtime_ms();

@@ -87,7 +87,8 @@ impl Changes {
     }
 }
 
-fn rate(bytes: u64, time: Duration) -> u64 {
+/// Bytes per second for `bytes` in `time`.
+pub(super) fn rate(bytes: u64, time: Duration) -> u64 {
     let nanos = time.as_nanos().max(1);
     u64::try_from(u128::from(bytes) * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
 }

@@ -74,6 +74,7 @@ mod without_state;
 
 #[cfg(feature = "transfer")]
 pub(crate) use {
+    outgoing::StreamLeft,
     reader::{Piece, StateRead, StateReader},
     sink::StateSink,
 };

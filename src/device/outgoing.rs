@@ -37,3 +37,12 @@ impl Outgoing {
         *self = Self::new(self.number, self.session + 1);
     }
 }
+
+/// What a device whose state streams has left for the downtime; an unknown size counts as huge.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StreamLeft {
+    pub(crate) number: u16,
+    pub(crate) bytes: u64,
+    /// Of these, bytes that PRE_COPY may bring before.
+    pub(crate) early_bytes: u64,
+}

@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::changes::rate;
 use super::pace::{LEAST_BYTES_PER_SECOND, PATIENCE, Pace};
 use super::shared::SharedIo;
 use super::{DataRead, StreamError};
@@ -17,6 +18,13 @@ const SHORT_READS: u32 = 16;
 
 /// Which part of it they do not reach.
 const SHORT_SHARE: usize = 4;
+
+/// Bytes that a read brings on average, below which a device in PRE_COPY that is slow as well counts as having no more for now: it always
+/// has a little. One that hands out more at a time is slow, or its receiver is.
+const TINY_READ_BYTES: u64 = 4096;
+
+/// Bytes of state whose time says how fast a device hands it out.
+const TELLING_BYTES: u64 = 8 << 20;
 
 /// How far a reader goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,12 +59,16 @@ pub(crate) struct StateRead {
     pub(super) session: u32,
     pub(super) pieces: u64,
     pub(super) bytes: u64,
+    /// Reads that brought them.
+    reads: u64,
     /// Whether the device has no more for now.
     pub(super) drained: bool,
     /// Whether the state is complete.
     pub(super) complete: bool,
     pub(super) failure: Option<StreamError>,
     pub(crate) took: Duration,
+    /// From the turn's begin until the receiver had all of it; no shorter than `took`.
+    pub(crate) arrived_after: Duration,
     /// When the turn ended.
     pub(super) ended: Instant,
     /// Bytes that one read brought at most, in all turns of the session.
@@ -72,6 +84,18 @@ impl StateRead {
     /// The device's number.
     pub(crate) fn device(&self) -> u16 {
         self.device
+    }
+
+    /// Takes in when the receiver had all of it.
+    pub(crate) fn arrived(&mut self, at: Instant) {
+        self.arrived_after = self.took + at.saturating_duration_since(self.ended);
+    }
+
+    /// Bytes per second that the device, or the receiver, gets done, if the turn tells: it is long, or the device had more than it could be
+    /// read of it.
+    pub(crate) fn telling_rate(&self) -> Option<u64> {
+        let was_cut_short = self.took >= TURN && !self.drained && !self.complete;
+        (self.bytes >= TELLING_BYTES || was_cut_short).then(|| rate(self.bytes, self.arrived_after))
     }
 }
 
@@ -95,10 +119,12 @@ impl StateReader {
             session,
             pieces: 0,
             bytes: 0,
+            reads: 0,
             drained: false,
             complete: false,
             failure: None,
             took: Duration::ZERO,
+            arrived_after: Duration::ZERO,
             ended: begun,
             largest,
         };
@@ -145,9 +171,10 @@ impl StateReader {
     pub(crate) fn end(mut self) -> StateRead {
         self.read.ended = Instant::now();
         self.read.took = self.read.ended.saturating_duration_since(self.begun);
+        self.read.arrived_after = self.read.took;
         let crawls = self.read.took >= TURN && (self.read.bytes as f64) < self.least_bytes();
-        // A device in PRE_COPY that hands out tiny pieces counts as having no more for now.
-        self.read.drained |= crawls && self.until != Until::End;
+        let is_tiny = self.read.bytes < self.read.reads.saturating_mul(TINY_READ_BYTES);
+        self.read.drained |= crawls && is_tiny && self.until != Until::End;
         self.read
     }
 
@@ -190,6 +217,7 @@ impl StateReader {
                 DataRead::Bytes(count) => {
                     self.look_at(count, room.len());
                     filled += count;
+                    self.read.reads += 1;
                     self.read.bytes += count as u64;
                     if self.until == Until::End && !self.pace.keeps_up(count, Instant::now()) {
                         return Err(StreamError::Slow { moved_bytes: read_bytes, patience: PATIENCE });
@@ -215,6 +243,34 @@ mod tests {
 
     use super::*;
     use crate::device::tests::{ALL, script, set};
+
+    /// A turn of 300 ms in PRE_COPY, in which so many reads brought so many bytes.
+    fn turn(reads: u64, bytes: u64) -> StateRead {
+        let (mut set, _world) = set(vec![script(ALL)]);
+        set.begin_streaming(&set.stream_identities());
+        set.start_precopy().unwrap();
+        let (mut readers, _) = set.precopy_readers();
+        let mut reader = readers.remove(0);
+        (reader.read.reads, reader.read.bytes) = (reads, bytes);
+        reader.begun = Instant::now() - Duration::from_millis(300);
+        reader.end()
+    }
+
+    #[test]
+    fn a_slow_device_has_more_and_one_that_trickles_has_no_more_for_now() {
+        assert!(!turn(1, 64 << 10).drained && turn(1, 64 << 10).telling_rate().is_some());
+        assert!(turn(1000, 1000).drained && turn(1000, 1000).telling_rate().is_none());
+        assert!(!turn(1000, 1 << 20).drained, "small reads, but many");
+    }
+
+    #[test]
+    fn what_the_receiver_has_not_taken_in_yet_was_not_handed_over() {
+        let mut read = turn(16, 16 << 20);
+        let at_once = read.telling_rate().unwrap();
+        read.arrived(read.ended + read.took * 3);
+        let rate = read.telling_rate().unwrap();
+        assert!(rate.abs_diff(at_once / 4) < at_once / 100, "{rate} {at_once}");
+    }
 
     #[test]
     fn the_time_until_a_piece_has_room_is_not_the_devices() {

@@ -63,6 +63,7 @@ fn observations() -> impl Strategy<Value = Observation> {
                 dirty_rate,
                 device,
                 state_rate,
+                late_state_rate: state_rate / 2 * u64::from(back_outs % 2),
                 device_initial_bytes,
                 device_early_bytes: device_initial_bytes / 2,
                 elapsed_ms,

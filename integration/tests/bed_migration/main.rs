@@ -137,9 +137,7 @@ fn move_large_states(mib: u64) {
     let (figures, taken) = move_with(&setups, moving);
     let device = &figures.device;
     let in_downtime = device.state_bytes - device.precopy_bytes;
-    eprintln!(
-        "two states of {mib} MiB: {in_downtime} bytes in the downtime, {taken:?} bytes of memory taken"
-    );
+    eprintln!("states of {mib} MiB: {in_downtime} bytes in the downtime, {taken:?} bytes of memory taken");
     assert!(device.state_bytes >= 2 * bytes, "{device:?}");
     assert!(in_downtime * 20 <= device.state_bytes, "{in_downtime} bytes moved in the downtime");
     assert!(taken.iter().all(|&taken| taken <= 64 << 20), "source and destination took {taken:?} bytes");

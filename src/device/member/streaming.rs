@@ -12,7 +12,7 @@ use crate::device::DeviceFailure;
 use crate::device::changes::Turn;
 use crate::device::identity::StreamIdentity;
 use crate::device::incoming::Incoming;
-use crate::device::outgoing::Outgoing;
+use crate::device::outgoing::{Outgoing, StreamLeft};
 use crate::device::reader::{Piece, StateRead, StateReader, Until};
 use crate::device::saved::streamed_to_snapshot;
 use crate::device::sink::StateSink;
@@ -57,6 +57,12 @@ impl Device {
     /// The number of the stream in which the device's state goes away.
     pub(in crate::device) fn stream_number(&self) -> Option<u16> {
         self.outgoing.map(|outgoing| outgoing.number)
+    }
+
+    /// What the device had left for the downtime when it was last asked, if its state goes away as a stream.
+    pub(in crate::device) fn stream_left(&self) -> Option<StreamLeft> {
+        let (_, bytes) = self.last_left();
+        Some(StreamLeft { number: self.stream_number()?, bytes, early_bytes: self.early_bytes() })
     }
 
     /// Has the state go away as a stream from the next session on. A session from which something was read already is over: a stream

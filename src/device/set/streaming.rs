@@ -6,6 +6,7 @@ use super::{Attempt, DeviceSet, DeviceSetError, Phase, failed};
 use crate::device::DeviceState;
 use crate::device::identity::StreamIdentity;
 use crate::device::member::Device;
+use crate::device::outgoing::StreamLeft;
 use crate::device::reader::{StateRead, StateReader};
 use crate::device::sink::StateSink;
 
@@ -19,6 +20,11 @@ impl DeviceSet {
     pub(crate) fn name_of_stream(&self, number: u16) -> Option<&str> {
         let device = self.devices.iter().find(|device| device.stream_number() == Some(number))?;
         Some(&device.identity().name)
+    }
+
+    /// What each device whose state streams had left for the downtime when all were last asked.
+    pub(crate) fn streams_left(&self) -> impl Iterator<Item = StreamLeft> {
+        self.devices.iter().filter_map(Device::stream_left)
     }
 
     /// Streams the states of the devices in `listed`; each device's number is its place in the list.

@@ -11,7 +11,9 @@ use super::payload::StatePayload;
 use super::progress::SenderHandle;
 use super::sent::DeviceDowntime;
 use crate::device::saved::text_bytes;
-use crate::device::{DeviceSet, DeviceSetError, Estimate, StateRead, StateReader, StreamIdentity};
+use crate::device::{
+    DeviceSet, DeviceSetError, Estimate, StateRead, StateReader, StreamIdentity, StreamLeft,
+};
 use crate::sync::lock;
 use crate::transfer::frame::MOST_DEVICES;
 
@@ -22,6 +24,8 @@ pub(super) struct DevicesLeft {
     pub(super) estimate: Estimate,
     /// The device that has most of it, or of which nobody can tell; empty where there is none.
     pub(super) largest: String,
+    /// Of each device whose state streams.
+    pub(super) streams: Vec<StreamLeft>,
 }
 
 /// The VM's pass-through devices, locked for one step at a time.
@@ -140,9 +144,10 @@ impl<'a> DevicePrecopy<'a> {
         let mut devices = self.devices();
         let estimate = how(&mut devices)?;
         let largest = devices.largest_left().unwrap_or_default().to_owned();
+        let streams = devices.streams_left().collect();
         drop(devices);
         self.check_fits(estimate)?;
-        Ok(DevicesLeft { estimate, largest })
+        Ok(DevicesLeft { estimate, largest, streams })
     }
 
     /// Estimates the devices' state, before a switchover that hangs on it.
@@ -227,5 +232,5 @@ impl<'a> DevicePrecopy<'a> {
 
 fn downtime_of(devices: &DeviceSet, read: &StateRead) -> Option<DeviceDowntime> {
     let device = devices.name_of_stream(read.device())?.to_owned();
-    Some(DeviceDowntime { device, bytes: read.bytes(), took: read.took })
+    Some(DeviceDowntime { device, bytes: read.bytes(), took: read.arrived_after })
 }

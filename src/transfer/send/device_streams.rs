@@ -23,10 +23,17 @@ const PIECE_BYTES: usize = 512 << 10;
 /// Pieces of all devices that may be on their way, as far as each device may have one.
 const MOST_PIECES: u64 = 64;
 
+/// A device that is read.
+struct Reading {
+    device: u16,
+    thread: JoinHandle<()>,
+    window: Arc<Window>,
+}
+
 /// One turn of reading all devices that have something, each on a thread of its own.
 #[derive(Default)]
 pub(super) struct DeviceReads {
-    threads: Vec<(JoinHandle<()>, Arc<Window>)>,
+    threads: Vec<Reading>,
     done: Vec<StateRead>,
     pool: Pool,
 }
@@ -47,12 +54,13 @@ impl DeviceReads {
         for reader in readers {
             let pool = Arc::clone(&self.pool);
             let window = Arc::new(Window::new(pieces, pool));
-            let (name, events) = (format!("migrate-device-{}", reader.device()), events.clone());
+            let (device, events) = (reader.device(), events.clone());
             let work = {
                 let window = Arc::clone(&window);
                 move || read_on(reader, &window, &Telling(events))
             };
-            self.threads.push((threads.spawn(name, work)?, window));
+            let thread = threads.spawn(format!("migrate-device-{device}"), work)?;
+            self.threads.push(Reading { device, thread, window });
         }
         Ok(())
     }
@@ -67,18 +75,23 @@ impl DeviceReads {
         self.done.len() == self.threads.len()
     }
 
-    /// Returns what the turn brought, once it is over.
+    /// Returns what the turn brought, once it is over and all of it was acknowledged.
     pub(super) fn take(&mut self) -> Vec<StateRead> {
-        let done = std::mem::take(&mut self.done);
+        let mut done = std::mem::take(&mut self.done);
+        for read in &mut done {
+            let reading = self.threads.iter().find(|reading| reading.device == read.device());
+            let acknowledged = reading.and_then(|reading| reading.window.acknowledged());
+            acknowledged.into_iter().for_each(|at| read.arrived(at));
+        }
         self.stop();
         done
     }
 
     /// Ends the turn: each device is read to the end of its piece.
     fn stop(&mut self) {
-        self.threads.iter().for_each(|(_, window)| window.close());
-        for (thread, _) in self.threads.drain(..) {
-            let _ended = thread.join();
+        self.threads.iter().for_each(|reading| reading.window.close());
+        for reading in self.threads.drain(..) {
+            let _ended = reading.thread.join();
         }
         self.done.clear();
     }

@@ -10,7 +10,7 @@ use super::progress::{Progress, SenderHandle, SourceProgress};
 use super::rates::{Bandwidth, Reported, SourceRates, rate};
 use super::restorable_vm::Standing;
 use super::tracking::Tracking;
-use crate::device::{Basis, Estimate, StateRead};
+use crate::device::{Basis, Estimate, StateRead, StreamLeft};
 use crate::ledger::{Attribution, Outstanding};
 use crate::precopy::{DeviceLeft, Forecast, Observation, Policy, SourceRate};
 
@@ -22,8 +22,7 @@ const STATE_BYTES_PER_SECOND: u64 = 150_000_000;
 /// the same time.
 const STREAM_BYTES_PER_SECOND: u64 = 400_000_000;
 
-/// Bytes of device state whose time says how fast devices hand it out.
-const TELLING_STREAM_BYTES: u64 = 8 << 20;
+const NANOS: u128 = 1_000_000_000;
 
 /// Counts rounds, measures rates, and shows both as the migration's progress.
 #[derive(Debug)]
@@ -39,9 +38,11 @@ pub(super) struct Meter<'a> {
     round_skipped_bytes: u64,
     /// Device state acknowledged in this round, as streams of its own.
     round_device_bytes: u64,
-    /// How fast streams were read; `None` where states are in State.
-    stream_rate: Option<u64>,
+    /// How fast each device's stream was read and taken in, by its number; `None` where states are in State.
+    stream_rates: Option<BTreeMap<u16, u64>>,
     round_began: Instant,
+    /// What the receiver had of the round with the last of its memory, in bytes, and when: a slow device may go on alone.
+    carried: (u64, Instant),
     /// How long the last round took.
     round_took: Duration,
     bandwidth: Bandwidth,
@@ -68,8 +69,9 @@ impl<'a> Meter<'a> {
             round_bytes: 0,
             round_skipped_bytes: 0,
             round_device_bytes: 0,
-            stream_rate: None,
+            stream_rates: None,
             round_began: now,
+            carried: (0, now),
             round_took: Duration::ZERO,
             bandwidth: Bandwidth::default(),
             dirty_rate: 0,
@@ -124,6 +126,7 @@ impl<'a> Meter<'a> {
         self.round_skipped_bytes = 0;
         self.round_device_bytes = 0;
         self.round_began = Instant::now();
+        self.carried = (0, self.round_began);
         let round = self.rounds;
         self.migration.update(|progress| progress.round = round);
     }
@@ -132,11 +135,12 @@ impl<'a> Meter<'a> {
     pub(super) fn acknowledged(&mut self, sent_bytes: u64, skipped_bytes: u64) {
         self.round_bytes += sent_bytes;
         self.round_skipped_bytes += skipped_bytes;
+        self.carried = (self.round_bytes + self.round_device_bytes, Instant::now());
     }
 
     /// Takes in that states are streams of their own.
     pub(super) fn expect_streams(&mut self) {
-        self.stream_rate = Some(STREAM_BYTES_PER_SECOND);
+        self.stream_rates = Some(BTreeMap::new());
     }
 
     /// Takes in that the receiver has a piece of a device's state.
@@ -144,20 +148,18 @@ impl<'a> Meter<'a> {
         self.round_device_bytes += state_bytes;
     }
 
-    /// Takes in what devices handed out in this round: a turn that is long enough tells how fast they do.
+    /// Takes in what devices handed out in this round: a turn that is long enough tells how fast each of them does.
     pub(super) fn read_devices(&mut self, reads: &[StateRead]) {
-        let bytes = reads.iter().map(StateRead::bytes).sum();
-        let took = reads.iter().map(|read| read.took).max().unwrap_or_default();
-        if bytes >= TELLING_STREAM_BYTES {
-            self.stream_rate = self.stream_rate.map(|_| rate(bytes, took));
-        }
+        let Some(rates) = &mut self.stream_rates else { return };
+        rates.extend(reads.iter().filter_map(|read| Some((read.device(), read.telling_rate()?))));
     }
 
     /// Takes in that every page of the round was acknowledged.
     pub(super) fn end_round(&mut self) {
         self.round_took = self.round_began.elapsed();
-        let bytes = self.round_bytes + self.round_device_bytes;
-        self.bandwidth.record(bytes, self.round_skipped_bytes, self.round_took);
+        let (bytes, at) = self.carried;
+        let took = at.saturating_duration_since(self.round_began);
+        self.bandwidth.record(bytes, self.round_skipped_bytes, took);
     }
 
     /// The bandwidth measured over whole rounds, or in the first one what it comes to so far.
@@ -224,8 +226,9 @@ impl<'a> Meter<'a> {
             in_flight_bytes,
             bandwidth: self.bandwidth(),
             dirty_rate: self.dirty_rate,
-            device: device_left(devices.estimate, self.stream_rate.is_some()),
-            state_rate: self.stream_rate.unwrap_or(STATE_BYTES_PER_SECOND),
+            device: device_left(devices.estimate, self.stream_rates.is_some()),
+            state_rate: self.state_rate(devices, |left| left.bytes),
+            late_state_rate: self.state_rate(devices, |left| left.bytes.saturating_sub(left.early_bytes)),
             device_initial_bytes: devices.estimate.initial_bytes,
             device_early_bytes: devices.estimate.early_bytes,
             elapsed_ms: self.elapsed_ms(),
@@ -235,6 +238,12 @@ impl<'a> Meter<'a> {
         };
         self.show(tracking, &devices.largest);
         self.seen
+    }
+
+    /// Bytes of device state per second, where `bytes` of each stream are left.
+    fn state_rate(&self, devices: &DevicesLeft, bytes: impl Fn(&StreamLeft) -> u64) -> u64 {
+        let left = devices.streams.iter().map(|left| (left.number, bytes(left)));
+        self.stream_rates.as_ref().map_or(STATE_BYTES_PER_SECOND, |rates| rate_of_streams(left, rates))
     }
 
     fn show(&self, tracking: &Tracking<'_>, device: &str) {
@@ -265,9 +274,41 @@ fn device_left(estimate: Estimate, streams: bool) -> DeviceLeft {
     }
 }
 
+/// Bytes per second of all streams together, where so much is `left` of each: they go at the same time, so the one that takes longest says
+/// how long all do.
+fn rate_of_streams(left: impl Iterator<Item = (u16, u64)>, rates: &BTreeMap<u16, u64>) -> u64 {
+    let rate_of = |number| rates.get(&number).copied().unwrap_or(STREAM_BYTES_PER_SECOND);
+    let (mut total, mut longest) = (0, 0);
+    for (number, bytes) in left {
+        total += u128::from(bytes);
+        longest = longest.max(u128::from(bytes) * NANOS / u128::from(rate_of(number)));
+    }
+    match longest {
+        0 => STREAM_BYTES_PER_SECOND,
+        nanos => u64::try_from(total * NANOS / nanos).unwrap_or(u64::MAX).max(1),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_slowest_stream_says_how_long_all_take() {
+        let rates = BTreeMap::from([(0, 1 << 30), (1, 1 << 20)]);
+        for (left, seconds) in [
+            (vec![(0, 1 << 30), (1, 1 << 30)], 1024),
+            (vec![(0, 1 << 30), (1, 0)], 1),
+            (vec![(0, 0), (1, 3 << 20)], 3),
+            (vec![(0, 8 << 30), (1, 1 << 20)], 8),
+        ] {
+            let total: u64 = left.iter().map(|(_, bytes)| bytes).sum();
+            assert_eq!(total / rate_of_streams(left.iter().copied(), &rates), seconds, "{left:?}");
+        }
+        let unmeasured = rate_of_streams([(7, 1 << 30)].into_iter(), &rates);
+        assert!(unmeasured.abs_diff(STREAM_BYTES_PER_SECOND) < 10, "{unmeasured}");
+        assert_eq!(rate_of_streams([].into_iter(), &rates), STREAM_BYTES_PER_SECOND);
+    }
 
     #[test]
     fn a_state_of_64_mib_is_known_to_exceed_300_ms_on_any_connection() {

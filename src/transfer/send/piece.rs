@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
 
 use crate::sync::lock;
 use crate::transfer::frame::PIECE_HEAD_BYTES;
@@ -61,6 +62,8 @@ pub(super) struct Window {
 #[derive(Default)]
 struct Ahead {
     on_their_way: BTreeSet<u64>,
+    /// When one was last acknowledged.
+    acknowledged: Option<Instant>,
     closed: bool,
 }
 
@@ -86,9 +89,17 @@ impl Window {
     }
 
     fn release(&self, index: u64, buffer: Vec<u8>) {
-        lock(&self.ahead).on_their_way.remove(&index);
+        let mut ahead = lock(&self.ahead);
+        ahead.on_their_way.remove(&index);
+        ahead.acknowledged = Some(Instant::now());
+        drop(ahead);
         self.changed.notify_one();
         self.give_back(buffer);
+    }
+
+    /// When a piece was last acknowledged.
+    pub(super) fn acknowledged(&self) -> Option<Instant> {
+        lock(&self.ahead).acknowledged
     }
 
     /// Takes a buffer back that nothing was read into.

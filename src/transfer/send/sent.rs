@@ -44,6 +44,6 @@ pub struct DeviceDowntime {
     pub device: String,
     /// Bytes of its state that it handed over once it was stopped.
     pub bytes: u64,
-    /// How long that took, from its first byte to the last one on its way.
+    /// How long that took, from its first byte to the last one's arrival.
     pub took: Duration,
 }
