@@ -18,7 +18,7 @@ use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
 use vfio_migration::transfer::receive::{
     Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
 };
-use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent};
+use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent, SourceVm};
 use vfio_migration::vm::VmError;
 use vm_migration::Snapshot;
 
@@ -131,6 +131,8 @@ pub(crate) struct Vmm {
     pub(crate) devices: MigratableDevice,
     /// Whether states may come as streams.
     pub(crate) streams: bool,
+    /// Whether the devices' states are loaded with State.
+    pub(crate) loads: bool,
     /// How long completing takes.
     pub(crate) completing: Duration,
     /// Notes what it is given.
@@ -144,7 +146,7 @@ impl Vmm {
         let tracker = Arc::new(Mutex::new(Tracker::builder(layout).build().unwrap()));
         let devices = Arc::new(Mutex::new(DeviceSet::new(devices).unwrap()));
         let devices = MigratableDevice::new("devices", tracker, devices);
-        Self { memory, devices, streams: true, completing: Duration::ZERO, log: Log::default() }
+        Self { memory, devices, streams: true, loads: true, completing: Duration::ZERO, log: Log::default() }
     }
 
     pub(crate) fn assert_equals(&self, vm: &FakeVm) {
@@ -166,7 +168,10 @@ impl Destination for Vmm {
     fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {
         note(&self.log, "interrupt controller");
         let tree: Snapshot = serde_json::from_slice(&json)?;
-        Ok(self.devices.restore(&tree.snapshots["devices"])?)
+        if self.loads {
+            self.devices.restore(&tree.snapshots["devices"])?;
+        }
+        Ok(())
     }
 
     fn complete(&mut self, _paused: bool) -> Result<Completion, VmError> {
@@ -290,5 +295,35 @@ fn a_device_of_another_kind_firmware_or_version_is_refused_before_a_page_or_a_de
         ));
         assert!(taker.0.lock().unwrap().moves.is_empty(), "the device was not touched");
         assert!(log_of(&vm.log).is_empty(), "nor the source's, nor its VM");
+    }
+}
+
+#[test]
+fn a_vmm_that_takes_state_and_loads_no_device_is_refused_with_the_devices_name() {
+    for connections in [1, 4] {
+        let mut vm = FakeVm::new(0);
+        let states = [pattern(MIB, 1), pattern(5, 2)];
+        let machine = source(&vm, &states.each_ref().map(Vec::as_slice), |_, _| ());
+        let (takers, devices) = takers(2);
+        let mut vmm = Vmm::new(devices);
+        vmm.loads = false;
+        let adjust = |options: SendOptions| {
+            let options = options.connections(ConnectionCount::new(connections).unwrap()).unwrap();
+            options.downtime(Duration::from_secs(10))
+        };
+        let (sent, received) = moves(&mut vm, &machine, &mut vmm, adjust);
+        let Err(ReceiveError::NotLoaded { name }) = received else { panic!("{received:?}") };
+        assert_eq!(name, "dev0");
+        assert_eq!(sent.unwrap_err().source_vm(), SourceVm::AsBefore);
+        assert!(vm.is_running() && !log_of(&vmm.log).iter().any(|step| step == "complete"));
+        for taker in &takers {
+            let taken = taker.look();
+            assert_eq!((taken.state, taken.loaded.as_ref()), (Some(DeviceState::Running), None));
+        }
+        vmm.loads = true;
+        let (sent, received) = moves(&mut vm, &machine, &mut vmm, adjust);
+        sent.unwrap();
+        received.unwrap();
+        assert!(takers.iter().zip(&states).all(|(taker, state)| loaded(taker).as_ref() == Some(state)));
     }
 }

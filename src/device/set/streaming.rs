@@ -144,6 +144,12 @@ impl DeviceSet {
 
     /// Whether states come in.
     pub(crate) fn is_loading(&self) -> bool {
-        self.devices.iter().any(Device::is_loading)
+        self.loading_names().next().is_some()
+    }
+
+    /// The devices into which states come.
+    pub(crate) fn loading_names(&self) -> impl Iterator<Item = &str> {
+        let loading = self.devices.iter().filter(|device| device.is_loading());
+        loading.map(|device| device.identity().name.as_str())
     }
 }

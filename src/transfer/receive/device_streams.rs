@@ -130,27 +130,23 @@ impl DeviceStreams {
         streams.filter(|stream| stream.complete).map(|stream| stream.sink.bytes()).sum()
     }
 
-    /// Checks that State was taken: it has the state of each device whose stream has no end, as of one that was unplugged and
-    /// plugged in again.
+    /// Checks that State was taken, and with it every state that came ahead. State itself has the state of each device whose stream has
+    /// no end, as of one that was unplugged and plugged in again.
     ///
     /// # Errors
-    /// A piece never came.
+    /// A piece never came, or the destination took State without the devices that were to load with it.
     pub(super) fn check_taken(&self, taken: Result<(), ReceiveError>) -> Result<(), ReceiveError> {
-        if taken.is_ok() && !lock(&self.set).is_loading() {
+        let unloaded = lock(&self.set).loading_names().next().map(str::to_owned);
+        if taken.is_ok() && unloaded.is_none() {
             return Ok(());
         }
         let cut = self.streams.iter().map(lock).find(|stream| stream.session > 0 && !stream.complete);
-        let missing = cut.map(|stream| {
-            PieceError::Missing { name: stream.sink.name().to_owned(), next: stream.next }.into()
-        });
-        match (missing, taken) {
-            (Some(missing), Err(error)) => {
-                log::debug!("State was refused: {}", Chain(&error));
-                Err(missing)
-            }
-            (Some(missing), Ok(())) => Err(missing),
-            (None, taken) => taken,
+        if let Some(stream) = cut {
+            taken.unwrap_or_else(|error| log::debug!("State was refused: {}", Chain(&error)));
+            let name = stream.sink.name().to_owned();
+            return Err(PieceError::Missing { name, next: stream.next }.into());
         }
+        taken.and(unloaded.map_or(Ok(()), |name| Err(ReceiveError::NotLoaded { name })))
     }
 
     /// Drops what came. No piece is under way any more. What was loaded is kept where `completing` failed: only the VMM knows whether

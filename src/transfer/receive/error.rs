@@ -238,6 +238,12 @@ pub enum ReceiveError {
         /// Why not.
         source: Box<DeviceFailure>,
     },
+    /// The destination took State, and a device did not load the state that came ahead of it.
+    #[error("Destination took State, and device {name:?} has not loaded what came ahead of it (DeviceSet::load)")]
+    NotLoaded {
+        /// The device.
+        name: String,
+    },
     /// The destination's devices cannot be readied for their states.
     #[error("Devices cannot be readied for their states")]
     Devices {
