@@ -10,6 +10,7 @@ use vfio_migration::transfer::{SendError, Sender, SourceVm};
 
 use crate::frames::STATE;
 use crate::peer::{Fault, Peer};
+use crate::streams::{Vmm, loaded, moves, pattern, source, takers};
 use crate::vm::{FakeVm, Machine, PAGES, Report, ScriptedSource};
 use crate::{assert_retry_loses_nothing, log_of, options, send, with_device};
 
@@ -81,6 +82,39 @@ fn the_bandwidth_cap_holds_while_the_vm_runs() {
     // 6 MiB at 12 MiB/s, the last chunk of a twentieth of a second not waited for.
     assert!(sent.total >= Duration::from_millis(440), "{:?}", sent.total);
     peer.end().0.assert_equals(&vm);
+}
+
+#[test]
+fn the_bandwidth_cap_holds_for_memory_and_devices_together_and_neither_waits_for_the_other() {
+    const MIB: u64 = 1 << 20;
+    for connections in [1, 4] {
+        // Half of each state comes in PRE_COPY.
+        let states = [pattern(8 << 20, 1), pattern(4 << 20, 2)];
+        let mut vm = FakeVm::new(0);
+        let machine = source(&vm, &states.each_ref().map(Vec::as_slice), |_, _| ());
+        let (takers, devices) = takers(2);
+        let mut vmm = Vmm::new(devices);
+        takers.iter().for_each(|taker| taker.look().arrivals = vmm.arrivals.clone());
+        let (sent, received) = moves(&mut vm, &machine, &mut vmm, |options| {
+            let options = options.connections(ConnectionCount::new(connections).unwrap()).unwrap();
+            options.rate_limit(Some(12 * MIB)).unwrap().downtime(Duration::from_secs(10))
+        });
+        let sent = sent.unwrap();
+        received.unwrap();
+        vmm.assert_equals(&vm);
+        assert!(takers.iter().zip(&states).all(|(taker, state)| loaded(taker).as_ref() == Some(state)));
+        let bytes = sent.progress.ram_bytes + sent.device_precopy_bytes;
+        assert!(bytes >= 12 * MIB, "{bytes}");
+        // 12 MiB at 12 MiB/s, the last piece and the last chunk of a twentieth of a second not waited for.
+        let running = sent.total - sent.downtime;
+        assert!(running >= Duration::from_millis(890), "{connections} connections: {running:?}");
+        let arrivals = log_of(&vmm.arrivals);
+        let pieces = arrivals.iter().enumerate().filter(|(_, what)| *what == "state");
+        let (fourth, _) = pieces.clone().nth(3).unwrap();
+        let before = arrivals[..fourth].iter().filter(|what| *what == "memory").count();
+        let chunks = arrivals.len() - pieces.count();
+        assert!((1..chunks * 9 / 10).contains(&before), "{before} of {chunks} before the fourth piece");
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! Devices' states as streams, from our sender to our receiver.
 
 use std::cell::Cell;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
@@ -11,12 +12,14 @@ use vfio_migration::device::{
     Capabilities, DataRead, Device, DeviceError, DeviceIo, DeviceOperation, DeviceSet, DeviceState,
     IdentityMismatch, PrecopyInfo,
 };
+use vfio_migration::layout::Layout;
 use vfio_migration::migratable::MigratableDevice;
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::connection::Listener;
+use vfio_migration::transfer::frame::MemoryTable;
 use vfio_migration::transfer::limits::{ConnectionCount, PeerLimits};
 use vfio_migration::transfer::receive::{
-    Completion, Destination, GuestPages, PageStore, ReceiveError, Received, Receiver,
+    Completion, Destination, GuestPages, PageStore, Pages, ReceiveError, Received, Receiver,
 };
 use vfio_migration::transfer::{SendError, SendOptions, Sender, Sent, SourceVm};
 use vfio_migration::vm::VmError;
@@ -38,6 +41,8 @@ pub(crate) struct Taken {
     pub(crate) moves: Vec<DeviceState>,
     pub(crate) resets: u32,
     largest_write: usize,
+    /// Notes each piece.
+    pub(crate) arrivals: Log,
     /// Refuses what would make it more than so many bytes.
     refuse_beyond: Option<usize>,
 }
@@ -102,6 +107,7 @@ impl DeviceIo for Taker {
         if taken.refuse_beyond.is_some_and(|most| taken.written.len() + data.len() > most) {
             return Err(DeviceError::new(DeviceOperation::WriteData, "scripted to refuse"));
         }
+        note(&taken.arrivals, "state");
         taken.written.extend(data);
         taken.largest_write = taken.largest_write.max(data.len());
         Ok(())
@@ -137,16 +143,33 @@ pub(crate) struct Vmm {
     pub(crate) completing: Duration,
     /// Notes what it is given.
     pub(crate) log: Log,
+    /// Notes each message of memory.
+    pub(crate) arrivals: Log,
+}
+
+/// Pages whose messages are noted.
+struct NotedPages(GuestPages<Memory>, Log);
+
+impl PageStore for NotedPages {
+    fn layout(&self) -> &Layout {
+        self.0.layout()
+    }
+
+    fn fill(&self, table: &MemoryTable, pages: &mut Pages<'_>) -> io::Result<()> {
+        note(&self.1, "memory");
+        self.0.fill(table, pages)
+    }
 }
 
 impl Vmm {
     pub(crate) fn new(devices: Vec<Device>) -> Self {
         let memory = Arc::new(empty_memory());
-        let layout = vfio_migration::layout::Layout::from_guest_memory(&*memory).unwrap();
+        let layout = Layout::from_guest_memory(&*memory).unwrap();
         let tracker = Arc::new(Mutex::new(Tracker::builder(layout).build().unwrap()));
         let devices = Arc::new(Mutex::new(DeviceSet::new(devices).unwrap()));
         let devices = MigratableDevice::new("devices", tracker, devices);
-        Self { memory, devices, streams: true, loads: true, completing: Duration::ZERO, log: Log::default() }
+        let (log, arrivals) = Default::default();
+        Self { memory, devices, streams: true, loads: true, completing: Duration::ZERO, log, arrivals }
     }
 
     pub(crate) fn assert_equals(&self, vm: &FakeVm) {
@@ -162,7 +185,7 @@ impl Destination for Vmm {
 
     fn config(&mut self, _json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
         note(&self.log, "config");
-        Ok(Arc::new(GuestPages::new(Arc::clone(&self.memory))?))
+        Ok(Arc::new(NotedPages(GuestPages::new(Arc::clone(&self.memory))?, self.arrivals.clone())))
     }
 
     fn state(&mut self, json: Vec<u8>) -> Result<(), VmError> {

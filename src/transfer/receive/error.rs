@@ -239,7 +239,9 @@ pub enum ReceiveError {
         source: Box<DeviceFailure>,
     },
     /// The destination took State, and a device did not load the state that came ahead of it.
-    #[error("Destination took State, and device {name:?} has not loaded what came ahead of it (DeviceSet::load)")]
+    #[error(
+        "Destination took State, and device {name:?} has not loaded what came ahead of it (DeviceSet::load)"
+    )]
     NotLoaded {
         /// The device.
         name: String,

@@ -2,15 +2,17 @@
 
 //! Passes over memory: chunks out onto the connections, under the rate limit and their back-pressure, and acknowledgements in.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::connections::{Content, Event, MemoryConnections, Pipeline};
-use super::device_streams::DeviceReads;
+use super::device_streams::{DeviceReads, PIECE_BYTES};
 use super::downtime::Switchover;
 use super::error::SendError;
 use super::exchange::PeerError;
 use super::meter::Meter;
 use super::options::SendOptions;
+use super::piece::DevicePiece;
 use super::progress::SenderHandle;
 use super::rate_limit::RateLimit;
 use super::restorable_vm::RestorableVm;
@@ -34,7 +36,7 @@ const LEAST_CHUNK_BYTES: u64 = 64 << 10;
 /// Ranges in one chunk's table.
 const CHUNK_RANGES: usize = 1 << 16;
 
-/// Chunks a rate limit is spread over in a second.
+/// Chunks, or pieces of devices' states, a rate limit is spread over in a second.
 const PACED_CHUNKS_PER_SECOND: u64 = 20;
 
 /// What a pass copies, from where, and what counts it.
@@ -52,6 +54,10 @@ pub(super) struct Copier<'a, V: Vm> {
     devices: DeviceReads,
     hole_watch: HoleWatch,
     rate_limit: Option<RateLimit>,
+    /// Pieces of devices' states that wait for the rate limit: no more than their windows let be on their way.
+    held: VecDeque<DevicePiece>,
+    /// Whether a piece that waits goes before the next chunk.
+    is_pieces_turn: bool,
     /// End of the highest chunk sent so far: chunks of a round ascend, so no page from here on was sent yet.
     unsent_from: u64,
 }
@@ -80,6 +86,8 @@ impl<'a, V: Vm> Copier<'a, V> {
             devices: DeviceReads::default(),
             hole_watch,
             rate_limit: options.rate_limit.map(RateLimit::new),
+            held: VecDeque::new(),
+            is_pieces_turn: false,
             unsent_from: 0,
         })
     }
@@ -99,7 +107,9 @@ impl<'a, V: Vm> Copier<'a, V> {
     ) -> Result<Vec<StateRead>, SendError> {
         let pass = &mut pass;
         let threads = self.options.thread_start;
-        self.devices.start(readers, self.connections.events(), threads).map_err(SendError::Thread)?;
+        let piece_bytes = self.piece_bytes(pass);
+        let started = self.devices.start(readers, piece_bytes, self.connections.events(), threads);
+        started.map_err(SendError::Thread)?;
         pass.meter.begin_round();
         pass.tracking.begin_round()?;
         let limits = self.chunk_limits(pass);
@@ -110,6 +120,7 @@ impl<'a, V: Vm> Copier<'a, V> {
             if let Some(limit) = &mut self.rate_limit {
                 limit.spend(chunk.bytes(), Instant::now());
             }
+            self.is_pieces_turn = true;
             self.connections.send(chunk, content, memory);
         }
         self.drain(pass)?;
@@ -126,9 +137,13 @@ impl<'a, V: Vm> Copier<'a, V> {
     }
 
     fn drain(&mut self, pass: &mut Pass<'_, 'a, V>) -> Result<(), SendError> {
-        // Devices first: what they have told before their end is in the connections' hands then.
-        while !(self.devices.are_over() && self.connections.is_drained()) {
-            self.heed(pass, TICK)?;
+        // Devices first: what they have told before their end is held here then, or in the connections' hands.
+        while !(self.devices.are_over() && self.held.is_empty() && self.connections.is_drained()) {
+            let patience = if self.held.is_empty() { TICK } else { self.wait(pass).min(TICK) };
+            self.heed(pass, patience)?;
+            if self.wait(pass).is_zero() {
+                self.send_held();
+            }
         }
         Ok(())
     }
@@ -146,9 +161,19 @@ impl<'a, V: Vm> Copier<'a, V> {
     /// The chunks of a round that begins now.
     fn chunk_limits(&self, pass: &Pass<'_, 'a, V>) -> ChunkLimits {
         let limits = chunk_limits(self.options, pass.tracking, self.connections.count());
+        ChunkLimits { bytes: limits.bytes.min(self.slice_bytes(pass)), ..limits }
+    }
+
+    /// Bytes of a device's state in one piece of a round that begins now.
+    fn piece_bytes(&self, pass: &Pass<'_, 'a, V>) -> usize {
+        let slice_bytes = self.slice_bytes(pass).max(LEAST_CHUNK_BYTES);
+        usize::try_from(slice_bytes).unwrap_or(usize::MAX).min(PIECE_BYTES)
+    }
+
+    /// Bytes that go at once under the rate limit, while that holds.
+    fn slice_bytes(&self, pass: &Pass<'_, 'a, V>) -> u64 {
         let limit = self.options.rate_limit.filter(|_| !pass.vm.is_paused());
-        let slice = limit.map_or(u64::MAX, |limit| limit.get() / PACED_CHUNKS_PER_SECOND);
-        ChunkLimits { bytes: limits.bytes.min(slice), ..limits }
+        limit.map_or(u64::MAX, |limit| limit.get() / PACED_CHUNKS_PER_SECOND)
     }
 
     /// Says whether the zero-page filter may look at a chunk: where no page of it was sent before (C36). That is all of the first
@@ -176,17 +201,44 @@ impl<'a, V: Vm> Copier<'a, V> {
         is_first
     }
 
-    /// Waits until another chunk may be taken: for the connections' back-pressure, and while the VM runs for the rate limit.
+    /// Waits until another chunk may be taken: for the connections' back-pressure, and while the VM runs for the rate limit, which
+    /// chunks share by turns with pieces of devices' states.
     fn await_room(&mut self, pass: &mut Pass<'_, 'a, V>) -> Result<(), SendError> {
         loop {
-            let limit = self.rate_limit.as_ref().filter(|_| !pass.vm.is_paused());
-            let wait = limit.map_or(Duration::ZERO, |limit| limit.wait(Instant::now()));
+            let wait = self.wait(pass);
             match self.connections.has_room() {
+                true if wait.is_zero() && self.is_pieces_turn && !self.held.is_empty() => self.send_held(),
                 true if wait.is_zero() => return self.heed(pass, Duration::ZERO),
                 true => self.heed(pass, wait.min(TICK))?,
                 false => self.heed(pass, TICK)?,
             }
         }
+    }
+
+    /// How long the rate limit, while it holds, lets nothing more go.
+    fn wait(&self, pass: &Pass<'_, 'a, V>) -> Duration {
+        let holds = !pass.vm.is_paused() && !self.is_cut_short(pass);
+        let limit = self.rate_limit.as_ref().filter(|_| holds);
+        limit.map_or(Duration::ZERO, |limit| limit.wait(Instant::now()))
+    }
+
+    /// Sends a piece at once, or holds it where there is a rate limit and the VM runs.
+    fn send_piece(&mut self, piece: DevicePiece, pass: &Pass<'_, 'a, V>) {
+        if self.rate_limit.is_some() && !pass.vm.is_paused() {
+            self.held.push_back(piece);
+        } else {
+            self.connections.send_piece(piece);
+        }
+    }
+
+    /// Sends the oldest piece that is held, if there is one, and charges it to the rate limit.
+    fn send_held(&mut self) {
+        let Some(piece) = self.held.pop_front() else { return };
+        if let Some(limit) = &mut self.rate_limit {
+            limit.spend(piece.state_bytes(), Instant::now());
+        }
+        self.connections.send_piece(piece);
+        self.is_pieces_turn = false;
     }
 
     /// Takes in what the connections have to tell, waiting no longer than `patience`, and looks whether to go on at all.
@@ -195,7 +247,7 @@ impl<'a, V: Vm> Copier<'a, V> {
         while let Some(told) = event {
             match told {
                 Event::Acknowledged { chunk, sent_bytes } => self.acknowledged(chunk, sent_bytes, pass),
-                Event::Piece(piece) => self.connections.send_piece(piece),
+                Event::Piece(piece) => self.send_piece(piece, pass),
                 Event::PieceAcknowledged { state_bytes } => pass.meter.piece_acknowledged(state_bytes),
                 Event::Read(read) => self.devices.ended(read),
                 // Its chunks stay in flight: the session ends, its cursor with it, and a new attempt sends all RAM.

@@ -17,8 +17,8 @@ use crate::threads::ThreadStart;
 use crate::transfer::frame::{PIECE_HEAD_BYTES, seal_piece};
 use crate::transfer::limits::PIECES_AHEAD;
 
-/// Bytes of a device's state in one piece.
-const PIECE_BYTES: usize = 512 << 10;
+/// Most bytes of a device's state in one piece.
+pub(super) const PIECE_BYTES: usize = 512 << 10;
 
 /// Pieces of all devices that may be on their way, as far as each device may have one.
 const MOST_PIECES: u64 = 64;
@@ -39,13 +39,14 @@ pub(super) struct DeviceReads {
 }
 
 impl DeviceReads {
-    /// Begins a turn. Each piece, and each end, is told to `events`.
+    /// Begins a turn. Each piece, of `piece_bytes` at most, and each end is told to `events`.
     ///
     /// # Errors
     /// A thread cannot be had; the turn is over.
     pub(super) fn start(
         &mut self,
         readers: Vec<StateReader>,
+        piece_bytes: usize,
         events: &Sender<(usize, Event)>,
         threads: ThreadStart,
     ) -> io::Result<()> {
@@ -57,7 +58,7 @@ impl DeviceReads {
             let (device, events) = (reader.device(), events.clone());
             let work = {
                 let window = Arc::clone(&window);
-                move || read_on(reader, &window, &Telling(events))
+                move || read_on(reader, piece_bytes, &window, &Telling(events))
             };
             let thread = threads.spawn(format!("migrate-device-{device}"), work)?;
             self.threads.push(Reading { device, thread, window });
@@ -120,11 +121,11 @@ impl Drop for Telling {
     }
 }
 
-fn read_on(mut reader: StateReader, window: &Arc<Window>, telling: &Telling) {
+fn read_on(mut reader: StateReader, piece_bytes: usize, window: &Arc<Window>, telling: &Telling) {
     while let Some(mut payload) = window.await_room(reader.next_index()) {
         payload.clear();
         payload.resize(PIECE_HEAD_BYTES, 0);
-        let Some(piece) = reader.read(&mut payload, PIECE_BYTES) else {
+        let Some(piece) = reader.read(&mut payload, piece_bytes) else {
             window.give_back(payload);
             break;
         };

@@ -96,10 +96,11 @@ impl SendOptions {
         Ok(Self { chunk_bytes, ..self })
     }
 
-    /// Sets the rate limit: bytes of guest memory sent per second while the VM runs; `None`: as many as the connections carry.
+    /// Sets the rate limit: bytes of guest memory, and of device state that streams, sent per second while the VM runs; `None`: as
+    /// many as the connections carry.
     ///
-    /// The downtime to be expected is reckoned at the rate at which memory was sent, so at this rate: a VM that dirties memory
-    /// faster than the limit, or almost, never switches over before the timeout.
+    /// The downtime to be expected is reckoned at the rate at which these were sent, so at this rate: a VM that dirties memory, or
+    /// whose devices change their states, faster than the limit, or almost, never switches over before the timeout.
     ///
     /// # Errors
     /// No bytes per second.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The rate limit of the running VM's memory, [`SendOptions::rate_limit`](super::SendOptions::rate_limit). Instants come in; no
+//! The rate limit of the running VM's memory and device state, [`SendOptions::rate_limit`](super::SendOptions::rate_limit). Instants come in; no
 //! clock here.
 
 use std::num::NonZeroU64;
@@ -11,7 +11,7 @@ use super::rates::to_float;
 /// Where a cap so low, or a chunk so large, stops adding up.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// A rate limit on guest memory: spreads bytes over time.
+/// A rate limit: spreads bytes over time.
 #[derive(Debug)]
 pub(super) struct RateLimit {
     bytes_per_second: NonZeroU64,
