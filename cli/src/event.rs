@@ -58,6 +58,11 @@ pub(crate) enum Event<'a> {
         /// How long it took.
         took_ms: u128,
     },
+    /// Memory was moved within the snapshot while the VM was paused, because its state left out memory that it had announced.
+    MemoryMoved {
+        /// How much.
+        bytes: u64,
+    },
     /// Such memory of the paused VM is stored.
     MemoryStored {
         /// Memory that was looked at while the VM was paused.

@@ -211,6 +211,11 @@ fn tell_local(event: LocalEvent, output: &Output) {
                 )
             });
         }
+        LocalEvent::Moved { bytes } => {
+            output.tell(&Event::MemoryMoved { bytes }, || {
+                format!("Moved {} to leave out memory that is not plugged", HumanBytes(bytes))
+            });
+        }
         _ => {}
     }
 }

@@ -146,16 +146,6 @@ impl StagedDir {
         self.staged.0.remove_file(name.as_ref()).map_err(|source| self.write_error(name, source))
     }
 
-    /// Moves the file `from` to the place of the file `to`.
-    pub(crate) fn replace_file(&self, from: &'static str, to: &'static str) -> Result<(), WriteError> {
-        let mut files = self.files();
-        if let Some(file) = files.remove(from) {
-            files.insert(to, file);
-        }
-        let moved = self.staged.0.rename(from.as_ref(), to.as_ref());
-        moved.map_err(|source| self.write_error(to, source))
-    }
-
     /// The final path.
     pub(crate) fn target(&self) -> &Path {
         &self.target

@@ -162,6 +162,25 @@ impl WriteBack {
         self.shared.due.notify_one();
     }
 
+    /// Syncs what was written until now, and waits for it, but no longer than `until`; the sync goes on then.
+    ///
+    /// # Errors
+    /// A sync failed: bytes written before it may be lost for good.
+    pub(crate) fn sync_until(&self, until: Option<Instant>) -> io::Result<()> {
+        self.hurry();
+        let mut state = self.shared.lock();
+        while state.failed.is_none() && (state.hurried || state.written + state.syncing > 0) {
+            let Some(left) =
+                until.map_or(Some(Duration::MAX), |until| until.checked_duration_since(Instant::now()))
+            else {
+                return Ok(());
+            };
+            let waited = self.shared.synced.wait_timeout(state, left);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        state.failed.as_ref().map_or(Ok(()), |error| Err(same(error)))
+    }
+
     /// Ends the thread. What was written since its last sync is the caller's to sync.
     ///
     /// # Errors
@@ -247,6 +266,29 @@ mod tests {
         say.send(Ok(())).unwrap();
         write_back.finish().unwrap();
         assert_eq!(syncs.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_sync_is_waited_for_until_its_time_is_over_and_goes_on_then() {
+        let (write_back, say, syncs) = scripted();
+        write_back.wrote(1).unwrap();
+        let began = Instant::now();
+        write_back.sync_until(began.checked_add(Duration::from_millis(50))).unwrap();
+        assert!(began.elapsed() >= Duration::from_millis(50), "the disk hangs");
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| write_back.sync_until(None));
+            thread::sleep(Duration::from_millis(50));
+            assert!(!waiting.is_finished(), "there is time");
+            drop(say);
+            waiting.join().unwrap().unwrap();
+        });
+        assert!(syncs.load(Ordering::SeqCst) > 0);
+        write_back.finish().unwrap();
+
+        let (write_back, say, _) = scripted();
+        write_back.wrote(1).unwrap();
+        say.send(Err(io::ErrorKind::StorageFull.into())).unwrap();
+        assert_eq!(write_back.sync_until(None).unwrap_err().kind(), io::ErrorKind::StorageFull);
     }
 
     #[test]

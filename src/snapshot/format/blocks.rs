@@ -2,11 +2,8 @@
 
 //! One digest for each block of a file.
 
-use std::{io, iter};
-
 use super::digest::Digest;
 use crate::granule::Granule;
-use crate::snapshot::reserve::list_of;
 
 /// The most blocks a file is cut into: beyond that, blocks grow.
 pub(crate) const MAX_BLOCKS: u64 = 1 << 20;
@@ -53,59 +50,8 @@ impl BlockTable {
     }
 }
 
-/// Makes the table of a file whose bytes come in order.
-#[derive(Debug)]
-pub(crate) struct BlockHasher {
-    table: BlockTable,
-    partial: Vec<u8>,
-}
-
-impl BlockHasher {
-    /// Hashes a file of `bytes` bytes.
-    ///
-    /// # Errors
-    /// There is no memory for the digests.
-    pub(crate) fn new(bytes: u64, block_bytes: u64) -> io::Result<Self> {
-        let digests = usize::try_from(bytes.div_ceil(block_bytes)).unwrap_or(usize::MAX);
-        let digests = list_of(digests, iter::empty())?;
-        Ok(Self { table: BlockTable { block_bytes, digests }, partial: Vec::new() })
-    }
-
-    pub(crate) fn update(&mut self, mut bytes: &[u8]) {
-        let block_bytes = usize::try_from(self.table.block_bytes).expect("blocks fit memory");
-        while !bytes.is_empty() {
-            if self.partial.is_empty() && bytes.len() >= block_bytes {
-                let (block, rest) = bytes.split_at(block_bytes);
-                self.table.digests.push(BlockTable::entry(block));
-                bytes = rest;
-                continue;
-            }
-            let room = bytes.len().min(block_bytes - self.partial.len());
-            self.partial.extend_from_slice(&bytes[..room]);
-            bytes = &bytes[room..];
-            if self.partial.len() == block_bytes {
-                self.end_block();
-            }
-        }
-    }
-
-    fn end_block(&mut self) {
-        self.table.digests.push(BlockTable::entry(&self.partial));
-        self.partial.clear();
-    }
-
-    pub(crate) fn finish(mut self) -> BlockTable {
-        if !self.partial.is_empty() {
-            self.end_block();
-        }
-        self.table
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
     #[test]
@@ -125,29 +71,6 @@ mod tests {
                 *last = 1;
                 assert!(!is_zero(&bytes), "{length}");
             }
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn pieces_do_not_change_the_table(
-            bytes in prop::collection::vec(0..2u8, 0..300),
-            cuts in prop::collection::vec(1..40usize, 1..40),
-        ) {
-            let mut hasher = BlockHasher::new(bytes.len() as u64, 16).unwrap();
-            let mut rest = &bytes[..];
-            for cut in cuts.iter().cycle() {
-                if rest.is_empty() {
-                    break;
-                }
-                let (piece, after) = rest.split_at(rest.len().min(*cut));
-                hasher.update(piece);
-                rest = after;
-            }
-            let naive: Vec<_> = bytes.chunks(16).map(|block| {
-                block.iter().any(|&byte| byte != 0).then(|| Digest::of(block))
-            }).collect();
-            prop_assert_eq!(hasher.finish().digests, naive);
         }
     }
 }

@@ -38,12 +38,16 @@ struct PlatformConfig {
 struct MemoryConfig {
     size: u64,
     #[serde(default)]
+    hotplugged_size: Option<u64>,
+    #[serde(default)]
     zones: Option<AtMost<ENTRIES, ZoneConfig>>,
 }
 
 #[derive(Deserialize)]
 struct ZoneConfig {
     id: String,
+    #[serde(default)]
+    hotplugged_size: Option<u64>,
     #[serde(default)]
     file: Option<String>,
     #[serde(default)]
@@ -131,6 +135,7 @@ impl fmt::Display for ZoneFile {
 pub struct VmConfig {
     text: Box<RawValue>,
     memory_bytes: u64,
+    hotplugged_bytes: u64,
     uuid: Option<String>,
     writable_disks: Vec<String>,
     vdpa: Vec<String>,
@@ -158,7 +163,9 @@ impl VmConfig {
         let disks = disks.map(|disk| disk.path.or(disk.vhost_socket).unwrap_or_default());
         let pmem = fields.pmem.unwrap_or_default().into_iter().filter(|pmem| !pmem.discard_writes);
         let (mut file_zones, mut shared_files) = (Vec::new(), Vec::new());
-        for ZoneConfig { id, file, shared } in fields.memory.zones.unwrap_or_default() {
+        let mut hotplugged_bytes = fields.memory.hotplugged_size.unwrap_or(0);
+        for ZoneConfig { id, hotplugged_size, file, shared } in fields.memory.zones.unwrap_or_default() {
+            hotplugged_bytes = hotplugged_bytes.saturating_add(hotplugged_size.unwrap_or(0));
             let Some(file) = file else { continue };
             let zone = ZoneFile { zone: id, file };
             shared_files.extend(shared.then(|| zone.clone()));
@@ -167,6 +174,7 @@ impl VmConfig {
         Ok(Self {
             text,
             memory_bytes: fields.memory.size,
+            hotplugged_bytes,
             uuid: fields.platform.and_then(|platform| platform.uuid),
             writable_disks: disks.chain(pmem.map(|pmem| pmem.file)).collect(),
             vdpa: fields.vdpa.unwrap_or_default().into_iter().map(|vdpa| vdpa.path).collect(),
@@ -189,6 +197,11 @@ impl VmConfig {
     /// Bytes of RAM that the configuration gives the VM outside its memory zones.
     pub fn memory_bytes(&self) -> u64 {
         self.memory_bytes
+    }
+
+    /// Bytes of memory beyond its first that the VM was asked to have: virtio-mem devices may have plugged less of it, or still more.
+    pub fn hotplugged_bytes(&self) -> u64 {
+        self.hotplugged_bytes
     }
 
     /// What `platform.uuid` calls the VM, as the source wrote it: any text.

@@ -17,6 +17,7 @@ use super::limits::SnapshotLimits;
 use super::placement::Placement;
 use super::state::VmState;
 use crate::granule::Granule;
+use crate::range::GpaRange;
 use crate::snapshot::reserve::reserve;
 
 /// Begins every manifest. Its bytes 0x89, CR LF, 0x1a and LF show what a text-mode transfer does to a file.
@@ -66,7 +67,7 @@ impl Covered {
 pub(crate) struct Changes {
     /// Names the snapshot whose other pages count.
     pub(crate) base: Digest,
-    /// Pages whose bytes are in `memory-changes`, ascending.
+    /// Pages whose bytes are in `memory-changes`, in its order: those that came late are behind the others.
     pub(crate) runs: Placement,
     /// Pages that became zero, ascending.
     pub(crate) zero_runs: Placement,
@@ -300,15 +301,16 @@ impl<'a> Parser<'a> {
         let limits = SnapshotLimits { ranges: usize::MAX, ..*limits };
         let runs = self.ranges(header.runs.get(), "runs", &limits)?;
         let zero_runs = self.ranges(header.zero_runs.get(), "zero runs", &limits)?;
-        for list in [&runs, &zero_runs] {
-            let mut end = 0;
-            for run in list.ranges() {
-                let aligned = page.is_aligned(run.start()) && page.is_aligned(run.end());
-                if !aligned || run.start() < end || !memory.holds(run) {
-                    return Err(FormatError::Run { run });
-                }
-                end = run.end();
-            }
+        let is_sound =
+            |run: GpaRange| page.is_aligned(run.start()) && page.is_aligned(run.end()) && memory.holds(run);
+        if let Some(run) = runs.ranges().chain(zero_runs.ranges()).find(|&run| !is_sound(run)) {
+            return Err(FormatError::Run { run });
+        }
+        // Runs are in the order of the file.
+        if let Some((_, run)) =
+            zero_runs.ranges().zip(zero_runs.ranges().skip(1)).find(|(one, next)| one > next)
+        {
+            return Err(FormatError::Run { run });
         }
         if let Some(run) = zero_runs.ranges().find(|&run| runs.locate(run).next().is_some()) {
             return Err(FormatError::Run { run });

@@ -23,7 +23,7 @@ mod tree;
 
 #[cfg(test)]
 pub(crate) use self::blocks::LEAST_BLOCK_BYTES;
-pub(crate) use self::blocks::{BlockHasher, BlockTable, block_bytes_for, block_bytes_of_full, is_zero};
+pub(crate) use self::blocks::{BlockTable, block_bytes_for, block_bytes_of_full, is_zero};
 pub use self::config::{VmConfig, ZoneFile};
 pub use self::config_message::ConfigMessage;
 pub(crate) use self::config_message::RamSlot;

@@ -212,6 +212,11 @@ impl Placement {
         self.by_offset.iter().map(|extent| extent.range)
     }
 
+    /// Extents in the order of the file.
+    pub(crate) fn extents(&self) -> &[Extent] {
+        &self.by_offset
+    }
+
     /// Extents in ascending order of their addresses.
     pub fn ascending(&self) -> &[Extent] {
         &self.by_gpa

@@ -20,9 +20,9 @@ use crate::snapshot::format::{
     ConfigMessage, Digest, FormatError, PlacementError, SnapshotLimits, VmConfig, VmState, ZoneFile,
 };
 use crate::snapshot::passed::{
-    self, Copied, Ended, LocalEvent, LocalOptions, PassedSlots, SlotError, SlotFiles, Watch,
+    self, Copied, Ended, LocalEvent, LocalOptions, PassedSlots, Seen, SlotError, SlotFiles, Watch,
 };
-use crate::snapshot::write::{AnnouncedRam, Base, SnapshotWriter};
+use crate::snapshot::write::{AnnouncedRam, Base, Completed, SnapshotWriter};
 use crate::transfer::frame::MemoryTable;
 use crate::transfer::receive::{Completion, Destination, PageStore, Pages};
 use crate::vm::VmError;
@@ -158,8 +158,8 @@ pub struct SnapshotDestination {
     options: DestinationOptions,
     phase: Phase,
     passed: PassedSlots,
-    /// Where memory is, from Config to State, if it came as descriptors.
-    files: Option<SlotFiles>,
+    /// Where memory is, from Config to State, if it came as descriptors, and what was seen of it where it was copied meanwhile.
+    files: Option<(SlotFiles, Option<Seen>)>,
 }
 
 #[derive(Debug)]
@@ -224,7 +224,8 @@ impl SnapshotDestination {
         let passed = std::mem::take(&mut self.passed);
         let files = if passed.is_empty() { None } else { Some(local_files(passed, &message)?) };
         let layout = message.layout().clone();
-        let announced = AnnouncedRam::with_hotpluggable(layout.clone(), message.hotpluggable(), &limits)?;
+        let announced = AnnouncedRam::with_hotpluggable(layout.clone(), message.hotpluggable(), &limits)?
+            .plugged_bytes(message.vm_config().hotplugged_bytes());
         let staged = match target {
             Target::Staged(staged) => staged,
             Target::Unnamed(name) => StagedDir::create(&name(message.vm_config()))?,
@@ -235,10 +236,10 @@ impl SnapshotDestination {
         let store =
             Arc::new(Store { layout, writer: RwLock::new(Some(writer)), closed: AtomicBool::new(false) });
         self.phase = Phase::Receiving { config: message.vm_config().clone(), store: Arc::clone(&store) };
-        if let Some(files) = &files {
-            self.copy_warm(files, &store)?;
+        if let Some(files) = files {
+            let seen = self.copy_warm(&files, &store)?;
+            self.files = Some((files, seen));
         }
-        self.files = files;
         Ok(store)
     }
 
@@ -301,20 +302,27 @@ impl SnapshotDestination {
     }
 
     /// Copies the memory of the VM, which runs, for as long as it may.
-    fn copy_warm(&mut self, files: &SlotFiles, store: &Store) -> Result<(), DestinationError> {
+    fn copy_warm(&mut self, files: &SlotFiles, store: &Store) -> Result<Option<Seen>, DestinationError> {
         let local = &mut self.options.local;
         let warm_timeout = local.warm_timeout;
         local.tell(LocalEvent::Passed { ram_bytes: store.layout.bytes(), warm_timeout });
-        let Some(timeout) = warm_timeout else { return Ok(()) };
+        let Some(timeout) = warm_timeout else { return Ok(None) };
         let began = Instant::now();
         let guard = store.writer();
         let writer = guard.as_ref().ok_or(DestinationError::OutOfTurn { message: "Config" })?;
         let ended = AtomicBool::new(false);
-        let copied = passed::copy(files, writer, began.checked_add(timeout), watch(local, &ended));
-        let copied = copied.and_then(|copied| writer.sync().map(|()| copied));
-        let Copied { bytes, whole, .. } = copied.map_err(DestinationError::Copy)?;
+        let until = began.checked_add(timeout);
+        let copy = || {
+            let seen = Seen::nothing(files.ranges(), writer.block_bytes())?;
+            let copied = passed::copy_warm(files, &seen, writer, until, watch(local, &ended))?;
+            // What is done and on disk by now takes no time once the VM is paused.
+            writer.prepare(until).map_err(io::Error::other)?;
+            writer.sync_until(until)?;
+            Ok((seen, copied))
+        };
+        let (seen, Copied { bytes, whole, .. }) = copy().map_err(DestinationError::Copy)?;
         local.tell(LocalEvent::Copied { bytes, whole, took: began.elapsed() });
-        Ok(())
+        Ok(Some(seen))
     }
 
     fn keep(&mut self) -> Result<Completion, DestinationError> {
@@ -322,7 +330,10 @@ impl SnapshotDestination {
             return Err(DestinationError::OutOfTurn { message: "Complete" });
         };
         let writer = store.close().ok_or(DestinationError::OutOfTurn { message: "Complete" })?;
-        let digest = writer.complete(&config, state, Vec::new())?;
+        let Completed { digest, moved_bytes } = writer.complete(&config, state, Vec::new())?;
+        if moved_bytes > 0 {
+            self.options.local.tell(LocalEvent::Moved { bytes: moved_bytes });
+        }
         self.phase = Phase::Kept(digest);
         Ok(if self.options.checkpoint { Completion::Checkpointed } else { Completion::Moved })
     }
@@ -331,16 +342,16 @@ impl SnapshotDestination {
 /// Stores the memory of the VM, which is paused, as far as it is not stored already.
 fn copy_paused(
     local: &mut LocalOptions,
-    files: &SlotFiles,
+    (files, seen): &(SlotFiles, Option<Seen>),
     store: &Store,
     ended: &AtomicBool,
 ) -> Result<(), DestinationError> {
     let began = Instant::now();
     let guard = store.writer();
     let writer = guard.as_ref().ok_or(DestinationError::OutOfTurn { message: "State" })?;
-    let copied = match local.warm_timeout {
-        Some(_) => passed::update(files, writer, watch(local, ended)),
-        None => passed::copy(files, writer, None, watch(local, ended)),
+    let copied = match seen {
+        Some(seen) => passed::update(files, seen, writer, watch(local, ended)),
+        None => passed::copy(files, writer, watch(local, ended)),
     };
     let copied = copied.inspect_err(|_| local.progress.fail());
     let Copied { bytes, written, .. } = copied.map_err(DestinationError::Copy)?;

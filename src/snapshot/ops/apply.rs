@@ -44,7 +44,7 @@ pub fn apply(
         log::info!("Laid {} over it after {}", differential.path().display(), Millis(began.elapsed()));
     }
     let aliases = top.aliases.iter().copied().chain([top.digest()]).collect();
-    Ok(writer.complete(chain.config(), chain.state().clone(), aliases)?)
+    Ok(writer.complete(chain.config(), chain.state().clone(), aliases)?.digest)
 }
 
 /// Copies what the new snapshot keeps of a file of memory, of whose blocks `manifest` has the digests.

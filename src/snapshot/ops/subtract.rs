@@ -50,7 +50,7 @@ pub fn subtract(
             }
         }
     }
-    Ok(writer.complete(chain.config(), chain.state().clone(), Vec::new())?)
+    Ok(writer.complete(chain.config(), chain.state().clone(), Vec::new())?.digest)
 }
 
 /// Returns the whole pages of `chain` that may hold something.

@@ -5,10 +5,12 @@
 //!
 //! Descriptors are read with `pread`, never mapped: their owner may cut them off at any time.
 
+mod seen;
 mod slots;
 mod warm;
 
+pub(crate) use self::seen::Seen;
 pub use self::slots::SlotError;
 pub(crate) use self::slots::{PassedSlots, SlotFiles};
-pub(crate) use self::warm::{Copied, Ended, Watch, copy, update};
+pub(crate) use self::warm::{Copied, Ended, Watch, copy, copy_warm, update};
 pub use self::warm::{CopyProgress, LocalEvent, LocalOptions};

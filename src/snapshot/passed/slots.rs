@@ -194,6 +194,11 @@ impl SlotFile {
 pub(crate) struct SlotFiles(Vec<SlotFile>);
 
 impl SlotFiles {
+    /// The RAM, slot by slot.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = GpaRange> {
+        self.0.iter().map(|slot| slot.range)
+    }
+
     /// Reads `range`, which is RAM.
     pub(crate) fn read(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
         for slot in &self.0 {

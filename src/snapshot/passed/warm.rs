@@ -3,17 +3,20 @@
 //! Copies memory out of the descriptors of a running VM, and finds what changed meanwhile once it is paused.
 
 use std::fmt;
-use std::io;
-use std::sync::Arc;
+use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+use super::seen::Seen;
 use super::slots::SlotFiles;
-use crate::range::{GpaRange, united};
+use crate::range::GpaRange;
 use crate::snapshot::parallel;
+use crate::snapshot::reserve::{index, resize};
 use crate::snapshot::write::SnapshotWriter;
+use crate::sync;
 use crate::threads::ThreadStart;
 use crate::transfer::receive::ReceiverHandle;
 
@@ -77,6 +80,11 @@ pub enum LocalEvent {
         whole: bool,
         /// How long it took.
         took: Duration,
+    },
+    /// Memory was moved within the snapshot while the VM was paused, because its state left out memory that it had announced.
+    Moved {
+        /// Bytes that were moved.
+        bytes: u64,
     },
     /// The memory of the paused VM is stored.
     Stored {
@@ -167,43 +175,73 @@ pub(crate) struct Copied {
     pub(crate) whole: bool,
 }
 
-/// Copies all of `files` that is no hole to `writer`, on all processors, `until` it takes too long.
+/// Copies all of `files` that is no hole to `writer`, on all processors.
 ///
 /// # Errors
 /// A descriptor was cut off, the disk is full, or nobody waits any more ([`Ended`]).
-pub(crate) fn copy(
-    files: &SlotFiles,
-    writer: &SnapshotWriter,
-    until: Option<Instant>,
-    watch: Watch<'_>,
-) -> io::Result<Copied> {
-    each_piece(files.data()?, until, watch, writer.threads(), |piece| {
+pub(crate) fn copy(files: &SlotFiles, writer: &SnapshotWriter, watch: Watch<'_>) -> io::Result<Copied> {
+    each_piece(files.data()?, PIECE_BYTES, None, watch, writer.threads(), |piece, _| {
         writer.fill_with(piece, |range, buffer| files.read(range, buffer)).map(|()| piece.len())
     })
 }
 
-/// Stores what of `files` is not as `writer` has it, on all processors.
+/// Copies as [`copy`] does while the VM runs, `until` it takes too long, and notes in `seen` what was copied.
 ///
 /// # Errors
 /// As [`copy`].
-pub(crate) fn update(files: &SlotFiles, writer: &SnapshotWriter, watch: Watch<'_>) -> io::Result<Copied> {
-    // What was there and is a hole now is zeros.
-    let stored = writer.stored()?;
-    let ranges = united(files.data()?.into_iter().chain(stored));
-    each_piece(ranges, None, watch, writer.threads(), |piece| {
-        writer.update_with(piece, |range, buffer| files.read(range, buffer))
+pub(crate) fn copy_warm(
+    files: &SlotFiles,
+    seen: &Seen,
+    writer: &SnapshotWriter,
+    until: Option<Instant>,
+    watch: Watch<'_>,
+) -> io::Result<Copied> {
+    let units = seen.units_of(&files.data()?);
+    each_piece(units, seen.piece_bytes(), until, watch, writer.threads(), |piece, bytes| {
+        resize(bytes, index(piece.len()))?;
+        let bytes = &mut bytes[..index(piece.len())];
+        files.read(piece, bytes)?;
+        seen.note(piece, bytes);
+        writer.fill(piece, &mut &*bytes).map(|()| piece.len())
     })
 }
 
+/// Stores what of `files` is not as it was when it was `seen`, on all processors.
+///
+/// # Errors
+/// As [`copy`].
+pub(crate) fn update(
+    files: &SlotFiles,
+    seen: &Seen,
+    writer: &SnapshotWriter,
+    watch: Watch<'_>,
+) -> io::Result<Copied> {
+    // What was there and is a hole now is zeros.
+    let ranges: Vec<_> = files.data()?.into_iter().chain(writer.stored()?).collect();
+    let units = seen.units_of(&ranges);
+    each_piece(units, seen.piece_bytes(), None, watch, writer.threads(), |piece, bytes| {
+        resize(bytes, index(piece.len()))?;
+        let bytes = &mut bytes[..index(piece.len())];
+        files.read(piece, bytes)?;
+        seen.changed(piece, bytes).into_iter().try_fold(0, |written, run| {
+            let mut rest = &bytes[index(run.start() - piece.start())..];
+            Ok(written + writer.update_with(run, |_, buffer| rest.read_exact(buffer))?)
+        })
+    })
+}
+
+/// Does `work` for each piece of `ranges`, with a buffer of the thread's.
 fn each_piece(
     ranges: Vec<GpaRange>,
+    piece_bytes: u64,
     until: Option<Instant>,
     watch: Watch<'_>,
     threads: ThreadStart,
-    work: impl Fn(GpaRange) -> io::Result<u64> + Sync,
+    work: impl Fn(GpaRange, &mut Vec<u8>) -> io::Result<u64> + Sync,
 ) -> io::Result<Copied> {
-    let pieces: Vec<_> = ranges.into_iter().flat_map(|range| range.pieces(PIECE_BYTES)).collect();
+    let pieces: Vec<_> = ranges.into_iter().flat_map(|range| range.pieces(piece_bytes)).collect();
     watch.progress.begin(pieces.iter().map(|piece| piece.len()).sum());
+    let buffers = Mutex::<Vec<Vec<u8>>>::default();
     let (bytes, written, late) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
     parallel::for_each(&pieces, parallel::processors(), threads, |&piece| {
         watch.check()?;
@@ -211,7 +249,9 @@ fn each_piece(
             late.store(true, Ordering::Relaxed);
             return Ok(());
         }
-        written.fetch_add(work(piece)?, Ordering::Relaxed);
+        let mut buffer = sync::lock(&buffers).pop().unwrap_or_default();
+        written.fetch_add(work(piece, &mut buffer)?, Ordering::Relaxed);
+        sync::lock(&buffers).push(buffer);
         bytes.fetch_add(piece.len(), Ordering::Relaxed);
         watch.progress.advance(piece.len());
         Ok::<_, io::Error>(())

@@ -70,7 +70,7 @@ impl Differential {
         &self.0.state
     }
 
-    /// Pages that differ from the base and are not zero, and where they lie in `memory-changes`; ascending.
+    /// Pages that differ from the base and are not zero, but for some that came to be so late, and where they lie in `memory-changes`.
     pub fn changed(&self) -> &Placement {
         &self.changes().runs
     }

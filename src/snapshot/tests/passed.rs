@@ -11,6 +11,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
 use super::guest::*;
 use crate::offload::{LocalEvent, LocalOptions};
+use crate::range::{GpaRange, subtract};
 use crate::snapshot::*;
 use crate::transfer::receive::{Completion, Destination};
 
@@ -22,11 +23,13 @@ fn passed(guest: &Guest) -> File {
     memory
 }
 
-/// The Config of a guest whose memory is in a slot for each region, at its address in one file.
+/// The Config of a guest whose memory is in a slot for each region, at its address in one file; all but the first are hotpluggable.
 fn config_of(guest: &Guest) -> Vec<u8> {
-    let mapping = |(slot, range): (usize, &crate::range::GpaRange)| {
-        let (gpa, size) = (range.start(), range.len());
-        format!(r#"{{"slot":{slot},"gpa":{gpa},"size":{size},"virtio_mem":false,"file_offset":{gpa}}}"#)
+    let mapping = |(slot, range): (usize, &GpaRange)| {
+        let (gpa, size, virtio_mem) = (range.start(), range.len(), slot > 0);
+        format!(
+            r#"{{"slot":{slot},"gpa":{gpa},"size":{size},"virtio_mem":{virtio_mem},"file_offset":{gpa}}}"#
+        )
     };
     let mappings: Vec<_> = guest.ranges.iter().enumerate().map(mapping).collect();
     let config = String::from_utf8(guest.config()).unwrap();
@@ -34,10 +37,12 @@ fn config_of(guest: &Guest) -> Vec<u8> {
     format!(r#"{{"vm_config":{config},"memory_manager_data":{memory}}}"#).into_bytes()
 }
 
-/// Takes a snapshot of `guest`, of which `later` is written after the Config is answered; returns the events.
+/// Takes a snapshot of `guest`, of which `later` is written after the Config is answered, when `unplugged` is no memory any more; returns
+/// the events.
 fn take(
     guest: &mut Guest,
     later: Vec<(u64, u64)>,
+    unplugged: &[GpaRange],
     target: &Path,
     base: Option<Base>,
     warm_timeout: Option<Duration>,
@@ -63,6 +68,10 @@ fn take(
             }
         }
     }
+    for &gone in unplugged {
+        subtract(&mut guest.ranges, gone);
+        guest.seeds.retain(|&gpa, _| !gone.contains(gpa));
+    }
     destination.state(guest.state()).unwrap();
     assert_eq!(progress.done_bytes(), progress.total_bytes());
     assert_eq!(destination.complete(false).unwrap(), Completion::Moved);
@@ -87,6 +96,7 @@ proptest! {
         guest in any_guest(),
         since_base in any_writes(),
         later in any_writes(),
+        unplugged in prop::collection::vec((0..180_u64, 1..30_u64), 0..3),
         timeout in 0..TIMEOUTS.len(),
         is_differential: bool,
     ) {
@@ -96,7 +106,10 @@ proptest! {
         guest.write_full(&base);
         guest.write(since_base);
         let against = is_differential.then(|| Base::open([&base], &SnapshotLimits::default()).unwrap());
-        take(&mut guest, later, &next, against, TIMEOUTS[timeout]);
+        // What is not hotpluggable stays.
+        let first = guest.ranges[0].end() / page();
+        let unplugged: Vec<_> = unplugged.into_iter().map(|(at, count)| pages(at.max(first), count)).collect();
+        take(&mut guest, later, &unplugged, &next, against, TIMEOUTS[timeout]);
         assert_memory(&guest, &next, is_differential.then_some(&base));
     }
 }
@@ -106,10 +119,44 @@ fn a_warm_copy_whose_time_is_over_leaves_the_rest_to_the_pause() {
     let dir = tempfile::tempdir().unwrap();
     let (mut guest, next) = (Guest::small(), dir.path().join("next"));
     let populated = guest.seeds.len() as u64 * page();
-    let events = take(&mut guest, vec![(1, 9)], &next, None, Some(Duration::ZERO));
+    let events = take(&mut guest, vec![(1, 9)], &[], &next, None, Some(Duration::ZERO));
     assert!(matches!(events[1], LocalEvent::Copied { bytes: 0, whole: false, .. }), "{events:?}");
     let stored =
         matches!(events[2], LocalEvent::Stored { written_bytes, .. } if written_bytes == populated + page());
     assert!(stored, "{events:?}");
     assert_memory(&guest, &next, None);
+}
+
+/// What was moved or written while the VM was paused, in bytes.
+fn written_in_pause(events: &[LocalEvent]) -> u64 {
+    let written = events.iter().map(|event| match event {
+        LocalEvent::Moved { bytes } => *bytes,
+        LocalEvent::Stored { written_bytes, .. } => *written_bytes,
+        _ => 0,
+    });
+    written.sum()
+}
+
+#[test]
+fn memory_that_is_not_plugged_costs_nothing_at_the_end_and_what_is_behind_it_little() {
+    for (unplugged, moved) in [(pages(72, 16), 0), (pages(66, 3), 1)] {
+        for is_differential in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let (mut guest, base, next) = (Guest::small(), dir.path().join("base"), dir.path().join("next"));
+            guest.write_full(&base);
+            guest.write((0..40).map(|at| (at, at + 50)));
+            guest.write([(70, 3), (71, 4)]);
+            let against = is_differential.then(|| Base::open([&base], &SnapshotLimits::default()).unwrap());
+            let later = vec![(1, 99), (64, 5)];
+            let events = take(&mut guest, later, &[unplugged], &next, against, Some(Duration::MAX));
+            let moved = if is_differential { 0 } else { moved * 3 * page() };
+            assert_eq!(written_in_pause(&events), 2 * page() + moved, "{events:?}");
+            assert_memory(&guest, &next, is_differential.then_some(&base));
+            if is_differential {
+                let differential = Differential::open(&next, &SnapshotLimits::default()).unwrap();
+                let last = differential.changed().ranges().last();
+                assert_eq!(last, Some(pages(64, 1)), "the others were laid out before it came");
+            }
+        }
+    }
 }

@@ -6,21 +6,21 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, OnceLock};
+use std::time::Instant;
 
 use thiserror::Error;
 
+use super::laid_out::{LaidOut, SettleError};
 use super::page_cells::{CELL_PAGES, Cell, Cells};
 use super::sparse_file::{FillError, SparseFile, wanted_runs};
 use crate::granule::Granule;
 use crate::range::GpaRange;
-use crate::snapshot::format::{
-    BlockHasher, BlockTable, Changes, Digest, Extent, Placement, PlacementError, SnapshotLimits,
-    block_bytes_for, is_zero,
-};
+use crate::snapshot::disk::WriteError;
+use crate::snapshot::format::{BlockTable, Changes, Digest, Extent, Placement, SnapshotLimits, is_zero};
 use crate::snapshot::parallel;
 use crate::snapshot::read::SnapshotChain;
-use crate::snapshot::reserve::{index, push, resize, zeros};
+use crate::snapshot::reserve::{index, push, resize};
 use crate::threads::ThreadStart;
 
 /// A range that begins or ends inside a page.
@@ -28,19 +28,6 @@ use crate::threads::ThreadStart;
 #[error("{range} is not of whole pages, which a differential is made of")]
 struct PartialPage {
     range: GpaRange,
-}
-
-/// Why pages could not be put in order.
-#[derive(Debug, Error)]
-pub(super) enum SettleError {
-    /// The work file is not what was written to it, or cannot be read.
-    #[error("Cannot read the pages back from the work file")]
-    Work(#[source] io::Error),
-    /// The pages could not be written in their order.
-    #[error("Cannot copy the pages into ascending order")]
-    Copy(#[source] io::Error),
-    #[error(transparent)]
-    Placement(#[from] PlacementError),
 }
 
 /// Pages in a sparse work file, each at its place, until it is known which of them differ.
@@ -51,6 +38,8 @@ pub(super) struct ChangedPages {
     cells: Cells,
     /// The base to compare with, if there is one.
     base: Option<Arc<SnapshotChain>>,
+    /// Where pages are that differ, instead of the work file, once they were laid out.
+    laid_out: OnceLock<LaidOut>,
     threads: ThreadStart,
 }
 
@@ -65,7 +54,7 @@ impl ChangedPages {
     ) -> io::Result<Self> {
         let work = SparseFile::new(work, placement, CELL_PAGES * page.bytes(), threads)?;
         let cells = Cells::new(work.cells())?;
-        Ok(Self { work, page, cells, base, threads })
+        Ok(Self { work, page, cells, base, laid_out: OnceLock::new(), threads })
     }
 
     pub(super) fn placement(&self) -> &Placement {
@@ -149,21 +138,33 @@ impl ChangedPages {
         }
         let page_bytes = index(self.page.bytes());
         let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
-        let pages = (first..).zip((0..bytes.len()).step_by(page_bytes)).map(|(bit, at)| {
+        let mut parts = Vec::new();
+        for (bit, at) in (first..).zip((0..bytes.len()).step_by(page_bytes)) {
             let page = at..at + page_bytes;
-            let is_kept = match (data >> bit & 1, zero >> bit & 1) {
-                (1, _) => kept[page.clone()] == bytes[page.clone()],
-                (_, 1) => is_zero(&bytes[page.clone()]),
+            let is_kept = match (data >> bit & 1, zero >> bit & 1, self.place(piece, &page)) {
+                (.., Some((laid_out, place))) => {
+                    laid_out.read(place, &mut kept[page.clone()]).map_err(FillError::Write)?;
+                    kept[page.clone()] == bytes[page.clone()]
+                }
+                (1, ..) => kept[page.clone()] == bytes[page.clone()],
+                (_, 1, _) => is_zero(&bytes[page.clone()]),
                 _ => false,
             };
-            (page, !is_kept)
-        });
-        Ok(wanted_runs(pages))
+            parts.push((page, !is_kept));
+        }
+        Ok(wanted_runs(parts.into_iter()))
+    }
+
+    /// Where a page of a piece is laid out.
+    fn place(&self, piece: Extent, page: &Range<usize>) -> Option<(&LaidOut, u64)> {
+        let laid_out = self.laid_out.get()?;
+        Some((laid_out, laid_out.place(piece.slice(page).range)?))
     }
 
     /// The memory that may differ from zeros as it is now: what came, and, as a page that came may be the same as there, what the base has.
     pub(super) fn stored(&self) -> io::Result<Vec<GpaRange>> {
-        let mut stored = self.work.stored()?;
+        let mut stored =
+            self.laid_out.get().map_or_else(|| self.work.stored(), |laid_out| Ok(laid_out.stored()))?;
         let base = self.base.as_ref().map(|base| base.populated_as_written()).transpose()?;
         for range in base.into_iter().flatten() {
             let Some(range) = range.align_outward(self.page.bytes()) else { continue };
@@ -174,9 +175,12 @@ impl ChangedPages {
         Ok(stored)
     }
 
-    /// Brings to disk what was written until now, and waits for it.
-    pub(super) fn sync(&self) -> io::Result<()> {
-        self.work.file().sync_data()
+    /// Brings to disk what was written until now, and waits for it, but no longer than `until`.
+    pub(super) fn sync_until(&self, until: Option<Instant>) -> io::Result<()> {
+        match self.laid_out.get() {
+            Some(laid_out) => laid_out.sync_until(until),
+            None => self.work.write_back.sync_until(until),
+        }
     }
 
     fn lock(&self, piece: Extent) -> io::Result<MutexGuard<'_, Cell>> {
@@ -192,6 +196,24 @@ impl ChangedPages {
         let page_bytes = index(self.page.bytes());
         let mut cell = self.lock(piece).map_err(FillError::Write)?;
         let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
+        if let Some(laid_out) = self.laid_out.get() {
+            let mut written = 0;
+            for (bit, at) in (first..).zip((0..bytes.len()).step_by(page_bytes)) {
+                let (part, range) = (at..at + page_bytes, piece.slice(&(at..at + page_bytes)).range);
+                let has_place = laid_out.place(range).is_some();
+                let same = self.base.is_some() && before[part.clone()] == bytes[part.clone()];
+                let zero = !same && is_zero(&bytes[part.clone()]);
+                cell.zero = with_bit(cell.zero, bit, zero && !has_place);
+                cell.presumed = with_bit(cell.presumed, bit, false);
+                if has_place || !(same || zero) {
+                    laid_out.store(range, &bytes[part]).map_err(FillError::Write)?;
+                    written += page_bytes as u64;
+                }
+            }
+            drop(cell);
+            laid_out.wrote(written).map_err(FillError::Write)?;
+            return Ok(written);
+        }
         let pages = (first..).zip((0..bytes.len()).step_by(page_bytes)).map(|(bit, at)| {
             let page = at..at + page_bytes;
             let same = self.base.is_some() && before[page.clone()] == bytes[page.clone()];
@@ -206,32 +228,76 @@ impl ChangedPages {
 
     /// Begins to bring to disk what was written until now; does not wait for it.
     pub(super) fn hurry(&self) {
-        self.work.hurry();
+        match self.laid_out.get() {
+            Some(laid_out) => laid_out.hurry(),
+            None => self.work.hurry(),
+        }
     }
 
-    /// Copies the pages that differ from the snapshot that `base` names, and lie in `kept`, to `into`, back to back, and brings them to disk.
+    /// Lays the pages that have come out in `into`, an empty file, which takes no longer than `until`; then those that come later change
+    /// only what is theirs. Returns whether they were.
+    ///
+    /// # Errors
+    /// The pages cannot be read back or written.
+    pub(super) fn lay_out(&self, into: File, until: Option<Instant>) -> Result<bool, SettleError> {
+        let Some(laid_out) = self.laid_out_of(self.placement(), into, until)? else { return Ok(false) };
+        self.cells.used().for_each(|(_, mut cell)| cell.data = 0);
+        let _first = self.laid_out.set(laid_out);
+        // Nothing is read of it any more.
+        self.work.file().set_len(0).map_err(SettleError::Work)?;
+        Ok(true)
+    }
+
+    fn laid_out_of(
+        &self,
+        kept: &Placement,
+        into: File,
+        until: Option<Instant>,
+    ) -> Result<Option<LaidOut>, SettleError> {
+        self.work.check_written().map_err(SettleError::Work)?;
+        let runs = self.runs(kept, |cell| cell.data).map_err(SettleError::Work)?;
+        let known = Placement::new(runs, &self.limits())?;
+        LaidOut::new(into, known, self.page, self.threads, until, |range, bytes| {
+            let mut parts = self.placement().parts_of(range);
+            parts.try_for_each(|(extent, part)| {
+                self.work.file().read_exact_at(&mut bytes[part], extent.offset)
+            })
+        })
+    }
+
+    /// What bounds lists of pages: there are no more of them than memory has.
+    fn limits(&self) -> SnapshotLimits {
+        let limits = SnapshotLimits { ranges: usize::MAX, ..SnapshotLimits::default() };
+        SnapshotLimits { memory_bytes: self.placement().bytes(), ..limits }
+    }
+
+    /// Lays the pages that differ from the snapshot that `base` names, and lie in `kept`, out in `into`, back to back, unless they are
+    /// laid out already, and brings them to disk. Returns how many bytes were moved because pages were left out, too.
     ///
     /// The work file is synced although it is removed later: only a sync after the last read shows that no page of it was lost. That sync
     /// has little to write, because the write-back throttle syncs the file all along.
     pub(super) fn settle(
-        self,
+        mut self,
         base: Digest,
         kept: &Placement,
-        into: &File,
-    ) -> Result<(Changes, BlockTable), SettleError> {
+        into: impl FnOnce() -> Result<File, WriteError>,
+    ) -> Result<(Changes, BlockTable, u64), SettleError> {
         self.work.check_written().map_err(SettleError::Work)?;
-        let limits = SnapshotLimits { ranges: usize::MAX, ..SnapshotLimits::default() };
-        let limits = SnapshotLimits { memory_bytes: self.placement().bytes(), ..limits };
         self.settle_presumed().map_err(SettleError::Work)?;
-        let placed = |bits: fn(&Cell) -> u64| -> Result<Placement, SettleError> {
-            Ok(Placement::new(self.runs(kept, bits).map_err(SettleError::Work)?, &limits)?)
+        let limits = self.limits();
+        let zero_runs = self.runs(kept, |cell| cell.zero).map_err(SettleError::Work)?;
+        let zero_runs = Placement::new(zero_runs, &limits)?;
+        let laid_out = match self.laid_out.take() {
+            Some(laid_out) => laid_out,
+            None => {
+                self.work.hurry();
+                let laid_out = self.laid_out_of(kept, into()?, None)?;
+                laid_out.expect("there is no end to the time it may take")
+            }
         };
-        let (runs, zero_runs) = (placed(|cell| cell.data)?, placed(|cell| cell.zero)?);
-        self.work.hurry();
-        let blocks = self.copy_runs(&runs, into)?;
         self.work.finish(File::sync_data).map_err(SettleError::Work)?;
-        into.sync_all().map_err(SettleError::Copy)?;
-        Ok((Changes { base, runs, zero_runs }, blocks))
+        let (runs, blocks, moved) = laid_out.finish(kept, &limits)?;
+        Ok((Changes { base, runs, zero_runs }, blocks, moved))
     }
 
     /// Finds which of the pages that never came were zero in the base already, and so do not differ.
@@ -308,21 +374,6 @@ impl ChangedPages {
         }
         Ok(runs)
     }
-
-    fn copy_runs(&self, runs: &Placement, into: &File) -> Result<BlockTable, SettleError> {
-        let mut hasher = BlockHasher::new(runs.bytes(), block_bytes_for(runs.bytes(), self.page.bytes()))
-            .map_err(SettleError::Copy)?;
-        let mut buffer = zeros(index(self.work.cell_bytes())).map_err(SettleError::Copy)?;
-        for run in runs.ranges() {
-            for from in self.placement().locate(run).flat_map(|extent| extent.cut(self.work.cell_bytes())) {
-                let bytes = &mut buffer[..index(from.range.len())];
-                self.work.file().read_exact_at(bytes, from.offset).map_err(SettleError::Work)?;
-                io::Write::write_all(&mut &*into, bytes).map_err(SettleError::Copy)?;
-                hasher.update(bytes);
-            }
-        }
-        Ok(hasher.finish())
-    }
 }
 
 /// Returns the runs of set bits, ascending.
@@ -364,7 +415,7 @@ mod tests {
         };
         let settle = |pages: ChangedPages| {
             pages.fill(ram, from_stream(&mut io::repeat(7))).unwrap();
-            pages.settle(Digest::ZERO, &placement, &tempfile::tempfile().unwrap())
+            pages.settle(Digest::ZERO, &placement, || Ok(tempfile::tempfile().unwrap()))
         };
         assert_eq!(settle(written()).unwrap().0.runs, placement);
 

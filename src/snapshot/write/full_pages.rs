@@ -7,13 +7,14 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
 
 use rustix::fs::FallocateFlags;
 
 use super::sparse_file::{FillError, SparseFile, wanted_runs};
 use crate::granule::Granule;
 use crate::range::GpaRange;
-use crate::snapshot::disk::{data_parts, is_unsupported};
+use crate::snapshot::disk::{is_unsupported, next_data};
 use crate::snapshot::format::{BlockTable, Digest, Extent, Placement, block_bytes_of_full, is_zero};
 use crate::snapshot::parallel;
 use crate::snapshot::reserve::{index, list_of, resize, zeros};
@@ -22,6 +23,12 @@ use crate::threads::ThreadStart;
 
 /// Smallest part of the file that one thread writes at a time.
 const LEAST_CELL_BYTES: u64 = 256 << 10;
+
+/// How many times the blocks of a file there may be while it is written with memory that is left out in the end.
+const MOST_BLOCKS_FACTOR: u64 = 4;
+
+/// Bytes moved at once where memory is left out.
+const MOVE_BYTES: u64 = 1 << 20;
 
 /// What is known about a block.
 #[derive(Debug, Clone, Copy, Default)]
@@ -42,6 +49,7 @@ impl Block {
 #[derive(Debug)]
 pub(super) struct FullPages {
     sparse: SparseFile,
+    page: Granule,
     page_bytes: usize,
     block_bytes: usize,
     /// Locked while bytes of the block are written, so that digest and bytes agree.
@@ -50,19 +58,21 @@ pub(super) struct FullPages {
 }
 
 impl FullPages {
-    /// Takes an empty file and makes it one hole, for memory placed as in `placement`.
+    /// Takes an empty file and makes it one hole, for memory placed as in `placement`, of which probably `expected` bytes are kept.
     pub(super) fn new(
         file: File,
         placement: Placement,
         page: Granule,
+        expected: u64,
         threads: ThreadStart,
     ) -> io::Result<Self> {
-        let block_bytes = block_bytes_of_full(placement.bytes(), page);
+        let least = block_bytes_of_full(placement.bytes(), page) / MOST_BLOCKS_FACTOR;
+        let block_bytes = block_bytes_of_full(expected.min(placement.bytes()), page).max(least);
         let blocks = index(placement.bytes().div_ceil(block_bytes));
         let blocks = list_of(blocks, std::iter::repeat_with(Mutex::default))?;
         let sparse = SparseFile::new(file, placement, LEAST_CELL_BYTES.max(block_bytes), threads)?;
         let (page_bytes, block_bytes) = (index(page.bytes()), index(block_bytes));
-        Ok(Self { sparse, page_bytes, block_bytes, blocks, threads })
+        Ok(Self { sparse, page, page_bytes, block_bytes, blocks, threads })
     }
 
     pub(super) fn placement(&self) -> &Placement {
@@ -83,9 +93,6 @@ impl FullPages {
 
     /// Writes those pages of `range`, whose bytes `read` supplies, that differ from what was written; returns how many bytes those are.
     ///
-    /// Blocks are compared by their digests, and only those that differ, or that were written in part, with what is in the file: most of
-    /// it is not read, and need not be in memory any more.
-    ///
     /// # Errors
     /// As [`FullPages::fill`].
     pub(super) fn update(
@@ -95,43 +102,26 @@ impl FullPages {
     ) -> Result<u64, FillError> {
         let (mut before, mut changed) = (Vec::new(), 0);
         self.sparse.fill(range, read, |piece, bytes| {
+            resize(&mut before, bytes.len()).map_err(FillError::Read)?;
+            let old = &mut before[..bytes.len()];
+            self.sparse.file().read_exact_at(old, piece.offset).map_err(FillError::Write)?;
             let mut written = 0;
-            for part in self.perhaps_changed(piece, bytes) {
-                resize(&mut before, part.len()).map_err(FillError::Read)?;
-                let (old, offset) = (&mut before[..part.len()], piece.offset + part.start as u64);
-                self.sparse.file().read_exact_at(old, offset).map_err(FillError::Write)?;
-                for run in differing(old, &bytes[part.clone()], self.page_bytes) {
-                    let run = part.start + run.start..part.start + run.end;
-                    changed += run.len() as u64;
-                    written += self.store(piece.slice(&run), &bytes[run]).map_err(FillError::Write)?;
-                }
+            for run in differing(old, bytes, self.page_bytes) {
+                changed += run.len() as u64;
+                written += self.store(piece.slice(&run), &bytes[run]).map_err(FillError::Write)?;
             }
             Ok(written)
         })?;
         Ok(changed)
     }
 
-    /// The parts of `bytes` that are not whole blocks with the digests that these were written with.
-    fn perhaps_changed(&self, piece: Extent, bytes: &[u8]) -> Vec<Range<usize>> {
-        let first = index(piece.offset / self.block_bytes as u64);
-        let start = index(piece.offset % self.block_bytes as u64);
-        let parts = cut(start, bytes.len(), self.block_bytes).map(|(at, part)| {
-            let number = first + at / self.block_bytes;
-            let block = *locked(&self.blocks[number]);
-            let is_known = block.unhashed == 0 && part.len() == self.block_length(number);
-            let is_same = is_known && BlockTable::entry(&bytes[part.clone()]) == block.digest;
-            (part, !is_same)
-        });
-        wanted_runs(parts)
-    }
-
     pub(super) fn stored(&self) -> io::Result<Vec<GpaRange>> {
         self.sparse.stored()
     }
 
-    /// Brings to disk what was written until now, and waits for it.
-    pub(super) fn sync(&self) -> io::Result<()> {
-        self.sparse.file().sync_data()
+    /// Brings to disk what was written until now, and waits for it, but no longer than `until`.
+    pub(super) fn sync_until(&self, until: Option<Instant>) -> io::Result<()> {
+        self.sparse.write_back.sync_until(until)
     }
 
     /// Puts bytes in their place; returns how many were written, the others being zeros of a hole.
@@ -227,24 +217,67 @@ impl FullPages {
         list_of(self.blocks.len(), self.blocks.iter().map(|block| locked(block).digest))
     }
 
-    /// Moves the memory of `smaller`, whose every range this file holds, to that file; this one has no use after it.
-    pub(super) fn move_to(self, smaller: &Self) -> Result<(), FillError> {
-        self.sparse.check_written().map_err(FillError::Read)?;
-        for part in data_parts(self.sparse.file(), self.placement().bytes()) {
-            let part = part.map_err(FillError::Read)?;
-            for range in self.placement().gpas(part.start, part.end - part.start) {
-                for kept in smaller.placement().locate(range) {
-                    smaller.fill(kept.range, |piece, buffer| self.read(piece, buffer))?;
+    /// Leaves out all but `memory`, which is ascending as this file's is; returns how many bytes had to be moved for that: those behind the
+    /// first memory that is left out in the middle.
+    ///
+    /// # Errors
+    /// The file cannot be read or written.
+    pub(super) fn keep(&mut self, memory: Placement) -> io::Result<u64> {
+        self.sparse.check_written()?;
+        let (mut moved, mut same) = (0, memory.bytes());
+        for kept in memory.extents() {
+            for old in self.placement().locate(kept.range) {
+                let to = kept.offset + (old.range.start() - kept.range.start());
+                if to != old.offset {
+                    same = same.min(to);
+                    moved += self.move_down(old.offset, to, old.range.len())?;
                 }
             }
         }
-        self.sparse.finish(File::sync_data).map_err(FillError::Read)
+        self.sparse.write_back.wrote(moved)?;
+        self.sparse.cut_off(memory)?;
+        self.recount_blocks(same)?;
+        Ok(moved)
     }
 
-    fn read(&self, range: GpaRange, buffer: &mut [u8]) -> io::Result<()> {
-        let mut parts = self.placement().parts_of(range);
-        parts
-            .try_for_each(|(extent, part)| self.sparse.file().read_exact_at(&mut buffer[part], extent.offset))
+    /// Makes the blocks those of what the file holds now, with the digests of those that end before `same`, up to where nothing has changed.
+    fn recount_blocks(&mut self, same: u64) -> io::Result<()> {
+        let bytes = self.placement().bytes();
+        let block_bytes = index(block_bytes_of_full(bytes, self.page));
+        let old_bytes = std::mem::replace(&mut self.block_bytes, block_bytes) as u64;
+        let count = index(bytes.div_ceil(block_bytes as u64));
+        let old = std::mem::take(&mut self.blocks);
+        let blocks = (0..bytes).step_by(block_bytes).map(|offset| {
+            let end = bytes.min(offset + block_bytes as u64);
+            let parts = &old[index(offset / old_bytes)..index(end.div_ceil(old_bytes))];
+            let is_whole = parts.len() == 1 && old_bytes == block_bytes as u64 && end - offset == old_bytes;
+            let is_hole = end <= same && parts.iter().all(|block| locked(block).is_hole());
+            match end <= same && is_whole {
+                true => Mutex::new(*locked(&parts[0])),
+                false => Mutex::new(Block { digest: None, unhashed: usize::from(!is_hole) }),
+            }
+        });
+        self.blocks = list_of(count, blocks)?;
+        Ok(())
+    }
+
+    /// Moves `length` bytes at `from` down to `to`, holes as holes; returns how many bytes that are no holes.
+    fn move_down(&self, from: u64, to: u64, length: u64) -> io::Result<u64> {
+        let (file, end) = (self.sparse.file(), from + length);
+        let mut buffer = zeros(index(MOVE_BYTES.min(length)))?;
+        let (mut at, mut moved) = (from, 0);
+        while at < end {
+            let data = next_data(file, at, end)?.unwrap_or(end..end);
+            clear(file, to + (at - from), data.start - at)?;
+            at = data.start;
+            while at < data.end {
+                let bytes = &mut buffer[..index(MOVE_BYTES.min(data.end - at))];
+                file.read_exact_at(bytes, at)?;
+                file.write_all_at(bytes, to + (at - from))?;
+                (at, moved) = (at + bytes.len() as u64, moved + bytes.len() as u64);
+            }
+        }
+        Ok(moved)
     }
 }
 
@@ -271,11 +304,31 @@ fn locked(block: &Mutex<Block>) -> MutexGuard<'_, Block> {
 
 /// Makes a hole, where the file system knows how; bytes there are zero already.
 fn punch(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match rustix::fs::fallocate(file, flags, offset, length).map_err(io::Error::from) {
+    match make_hole(file, offset, length) {
         Err(error) if is_unsupported(&error) => Ok(()),
         punched => punched,
     }
+}
+
+/// Makes `length` bytes zeros: a hole, where the file system knows how.
+fn clear(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    match make_hole(file, offset, length) {
+        Err(error) if is_unsupported(&error) => {
+            let zeros = zeros(index(MOVE_BYTES.min(length)))?;
+            (0..length).step_by(index(MOVE_BYTES)).try_for_each(|at| {
+                file.write_all_at(&zeros[..index(MOVE_BYTES.min(length - at))], offset + at)
+            })
+        }
+        cleared => cleared,
+    }
+}
+
+fn make_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    if length == 0 {
+        return Ok(());
+    }
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    Ok(rustix::fs::fallocate(file, flags, offset, length)?)
 }
 
 #[cfg(test)]
@@ -295,7 +348,7 @@ mod tests {
     fn memory_file() -> FullPages {
         let ram = GpaRange::new(0, BYTES).unwrap();
         let placement = Placement::new([ram], &SnapshotLimits::default()).unwrap();
-        FullPages::new(tempfile::tempfile().unwrap(), placement, Granule::KIB_4, ThreadStart::NOTHING)
+        FullPages::new(tempfile::tempfile().unwrap(), placement, Granule::KIB_4, BYTES, ThreadStart::NOTHING)
             .unwrap()
     }
 
@@ -324,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_that_was_written_in_part_since_it_was_hashed_is_compared_with_the_file() {
+    fn pages_that_are_as_they_were_are_not_written_again() {
         let (memory, block) = (memory_file(), GpaRange::new(0, LEAST_BLOCK_BYTES).unwrap());
         let page = GpaRange::new(4096, 4096).unwrap();
         let update = |byte| memory.update(block, from_stream(&mut io::repeat(byte))).unwrap();
@@ -334,19 +387,15 @@ mod tests {
         assert_eq!(update(7), 0);
         assert_eq!(update(0), LEAST_BLOCK_BYTES);
         assert_eq!(update(0), 0);
-        // What is known by its digest is not read.
-        memory.sparse.file().set_len(0).unwrap();
-        assert_eq!(update(0), 0);
     }
 
     #[test]
     fn what_was_read_back_of_a_file_that_lost_pages_is_not_trusted() {
         let lost = || Err(io::Error::from(Errno::IO));
-        let moved = |memory: FullPages| {
-            memory.move_to(&memory_file()).map_err(|error| match error {
-                FillError::Read(error) => error,
-                FillError::Write(error) => panic!("{error}"),
-            })
+        let moved = |mut memory: FullPages| {
+            let upper = GpaRange::from_bounds(4096, BYTES).unwrap();
+            memory.keep(Placement::new([upper], &SnapshotLimits::default()).unwrap())?;
+            memory.finish().map(drop)
         };
         for end in [|memory: FullPages| memory.finish().map(drop), moved] {
             let whole = memory_file();
@@ -363,6 +412,58 @@ mod tests {
             unwritten.sparse.fail();
             assert!(unwritten.sparse.check_written().is_err());
             assert!(end(unwritten).is_err());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_kept_is_as_it_was_and_only_what_lies_behind_a_gap_moves(
+            writes in prop::collection::vec((0..BYTES / 4096, 1..40_u64, 0..3_u8), 0..20),
+            kept in prop::collection::btree_set(0..BYTES / 4096, 2..9),
+        ) {
+            let (mut memory, mut naive) = (memory_file(), vec![0_u8; index(BYTES)]);
+            for (page, pages, byte) in writes {
+                let range = GpaRange::from_bounds(page * 4096, BYTES.min((page + pages) * 4096)).unwrap();
+                memory.fill(range, from_stream(&mut io::repeat(byte))).unwrap();
+                naive[index(range.start())..index(range.end())].fill(byte);
+            }
+            let bounds: Vec<_> = kept.into_iter().map(|page| page * 4096).collect();
+            let ranges: Vec<_> = bounds.chunks_exact(2).map(|pair| GpaRange::from_bounds(pair[0], pair[1]).unwrap()).collect();
+            let naive: Vec<u8> = ranges.iter().flat_map(|range| &naive[index(range.start())..index(range.end())]).copied().collect();
+            let is_prefix = ranges.len() == 1 && ranges[0].start() == 0;
+            let kept = Placement::new(ranges, &SnapshotLimits::default()).unwrap();
+            let moved = memory.keep(kept).unwrap();
+            prop_assert!(moved <= naive.len() as u64 && (moved == 0 || !is_prefix));
+            let file = memory.sparse.file().try_clone().unwrap();
+            let table = memory.finish().unwrap();
+            let mut found = vec![0; naive.len()];
+            file.read_exact_at(&mut found, 0).unwrap();
+            prop_assert!(found == naive && file.metadata().unwrap().len() == naive.len() as u64);
+            let digests: Vec<_> = naive.chunks(index(LEAST_BLOCK_BYTES)).map(BlockTable::entry).collect();
+            prop_assert_eq!(table, BlockTable { block_bytes: LEAST_BLOCK_BYTES, digests });
+        }
+    }
+
+    #[test]
+    fn what_was_announced_and_left_out_at_the_end_costs_nothing_where_it_was_expected() {
+        const ANNOUNCED: u64 = 17 << 30;
+        let kept = GpaRange::new(0, 5 * LEAST_BLOCK_BYTES + 4096).unwrap();
+        let placement =
+            |bytes| Placement::new([GpaRange::new(0, bytes).unwrap()], &SnapshotLimits::default()).unwrap();
+        for (expected, block_bytes) in [(ANNOUNCED, 2 * LEAST_BLOCK_BYTES), (kept.len(), LEAST_BLOCK_BYTES)] {
+            let file = tempfile::tempfile().unwrap();
+            let mut memory =
+                FullPages::new(file, placement(ANNOUNCED), Granule::KIB_4, expected, ThreadStart::NOTHING)
+                    .unwrap();
+            assert_eq!(memory.block_bytes as u64, block_bytes);
+            memory.fill(kept, from_stream(&mut io::repeat(7))).unwrap();
+            let digests = vec![Some(Digest::of(&vec![7; index(LEAST_BLOCK_BYTES)])); 5];
+            let last = Some(Digest::of(&[7; 4096]));
+            assert_eq!(memory.keep(placement(kept.len())).unwrap(), 0);
+            let unsettled = memory.blocks.iter().filter(|block| locked(block).unhashed > 0).count();
+            assert_eq!(unsettled, if block_bytes == LEAST_BLOCK_BYTES { 1 } else { 6 });
+            let table = memory.finish().unwrap();
+            assert_eq!(table.digests, [digests, vec![last]].concat());
         }
     }
 

@@ -81,6 +81,13 @@ impl SparseFile {
         &self.placement
     }
 
+    /// Cuts the file off where `placement` ends, which the file's bytes agree with.
+    pub(super) fn cut_off(&mut self, placement: Placement) -> io::Result<()> {
+        self.file.set_len(placement.bytes())?;
+        self.placement = placement;
+        Ok(())
+    }
+
     pub(super) fn cell_bytes(&self) -> u64 {
         self.cell_bytes
     }

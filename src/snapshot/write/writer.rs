@@ -10,15 +10,16 @@ use std::time::Instant;
 use vm_memory::GuestMemoryBackend;
 
 use super::announced::AnnouncedRam;
-use super::changed_pages::{ChangedPages, SettleError};
+use super::changed_pages::ChangedPages;
 use super::full_pages::FullPages;
+use super::laid_out::SettleError;
 use super::sparse_file::{FillError, from_memory, from_stream};
 use crate::layout::Layout;
 use crate::range::GpaRange;
 use crate::snapshot::disk::{ManifestUse, ReadError, StagedDir, WriteError};
 use crate::snapshot::format::{
     BlockTable, CHANGES_FILE, CONFIG_FILE, Changes, Digest, MANIFEST_FILE, MEMORY_FILE, Manifest, Placement,
-    STATE_FILE, SnapshotLimits, VmConfig, VmState, WORK_FILE,
+    STATE_FILE, SnapshotLimits, VmConfig, VmState, WORK_FILE, block_bytes_of_full,
 };
 use crate::snapshot::parallel;
 use crate::snapshot::read::SnapshotChain;
@@ -70,7 +71,7 @@ enum PageFile {
     /// All of them.
     Full(FullPages),
     /// Those that differ from the base that the digest names.
-    Differential(Digest, ChangedPages),
+    Differential(Digest, Box<ChangedPages>),
 }
 
 impl PageFile {
@@ -118,10 +119,10 @@ impl PageFile {
         }
     }
 
-    fn sync(&self) -> io::Result<()> {
+    fn sync_until(&self, until: Option<Instant>) -> io::Result<()> {
         match self {
-            Self::Full(pages) => pages.sync(),
-            Self::Differential(_, pages) => pages.sync(),
+            Self::Full(pages) => pages.sync_until(until),
+            Self::Differential(_, pages) => pages.sync_until(until),
         }
     }
 }
@@ -183,12 +184,16 @@ impl SnapshotWriter {
         let (name, made) = match base {
             None => {
                 let file = staged.make_file(MEMORY_FILE)?;
-                (MEMORY_FILE, FullPages::new(file, placement, page, threads).map(PageFile::Full))
+                (
+                    MEMORY_FILE,
+                    FullPages::new(file, placement, page, announced.expected_bytes(), threads)
+                        .map(PageFile::Full),
+                )
             }
             Some((digest, chain)) => {
                 let work = staged.make_file(WORK_FILE)?;
                 let pages = ChangedPages::new(work, placement, page, chain, threads);
-                (WORK_FILE, pages.map(|pages| PageFile::Differential(digest, pages)))
+                (WORK_FILE, pages.map(|pages| PageFile::Differential(digest, Box::new(pages))))
             }
         };
         let pages = made.map_err(|source| staged.write_error(name, source))?;
@@ -250,9 +255,24 @@ impl SnapshotWriter {
         self.pages.stored().map_err(|error| self.fill_error(FillError::Write(error)))
     }
 
-    /// Brings to disk what was written until now, and waits for it.
-    pub(crate) fn sync(&self) -> io::Result<()> {
-        self.pages.sync().map_err(|error| self.fill_error(FillError::Write(error)))
+    /// Does what can be done of [`SnapshotWriter::finish`] before the last pages come, if it takes no longer than `until`.
+    pub(crate) fn prepare(&self, until: Option<Instant>) -> Result<(), WriteError> {
+        let PageFile::Differential(_, pages) = &self.pages else { return Ok(()) };
+        let into = self.staged.make_file(CHANGES_FILE)?;
+        match pages.lay_out(into, until).map_err(|error| settle_error(&self.staged, error))? {
+            true => Ok(()),
+            false => self.staged.remove_file(CHANGES_FILE),
+        }
+    }
+
+    /// Brings to disk what was written until now, and waits for it, but no longer than `until`.
+    pub(crate) fn sync_until(&self, until: Option<Instant>) -> io::Result<()> {
+        self.pages.sync_until(until).map_err(|error| self.fill_error(FillError::Write(error)))
+    }
+
+    /// Bytes of memory that one digest of a full snapshot covers.
+    pub(crate) fn block_bytes(&self) -> u64 {
+        block_bytes_of_full(self.announced.expected_bytes(), self.layout().host_page())
     }
 
     /// What the threads that write do first.
@@ -274,7 +294,7 @@ impl SnapshotWriter {
     pub fn finish(self, config: &[u8], state: &[u8]) -> Result<Digest, WriteError> {
         let config = VmConfig::parse(config, &self.limits)?;
         let state = VmState::parse(state.to_vec(), &self.limits)?;
-        self.complete(&config, state, Vec::new())
+        Ok(self.complete(&config, state, Vec::new())?.digest)
     }
 
     /// Counts pages that never come as zero pages; call it before any page comes. A source leaves zero pages out if the receiver's memory
@@ -307,20 +327,16 @@ impl SnapshotWriter {
         config: &VmConfig,
         state: VmState,
         aliases: Vec<Digest>,
-    ) -> Result<Digest, WriteError> {
+    ) -> Result<Completed, WriteError> {
         let Self { staged, announced, pages, limits, .. } = self;
         let memory = announced.settle(&state, pages.placement(), &limits)?;
         let state = state.relist(&memory)?;
         let page = announced.layout().host_page();
         let began = Instant::now();
-        let (changes, blocks) = match pages {
+        let (changes, blocks, moved_bytes) = match pages {
             PageFile::Full(mut pages) => {
-                if memory != *pages.placement() {
-                    let work = staged.make_file(WORK_FILE)?;
-                    let smaller = FullPages::new(work, memory, page, limits.thread_start)
-                        .map_err(|source| staged.write_error(WORK_FILE, source))?;
-                    pages = shrink(&staged, pages, smaller)?;
-                }
+                let moved = if memory == *pages.placement() { Ok(0) } else { pages.keep(memory) };
+                let moved = moved.map_err(|source| staged.write_error(MEMORY_FILE, source))?;
                 let bytes = pages.placement().bytes();
                 let blocks = pages.finish().map_err(|source| staged.write_error(MEMORY_FILE, source))?;
                 log::info!(
@@ -328,49 +344,54 @@ impl SnapshotWriter {
                     Bytes(bytes),
                     Millis(began.elapsed())
                 );
-                (None, blocks)
+                (None, blocks, moved)
             }
             PageFile::Differential(base, pages) => {
-                let (changes, blocks) = settle(&staged, base, pages, &memory)?;
+                let (changes, blocks, moved) = settle(&staged, base, *pages, &memory)?;
                 log::info!(
                     "{} that changed, of {} of memory, are hashed and safe on disk after {}",
                     Bytes(changes.runs.bytes()),
                     Bytes(memory.bytes()),
                     Millis(began.elapsed()),
                 );
-                (Some(changes), blocks)
+                (Some(changes), blocks, moved)
             }
         };
         let manifest = Manifest { changes, aliases, ..Manifest::of_full(page, config, &state, blocks) };
-        publish(staged, config, &state, &manifest, &limits)
+        let digest = publish(staged, config, &state, &manifest, &limits)?;
+        Ok(Completed { digest, moved_bytes })
     }
 }
 
-/// Leaves out the memory that `smaller`, the work file, has no place for.
-fn shrink(staged: &StagedDir, pages: FullPages, smaller: FullPages) -> Result<FullPages, WriteError> {
-    pages.move_to(&smaller).map_err(|error| match error {
-        FillError::Read(source) => staged.write_error(MEMORY_FILE, source),
-        FillError::Write(source) => staged.write_error(WORK_FILE, source),
-    })?;
-    staged.replace_file(WORK_FILE, MEMORY_FILE)?;
-    Ok(smaller)
+/// A snapshot that is whole and safe on disk.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Completed {
+    /// What names it.
+    pub(crate) digest: Digest,
+    /// Bytes that were moved to leave out memory which was announced and is none.
+    pub(crate) moved_bytes: u64,
 }
 
-/// Puts those of the pages that differ and lie in `memory` in their order.
+/// Puts those of the pages that differ and lie in `memory` back to back, unless they are.
 fn settle(
     staged: &StagedDir,
     base: Digest,
     pages: ChangedPages,
     memory: &Placement,
-) -> Result<(Changes, BlockTable), WriteError> {
-    let into = staged.make_file(CHANGES_FILE)?;
-    let settled = pages.settle(base, memory, &into).map_err(|error| match error {
+) -> Result<(Changes, BlockTable, u64), WriteError> {
+    let settled = pages.settle(base, memory, || staged.make_file(CHANGES_FILE));
+    let settled = settled.map_err(|error| settle_error(staged, error))?;
+    staged.remove_file(WORK_FILE)?;
+    Ok(settled)
+}
+
+fn settle_error(staged: &StagedDir, error: SettleError) -> WriteError {
+    match error {
         SettleError::Work(source) => staged.write_error(WORK_FILE, source),
         SettleError::Copy(source) => staged.write_error(CHANGES_FILE, source),
         SettleError::Placement(source) => WriteError::Placement(source),
-    })?;
-    staged.remove_file(WORK_FILE)?;
-    Ok(settled)
+        SettleError::Make(error) => error,
+    }
 }
 
 /// Adds the texts and the manifest to a directory whose pages are on disk already, and moves it to its name.
