@@ -365,7 +365,8 @@ impl Class for SendError {
             Self::Peer { step: SendStep::Start | SendStep::Complete, .. } => None,
             Self::Peer { source: PeerError::Silent { .. }, .. } => Some("--idle-timeout"),
             Self::GivenUp(CancelReason::TimedOut { .. }) => Some("--timeout-s"),
-            Self::StateTooLarge { .. } => Some("--state-limit"),
+            Self::StateTooLarge { of_receiver: false, .. } => Some("--state-limit"),
+            Self::StateTooLarge { .. } => Some("--state-limit of the receiver"),
             _ => None,
         }
     }

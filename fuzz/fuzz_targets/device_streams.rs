@@ -126,7 +126,7 @@ fuzz_target!(|input: &[u8]| {
     let (limits, (near, mut far)) =
         (PeerLimits::default(), UnixStream::pair().expect("two descriptors are free"));
     let list = encode_list(&set);
-    let mut said = [&[1, 0, 0, 0, b'v', b'M', 1, 0][..], &[0; 8], &message(0x8001, &list)].concat();
+    let mut said = [&[1, 0, 0, 0, b'v', b'M', 3, 0][..], &[0; 8], &message(0x8001, &list)].concat();
     said.extend(message(2, b"{}"));
     said.extend(input.as_chunks().0.iter().take(PIECES).flat_map(|&input| piece(input)));
     said.extend(message(3, b"{}"));

@@ -57,6 +57,8 @@ pub struct Device {
     last_state_bytes: Option<u64>,
     /// How well it was known, and how much, when it was last asked what is left for the downtime.
     last_left: (Basis, u64),
+    /// Bytes that its state had at least when it was last asked.
+    known_bytes: u64,
     was_reset: bool,
     /// Where the state goes away as a stream.
     outgoing: Option<Outgoing>,
@@ -90,6 +92,7 @@ impl Device {
             holds_loaded: false,
             last_state_bytes: None,
             last_left: (Basis::Told, 0),
+            known_bytes: 0,
             was_reset: false,
             outgoing: None,
             incoming: None,
@@ -279,6 +282,11 @@ impl Device {
     pub(super) fn note_estimate(&mut self, estimate: Estimate) {
         let basis = if estimate.basis == Basis::Unknown { Basis::Unknown } else { Basis::Told };
         self.last_left = (basis, estimate.stop_copy_bytes);
+        self.known_bytes = estimate.known_bytes;
+    }
+
+    pub(super) fn known_bytes(&self) -> u64 {
+        self.known_bytes
     }
 
     pub(super) fn last_left(&self) -> (Basis, u64) {

@@ -202,6 +202,12 @@ impl DeviceSet {
         Some(&largest.identity().name)
     }
 
+    /// Bytes that the states of the devices that do not stream have at least, as far as was known when all were last asked.
+    pub(crate) fn known_bytes_in_state(&self) -> u64 {
+        let in_state = self.devices.iter().filter(|device| !device.is_streaming());
+        in_state.map(Device::known_bytes).sum()
+    }
+
     /// Moves all devices to STOP, for a pause. Ends PRE_COPY and drops what was read in it.
     ///
     /// # Errors

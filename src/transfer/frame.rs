@@ -13,10 +13,11 @@
 //! ```
 //!
 //! A Start carries the protocol version in its first two header bytes. Two ends of this crate may say more in the other
-//! four: a magic and a word of [`Features`], which the destination answers in the padding of its Response. A peer that
-//! knows nothing of it ignores the one and leaves the other zero.
+//! four: a magic and a word of [`Features`], which the destination answers in the padding of its Response, with its
+//! [`ReceiverLimits`] behind that. A peer that knows nothing of it ignores the one and leaves the other zero.
 
 mod devices;
+mod limits;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -34,6 +35,7 @@ pub use devices::{
     encode_devices,
 };
 pub(crate) use devices::{open_piece, seal_piece};
+pub use limits::{RECEIVER_LIMITS_BYTES, ReceiverLimits};
 pub use table::{MemoryTable, RANGE_BYTES, encode_ranges};
 
 /// Bytes of a [`Request`] and of a [`Response`].
@@ -173,8 +175,11 @@ impl Features {
     /// No feature: the protocol as it is.
     pub const NONE: Self = Self(0);
 
-    /// The states of devices come as streams of their own, ahead of State.
+    /// The states of devices come as streams of their own, ahead of State. Of no use without [`Features::LIMITS`].
     pub const DEVICE_STREAMS: Self = Self(1);
+
+    /// The destination's answer to Start has [`ReceiverLimits`] as its payload.
+    pub const LIMITS: Self = Self(2);
 
     /// Makes the set with these bits, of which this crate need not know every one.
     pub const fn from_bits(bits: u16) -> Self {
@@ -343,7 +348,8 @@ impl Response {
         Self { length, ..self }
     }
 
-    /// Bytes of payload, as the peer claims; zero except in an answer to a PageFault or a Devices.
+    /// Bytes of payload, as the peer claims; zero except in an answer to a PageFault or a Devices, or to the Start of a peer of
+    /// ours.
     pub fn length(&self) -> u64 {
         self.length
     }

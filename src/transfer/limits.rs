@@ -69,6 +69,9 @@ pub struct Pace {
 /// Pieces of one device's state that may come before one that is missing.
 pub const PIECES_AHEAD: u64 = 16;
 
+/// The least that a receiver of streamed device state takes in one piece, in bytes of the state.
+pub const LEAST_PIECE_BYTES: u64 = 4096;
+
 /// The smallest page that a guest has: a Memory table has at most a range for each.
 pub const GUEST_PAGE_BYTES: u64 = 4096;
 
@@ -88,7 +91,8 @@ pub struct PeerLimits {
     pub config_bytes: u64,
     /// Bytes of JSON in a State; 4 GiB, for a device's state is in it in base64: four bytes for three of the device's.
     ///
-    /// A sender takes it for its receiver's limit: a VM whose devices say that their state is larger is not stopped.
+    /// A sender takes it for its receiver's limit, unless a receiver of this crate tells a lower one: a VM whose devices say that
+    /// their state is larger is not stopped.
     ///
     /// That is the most memory that a source can take up with texts; a VMM that makes a tree of one takes more. A State that
     /// is too long shows when all memory has moved and the VM stands still, so the limit is no place to save.
@@ -98,11 +102,15 @@ pub struct PeerLimits {
     pub table_bytes: u64,
     /// Bytes of guest memory a sender puts in one Memory on an additional connection; 64 MiB.
     pub chunk_bytes: u64,
-    /// Bytes of a device's state in one piece; 1 MiB.
+    /// Bytes of a device's state in one piece; 1 MiB. A sender keeps to it; a receiver with less than [`LEAST_PIECE_BYTES`] does
+    /// not offer to take streams.
     pub device_piece_bytes: u64,
-    /// Bytes of device state that wait, at a receiver, for the pieces before them; 64 MiB.
+    /// Bytes of device state that a receiver holds: pieces that come in or are being written, on all connections, and those that wait
+    /// for the ones before them; 64 MiB. A sender keeps to it; a receiver that holds less than the least piece of each device does not
+    /// offer to take streams.
     pub device_queue_bytes: u64,
-    /// Bytes of one device's stream, those that were sent again as the device changed them among them; 16 TiB.
+    /// Bytes of one device's stream, those that were sent again as the device changed them among them; 16 TiB. A sender whose device
+    /// says that it has more does not stop its VM.
     pub device_stream_bytes: u64,
     /// Times that one device's stream may begin, which it does again when something resets the device; 1024.
     pub device_sessions: u32,

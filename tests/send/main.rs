@@ -35,6 +35,7 @@ mod spreading;
 mod stopping;
 mod stream_ends;
 mod stream_faults;
+mod stream_limits;
 mod stream_order;
 mod stream_policy;
 mod streams;

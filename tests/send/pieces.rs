@@ -102,12 +102,14 @@ fn receive_over(
 
 /// Says Start and Devices.
 fn begin(main: &mut TcpStream, offers: bool) {
-    let magic = if offers { [0, 0, b'v', b'M', 1, 0] } else { [0; 6] };
+    let magic = if offers { [0, 0, b'v', b'M', 3, 0] } else { [0; 6] };
     main.write_all(&[&[1, 0][..], &magic, &[0; 8]].concat()).unwrap();
     let mut answer = [0; 16];
     main.read_exact(&mut answer).unwrap();
     if offers {
-        assert_eq!(answer, [1, 0, b'v', b'M', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(answer, [1, 0, b'v', b'M', 3, 0, 0, 0, 32, 0, 0, 0, 0, 0, 0, 0]);
+        let mut limits = [0; 32];
+        main.read_exact(&mut limits).unwrap();
         main.write_all(&message(DEVICES, &list())).unwrap();
         main.read_exact(&mut answer).unwrap();
         let mut theirs = vec![0; usize::from(answer[8])];
@@ -262,17 +264,21 @@ fn pieces_cut_flipped_or_too_long_are_refused() {
         flipped[at] ^= 0x10;
         refused(&flipped, "and should have");
     }
-    let limits = PeerLimits { device_piece_bytes: 3, ..PeerLimits::default() };
-    let text = "DeviceState announces 36 bytes, more than the limit device_piece_bytes = 35";
-    let (received, ..) = receive(true, conversation(vec![]), limits);
+    let limits = PeerLimits { device_piece_bytes: 4096, ..PeerLimits::default() };
+    let text = "DeviceState announces 4129 bytes, more than the limit device_piece_bytes = 4128";
+    let long = Piece { data: &[0; 4097], ..pieces()[0].clone() };
+    let (received, ..) = receive(true, conversation(state_messages([long])), limits);
     assert!(text_of(&received.unwrap_err()).contains(text));
 }
 
 #[test]
 fn pieces_that_wait_are_bounded_in_bytes() {
-    let waiting = state_messages((1..10).map(|index| Piece { index, ..pieces()[0].clone() }));
-    let limits = PeerLimits { device_queue_bytes: 4 * 36, ..PeerLimits::default() };
-    assert_refused_within(&limits, &waiting, "more than 144 bytes (PeerLimits::device_queue_bytes)");
+    let waiting =
+        state_messages((1..10).map(|index| Piece { index, data: &[0; 4096], ..pieces()[0].clone() }));
+    let limits = PeerLimits { device_queue_bytes: 4 * 4128, ..PeerLimits::default() };
+    assert_refused_within(&limits, &waiting, "more than 16512 bytes (PeerLimits::device_queue_bytes)");
+    let held = [waiting[..4].to_vec(), state_messages(pieces()[..1].to_vec())].concat();
+    assert_refused_within(&limits, &held, "more than 16512 bytes (PeerLimits::device_queue_bytes)");
 }
 
 #[test]

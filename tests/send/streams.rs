@@ -40,7 +40,7 @@ pub(crate) struct Taken {
     pub(crate) loaded: Option<Vec<u8>>,
     pub(crate) moves: Vec<DeviceState>,
     pub(crate) resets: u32,
-    largest_write: usize,
+    pub(crate) largest_write: usize,
     /// Notes each piece.
     pub(crate) arrivals: Log,
     /// Refuses what would make it more than so many bytes.
@@ -238,10 +238,21 @@ pub(crate) fn moves(
     vmm: &mut Vmm,
     adjust: impl FnOnce(SendOptions) -> SendOptions,
 ) -> (Result<Sent, SendError>, Result<Received, ReceiveError>) {
+    moves_within(PeerLimits::default(), vm, machine, vmm, adjust)
+}
+
+/// As [`moves`], to a receiver with these limits.
+pub(crate) fn moves_within(
+    limits: PeerLimits,
+    vm: &mut FakeVm,
+    machine: &Machine,
+    vmm: &mut Vmm,
+    adjust: impl FnOnce(SendOptions) -> SendOptions,
+) -> (Result<Sent, SendError>, Result<Received, ReceiveError>) {
     let listener = Listener::bind(&loopback()).unwrap();
     let options = adjust(SendOptions::new(listener.url().clone()).chunk_bytes(256 << 10).unwrap());
     thread::scope(|scope| {
-        let receiver = scope.spawn(|| Receiver::new(PeerLimits::default(), None).receive(&listener, vmm));
+        let receiver = scope.spawn(|| Receiver::new(limits, None).receive(&listener, vmm));
         let sent = Sender::new(options).send(vm, &machine.tracker, &machine.devices);
         (sent, receiver.join().unwrap())
     })

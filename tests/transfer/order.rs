@@ -110,8 +110,25 @@ fn another_version_is_refused_by_its_number() {
 
 #[test]
 fn a_source_of_ours_learns_that_the_destination_is_too() {
-    let (received, answer) = receive_on_pair(quick(), &mut Vmm::new(), |mut peer| {
+    let (received, (answer, limits)) = receive_on_pair(quick(), &mut Vmm::new(), |mut peer| {
         peer.send(&[1, 0, 0, 0, b'v', b'M', 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0]);
+        let (mut answer, mut limits) = ([0; 16], [0; 32]);
+        peer.0.read_exact(&mut answer).unwrap();
+        peer.0.read_exact(&mut limits).unwrap();
+        peer.say(&[message(CONFIG, b"{}")]);
+        peer.end();
+        (answer, limits)
+    });
+    assert_eq!(answer, [1, 0, b'v', b'M', 2, 0, 0, 0, 32, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(limits[..16], [[0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 16, 0, 0]].concat()[..]);
+    assert_eq!(limits[16..], [[0, 0, 0, 4, 0, 0, 0, 0], [0, 0, 16, 0, 0, 0, 0, 0]].concat()[..]);
+    assert_eq!(received.unwrap().features, Some(Features::LIMITS));
+}
+
+#[test]
+fn a_source_of_ours_that_would_not_hear_of_limits_is_served_as_any_other() {
+    let (received, answer) = receive_on_pair(quick(), &mut Vmm::new(), |mut peer| {
+        peer.send(&[1, 0, 0, 0, b'v', b'M', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         let mut answer = [0; 16];
         peer.0.read_exact(&mut answer).unwrap();
         peer.say(&[message(CONFIG, b"{}")]);

@@ -27,6 +27,13 @@ impl DeviceSet {
         self.devices.iter().filter_map(Device::stream_left)
     }
 
+    /// The device whose stream is known to have most, and how many bytes, when all were last asked.
+    pub(crate) fn longest_stream(&self) -> Option<(&str, u64)> {
+        let streaming = self.devices.iter().filter(|device| device.is_streaming());
+        let longest = streaming.max_by_key(|device| device.known_bytes())?;
+        Some((&longest.identity().name, longest.known_bytes()))
+    }
+
     /// Streams the states of the devices in `listed`; each device's number is its place in the list.
     pub(crate) fn begin_streaming(&mut self, listed: &[StreamIdentity]) {
         for device in &mut self.devices {

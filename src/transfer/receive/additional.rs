@@ -89,11 +89,11 @@ fn take_all<'a>(
         let store = Arc::clone(&under_way.insert(gate.enter()?).store);
         match devices {
             Some(devices) if request.command() == Command::DeviceState => {
-                take_device_state(connection, request, &devices, limits, &mut buffer)?;
+                take_device_state(connection, request, &devices, limits)?;
             }
             _ => take_memory(connection, request, store.as_ref(), gate, limits, &mut buffer)?,
         }
-        answer(connection, request.command(), Response::new(Status::Ok))?;
+        answer(connection, request.command(), Response::new(Status::Ok), &[])?;
         under_way.take().into_iter().for_each(Ticket::done);
         next = next_request(connection, context)?;
     }

@@ -2,8 +2,9 @@
 
 //! The states of devices as they come: pieces on any connection, in any order, written to each device in order.
 //!
-//! A piece that comes before its turn waits in a queue, which is bounded in pieces and in bytes: a source sends none that is
-//! further ahead. Pieces of several devices are written at the same time, those of one device one after the other.
+//! A piece that comes before its turn waits in a queue, which is bounded in pieces: a source sends none that is further ahead. All that
+//! are held, those that come in or are being written among them, are bounded in bytes, and so are the buffers that are kept for the next
+//! ones. Pieces of several devices are written at the same time, those of one device one after the other.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,6 +17,9 @@ use crate::error::Chain;
 use crate::sync::lock;
 use crate::transfer::frame::PIECE_HEAD_BYTES;
 use crate::transfer::limits::{PIECES_AHEAD, PeerLimits};
+
+/// Bytes of buffers that are kept for the next pieces.
+const SPARE_BYTES: usize = 8 << 20;
 
 /// A piece's bytes, its head before them, until its turn comes.
 struct Waiting {
@@ -41,7 +45,10 @@ pub(super) struct DeviceStreams {
     set: Arc<Mutex<DeviceSet>>,
     /// By the numbers the source gave them.
     streams: Vec<Mutex<Stream>>,
-    queued_bytes: AtomicU64,
+    /// Bytes of all pieces that come in, are being written or wait.
+    held_bytes: AtomicU64,
+    /// Buffers for the next pieces, of [`SPARE_BYTES`] in all.
+    spare: Mutex<Vec<Vec<u8>>>,
     limits: PeerLimits,
 }
 
@@ -61,30 +68,45 @@ impl DeviceStreams {
         let mut streams: Vec<_> = sinks.into_iter().map(|sink| (number(&sink), Stream::new(sink))).collect();
         streams.sort_by_key(|&(number, _)| number);
         let streams = streams.into_iter().map(|(_, stream)| Mutex::new(stream)).collect();
-        Ok(Self { set, streams, queued_bytes: AtomicU64::new(0), limits: limits.clone() })
+        let (held_bytes, spare) = (AtomicU64::new(0), Mutex::default());
+        Ok(Self { set, streams, held_bytes, spare, limits: limits.clone() })
     }
 
-    /// Takes a piece in, whose bytes follow its head in `payload`; that buffer is taken away only where the piece has to wait.
+    /// Returns a buffer for a piece that announces so many bytes, its head among them.
+    ///
+    /// # Errors
+    /// More are held than may be.
+    pub(super) fn admit(&self, bytes: u64) -> Result<Vec<u8>, ReceiveError> {
+        let held = self.held_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        let limit_bytes = self.limits.device_queue_bytes;
+        if held > limit_bytes {
+            return Err(PieceError::QueueFull { limit_bytes }.into());
+        }
+        Ok(lock(&self.spare).pop().unwrap_or_default())
+    }
+
+    /// Takes a piece in, whose bytes follow its head in `payload`, a buffer of [`DeviceStreams::admit`].
     ///
     /// # Errors
     /// It is not a piece that can come now, or the device refuses it.
-    pub(super) fn take(&self, piece: Piece, payload: &mut Vec<u8>) -> Result<(), ReceiveError> {
+    pub(super) fn take(&self, piece: Piece, payload: Vec<u8>) -> Result<(), ReceiveError> {
         let missing = PieceError::NoSuchDevice { device: piece.device, devices: self.streams.len() };
         let stream = self.streams.get(usize::from(piece.device)).ok_or(missing)?;
         let mut stream = lock(stream);
         stream.check(piece)?;
         if piece.session > stream.session {
-            self.count_out(stream.begin_session(piece.session, self.limits.device_sessions)?);
+            let dropped = stream.begin_session(piece.session, self.limits.device_sessions)?;
+            dropped.into_values().for_each(|waiting| self.release(waiting.payload));
         }
-        if piece.index > stream.next {
-            return self.queue(piece, payload, &mut stream);
+        let Piece { index, position, last, .. } = piece;
+        if index > stream.next {
+            stream.queue(index, Waiting { payload, position, last });
+            return Ok(());
         }
-        self.write(&mut stream, (piece.index, piece.position, piece.last), payload)?;
-        while let Some(waiting) = stream.take_next() {
-            self.count_out(waiting.payload.len() as u64);
-            let Waiting { payload, position, last } = &waiting;
+        self.write(&mut stream, (index, position, last), payload)?;
+        while let Some(Waiting { payload, position, last }) = stream.take_next() {
             let index = stream.next;
-            self.write(&mut stream, (index, *position, *last), payload)?;
+            self.write(&mut stream, (index, position, last), payload)?;
         }
         Ok(())
     }
@@ -94,7 +116,7 @@ impl DeviceStreams {
         &self,
         stream: &mut Stream,
         (index, position, last): (u64, u64, bool),
-        payload: &[u8],
+        payload: Vec<u8>,
     ) -> Result<(), ReceiveError> {
         let data = &payload[PIECE_HEAD_BYTES..];
         let limit_bytes = self.limits.device_stream_bytes;
@@ -102,26 +124,19 @@ impl DeviceStreams {
             let name = stream.sink.name().to_owned();
             return Err(PieceError::TooLong { name, limit_bytes }.into());
         }
-        stream.write(index, position, last, data)
-    }
-
-    fn queue(&self, piece: Piece, payload: &mut Vec<u8>, stream: &mut Stream) -> Result<(), ReceiveError> {
-        let bytes = payload.len() as u64;
-        let queued = self.queued_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let limit_bytes = self.limits.device_queue_bytes;
-        if queued > limit_bytes {
-            return Err(PieceError::QueueFull { limit_bytes }.into());
-        }
-        let Piece { index, position, last, .. } = piece;
-        let mut payload = std::mem::take(payload);
-        // It has room for the largest piece, and only its length is counted.
-        payload.shrink_to_fit();
-        stream.waiting.insert(index, Waiting { payload, position, last });
+        stream.write(index, position, last, data)?;
+        self.release(payload);
         Ok(())
     }
 
-    fn count_out(&self, bytes: u64) {
-        self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    /// Takes in that a piece is held no longer; keeps its buffer where few are kept.
+    fn release(&self, payload: Vec<u8>) {
+        self.held_bytes.fetch_sub(payload.len() as u64, Ordering::Relaxed);
+        let mut spare = lock(&self.spare);
+        let spare_bytes: usize = spare.iter().map(Vec::capacity).sum();
+        if spare_bytes.saturating_add(payload.capacity()) <= SPARE_BYTES {
+            spare.push(payload);
+        }
     }
 
     /// Returns, once no piece is under way, the bytes of all states that came whole.
@@ -188,8 +203,8 @@ impl Stream {
         Ok(())
     }
 
-    /// Begins another session, of `limit` at most, and returns the bytes that wait no longer.
-    fn begin_session(&mut self, session: u32, limit: u32) -> Result<u64, ReceiveError> {
+    /// Begins another session, of `limit` at most, and returns what waits no longer.
+    fn begin_session(&mut self, session: u32, limit: u32) -> Result<BTreeMap<u64, Waiting>, ReceiveError> {
         if self.sessions >= limit {
             return Err(PieceError::TooManySessions { name: self.sink.name().to_owned(), limit }.into());
         }
@@ -199,7 +214,14 @@ impl Stream {
             self.sink.begin_anew().map_err(|source| self.failed(source))?;
         }
         (self.session, self.next, self.complete) = (session, 0, false);
-        Ok(dropped.values().map(|waiting| waiting.payload.len() as u64).sum())
+        Ok(dropped)
+    }
+
+    /// Has a piece wait for its turn.
+    fn queue(&mut self, index: u64, mut waiting: Waiting) {
+        // The buffer may have room for the largest piece, and only the bytes are counted.
+        waiting.payload.shrink_to_fit();
+        self.waiting.insert(index, waiting);
     }
 
     fn take_next(&mut self) -> Option<Waiting> {
@@ -234,19 +256,54 @@ mod tests {
     use super::*;
     use crate::device::tests::{ALL, script, set};
 
-    #[test]
-    fn a_piece_that_waits_holds_no_more_than_is_counted() {
+    fn streams(limits: &PeerLimits) -> DeviceStreams {
         let (set, _world) = set(vec![script(ALL)]);
         let listed = set.stream_identities();
-        let set = Arc::new(Mutex::new(set));
-        let streams = DeviceStreams::begin(set, &listed, &PeerLimits::default()).unwrap();
-        let mut buffer = Vec::with_capacity(1 << 20);
-        buffer.resize(PIECE_HEAD_BYTES + 1, 0);
-        let piece = Piece { device: 0, version: 0, session: 1, index: 1, position: 1, last: false };
-        streams.take(piece, &mut buffer).unwrap();
+        DeviceStreams::begin(Arc::new(Mutex::new(set)), &listed, limits).unwrap()
+    }
+
+    fn piece(index: u64, position: u64) -> Piece {
+        Piece { device: 0, version: 0, session: 1, index, position, last: false }
+    }
+
+    #[test]
+    fn a_piece_that_waits_holds_no_more_than_is_counted() {
+        let streams = streams(&PeerLimits::default());
+        let bytes = PIECE_HEAD_BYTES + 1;
+        let mut buffer = streams.admit(bytes as u64).unwrap();
+        buffer.reserve_exact(1 << 20);
+        buffer.resize(bytes, 0);
+        streams.take(piece(1, 1), buffer).unwrap();
         let stream = lock(&streams.streams[0]);
         let held: usize = stream.waiting.values().map(|waiting| waiting.payload.capacity()).sum();
         assert!(held < 64, "{held} bytes");
-        assert_eq!(streams.queued_bytes.load(Ordering::Relaxed), PIECE_HEAD_BYTES as u64 + 1);
+        assert_eq!(streams.held_bytes.load(Ordering::Relaxed), bytes as u64);
+    }
+
+    #[test]
+    fn pieces_that_come_in_on_all_connections_are_bounded_together() {
+        let limits = PeerLimits { device_queue_bytes: 100, ..PeerLimits::default() };
+        let streams = streams(&limits);
+        let mut first = streams.admit(60).unwrap();
+        assert!(streams.admit(41).is_err(), "another connection announces more than is left");
+        assert!(streams.admit(u64::MAX).is_err());
+        streams.held_bytes.store(60, Ordering::Relaxed);
+        first.resize(60, 0);
+        streams.take(piece(0, 0), first).unwrap();
+        assert_eq!(streams.held_bytes.load(Ordering::Relaxed), 0, "it was written");
+        streams.admit(100).unwrap();
+    }
+
+    #[test]
+    fn few_buffers_are_kept_for_the_next_pieces() {
+        let streams = streams(&PeerLimits::default());
+        let bytes = 1 << 20;
+        let buffers: Vec<_> = (0..32).map(|_| streams.admit(bytes).unwrap()).collect();
+        for (index, mut buffer) in (0..).zip(buffers) {
+            buffer.resize(1 << 20, 0);
+            streams.take(piece(index, index * (bytes - PIECE_HEAD_BYTES as u64)), buffer).unwrap();
+        }
+        let kept: usize = lock(&streams.spare).iter().map(Vec::capacity).sum();
+        assert!((1..=SPARE_BYTES).contains(&kept), "{kept} bytes");
     }
 }

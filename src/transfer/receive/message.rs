@@ -82,20 +82,20 @@ pub(super) fn read_devices(
     Ok(decode_devices(&list)?)
 }
 
-/// Takes one piece of a device's state, by way of `buffer`.
+/// Takes one piece of a device's state.
 pub(super) fn take_device_state(
     connection: &mut Connection,
     request: Request,
     devices: &DeviceStreams,
     limits: &PeerLimits,
-    buffer: &mut Vec<u8>,
 ) -> Result<(), ReceiveError> {
     let limit = limits.device_piece_bytes.saturating_add(PIECE_HEAD_BYTES as u64);
     check_length(request, "device_piece_bytes", limit)?;
+    let mut payload = devices.admit(request.length())?;
     let part = Part::Payload(request.command());
-    let read = connection.read_payload(request.length(), buffer);
+    let read = connection.read_payload(request.length(), &mut payload);
     read.map_err(|source| ReceiveError::Read { part, source })?;
-    devices.take(open_piece(buffer)?, buffer)
+    devices.take(open_piece(&payload)?, payload)
 }
 
 /// Takes one Memory: its table into `buffer`, its pages into `store`.
@@ -135,12 +135,15 @@ fn take_pages(
     }
 }
 
+/// Answers a request; `payload` follows the answer.
 pub(super) fn answer(
     connection: &mut Connection,
     command: Command,
     answer: Response,
+    payload: &[u8],
 ) -> Result<(), ReceiveError> {
-    let sent = connection.write_all(&answer.to_bytes()).and_then(|()| connection.flush());
+    let answer = answer.with_payload(payload.len() as u64).to_bytes();
+    let sent = connection.write_all(&[&answer, payload].concat()).and_then(|()| connection.flush());
     sent.map_err(|source| ReceiveError::Answer { command, source })
 }
 

@@ -97,8 +97,8 @@ pub enum PieceError {
         /// The limit.
         limit: u32,
     },
-    /// More wait for their turn than may.
-    #[error("Pieces that wait for their turn have more than {} (PeerLimits::device_queue_bytes)", Count(.limit_bytes, "byte"))]
+    /// More are held, those that wait for their turn among them, than may be.
+    #[error("Pieces of device state that are held have more than {} (PeerLimits::device_queue_bytes)", Count(.limit_bytes, "byte"))]
     QueueFull {
         /// The limit.
         limit_bytes: u64,

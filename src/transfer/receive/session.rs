@@ -2,7 +2,6 @@
 
 //! The main connection of a migration, from Start to Complete.
 
-use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -20,8 +19,10 @@ use crate::error::Chain;
 use crate::sync::lock;
 use crate::transfer::connection::{Connection, Head};
 use crate::transfer::frame::{
-    Command, Features, HEADER_BYTES, MOST_DEVICES, Request, Response, Status, encode_devices,
+    Command, Features, HEADER_BYTES, MOST_DEVICES, PIECE_HEAD_BYTES, ReceiverLimits, Request, Response,
+    Status, encode_devices,
 };
+use crate::transfer::limits::{LEAST_PIECE_BYTES, PeerLimits};
 use crate::units::Count;
 use crate::units::{Bytes, Millis};
 use crate::vm::VmError;
@@ -70,9 +71,9 @@ struct Session<'a> {
 impl Session<'_> {
     fn run(&mut self, first: Request, destination: &mut dyn Destination) -> Result<Received, ReceiveError> {
         let streams = destination.device_streams();
-        let set = streams.filter(|set| lock(set).stream_identities().len() <= MOST_DEVICES);
-        let own = if set.is_some() { Features::DEVICE_STREAMS } else { Features::NONE };
-        let features = self.start(first, own)?;
+        let set = streams.filter(|set| can_stream(lock(set).names().count(), self.context.limits));
+        let streams = if set.is_some() { Features::DEVICE_STREAMS } else { Features::NONE };
+        let features = self.start(first, Features::LIMITS | streams)?;
         let agreed = features.is_some_and(|features| features.contains(Features::DEVICE_STREAMS));
         let streams = set.filter(|_| agreed).map(|set| self.devices(set)).transpose()?;
         let (config, is_local) = self.descriptors(destination)?;
@@ -96,14 +97,23 @@ impl Session<'_> {
         })
     }
 
-    /// Takes the Start, and agrees to what both ends know.
+    /// Takes the Start, and agrees to what both ends know: with a source that would not hear of limits, to nothing.
     fn start(&mut self, first: Request, own: Features) -> Result<Option<Features>, ReceiveError> {
         let first = self.admit(first)?;
         first.version().map_err(|source| ReceiveError::Start { source })?;
         check_empty(first)?;
-        let features = first.offered().map(|offered| offered & own);
+        let agree = |offered: Features| {
+            if offered.contains(Features::LIMITS) { offered & own } else { Features::NONE }
+        };
+        let features = first.offered().map(agree);
         let response = features.map_or(Response::new(Status::Ok), Response::ok_agreeing);
-        self.answer(first, response)?;
+        match features {
+            Some(features) if features.contains(Features::LIMITS) => {
+                let limits = ReceiverLimits::from(self.context.limits).to_bytes();
+                self.answer_with(first, response, &limits)?;
+            }
+            _ => self.answer(first, response)?,
+        }
         log::info!("Receiving a VM from {}", self.connection.peer());
         self.step = Step::Start;
         Ok(features)
@@ -116,9 +126,7 @@ impl Session<'_> {
         let own = lock(&set).stream_identities();
         let mut list = Vec::new();
         encode_devices(&own, &mut list)?;
-        self.answer(request, Response::new(Status::Ok).with_payload(list.len() as u64))?;
-        let told = self.connection.write_all(&list).and_then(|()| self.connection.flush());
-        told.map_err(|source| ReceiveError::Answer { command: request.command(), source })?;
+        self.answer_with(request, Response::new(Status::Ok), &list)?;
         compare_identities(&listed, &own)?;
         Ok(Listed { set, listed })
     }
@@ -172,7 +180,7 @@ impl Session<'_> {
             match (request.command(), &devices) {
                 (Command::State, _) => return Ok(request),
                 (Command::DeviceState, Some(devices)) => {
-                    take_device_state(&mut self.connection, request, devices, limits, &mut buffer)?;
+                    take_device_state(&mut self.connection, request, devices, limits)?;
                 }
                 _ => {
                     gate.drain()?;
@@ -228,7 +236,7 @@ impl Session<'_> {
             return Ok((paused, completion, false));
         }
         // Even where another connection has failed meanwhile: the VM is here.
-        let told = answer(&mut self.connection, request.command(), Response::new(Status::Ok));
+        let told = answer(&mut self.connection, request.command(), Response::new(Status::Ok), &[]);
         if let Err(error) = &told {
             log::warn!("The VM runs here, but its source may not know: {}", Chain(error));
         }
@@ -301,11 +309,27 @@ impl Session<'_> {
     }
 
     fn answer(&mut self, request: Request, response: Response) -> Result<(), ReceiveError> {
+        self.answer_with(request, response, &[])
+    }
+
+    fn answer_with(
+        &mut self,
+        request: Request,
+        response: Response,
+        payload: &[u8],
+    ) -> Result<(), ReceiveError> {
         // Where another connection has failed, this is the answer that can say so.
         self.context.gate.check()?;
         self.answered = true;
-        answer(&mut self.connection, request.command(), response)
+        answer(&mut self.connection, request.command(), response, payload)
     }
+}
+
+/// Whether so many devices can take their states in as streams within `limits`.
+fn can_stream(devices: usize, limits: &PeerLimits) -> bool {
+    let least_bytes = LEAST_PIECE_BYTES + PIECE_HEAD_BYTES as u64;
+    let has_room = limits.device_queue_bytes / least_bytes >= devices as u64;
+    devices <= MOST_DEVICES && limits.device_piece_bytes >= LEAST_PIECE_BYTES && has_room
 }
 
 /// The devices of both ends: the destination's, and how the source lists its own.

@@ -12,7 +12,8 @@ use super::connections::wire_bytes;
 use super::downtime::Switchover;
 use super::error::{SendError, SendStep};
 use super::exchange::{
-    PeerError, expect_silence, read_answer, read_devices_answer, send, send_memory, send_state,
+    PeerError, expect_silence, read_answer, read_devices_answer, read_start_answer, send, send_memory,
+    send_state,
 };
 use super::options::SendOptions;
 use super::payload::StatePayload;
@@ -22,7 +23,7 @@ use crate::ledger::Chunk;
 use crate::threads::ThreadStart;
 use crate::transfer::connection::Connection;
 use crate::transfer::frame::{
-    Command, ConnectionRole, Features, HEADER_BYTES, Request, Response, encode_devices,
+    Command, ConnectionRole, Features, HEADER_BYTES, ReceiverLimits, Request, Response, encode_devices,
 };
 use crate::transfer::limits::ConnectionCount;
 
@@ -58,14 +59,19 @@ impl<'a> Control<'a> {
         self.switchover.map_or(Ok(()), Switchover::check)
     }
 
-    /// Agrees on the protocol, and on what of `offered` a receiver of this crate has. With nothing to offer it is any receiver.
-    pub(super) fn start(&mut self, offered: Features) -> Result<Features, SendError> {
+    /// Agrees on the protocol, and on what of `offered` a receiver of this crate has, which tells its limits. With nothing to offer it is
+    /// any receiver.
+    pub(super) fn start(
+        &mut self,
+        offered: Features,
+    ) -> Result<(Features, Option<ReceiverLimits>), SendError> {
         let within = self.options.limits.handshake_timeout;
         let request =
             if offered == Features::NONE { Request::start() } else { Request::start_offering(offered) };
         let say = |connection: &mut Connection| send(connection, request, &[]);
-        let answer = self.exchange_within(SendStep::Start, HEADER_BYTES as u64, within, say)?;
-        Ok(answer.agreed().unwrap_or_default() & offered)
+        self.converse(SendStep::Start, HEADER_BYTES as u64, say, |connection| {
+            read_start_answer(connection, offered, within)
+        })
     }
 
     /// Lists the devices for the receiver, and returns its own.

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::connections::{Content, Event, MemoryConnections, Pipeline};
-use super::device_streams::{DeviceReads, PIECE_BYTES};
+use super::device_streams::{DeviceReads, PieceLimits};
 use super::downtime::Switchover;
 use super::error::SendError;
 use super::exchange::PeerError;
@@ -22,6 +22,8 @@ use crate::device::{StateRead, StateReader};
 use crate::ledger::{Chunk, ChunkLimits};
 use crate::precopy::{TimeoutStrategy, millis};
 use crate::transfer::connection::Connection;
+use crate::transfer::frame::ReceiverLimits;
+use crate::transfer::limits::PeerLimits;
 use crate::vm::{Backing, HoleWatch, UserfaultError, Vm};
 
 /// How often a waiting engine looks whether it was cancelled or its time is up.
@@ -53,6 +55,8 @@ pub(super) struct Copier<'a, V: Vm> {
     connections: MemoryConnections<V::Memory>,
     devices: DeviceReads,
     hole_watch: HoleWatch,
+    /// What the receiver takes of devices' states.
+    receiver_limits: ReceiverLimits,
     rate_limit: Option<RateLimit>,
     /// Pieces of devices' states that wait for the rate limit: no more than their windows let be on their way.
     held: VecDeque<DevicePiece>,
@@ -85,11 +89,18 @@ impl<'a, V: Vm> Copier<'a, V> {
             connections: connections.map_err(SendError::Thread)?,
             devices: DeviceReads::default(),
             hole_watch,
+            receiver_limits: ReceiverLimits::from(&PeerLimits::default()),
             rate_limit: options.rate_limit.map(RateLimit::new),
             held: VecDeque::new(),
             is_pieces_turn: false,
             unsent_from: 0,
         })
+    }
+
+    /// Keeps to what the receiver says that it takes.
+    pub(super) fn keeping_to(self, limits: Option<ReceiverLimits>) -> Self {
+        let receiver_limits = limits.unwrap_or(self.receiver_limits);
+        Self { receiver_limits, ..self }
     }
 
     /// Ends the workers, and returns the connections that can be used on.
@@ -107,8 +118,8 @@ impl<'a, V: Vm> Copier<'a, V> {
     ) -> Result<Vec<StateRead>, SendError> {
         let pass = &mut pass;
         let threads = self.options.thread_start;
-        let piece_bytes = self.piece_bytes(pass);
-        let started = self.devices.start(readers, piece_bytes, self.connections.events(), threads);
+        let limits = self.piece_limits(pass);
+        let started = self.devices.start(readers, limits, self.connections.events(), threads);
         started.map_err(SendError::Thread)?;
         pass.meter.begin_round();
         pass.tracking.begin_round()?;
@@ -164,10 +175,11 @@ impl<'a, V: Vm> Copier<'a, V> {
         ChunkLimits { bytes: limits.bytes.min(self.slice_bytes(pass)), ..limits }
     }
 
-    /// Bytes of a device's state in one piece of a round that begins now.
-    fn piece_bytes(&self, pass: &Pass<'_, 'a, V>) -> usize {
+    /// The pieces of devices' states in a round that begins now.
+    fn piece_limits(&self, pass: &Pass<'_, 'a, V>) -> PieceLimits {
         let slice_bytes = self.slice_bytes(pass).max(LEAST_CHUNK_BYTES);
-        usize::try_from(slice_bytes).unwrap_or(usize::MAX).min(PIECE_BYTES)
+        let ReceiverLimits { device_piece_bytes, device_queue_bytes, .. } = self.receiver_limits;
+        PieceLimits { piece_bytes: device_piece_bytes.min(slice_bytes), queue_bytes: device_queue_bytes }
     }
 
     /// Bytes that go at once under the rate limit, while that holds.

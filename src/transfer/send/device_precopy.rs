@@ -15,7 +15,7 @@ use crate::device::{
     DeviceSet, DeviceSetError, Estimate, StateRead, StateReader, StreamIdentity, StreamLeft,
 };
 use crate::sync::lock;
-use crate::transfer::frame::MOST_DEVICES;
+use crate::transfer::frame::{MOST_DEVICES, ReceiverLimits};
 
 /// What devices have left to hand over.
 #[derive(Debug, Clone)]
@@ -34,6 +34,8 @@ pub(super) struct DevicePrecopy<'a> {
     migration: &'a SenderHandle,
     /// Bytes that State may hold.
     limit_bytes: u64,
+    /// What the receiver says that it takes.
+    receiver_limits: Option<ReceiverLimits>,
     /// Whether they have to be set back when the migration fails.
     touched: bool,
     /// Whether their states are streams of their own.
@@ -44,7 +46,8 @@ pub(super) struct DevicePrecopy<'a> {
 
 impl<'a> DevicePrecopy<'a> {
     pub(super) fn new(devices: &'a Mutex<DeviceSet>, migration: &'a SenderHandle, limit_bytes: u64) -> Self {
-        Self { devices, migration, limit_bytes, touched: false, streams: false, in_downtime: Vec::new() }
+        let (touched, streams, in_downtime) = (false, false, Vec::new());
+        Self { devices, migration, limit_bytes, receiver_limits: None, touched, streams, in_downtime }
     }
 
     fn devices(&self) -> MutexGuard<'a, DeviceSet> {
@@ -61,6 +64,16 @@ impl<'a> DevicePrecopy<'a> {
         let mut own = self.devices().stream_identities();
         own.truncate(if own.len() > MOST_DEVICES { 0 } else { own.len() });
         own
+    }
+
+    /// Keeps to what the receiver says that it takes.
+    pub(super) fn heed_limits(&mut self, limits: ReceiverLimits) {
+        self.receiver_limits = Some(limits);
+    }
+
+    /// What the receiver says that it takes.
+    pub(super) fn limits(&self) -> Option<ReceiverLimits> {
+        self.receiver_limits
     }
 
     /// Has the states of these devices go to the receiver as streams of their own; one plugged in later stays in State.
@@ -145,8 +158,8 @@ impl<'a> DevicePrecopy<'a> {
         let estimate = how(&mut devices)?;
         let largest = devices.largest_left().unwrap_or_default().to_owned();
         let streams = devices.streams_left().collect();
+        self.check_fits(&devices)?;
         drop(devices);
-        self.check_fits(estimate)?;
         Ok(DevicesLeft { estimate, largest, streams })
     }
 
@@ -213,18 +226,25 @@ impl<'a> DevicePrecopy<'a> {
         }
     }
 
-    /// Compares what is known of the devices' state with what State may hold: there, four bytes of text carry three of theirs.
-    fn check_fits(&self, estimate: Estimate) -> Result<(), SendError> {
-        if self.streams {
-            return Ok(());
+    /// Compares what is known of the devices' states with what a stream may have and with what State may hold: there, four bytes of text
+    /// carry three of theirs.
+    fn check_fits(&self, devices: &DeviceSet) -> Result<(), SendError> {
+        let in_state_bytes = devices.known_bytes_in_state();
+        self.check_limit(text_bytes(in_state_bytes), in_state_bytes)?;
+        let limit_bytes = self.receiver_limits.map_or(u64::MAX, |limits| limits.device_stream_bytes);
+        match devices.longest_stream().filter(|&(_, stream_bytes)| stream_bytes > limit_bytes) {
+            Some((device, stream_bytes)) => {
+                Err(SendError::StreamTooLong { device: device.to_owned(), stream_bytes, limit_bytes })
+            }
+            None => Ok(()),
         }
-        self.check_limit(text_bytes(estimate.known_bytes), estimate.known_bytes)
     }
 
     fn check_limit(&self, state_bytes: u64, device_bytes: u64) -> Result<(), SendError> {
-        let limit_bytes = self.limit_bytes;
+        let told_bytes = self.receiver_limits.map_or(u64::MAX, |limits| limits.state_bytes);
+        let (limit_bytes, of_receiver) = (self.limit_bytes.min(told_bytes), told_bytes < self.limit_bytes);
         match state_bytes > limit_bytes {
-            true => Err(SendError::StateTooLarge { state_bytes, device_bytes, limit_bytes }),
+            true => Err(SendError::StateTooLarge { state_bytes, device_bytes, limit_bytes, of_receiver }),
             false => Ok(()),
         }
     }

@@ -2,8 +2,9 @@
 
 //! Devices' states on their way to a receiver of this crate: a thread for each device reads pieces, which go over any connection.
 //!
-//! Of one device's pieces none is further ahead of one that was not acknowledged than the receiver's queue allows. That bounds the
-//! memory at both ends: what a device hands out is never held as a whole.
+//! Of one device's pieces none is further ahead of one that was not acknowledged than the receiver's queue allows, and the pieces of all
+//! devices that are on their way have a limit in bytes, however many devices there are. That bounds the memory at both ends: what a device
+//! hands out is never held as a whole.
 
 use std::io;
 use std::sync::Arc;
@@ -13,15 +14,46 @@ use std::thread::{JoinHandle, panicking};
 use super::connections::Event;
 use super::piece::{DevicePiece, Pool, Window};
 use crate::device::{StateRead, StateReader};
+use crate::sync::lock;
 use crate::threads::ThreadStart;
 use crate::transfer::frame::{PIECE_HEAD_BYTES, seal_piece};
-use crate::transfer::limits::PIECES_AHEAD;
+use crate::transfer::limits::{LEAST_PIECE_BYTES, PIECES_AHEAD};
 
 /// Most bytes of a device's state in one piece.
-pub(super) const PIECE_BYTES: usize = 512 << 10;
+const PIECE_BYTES: u64 = 512 << 10;
 
-/// Pieces of all devices that may be on their way, as far as each device may have one.
-const MOST_PIECES: u64 = 64;
+/// Bytes of all devices' pieces that may be on their way, with their heads.
+const MOST_BYTES: u64 = 32 << 20;
+
+/// What a round and its receiver allow pieces of devices' states.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PieceLimits {
+    /// Bytes of the state in one piece.
+    pub(super) piece_bytes: u64,
+    /// Bytes of all that are on their way.
+    pub(super) queue_bytes: u64,
+}
+
+/// What one device may have on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct DeviceShare {
+    piece_bytes: usize,
+    pieces: u64,
+}
+
+impl PieceLimits {
+    /// The share of each of so many devices: small pieces rather than more than is allowed, but none below the least piece.
+    fn share(self, devices: usize) -> DeviceShare {
+        let head_bytes = PIECE_HEAD_BYTES as u64;
+        let bytes = self.queue_bytes.min(MOST_BYTES) / devices.max(1) as u64;
+        let piece_bytes = self.piece_bytes.min(PIECE_BYTES).min(bytes.saturating_sub(head_bytes));
+        let piece_bytes = piece_bytes.max(LEAST_PIECE_BYTES);
+        DeviceShare {
+            piece_bytes: usize::try_from(piece_bytes).unwrap_or(usize::MAX),
+            pieces: (bytes / (piece_bytes + head_bytes)).clamp(1, PIECES_AHEAD),
+        }
+    }
+}
 
 /// A device that is read.
 struct Reading {
@@ -36,22 +68,28 @@ pub(super) struct DeviceReads {
     threads: Vec<Reading>,
     done: Vec<StateRead>,
     pool: Pool,
+    /// Bytes that the buffers in the pool have room for at least.
+    pooled_piece_bytes: usize,
 }
 
 impl DeviceReads {
-    /// Begins a turn. Each piece, of `piece_bytes` at most, and each end is told to `events`.
+    /// Begins a turn within `limits`. Each piece, and each end, is told to `events`.
     ///
     /// # Errors
     /// A thread cannot be had; the turn is over.
     pub(super) fn start(
         &mut self,
         readers: Vec<StateReader>,
-        piece_bytes: usize,
+        limits: PieceLimits,
         events: &Sender<(usize, Event)>,
         threads: ThreadStart,
     ) -> io::Result<()> {
         self.stop();
-        let pieces = (MOST_PIECES / readers.len().max(1) as u64).clamp(1, PIECES_AHEAD);
+        let DeviceShare { piece_bytes, pieces } = limits.share(readers.len());
+        if piece_bytes < self.pooled_piece_bytes {
+            lock(&self.pool).clear();
+        }
+        self.pooled_piece_bytes = piece_bytes;
         for reader in readers {
             let pool = Arc::clone(&self.pool);
             let window = Arc::new(Window::new(pieces, pool));
@@ -133,4 +171,36 @@ fn read_on(mut reader: StateReader, piece_bytes: usize, window: &Arc<Window>, te
         telling.tell(Event::Piece(DevicePiece::new(payload, piece.index, window)));
     }
     telling.tell(Event::Read(reader.end()));
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn pieces_on_their_way_keep_to_both_limits_however_many_devices_there_are(
+            devices in 1..=256_usize,
+            piece_bytes in LEAST_PIECE_BYTES..1 << 21,
+            queue_bytes in any::<u32>(),
+        ) {
+            let least_bytes = devices as u64 * (LEAST_PIECE_BYTES + PIECE_HEAD_BYTES as u64);
+            let queue_bytes = u64::from(queue_bytes).max(least_bytes);
+            let share = PieceLimits { piece_bytes, queue_bytes }.share(devices);
+            let bytes = devices as u64 * share.pieces * (share.piece_bytes + PIECE_HEAD_BYTES) as u64;
+            prop_assert!(bytes <= queue_bytes.min(MOST_BYTES), "{share:?}");
+            prop_assert!(share.piece_bytes as u64 <= piece_bytes && share.pieces <= PIECES_AHEAD);
+            prop_assert!(share.piece_bytes as u64 >= LEAST_PIECE_BYTES && share.pieces >= 1);
+        }
+    }
+
+    #[test]
+    fn few_devices_have_large_pieces_and_many_of_them_on_their_way() {
+        let limits = PieceLimits { piece_bytes: 1 << 20, queue_bytes: 64 << 20 };
+        assert_eq!(limits.share(1), DeviceShare { piece_bytes: 512 << 10, pieces: PIECES_AHEAD });
+        assert_eq!(limits.share(4), DeviceShare { piece_bytes: 512 << 10, pieces: 15 });
+        assert_eq!(limits.share(256).pieces, 1);
+    }
 }

@@ -116,16 +116,33 @@ pub enum SendError {
     OtherDevices(#[from] IdentityMismatch),
     /// State is larger than it may be; where devices say so themselves, the VM was not stopped for it.
     #[error(
-        "State takes {} or more, of which {} in base64 are device state, and the limit is {} (PeerLimits::state_bytes)",
+        "State takes {} or more, of which {} in base64 are device state, and the limit is {} (PeerLimits::state_bytes{})",
         Count(.state_bytes, "byte"),
         Count(.device_bytes, "byte"),
-        Count(.limit_bytes, "byte")
+        Count(.limit_bytes, "byte"),
+        if *of_receiver { " of the receiver" } else { "" }
     )]
     StateTooLarge {
         /// Bytes of its text, as far as they are known.
         state_bytes: u64,
         /// Bytes of device state in it, before they are put into base64.
         device_bytes: u64,
+        /// The limit.
+        limit_bytes: u64,
+        /// Whether it is the receiver that says so; else it is what this side was told of its receiver.
+        of_receiver: bool,
+    },
+    /// A device has more state than the receiver takes in one stream; the VM was not stopped.
+    #[error(
+        "Stream of device {device:?} has {} or more, and the receiver takes {} (PeerLimits::device_stream_bytes of the receiver)",
+        Count(.stream_bytes, "byte"),
+        Count(.limit_bytes, "byte")
+    )]
+    StreamTooLong {
+        /// The device.
+        device: String,
+        /// Bytes of its stream, as far as they are known.
+        stream_bytes: u64,
         /// The limit.
         limit_bytes: u64,
     },

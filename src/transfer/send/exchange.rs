@@ -2,7 +2,7 @@
 
 //! The source's half of an exchange: a request goes out, an answer comes back.
 
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -13,8 +13,8 @@ use crate::device::StreamIdentity;
 use crate::range::GpaRange;
 use crate::transfer::connection::{Connection, ConnectionError, Head, Look};
 use crate::transfer::frame::{
-    Command, DEVICE_LIST_LIMIT_BYTES, DeviceFrameError, FrameError, HEADER_BYTES, RANGE_BYTES, Request,
-    Response, Status, decode_devices, encode_ranges,
+    Command, DEVICE_LIST_LIMIT_BYTES, DeviceFrameError, Features, FrameError, HEADER_BYTES, RANGE_BYTES,
+    RECEIVER_LIMITS_BYTES, ReceiverLimits, Request, Response, Status, decode_devices, encode_ranges,
 };
 use crate::units::Count;
 
@@ -119,6 +119,28 @@ pub(super) fn read_answer(connection: &mut Connection, within: Duration) -> Resu
     match response.length() {
         0 => Ok(response),
         bytes => Err(PeerError::Payload { bytes }),
+    }
+}
+
+/// Reads the answer to a Start that offers `offered`: what of it the receiver agrees to, and the limits that it tells with it.
+///
+/// # Errors
+/// As [`read_answer`].
+pub(super) fn read_start_answer(
+    connection: &mut Connection,
+    offered: Features,
+    within: Duration,
+) -> Result<(Features, Option<ReceiverLimits>), PeerError> {
+    let response = read_response(connection, within)?;
+    let agreed = response.agreed().unwrap_or_default() & offered;
+    match (agreed.contains(Features::LIMITS), response.length()) {
+        (false, 0) => Ok((agreed, None)),
+        (true, bytes) if bytes == RECEIVER_LIMITS_BYTES as u64 => {
+            let mut limits = [0; RECEIVER_LIMITS_BYTES];
+            connection.read_exact(&mut limits)?;
+            Ok((agreed, Some(ReceiverLimits::from_bytes(limits))))
+        }
+        (_, bytes) => Err(PeerError::Payload { bytes }),
     }
 }
 

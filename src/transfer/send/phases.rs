@@ -94,9 +94,7 @@ impl<'a, V: Vm> Session<'a, V> {
 
     /// The conversation with the receiver, from the first word to the last.
     fn converse(&mut self, control: &mut Control<'_>) -> Result<Sent, SendError> {
-        if agree_on_streams(&mut self.devices, control)? {
-            self.meter.expect_streams();
-        }
+        self.agree(control)?;
         self.describe(control)?;
         self.arm()?;
         self.copy_memory(control)?;
@@ -104,6 +102,25 @@ impl<'a, V: Vm> Session<'a, V> {
         self.copy_rest(control)?;
         self.hand_over(&state, control)?;
         Ok(self.retire())
+    }
+
+    /// Agrees on the protocol, and with a receiver of this crate on streams for the devices' states, if it has the same devices.
+    fn agree(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
+        let own = self.devices.stream_identities();
+        let offered = match (self.devices.is_empty(), own.is_empty()) {
+            (true, _) => Features::NONE,
+            (false, true) => Features::LIMITS,
+            (false, false) => Features::LIMITS | Features::DEVICE_STREAMS,
+        };
+        let (agreed, limits) = control.start(offered)?;
+        let Some(limits) = limits else { return Ok(()) };
+        self.devices.heed_limits(limits);
+        if agreed.contains(Features::DEVICE_STREAMS) {
+            compare_identities(&own, &control.devices(&own)?)?;
+            self.devices.begin_streams(&own);
+            self.meter.expect_streams();
+        }
+        Ok(())
     }
 
     /// Describes the VM to the receiver, which lays out its memory.
@@ -131,7 +148,7 @@ impl<'a, V: Vm> Session<'a, V> {
         let may_leave_out = self.pinning.may_leave_out();
         let (vm, tracking) = (&self.vm, &self.tracking);
         let copier = Copier::start(connections, self.options, may_leave_out, vm, tracking, self.migration);
-        let mut copier = copier?;
+        let mut copier = copier?.keeping_to(self.devices.limits());
         let copied = self.copy_until_stopped(&mut copier);
         let taken_back = control.take_back(copier.stop());
         copied.and(taken_back)?;
@@ -310,19 +327,6 @@ impl<'a, V: Vm> Session<'a, V> {
             device_downtimes,
         }
     }
-}
-
-/// Agrees on the protocol, and with a receiver of this crate on streams for the devices' states, if it has the same devices.
-/// Returns whether the states stream.
-fn agree_on_streams(devices: &mut DevicePrecopy<'_>, control: &mut Control<'_>) -> Result<bool, SendError> {
-    let own = devices.stream_identities();
-    let offered = if own.is_empty() { Features::NONE } else { Features::DEVICE_STREAMS };
-    if !control.start(offered)?.contains(Features::DEVICE_STREAMS) {
-        return Ok(false);
-    }
-    compare_identities(&own, &control.devices(&own)?)?;
-    devices.begin_streams(&own);
-    Ok(true)
 }
 
 /// Sets everything going again after a failure, devices before vCPUs, unless the receiver may run the VM.
