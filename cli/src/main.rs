@@ -25,6 +25,7 @@ mod shell;
 mod signals;
 mod snapshot;
 mod terminal;
+mod watch;
 
 use std::process::ExitCode;
 

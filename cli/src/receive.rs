@@ -9,7 +9,6 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver as NoteReceiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
-use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
@@ -17,7 +16,7 @@ use vfio_migration::error::Chain;
 use vfio_migration::offload::{CopyProgress, LocalOptions};
 use vfio_migration::snapshot::{Base, DestinationOptions, Digest, SnapshotDestination, describe};
 use vfio_migration::transfer::connection::Listener;
-use vfio_migration::transfer::receive::{ReceiveError, Received, Receiver, ReceiverHandle};
+use vfio_migration::transfer::receive::{Receiver, ReceiverHandle};
 use vfio_migration::transfer::tls::ServerTls;
 use vfio_migration::transfer::url::{Endpoint, Url};
 
@@ -32,23 +31,34 @@ use crate::on_paused::{Note, PausedCommand, hand_on};
 use crate::output::Output;
 use crate::serve::serve;
 use crate::signals::stop_flag;
-
-/// How often the receiver is looked at.
-const TICK: Duration = Duration::from_millis(50);
+use crate::watch::{Watcher, watch};
 
 /// What a source of a checkpoint sees, and what its operator has to know.
 const CHECKPOINT_NOTE: &str = "The source will be told that the migration failed: so its VM runs on. A Cloud Hypervisor \
     source has let go of its disk locks by then and does not take them again: keep other VMs from its disks yourself.";
 
+/// The same on this host.
+const LOCAL_CHECKPOINT_NOTE: &str = "The source will be told that the migration failed: so its VM runs on. With \
+    preserve_source=on a Cloud Hypervisor source keeps its disk locks; without it, it has let go of them by then and does not \
+    take them again: keep other VMs from its disks yourself. Without local=on memory comes as bytes.";
+
 /// What a source that gives its VM away sees.
 const MOVE_NOTE: &str = "When the snapshot is safe on disk the source is told that the VM has moved, and ends it. A Cloud \
     Hypervisor source lets go of its disk locks before that; should the migration fail late, its VM runs on without them.";
+
+/// The same on this host.
+const LOCAL_MOVE_NOTE: &str = "When the snapshot is safe on disk the source is told that the VM has moved, and ends it. A Cloud \
+    Hypervisor source lets go of its disk locks before that; should the migration fail late, its VM runs on without them. \
+    With local=on,preserve_source=on it keeps them, and its VM stands paused in the end, until `ch-remote resume`. Without \
+    local=on memory comes as bytes.";
 
 /// A snapshot that is whole and safe on disk.
 pub(crate) struct Kept {
     digest: Digest,
     confirmed: bool,
     received_bytes: u64,
+    /// Whether memory came as descriptors.
+    passed: bool,
 }
 
 /// Receives one VM or several and tells how it goes.
@@ -144,12 +154,17 @@ impl<'a> Desk<'a> {
         reception: &Reception,
         output: &mut Output,
     ) -> Result<Kept, Failure> {
-        let inbox = Inbox { stop: &self.stop, notes: &reception.noted, copying: &reception.copying };
-        let received = watch(&self.receiver, listener, destination, inbox, output)?;
-        let received_bytes = self.receiver.handle().received_bytes();
+        let handle = self.receiver.handle();
+        let mut watched = Watched { handle: handle.clone(), reception, rate: Rate::new(), printed: None };
+        let receiver = &self.receiver;
+        let received =
+            watch("receives", || receiver.receive(listener, destination), &self.stop, &mut watched, output)?;
+        watched.tell_notes(output);
+        let received_bytes = handle.received_bytes();
         match (received, destination.kept()) {
             (Ok(received), Some(digest)) => {
-                Ok(Kept { digest, confirmed: received.confirmed, received_bytes })
+                let passed = reception.copying.total_bytes() > 0;
+                Ok(Kept { digest, confirmed: received.confirmed, received_bytes, passed })
             }
             (Err(error), _) => Err(error.into()),
             (Ok(_), None) => unreachable!("a destination that completed has kept the snapshot"),
@@ -190,48 +205,34 @@ fn options(
     })
 }
 
-/// What comes to the thread that does not receive.
-#[derive(Clone, Copy)]
-struct Inbox<'a> {
-    /// Raised by the first signal.
-    stop: &'a AtomicBool,
-    /// What there is to tell of the command that the VM waits for.
-    notes: &'a NoteReceiver<Note>,
-    /// How far memory is copied that came as descriptors.
-    copying: &'a CopyProgress,
+/// A receiver that is looked at.
+struct Watched<'a> {
+    handle: ReceiverHandle,
+    reception: &'a Reception,
+    rate: Rate,
+    /// What the command prints that the VM waits for.
+    printed: Option<PipeReader>,
 }
 
-/// Receives on a thread of its own, while this one shows progress and heeds signals.
-fn watch(
-    receiver: &Receiver,
-    listener: &Listener,
-    destination: &mut SnapshotDestination,
-    inbox: Inbox<'_>,
-    output: &mut Output,
-) -> Result<Result<Received, ReceiveError>, HostError> {
-    thread::scope(|scope| {
-        let receive = || receiver.receive(listener, destination);
-        let receiving = Builder::new().name("receive".into()).spawn_scoped(scope, receive);
-        let receiving = receiving.map_err(|source| HostError::Thread { purpose: "receives", source })?;
-        let handle = receiver.handle();
-        let mut rate = Rate::new();
-        let mut printed = None;
-        let mut asked = false;
-        while !receiving.is_finished() {
-            if !asked && inbox.stop.load(Ordering::Relaxed) {
-                asked = true;
-                give_up(&handle, output);
-            }
-            tell_notes(inbox.notes, &mut printed, output);
-            match inbox.copying.total_bytes() {
-                0 => tell_progress(&handle, &mut rate, output),
-                data_bytes => tell_copying(inbox.copying.done_bytes(), data_bytes, output),
-            }
-            thread::sleep(TICK);
+impl Watched<'_> {
+    fn tell_notes(&mut self, output: &Output) {
+        tell_notes(&self.reception.noted, &mut self.printed, output);
+    }
+}
+
+impl Watcher for Watched<'_> {
+    fn stop(&mut self, output: &Output) {
+        give_up(&self.handle, output);
+    }
+
+    fn look(&mut self, output: &mut Output) {
+        self.tell_notes(output);
+        let copying = &self.reception.copying;
+        match copying.total_bytes() {
+            0 => tell_progress(&self.handle, &mut self.rate, output),
+            data_bytes => tell_copying(copying.done_bytes(), data_bytes, output),
         }
-        tell_notes(inbox.notes, &mut printed, output);
-        Ok(receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-    })
+    }
 }
 
 /// Tells of the command that the VM waits for: what there is to tell, and what it `printed`.
@@ -252,12 +253,18 @@ pub(crate) fn tell_listening(
 ) {
     let url = listener.url();
     tell_ready(&format!("Waiting on {url}"));
-    let note = if arguments.checkpoint { CHECKPOINT_NOTE } else { MOVE_NOTE };
+    let is_local = matches!(url.endpoint(), Endpoint::Unix(_));
+    let (note, options) = match (is_local, arguments.checkpoint) {
+        (true, true) => (LOCAL_CHECKPOINT_NOTE, ",local=on,preserve_source=on"),
+        (true, false) => (LOCAL_MOVE_NOTE, ",local=on"),
+        (false, true) => (CHECKPOINT_NOTE, ""),
+        (false, false) => (MOVE_NOTE, ""),
+    };
     let tls = arguments.tls_dir.as_ref().map_or("", |_| ",tls_dir=DIR");
     output.tell(&Event::Listening { url: url.to_string(), into }, || {
         format!(
             "Waiting for a source on {url}. On its side:\n\
-             \x20 ch-remote --api-socket SOCKET send-migration destination_url={}{tls}\n{note}",
+             \x20 ch-remote --api-socket SOCKET send-migration destination_url={}{options}{tls}\n{note}",
             seen_from_source(url)
         )
     });
@@ -308,12 +315,15 @@ pub(crate) fn tell_kept(
     let devices = describe(into, &arguments.sizes.of_snapshot()).map(|found| found.devices);
     let devices = devices.inspect_err(|error| log::warn!("{}; its devices are not known", Chain(error)));
     let devices = devices.ok();
-    let &Kept { digest, confirmed, received_bytes } = kept;
+    let &Kept { digest, confirmed, received_bytes, passed } = kept;
     let (checkpoint, devices) = (arguments.checkpoint, devices.as_deref());
     output.result(&Event::Kept { into, digest, checkpoint, confirmed, received_bytes, devices }, || {
         let path = into.display();
         let fate = match (checkpoint, confirmed) {
             (true, _) => "The source was told that the migration failed; its VM runs on",
+            (false, true) if passed => {
+                "The source was told that the VM has moved: it ends it, or holds it paused with preserve_source=on"
+            }
             (false, true) => "The source was told that the VM has moved",
             (false, false) => {
                 "Outcome unknown: the source may not know that the VM has moved; where it still holds the VM, end it there"

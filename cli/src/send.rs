@@ -4,8 +4,6 @@
 
 use std::process::ExitCode;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, Builder};
 use std::time::Duration;
 
 use indicatif::HumanBytes;
@@ -13,6 +11,7 @@ use vfio_migration::error::Chain;
 use vfio_migration::snapshot::{FullSnapshot, PassThrough, SnapshotSource};
 use vfio_migration::tracker::Tracker;
 use vfio_migration::transfer::tls::ClientTls;
+use vfio_migration::transfer::url::{Endpoint, Url};
 use vfio_migration::transfer::{PeerError, SendError, SendOptions, SendStep, Sender, SenderHandle, Sent};
 
 use crate::args::SendArguments;
@@ -20,13 +19,14 @@ use crate::devices::refusal_hint;
 use crate::event::Event;
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::host::HostError;
 use crate::output::Output;
 use crate::replacement::read_replacement;
 use crate::signals::stop_flag;
+use crate::watch::{Watcher, watch};
 
-/// How often the sender is looked at.
-const TICK: Duration = Duration::from_millis(50);
+/// What to do about a receiver on this host that waits for a connection to ask for pages on, and then refuses State.
+const ON_DEMAND_HINT: &str =
+    "a receiver that was started with memory_mode=postcopy takes no bytes: --local --on-demand sends it so";
 
 /// Sends a snapshot and tells how it goes.
 pub(crate) fn send(arguments: &SendArguments) -> ExitCode {
@@ -47,8 +47,10 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<Sent, Fail
     let mut source = SnapshotSource::new(dir)?;
     let sender = Sender::new(options(arguments, &source)?);
     let tracker = Mutex::new(Tracker::builder(source.layout().clone()).build()?);
-    let sent = watch(sender, &mut source, &tracker, &stop, output)?;
-    sent.map_err(|error| failure(error, &devices))
+    let mut handle = sender.handle();
+    let send = || sender.send(&mut source, &tracker, &Mutex::default());
+    let sent = watch("sends", send, &stop, &mut handle, output)?;
+    sent.map_err(|error| failure(error, &devices, &arguments.url))
 }
 
 /// Opens the snapshot, with the configuration of `--config` where there is one.
@@ -67,7 +69,10 @@ fn open(arguments: &SendArguments) -> Result<FullSnapshot, Failure> {
 }
 
 /// A stored VM stays what it is: nothing is to be resumed or ended here.
-fn failure(error: SendError, devices: &[PassThrough]) -> Failure {
+fn failure(error: SendError, devices: &[PassThrough], url: &Url) -> Failure {
+    let is_local = matches!(url.endpoint(), Endpoint::Unix(_));
+    let is_state = matches!(error, SendError::Peer { step: SendStep::State, .. });
+    let on_demand = (is_local && is_state).then_some(ON_DEMAND_HINT);
     let refused = matches!(
         error,
         SendError::Peer {
@@ -77,7 +82,8 @@ fn failure(error: SendError, devices: &[PassThrough]) -> Failure {
     );
     let SendError::OutcomeUnknown { source } = error else {
         let Failure { exit, message } = error.into();
-        let hint = refusal_hint(devices).filter(|_| refused).map(|hint| format!(" ({hint})"));
+        let hint = refusal_hint(devices).or_else(|| on_demand.map(str::to_owned)).filter(|_| refused);
+        let hint = hint.map(|hint| format!(" ({hint})"));
         return Failure { exit, message: message + &hint.unwrap_or_default() };
     };
     let message = format!(
@@ -105,38 +111,18 @@ fn options(arguments: &SendArguments, source: &SnapshotSource) -> Result<SendOpt
     Ok(options)
 }
 
-/// Sends on a thread of its own, while this one shows progress and heeds signals.
-fn watch(
-    sender: Sender,
-    source: &mut SnapshotSource,
-    tracker: &Mutex<Tracker>,
-    stop: &AtomicBool,
-    output: &mut Output,
-) -> Result<Result<Sent, SendError>, HostError> {
-    let migration = sender.handle();
-    thread::scope(|scope| {
-        let send = || sender.send(source, tracker, &Mutex::default());
-        let sending = Builder::new().name("send".into()).spawn_scoped(scope, send);
-        let sending = sending.map_err(|source| HostError::Thread { purpose: "sends", source })?;
-        let mut asked = false;
-        while !sending.is_finished() {
-            if !asked && stop.load(Ordering::Relaxed) {
-                asked = true;
-                tell_stopping(&migration, output);
-            }
-            tell_progress(&migration, output);
-            thread::sleep(TICK);
-        }
-        Ok(sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-    })
-}
+impl Watcher for SenderHandle {
+    fn stop(&mut self, output: &Output) {
+        output.remark(if self.cancel() {
+            "Giving up; the receiver drops the VM"
+        } else {
+            "Too late to give up: waiting for the receiver to say whether it has the VM"
+        });
+    }
 
-fn tell_stopping(migration: &SenderHandle, output: &Output) {
-    output.remark(if migration.cancel() {
-        "Giving up; the receiver drops the VM"
-    } else {
-        "Too late to give up: waiting for the receiver to say whether it has the VM"
-    });
+    fn look(&mut self, output: &mut Output) {
+        tell_progress(self, output);
+    }
 }
 
 fn tell_progress(migration: &SenderHandle, output: &mut Output) {

@@ -3,8 +3,7 @@
 //! `vfio-migrate send --local`: a stored VM's memory goes to a VMM on this host as descriptors.
 
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, Builder};
+use std::thread;
 use std::time::Duration;
 
 use indicatif::HumanBytes;
@@ -21,13 +20,10 @@ use crate::devices::refusal_hint;
 use crate::event::{Event, Faults};
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::host::HostError;
 use crate::output::Output;
 use crate::replacement::read_replacement;
 use crate::signals::{exit, stop_flag_or};
-
-/// How often the sender is looked at.
-const TICK: Duration = Duration::from_millis(50);
+use crate::watch::{Watcher, watch};
 
 /// How long a page may be waited for before that is told.
 const SLOW: Duration = Duration::from_secs(3);
@@ -68,44 +64,40 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<LocalSent,
         }
         exit();
     })?;
-    watch(arguments, sender, &stop, output)?.map_err(|error| failure(error, &devices))
+    let mut watched = Watched { arguments, handle: sender.handle(), handed_over: false, slow: false };
+    let sent = watch("sends", move || sender.send(&arguments.url), &stop, &mut watched, output)?;
+    sent.map_err(|error| failure(error, &devices))
 }
 
-/// Sends on a thread of its own, while this one shows progress and heeds signals.
-fn watch(
-    arguments: &SendArguments,
-    sender: LocalSender,
-    stop: &AtomicBool,
-    output: &mut Output,
-) -> Result<Result<LocalSent, LocalSendError>, HostError> {
-    let handle = sender.handle();
-    thread::scope(|scope| {
-        let sending =
-            Builder::new().name("send".into()).spawn_scoped(scope, move || sender.send(&arguments.url));
-        let sending = sending.map_err(|source| HostError::Thread { purpose: "sends", source })?;
-        let (mut asked, mut handed_over, mut slow) = (false, false, false);
-        while !sending.is_finished() {
-            if !asked && stop.load(Ordering::Relaxed) {
-                asked = true;
-                tell_stopping(&handle, arguments.on_demand, output);
-            }
-            let progress = handle.progress();
-            if let Some(took) = progress.handed_over.filter(|_| arguments.on_demand && !handed_over) {
-                handed_over = true;
-                tell_handed_over(arguments, took, output);
-            }
-            let is_slow = progress.faults.waiting.is_some_and(|waiting| waiting >= SLOW);
-            if is_slow && !slow {
-                output.remark(
-                    "The VM waits for a page that cannot be read yet: does the disk of the snapshot answer?",
-                );
-            }
-            slow = is_slow;
-            tell_progress(&progress, output);
-            thread::sleep(TICK);
+/// A sender that is looked at.
+struct Watched<'a> {
+    arguments: &'a SendArguments,
+    handle: LocalSenderHandle,
+    /// Whether it was told that the VM was handed over, and that a page is slow to come.
+    handed_over: bool,
+    slow: bool,
+}
+
+impl Watcher for Watched<'_> {
+    fn stop(&mut self, output: &Output) {
+        tell_stopping(&self.handle, self.arguments.on_demand, output);
+    }
+
+    fn look(&mut self, output: &mut Output) {
+        let progress = self.handle.progress();
+        if let Some(took) = progress.handed_over.filter(|_| self.arguments.on_demand && !self.handed_over) {
+            self.handed_over = true;
+            tell_handed_over(self.arguments, took, output);
         }
-        Ok(sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-    })
+        let is_slow = progress.faults.waiting.is_some_and(|waiting| waiting >= SLOW);
+        if is_slow && !self.slow {
+            output.remark(
+                "The VM waits for a page that cannot be read yet: does the disk of the snapshot answer?",
+            );
+        }
+        self.slow = is_slow;
+        tell_progress(&progress, output);
+    }
 }
 
 fn tell_stopping(handle: &LocalSenderHandle, on_demand: bool, output: &Output) {

@@ -3,6 +3,7 @@
 //! What becomes of the VM and its disks: checkpoints, commands while it is paused, VMs that are refused.
 
 use std::fs::{self, Permissions};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
@@ -55,22 +56,42 @@ fn nothing_is_there_before_complete() {
 
 #[test]
 fn what_the_operator_has_to_know_is_said() {
-    for (options, said) in [
-        (&["--checkpoint"][..], "told that the migration failed: so its VM runs on"),
-        (&[], "lets go of its disk locks"),
-    ] {
+    let cases = [
+        (
+            true,
+            &["--checkpoint"][..],
+            ",local=on,preserve_source=on\n",
+            "With preserve_source=on a Cloud Hypervisor source keeps its disk locks",
+        ),
+        (
+            true,
+            &[],
+            ",local=on\n",
+            "With local=on,preserve_source=on it keeps them, and its VM stands paused in the end",
+        ),
+        (
+            false,
+            &["--checkpoint"],
+            "\n",
+            "source has let go of its disk locks by then and does not take them again",
+        ),
+        (false, &[], "\n", "lets go of its disk locks before that"),
+    ];
+    for (is_local, options, sent, said) in cases {
         let place = Place::new();
         let into = place.path("into");
         let socket = place.path("socket");
-        let url = format!("unix:{}", socket.display());
-        let receiver = Tool::start([&["receive", &url, "--into", into.to_str().unwrap()], options].concat());
-        while !socket.exists() {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let url = if is_local { format!("unix:{}", socket.display()) } else { format!("tcp:{free}") };
+        let words = ["receive", &url, "--into", into.to_str().unwrap()];
+        let receiver = Tool::start([&words[..], options].concat());
+        while !(socket.exists() || TcpStream::connect(free).is_ok()) {
             std::thread::sleep(Duration::from_millis(5));
         }
         receiver.signal("-TERM");
         let ended = receiver.end().failed(130, said);
-        assert!(ended.stderr.contains("ch-remote --api-socket SOCKET send-migration destination_url=unix:"));
-        assert!(ended.stderr.contains("disk locks"), "{ended:?}");
+        assert!(ended.stderr.contains("ch-remote --api-socket SOCKET send-migration destination_url="));
+        assert!(ended.stderr.contains(sent) && ended.stderr.contains("disk locks"), "{ended:?}");
     }
 }
 

@@ -141,8 +141,10 @@ impl<'a> FaultServer<'a> {
         }
         if place.at_cursor {
             self.supply.holding(page).next().into_iter().for_each(|number| self.prefetch.skip_to(number));
-        } else if place.is_jump || page.start().is_multiple_of(super::prefetch::NEAR_BYTES) {
-            self.prefetch.note_fault(page.end());
+        } else if place.is_jump {
+            self.prefetch.note_fault(page);
+        } else if page.start().is_multiple_of(super::prefetch::NEAR_BYTES) {
+            self.prefetch.note_stream(page);
         }
         Ok(Some(place.is_jump))
     }

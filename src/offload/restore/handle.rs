@@ -180,6 +180,11 @@ impl LocalSenderHandle {
         self.0.asked_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a request has come that was not answered yet.
+    pub(super) fn is_asked(&self) -> bool {
+        self.asked_at().is_some()
+    }
+
     /// Whether a request was answered.
     pub(super) fn has_served(&self) -> bool {
         self.0.in_order.count() + self.0.jumps.count() > 0

@@ -123,8 +123,9 @@ fn one_hole(slot: RamSlot) -> io::Result<File> {
     let file = File::from(memfd_create(format!("vm-slot-{}", slot.slot), flags)?);
     let bytes = slot.offset.checked_add(slot.range.len()).ok_or(io::ErrorKind::InvalidInput)?;
     file.set_len(bytes)?;
-    // What is written late to memory that was taken away does not make it come back, full of zeros.
-    fcntl_add_seals(&file, SealFlags::GROW)?;
+    // What is written late to memory that was taken away does not make it come back, full of zeros. And no receiver may add a seal that
+    // keeps us from writing to it, or from taking it away.
+    fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
 }
 
@@ -144,6 +145,8 @@ fn data_runs(bytes: &[u8]) -> impl Iterator<Item = Range<usize>> + '_ {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
+
+    use rustix::io::Errno;
 
     use super::*;
 
@@ -181,6 +184,9 @@ mod tests {
         assert_eq!([read(0, 0x12fff), read(1, 0xfff), read(1, 0x1000)], [9, 9, 0]);
         let blocks = |number: usize| memory.0[number].file.metadata().unwrap().blocks();
         assert_eq!([blocks(0), blocks(1)], [0x10000 / 512; 2]);
+        for seal in [SealFlags::SHRINK, SealFlags::WRITE, SealFlags::FUTURE_WRITE] {
+            assert_eq!(fcntl_add_seals(&memory.0[0].file, seal), Err(Errno::PERM), "a receiver may not");
+        }
         memory.take_away().unwrap();
         assert!(memory.write(range(0x1000, 0x1000), &[1; 0x1000]).is_err());
         assert!(memory.allocate(range(0x1000, 0x1000)).is_err());

@@ -11,7 +11,7 @@ use super::asked::Asked;
 use super::error::LocalSendError;
 use super::exchange::Exchange;
 use super::faults::FaultServer;
-use super::handle::Hold;
+use super::handle::{Hold, LocalSenderHandle};
 use super::memory::VmMemory;
 use super::prefetch::Prefetch;
 use super::supply::Supply;
@@ -93,7 +93,7 @@ impl LocalSender {
         };
         let prepared = exchange
             .ask(Command::State, self.chain.state().text())
-            .and_then(|()| self.await_first_fault(|| serving.is_finished()))
+            .and_then(|()| await_first_fault(&self.handle, || serving.is_finished(), FIRST_FAULT))
             .and_then(|()| if prefetch.has_ended() { Err(self.gone()) } else { Ok(()) })
             .and_then(|()| self.handle.pass_the_point_of_no_return());
         if let Err(error) = prepared {
@@ -126,20 +126,60 @@ impl LocalSender {
         let asked = self.handle.progress().faults.asked_bytes;
         LocalSendError::Gone { pages: all.saturating_sub(asked) / GUEST_PAGE_BYTES }
     }
+}
 
-    /// Waits for the first request: a receiver that asks for nothing would run the VM on zeros.
-    fn await_first_fault(&self, has_ended: impl Fn() -> bool) -> Result<(), LocalSendError> {
-        let began = Instant::now();
-        while !self.handle.has_served() {
-            self.handle.check()?;
-            if has_ended() {
-                return Err(LocalSendError::NotOnDemand);
-            }
-            if began.elapsed() > FIRST_FAULT {
-                return Err(LocalSendError::NotOnDemand);
-            }
-            thread::sleep(TICK);
+/// Waits until the first request has come, and for as long as it takes to answer it: a receiver that asks for nothing within `patience` would
+/// run the VM on zeros.
+fn await_first_fault(
+    handle: &LocalSenderHandle,
+    has_ended: impl Fn() -> bool,
+    patience: Duration,
+) -> Result<(), LocalSendError> {
+    let began = Instant::now();
+    while !handle.has_served() {
+        handle.check()?;
+        if has_ended() || (began.elapsed() > patience && !handle.is_asked()) {
+            return Err(LocalSendError::NotOnDemand);
         }
-        Ok(())
+        thread::sleep(TICK);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOMENT: Duration = Duration::from_millis(30);
+
+    #[test]
+    fn a_first_page_that_comes_slowly_is_waited_for_and_one_that_nobody_asks_for_is_not() {
+        let handle = LocalSenderHandle::default();
+        let error = await_first_fault(&handle, || false, MOMENT).unwrap_err();
+        assert!(matches!(error, LocalSendError::NotOnDemand), "{error}");
+        handle.begin_fault(Instant::now());
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| await_first_fault(&handle, || false, MOMENT));
+            thread::sleep(MOMENT * 5);
+            assert!(!waiting.is_finished(), "the disk is slow");
+            handle.note_fault(false, MOMENT * 5);
+            waiting.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_first_page_that_never_comes_is_waited_for_until_the_sender_is_given_up() {
+        let handle = LocalSenderHandle::default();
+        handle.begin_fault(Instant::now());
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| await_first_fault(&handle, || false, MOMENT));
+            thread::sleep(MOMENT * 3);
+            assert!(handle.cancel());
+            assert!(matches!(waiting.join().unwrap(), Err(LocalSendError::Stopped)));
+        });
+        let handle = LocalSenderHandle::default();
+        handle.begin_fault(Instant::now());
+        let ended = await_first_fault(&handle, || true, Duration::MAX).unwrap_err();
+        assert!(matches!(ended, LocalSendError::NotOnDemand), "{ended}");
     }
 }

@@ -14,6 +14,9 @@ use crate::range::GpaRange;
 /// Memory behind a page that the guest waited for, which it may want next.
 pub(super) const NEAR_BYTES: u64 = 2 << 20;
 
+/// Memory before such a page, which comes after that behind it.
+const BEFORE_BYTES: u64 = 512 << 10;
+
 /// Memory of a range near a fault that is brought at a time.
 const NEAR_AT_ONCE_BYTES: u64 = 128 << 10;
 
@@ -71,9 +74,20 @@ impl Prefetch {
         done
     }
 
-    /// Has what follows `gpa` brought soon.
-    pub(super) fn note_fault(&self, gpa: u64) {
-        let Ok(range) = GpaRange::from_bounds(gpa, gpa.saturating_add(NEAR_BYTES)) else { return };
+    /// Has what is around `page` brought soon, for which the guest waited.
+    pub(super) fn note_fault(&self, page: GpaRange) {
+        let before = GpaRange::from_bounds(page.start().saturating_sub(BEFORE_BYTES), page.start());
+        before.into_iter().for_each(|before| self.bring_soon(before));
+        self.note_stream(page);
+    }
+
+    /// Has what follows `page` brought soon: the guest goes through memory.
+    pub(super) fn note_stream(&self, page: GpaRange) {
+        let behind = GpaRange::from_bounds(page.end(), page.end().saturating_add(NEAR_BYTES));
+        behind.into_iter().for_each(|behind| self.bring_soon(behind));
+    }
+
+    fn bring_soon(&self, range: GpaRange) {
         let mut near = self.near();
         near.push_front(range);
         near.truncate(NEAR_RANGES);
@@ -136,5 +150,33 @@ impl Prefetch {
 
     fn near(&self) -> std::sync::MutexGuard<'_, VecDeque<GpaRange>> {
         self.near.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_behind_a_fault_comes_first_and_then_what_is_before_it() {
+        let prefetch = Prefetch::default();
+        let page = |start: u64| GpaRange::new(start, 4096).unwrap();
+        prefetch.note_fault(page(BEFORE_BYTES / 2));
+        prefetch.note_fault(page(8 << 20));
+        let (at, mut order) = (8 << 20, Vec::new());
+        while let Some(piece) = prefetch.next_near() {
+            order.push((piece.start(), piece.end()));
+        }
+        assert!(order.iter().all(|(start, end)| end - start <= NEAR_AT_ONCE_BYTES));
+        let total = |range: std::ops::Range<u64>| {
+            let inside = order.iter().filter(|(start, end)| range.start <= *start && *end <= range.end);
+            inside.map(|(start, end)| end - start).sum::<u64>()
+        };
+        assert_eq!(order[0].0, at + 4096, "the latest fault, what follows it");
+        assert_eq!(total(at + 4096..at + 4096 + NEAR_BYTES), NEAR_BYTES);
+        assert_eq!(total(at - BEFORE_BYTES..at), BEFORE_BYTES);
+        assert_eq!(total(0..BEFORE_BYTES / 2), BEFORE_BYTES / 2, "no further than memory goes");
+        let before = order.iter().position(|(start, _)| *start == at - BEFORE_BYTES).unwrap();
+        assert_eq!(before as u64, NEAR_BYTES / NEAR_AT_ONCE_BYTES, "after all that is behind the page");
     }
 }
