@@ -90,9 +90,7 @@ impl Vmm {
     }
 
     pub(crate) fn accept(&self) -> Line {
-        let (stream, _) = self.listener.accept().unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        Line { stream, passed: Passed::default() }
+        Line::of(self.listener.accept().unwrap().0)
     }
 }
 
@@ -103,6 +101,12 @@ pub(crate) struct Line {
 }
 
 impl Line {
+    pub(crate) fn of(stream: UnixStream) -> Self {
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { stream, passed: Passed::default() }
+    }
+
     /// Takes the next message; returns its command, or `None` when the sender has closed the connection.
     pub(crate) fn next(&mut self) -> Option<u16> {
         let mut head = [0; 16];

@@ -18,6 +18,7 @@ use vfio_migration::snapshot::{CONFIG_FILE, MEMORY_FILE};
 use crate::frames::{
     ABANDON, COMPLETE, COMPLETE_PAUSED, CONFIG, ERROR, MEMORY, OK, PAGE_FAULT, STATE, message,
 };
+use crate::kills::random;
 use crate::local_send::{begin, chain, flip, memory_of, text};
 use crate::stored::Place;
 use crate::tool::{Ended, Tool};
@@ -438,23 +439,60 @@ fn ask_until(vmm: &Vmm, killed: Instant) {
     }
 }
 
+/// How long a VMM takes that asks for a few thousand pages.
+const LIFE: Duration = Duration::from_millis(400);
+
 #[test]
 fn a_receiver_that_is_killed_at_any_moment_ends_the_sender_with_an_error_or_all_pages() {
     let place = Place::new();
     let from = place.stored("from", 1);
     let mut seen = std::collections::BTreeSet::new();
     // Later ones where this host is so slow that all were killed at the same step.
-    let moments = (0..30).map(|moment| moment * 13 % 200 + moment);
-    for (number, life) in moments.chain((1..=8).map(|moment| moment * 500)).enumerate() {
+    let lives = (0..30).map(|_| LIFE.mul_f64(random())).chain((1..=8).map(|life| LIFE * life));
+    for (number, life) in lives.enumerate() {
         if number >= 30 && seen.len() > 1 {
             break;
         }
         let (vmm, tool) = begin(&place, &[&from], &["--on-demand"]);
-        let life = Duration::from_millis(life);
         ask_until(&vmm, Instant::now() + life);
         let Ended { code, stderr, .. } = tool.end();
         assert!(matches!(code, Some(0 | 2 | 3 | 6)), "{code:?} {stderr}");
         seen.insert(code);
     }
     assert!(seen.len() > 1, "{seen:?}");
+}
+
+#[test]
+fn a_sender_that_is_killed_at_any_moment_gave_no_page_that_is_wrong_and_leaves_nobody_waiting() {
+    let place = Place::new();
+    let from = place.stored("from", 1);
+    let stored = memory_of(&from);
+    for _ in 0..30 {
+        let (vmm, mut tool) = begin(&place, &[&from], &["--on-demand"]);
+        let (mut line, mut faults) = take_state(&vmm);
+        let passed = std::mem::take(&mut line.passed);
+        let moment = Instant::now() + LIFE.mul_f64(random());
+        let (mut page, mut is_answered) = (0, false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(moment.saturating_duration_since(Instant::now()));
+                tool.kill();
+            });
+            loop {
+                let gpa = page * 31 % (RAM / PAGE) * PAGE;
+                if faults.ask(gpa, PAGE) != Some(OK) {
+                    break;
+                }
+                let (mut bytes, at) = ([0; 4096], usize::try_from(gpa).unwrap());
+                passed.read(gpa, &mut bytes).unwrap();
+                assert!(bytes == stored[at..at + 4096], "page at {gpa:#x} is wrong");
+                if !is_answered {
+                    is_answered = true;
+                    line.answer(OK);
+                }
+                page += 1;
+            }
+        });
+        assert_ne!(tool.end().code, Some(0));
+    }
 }

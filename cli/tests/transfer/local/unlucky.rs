@@ -29,6 +29,9 @@ fn large() -> File {
     memory
 }
 
+/// Moments at which something is killed, at least.
+const MOMENTS: usize = 30;
+
 /// The messages that follow the descriptor.
 fn rest() -> [Vec<u8>; 3] {
     let config = config(&format!(r#"{{"memory":{{"size":{LARGE}}}}}"#), &[(0, 0, LARGE, 0)]);
@@ -72,7 +75,7 @@ fn assert_whole_or_absent(ended: &Ended, place: &Place, memory: &File) {
 fn a_source_that_is_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
     let memory = large();
     let time = undisturbed(&memory);
-    for _ in 0..kills() {
+    for _ in 0..kills().max(MOMENTS) {
         let mut bench = Bench::new(&[]);
         let (stream, moment) = (bench.source.0.try_clone().unwrap(), time.mul_f64(1.1 * random()));
         thread::scope(|scope| {
@@ -93,7 +96,7 @@ fn a_source_that_is_killed_at_any_moment_leaves_a_whole_snapshot_or_none() {
 fn a_receiver_that_is_told_to_end_or_killed_at_any_moment_keeps_a_whole_snapshot_or_none() {
     let memory = large();
     let time = undisturbed(&memory);
-    for kill in 0..kills() {
+    for kill in 0..kills().max(MOMENTS) {
         let (signal, code) = if kill % 2 == 0 { ("-TERM", Some(130)) } else { ("-KILL", None) };
         let Bench { place, tool, mut source } = Bench::new(&[]);
         let moment = time.mul_f64(1.1 * random());
