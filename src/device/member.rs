@@ -509,9 +509,13 @@ impl Device {
         Ok(())
     }
 
-    /// Drops a state loaded, whole or in part.
+    /// Drops a state loaded, whole or in part. A reset that fails is tried once more: nobody else would drop it.
     pub(super) fn discard_loaded(&mut self) {
-        if let Err(failure) = self.reset() {
+        let reset = self.reset().or_else(|failure| {
+            warn!("Device {:?} is not reset yet: {}", self.identity.name, Chain(&failure));
+            self.reset()
+        });
+        if let Err(failure) = reset {
             error!("Device {:?} keeps a state it was to drop: {}", self.identity.name, Chain(&failure));
         }
     }

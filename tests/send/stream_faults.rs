@@ -30,6 +30,8 @@ enum Call {
     Write(usize),
     PrecopyInfo,
     DataSize,
+    /// For its state, after it told that so often.
+    State(u32),
 }
 
 /// What comes of it.
@@ -48,9 +50,13 @@ enum Effect {
 #[derive(Default)]
 struct Probe {
     fault: Option<(Call, Effect)>,
+    /// What the first reset after it comes to.
+    reset_fault: Option<Effect>,
     state: Option<DeviceState>,
     /// What the bytes of its state are turned by.
     salt: u8,
+    /// Whether it has handed its whole state over: a reset later changes nothing of what arrives.
+    ended: bool,
     broken: bool,
     lost: bool,
 }
@@ -82,18 +88,22 @@ impl<D: DeviceIo> Faulty<D> {
         if probe.broken || probe.lost {
             return Err(errno(operation, if probe.lost { libc::ENODEV } else { libc::EIO }));
         }
-        if let (Call::SetState(to, _), Some((Call::SetState(due, times), _))) = (call, &mut probe.fault)
-            && to == *due
-            && *times > 0
-        {
-            *times -= 1;
-            return Ok(());
+        match (call, &mut probe.fault) {
+            (Call::SetState(to, _), Some((Call::SetState(due, times), _))) if to == *due && *times > 0 => {
+                *times -= 1;
+                return Ok(());
+            }
+            (Call::State(_), Some((Call::State(times), _))) if *times > 0 => {
+                *times -= 1;
+                return Ok(());
+            }
+            _ => {}
         }
         let Some((_, effect)) = probe.fault.take_if(|(due, _)| *due == call) else { return Ok(()) };
         probe.broken = effect == Effect::Breaks;
         probe.lost = effect == Effect::IsLost;
         if effect == Effect::IsReset {
-            probe.salt ^= 0x55;
+            probe.salt ^= if probe.ended { 0 } else { 0x55 };
             self.io.reset()?;
             return Err(errno(operation, libc::ENODEV));
         }
@@ -112,6 +122,9 @@ impl<D: DeviceIo> DeviceIo for Faulty<D> {
     }
 
     fn state(&mut self) -> Result<DeviceState, DeviceError> {
+        if !self.probe().broken {
+            self.meet(Call::State(0), DeviceOperation::State)?;
+        }
         self.look();
         let probe = self.probe();
         if probe.lost { Err(errno(DeviceOperation::State, libc::ENODEV)) } else { Ok(probe.state.unwrap()) }
@@ -144,6 +157,7 @@ impl<D: DeviceIo> DeviceIo for Faulty<D> {
             buffer[..bytes].iter_mut().for_each(|byte| *byte ^= salt);
             self.moved += bytes;
         }
+        self.probe().ended |= read == DataRead::End;
         Ok(read)
     }
 
@@ -170,11 +184,17 @@ impl<D: DeviceIo> DeviceIo for Faulty<D> {
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
-        if self.probe().lost {
+        let mut probe = self.probe.lock().unwrap();
+        if probe.lost {
             return Err(errno(DeviceOperation::Reset, libc::ENODEV));
         }
+        if let Some(effect) = probe.reset_fault.take() {
+            probe.broken |= effect == Effect::Breaks;
+            return Err(errno(DeviceOperation::Reset, libc::EIO));
+        }
+        probe.broken = false;
+        drop(probe);
         self.io.reset()?;
-        self.probe().broken = false;
         self.look();
         Ok(())
     }
@@ -238,25 +258,36 @@ fn assert_all_run(vm: &FakeVm, probes: &[Arc<Mutex<Probe>>], what: &str) {
 
 /// A first attempt that meets a fault at the source, and where that ends it a second one, to another destination.
 fn source_meets(fault: (Call, Effect), connections: u64, prepare: impl FnOnce(&mut FakeVm)) {
+    assert!(source_came_to((fault, None), connections, prepare), "it came to it: {fault:?} on {connections}");
+}
+
+/// As [`source_meets`], with a reset that fails as well where there is one; returns whether it came to the first fault.
+fn source_came_to(
+    (fault, reset_fault): ((Call, Effect), Option<Effect>),
+    connections: u64,
+    prepare: impl FnOnce(&mut FakeVm),
+) -> bool {
     let what = format!("{fault:?} on {connections}");
     let mut vm = FakeVm::new(5);
     prepare(&mut vm);
     let (machine, probes) = source(&vm, Some(fault));
+    probes[1].lock().unwrap().reset_fault = reset_fault;
     let (first, devices) = takers(3);
     let mut vmm = Vmm::new(devices);
     let (sent, received) = attempt(&mut vm, &machine, &mut vmm, connections);
-    assert_eq!(probes[1].lock().unwrap().fault, None, "it came to it: {what}: {sent:?}");
+    let came_to_it = probes[1].lock().unwrap().fault.take().is_none();
     if let Ok(sent) = sent {
         received.unwrap();
         vmm.assert_equals(&vm);
         assert_arrived(&first, &probes, &what);
         assert!(sent.progress.degradations.len() <= 1, "{what}: {sent:?}");
-        return;
+        return came_to_it;
     }
     assert!(received.is_err(), "{what}");
     assert_all_run(&vm, &probes, &what);
     let resets = machine.devices.lock().unwrap().drain_resets();
     assert_eq!(resets.len(), usize::from(fault.1 == Effect::Breaks), "{what}: {resets:?}");
+    assert_eq!(probes[1].lock().unwrap().reset_fault, None, "{what}");
     first.iter().for_each(|taker| assert_holds_nothing(taker, &what));
     vm.fail_state = false;
     let (second, devices) = takers(3);
@@ -266,6 +297,7 @@ fn source_meets(fault: (Call, Effect), connections: u64, prepare: impl FnOnce(&m
     received.unwrap();
     vmm.assert_equals(&vm);
     assert_arrived(&second, &probes, &what);
+    came_to_it
 }
 
 const EFFECTS: [Effect; 3] = [Effect::Fails, Effect::Breaks, Effect::IsReset];
@@ -298,36 +330,104 @@ fn a_device_that_does_not_run_on_at_once_after_a_failure_runs_in_the_end() {
 }
 
 #[test]
+fn a_device_that_does_not_tell_its_state_on_its_way_out_costs_no_state_and_no_device() {
+    for effect in EFFECTS {
+        let mut connections = [1, 4].into_iter().cycle();
+        let came_to = |&times: &u32| {
+            source_came_to(((Call::State(times), effect), None), connections.next().unwrap(), |_| ())
+        };
+        let times = (0..100).take_while(came_to).count();
+        assert!((5..100).contains(&times), "{times} times, {effect:?}");
+    }
+}
+
+#[test]
+fn a_reset_that_fails_at_the_source_is_made_again() {
+    let (breaks, at) = (Effect::Breaks, EARLY * 3 / 4);
+    for call in [Call::SetState(PreCopyP2p, 0), Call::SetState(StopCopy, 0), Call::Read(PreCopy, at)] {
+        for (reset_fault, connections) in [(Effect::Fails, 1), (breaks, 4)] {
+            assert!(source_came_to(((call, breaks), Some(reset_fault)), connections, |_| ()), "{call:?}");
+        }
+    }
+}
+
+/// A first attempt that meets a fault at the destination, and a second one to the same; returns whether it came to the fault. The source's
+/// device meets `at_source`.
+fn destination_came_to(
+    (fault, reset_fault): (Option<(Call, Effect)>, Option<Effect>),
+    at_source: Option<(Call, Effect)>,
+    connections: u64,
+) -> bool {
+    let what = format!("{fault:?} {reset_fault:?} on {connections}");
+    let mut vm = FakeVm::new(5);
+    let (machine, probes) = source(&vm, at_source);
+    let (takers, probe) = ((0..3).map(|_| Taker::new()).collect::<Vec<_>>(), Arc::default());
+    let device = |(index, taker): (usize, &Taker)| {
+        let io: Box<dyn DeviceIo> = match index {
+            1 => Box::new(Faulty::new(taker.clone(), &probe)),
+            _ => Box::new(taker.clone()),
+        };
+        Device::new(format!("dev{index}"), io).kind("fake")
+    };
+    let mut vmm = Vmm::new(takers.iter().enumerate().map(device).collect());
+    *probe.lock().unwrap() = Probe { fault, reset_fault, ..Probe::default() };
+    let (sent, received) = attempt(&mut vm, &machine, &mut vmm, connections);
+    if probe.lock().unwrap().fault.take().is_some() {
+        sent.unwrap();
+        return false;
+    }
+    assert_eq!(probe.lock().unwrap().reset_fault, None, "it came to the reset: {what}");
+    assert!(sent.is_err() && received.is_err(), "{what}: {sent:?} {received:?}");
+    assert_all_run(&vm, &probes, &what);
+    takers.iter().for_each(|taker| assert_holds_nothing(taker, &what));
+    // One that broke before it was touched is reset by the next attempt.
+    let is_untouched = matches!(fault, Some((Call::State(_), _)));
+    assert!(is_untouched || !probe.lock().unwrap().broken, "{what}");
+    let (sent, received) = attempt(&mut vm, &machine, &mut vmm, connections);
+    sent.unwrap();
+    received.unwrap();
+    vmm.assert_equals(&vm);
+    assert_arrived(&takers, &probes, &what);
+    true
+}
+
+#[test]
 fn any_call_of_a_device_that_fails_on_its_way_in_leaves_nothing_and_the_next_attempt_arrives() {
     let moves = [(Stop, 0), (Resuming, 0), (Stop, 1)].map(|(state, times)| Call::SetState(state, times));
     let calls = moves.into_iter().chain([0, BYTES[1] / 2, BYTES[1] - 1].map(Call::Write));
     for (call, connections) in calls.flat_map(|call| [(call, 1), (call, 4)]) {
         for effect in EFFECTS {
-            let what = format!("{call:?} {effect:?} on {connections}");
-            let mut vm = FakeVm::new(5);
-            let (machine, probes) = source(&vm, None);
-            let (takers, probe) = ((0..3).map(|_| Taker::new()).collect::<Vec<_>>(), Arc::default());
-            let device = |(index, taker): (usize, &Taker)| {
-                let io: Box<dyn DeviceIo> = match index {
-                    1 => Box::new(Faulty::new(taker.clone(), &probe)),
-                    _ => Box::new(taker.clone()),
-                };
-                Device::new(format!("dev{index}"), io).kind("fake")
-            };
-            let mut vmm = Vmm::new(takers.iter().enumerate().map(device).collect());
-            probe.lock().unwrap().fault = Some((call, effect));
-            let (sent, received) = attempt(&mut vm, &machine, &mut vmm, connections);
-            assert_eq!(probe.lock().unwrap().fault, None, "it came to it: {what}");
-            assert!(sent.is_err() && received.is_err(), "{what}: {sent:?} {received:?}");
-            assert_all_run(&vm, &probes, &what);
-            takers.iter().for_each(|taker| assert_holds_nothing(taker, &what));
-            assert!(!probe.lock().unwrap().broken, "{what}");
-            let (sent, received) = attempt(&mut vm, &machine, &mut vmm, connections);
-            sent.unwrap();
-            received.unwrap();
-            vmm.assert_equals(&vm);
-            assert_arrived(&takers, &probes, &what);
+            let came_to = destination_came_to((Some((call, effect)), None), None, connections);
+            assert!(came_to, "{call:?} {effect:?} on {connections}");
         }
+    }
+}
+
+#[test]
+fn a_device_that_does_not_tell_its_state_on_its_way_in_leaves_nothing() {
+    for effect in EFFECTS {
+        let mut connections = [1, 4].into_iter().cycle();
+        let came_to = |&times: &u32| {
+            let fault = Some((Call::State(times), effect));
+            destination_came_to((fault, None), None, connections.next().unwrap())
+        };
+        let times = (0..100).take_while(came_to).count();
+        assert!((3..100).contains(&times), "{times} times, {effect:?}");
+    }
+}
+
+#[test]
+fn a_reset_that_fails_at_the_destination_leaves_nothing() {
+    let half = Call::Write(BYTES[1] / 2);
+    for (reset_fault, connections) in
+        [Effect::Fails, Effect::Breaks].into_iter().flat_map(|effect| [(effect, 1), (effect, 4)])
+    {
+        // To drop a state that was refused.
+        let refused = Some((half, Effect::Fails));
+        assert!(destination_came_to((refused, Some(reset_fault)), None, connections));
+        // To begin anew, because the source's device was reset.
+        let anew = Some((Call::Read(PreCopy, EARLY * 3 / 4), Effect::IsReset));
+        assert!(destination_came_to((None, Some(reset_fault)), anew, connections));
     }
 }
 
