@@ -17,7 +17,8 @@
 //!   hwpt           IOVA    chosen      │           one cursor per receiver
 //!   vfio-user      IOVA    negotiated ─┘
 //!
-//!  device state, beside it:  all P2P-quiescent, then all stopped ─► stream ─► Snapshot tree ─► receiver
+//!  device state, beside it:  all run, all P2P-quiescent, all stopped ─► stream ─► receiver of this crate
+//!                                                        all stopped ─► Snapshot tree ─► any receiver
 //! ```
 //!
 //! The modules, in the order the data flows:

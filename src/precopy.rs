@@ -113,7 +113,8 @@ pub struct Observation {
     pub bandwidth: u64,
     /// Bytes per second that become pending, without those that come back in every round.
     pub dirty_rate: u64,
-    /// Device state that the downtime will carry, as the devices count it: where it streams, what was not read before; else all of it.
+    /// Device state that the downtime will carry, as the devices count it: where it streams, what was not sent before; else, in State,
+    /// all of it.
     pub device: DeviceLeft,
     /// Bytes of it per second that both ends can process, whatever the connections carry; 0 for no limit of their
     /// own.
@@ -169,7 +170,8 @@ impl Observation {
         time_for(bytes.into(), rate)
     }
 
-    /// Bytes of device state per second: what both ends get done, but no more than arrives. In base64, three bytes are four.
+    /// Bytes of device state per second: what both ends get done, but no more than arrives. In State three bytes are four of base64; a
+    /// stream, which shares the connections with the last pages, is taken to need as much.
     fn state_rate(&self) -> u64 {
         self.arriving(self.state_rate)
     }

@@ -43,4 +43,17 @@ fn mutations_are_listed_and_their_exit_status_tells() {
     assert!(told.contains("  1. a migration to receiver 0 begins") && told.contains("Violation: "), "{told}");
     assert_eq!(model(&["--scenario", "writes"]).status.code(), Some(0));
     assert_eq!(model(&["--mutation", "no-such-mutation"]).status.code(), Some(2));
+    let elsewhere = model(&["--mutation", "stop-before-p2p", "--scenario", "writes"]);
+    let told = String::from_utf8(elsewhere.stdout).unwrap();
+    assert_eq!(elsewhere.status.code(), Some(3), "{told}");
+    let scenario = Mutation::StopBeforeP2p.scenario();
+    assert!(
+        told.contains(&format!("stop-before-p2p is not found here; it shows in scenario {scenario}")),
+        "{told}"
+    );
+    let help = model(&["--help"]);
+    let told = String::from_utf8(help.stdout).unwrap();
+    assert_eq!(help.status.code(), Some(0));
+    let words = ["--list", "--mutation <NAME>", "--scenario <NAME>", "Exit status:", "writes"];
+    assert!(words.iter().all(|word| told.contains(word)), "{told}");
 }

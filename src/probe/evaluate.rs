@@ -141,11 +141,13 @@ impl Verdict {
                 "The device does not tell how large its state is",
                 "leave room in the downtime limit",
             )),
-            Some(bytes) if bytes > STATE_LIMIT_BYTES as u64 => self.blockers.push(finding(
-                "state-too-large",
+            Some(bytes) if bytes > STATE_LIMIT_BYTES as u64 => self.degradations.push(finding(
+                "state-streams-only",
                 name,
-                format!("The device has {bytes} bytes of state, and {STATE_LIMIT_BYTES} are moved at most"),
-                "raise Device::state_limit on both hosts, and both ends' limit on State to four thirds of it",
+                format!(
+                    "The device has {bytes} bytes of state: it moves to a receiver of this library that takes streams, and {STATE_LIMIT_BYTES} at most to any other receiver, such as Cloud Hypervisor, or into a snapshot"
+                ),
+                "offer streams at the destination (Destination::device_streams), or raise Device::state_limit on both hosts, and both ends' limit on State to four thirds of it",
             )),
             Some(_) => {}
         }
@@ -309,18 +311,22 @@ mod tests {
     }
 
     #[test]
-    fn c48_a_state_too_large_to_move_is_a_blocker_that_says_what_to_raise() {
+    fn c48_a_state_too_large_for_state_is_told_with_the_peers_to_which_it_moves_and_what_to_raise() {
         let judged = |bytes| {
             let mut large = device(BusKind::Pci, migration(7), works());
             if let Seen::Seen(DeviceProbe { migration: Some(migration), .. }) = &mut large.probe {
                 migration.stop_copy_bytes = Some(bytes);
             }
-            evaluate(host(vec![large])).blockers
+            let report = evaluate(host(vec![large]));
+            assert!(report.blockers.is_empty(), "it streams between two ends of this library");
+            report.degradations
         };
         assert!(judged(STATE_LIMIT_BYTES as u64).is_empty());
-        let blockers = judged(STATE_LIMIT_BYTES as u64 + 1);
-        assert_eq!(codes(&blockers), ["state-too-large"]);
-        assert!(blockers[0].remedy.contains("Device::state_limit"));
+        let told = judged(STATE_LIMIT_BYTES as u64 + 1);
+        assert_eq!(codes(&told), ["state-streams-only"]);
+        let words = ["takes streams", &STATE_LIMIT_BYTES.to_string(), "Cloud Hypervisor", "snapshot"];
+        assert!(words.iter().all(|word| told[0].reason.contains(word)), "{}", told[0].reason);
+        assert!(told[0].remedy.contains("Device::state_limit") && told[0].remedy.contains("device_streams"));
     }
 
     #[test]

@@ -8,15 +8,24 @@ use std::process::ExitCode;
 use clap::{Parser, ValueEnum};
 use vfio_migration_integration::model::{LARGE, Mutation, SMALL, Scenario, explore};
 
+/// Exit status where a mistake that was made on purpose was not found.
+const NOT_FOUND: u8 = 3;
+
+const EXIT_STATUS: &str = "Exit status:
+  0  nothing that must not happen can happen; of --list: done
+  1  it can: the shortest way to it is printed
+  2  usage
+  3  the mistake of --mutation was made, and the scenario does not find it: each shows in one of them, which is the one explored
+     unless --scenario names another";
+
 /// Explores all that can happen in a migration: no page is lost, and never do two VMs run.
-///
-/// Exits 0 if that holds, 1 with the shortest way to what must not happen.
 #[derive(Debug, Parser)]
+#[command(after_help = EXIT_STATUS)]
 struct Arguments {
     /// List the mutations, one a line.
     #[arg(long, exclusive = true)]
     list: bool,
-    /// Make one mistake, which has to be found.
+    /// Make one mistake, which has to be found: one that --list prints.
     #[arg(long, value_name = "NAME", hide_possible_values = true)]
     mutation: Option<Mutation>,
     /// Explore only this scenario.
@@ -59,6 +68,11 @@ fn main() -> io::Result<ExitCode> {
                 return Ok(ExitCode::from(1));
             }
         }
+    }
+    if let Some(mutation) = arguments.mutation {
+        let scenario = mutation.scenario();
+        writeln!(out, "{mutation} is not found here; it shows in scenario {scenario}")?;
+        return Ok(ExitCode::from(NOT_FOUND));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -4,13 +4,15 @@
 //!
 //! ```text
 //!              acceptor ── hears every caller on a thread of its own
-//!                 │  Start                      │ role, once Config is answered
-//!                 ▼                             ▼
-//!  main thread: session                    additional × 1..=128
-//!   Start → Config → Memory* → State → Complete   Memory*
-//!                      │         │                  │
-//!                      └─────── phase gate ─────────┘   Memory between Config and State; State when none is under way
+//!                 │  Start                                 │ role, once Config is answered
+//!                 ▼                                        ▼
+//!  main thread: session                               additional × 1..=128
+//!   Start → Devices? → Config → Memory* → State → Complete   Memory*
+//!                                 │         │                  │
+//!                                 └─────── phase gate ─────────┘   Memory between Config and State; State when none is under way
 //! ```
+//!
+//! With a source of this crate that has devices, Devices lists them and their states come between Config and State too, as DeviceState.
 //!
 //! Every request is answered with one Response. Whatever fails, anywhere, is answered with Error where a request waits for
 //! an answer, ends the migration and comes back as one [`ReceiveError`].

@@ -164,9 +164,9 @@ impl SenderHandle {
 
     /// Asks for the migration to be abandoned: the sender returns with the VM running at the source.
     ///
-    /// That takes less than a second where the sender waits for the receiver, and between two pieces of work on the running
-    /// VM: chunks of memory, 4 MiB of early device state. What is asked of a device, a source or the VM itself cannot be
-    /// interrupted: one report of the dirty pages, a move of the devices to another state, the last part of their state, the
+    /// That takes less than a second where the sender waits for the receiver, and between two pieces of work: chunks of memory,
+    /// pieces of device state that streams. What is asked of a device, a source or the VM itself cannot be interrupted: one report of
+    /// the dirty pages, a move of the devices to another state, one read of their state, all reads of a state that travels in State, the
     /// VM's capture. A device that stalls over one of these delays the return by as long as its back end is patient.
     ///
     /// Returns whether that is still possible: not once the receiver was told to run the VM, nor after the end.
