@@ -181,6 +181,9 @@ impl Features {
     /// The destination's answer to Start has [`ReceiverLimits`] as its payload.
     pub const LIMITS: Self = Self(2);
 
+    /// The destination makes its devices of the Config: Devices follows that, and not Start.
+    pub const DEVICES_OF_CONFIG: Self = Self(4);
+
     /// Makes the set with these bits, of which this crate need not know every one.
     pub const fn from_bits(bits: u16) -> Self {
         Self(bits)

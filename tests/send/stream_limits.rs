@@ -128,7 +128,7 @@ fn an_answer_to_start_with_another_payload_than_limits_is_none() {
                 let (mut stream, _) = listener.accept().unwrap();
                 let mut start = [0; 16];
                 stream.read_exact(&mut start).unwrap();
-                assert_eq!(start, [1, 0, 0, 0, b'v', b'M', 3, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+                assert_eq!(start, [1, 0, 0, 0, b'v', b'M', 7, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
                 let answer = [1, 0, b'v', b'M', features, 0, 0, 0, bytes, 0, 0, 0, 0, 0, 0, 0];
                 stream.write_all(&[&answer[..], &[0; 33]].concat()).unwrap();
                 let _closed = stream.read(&mut [0]);

@@ -190,7 +190,10 @@ fn c34_no_device_is_touched_before_the_configuration_nor_before_what_a_vmm_wants
         let log = log_of(&vm.log);
         let resuming = all_at(&log, "there ", DeviceState::Resuming);
         assert_before(&log, &[at(&log, "config")], &resuming);
-        // A VMM that restores an interrupt controller first offers no streams.
+        // What streams is in the devices by then, and they accept it only afterwards.
+        let accepted = all_at(&log, "there ", DeviceState::Stop);
+        assert_before(&log, &[at(&log, "interrupt controller")], &accepted);
+        // Where the VMM wants it first even of their bytes, it offers no streams.
         assert_eq!(resuming[0] < at(&log, "interrupt controller"), streams, "{log:#?}");
         if !streams {
             assert_before(&log, &[at(&log, "interrupt controller")], &resuming);

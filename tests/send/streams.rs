@@ -137,6 +137,9 @@ pub(crate) struct Vmm {
     pub(crate) devices: MigratableDevice,
     /// Whether states may come as streams.
     pub(crate) streams: bool,
+    /// Whether the devices are there only once the configuration has come.
+    pub(crate) makes_devices_of_config: bool,
+    configured: bool,
     /// Whether the devices' states are loaded with State.
     pub(crate) loads: bool,
     /// How long completing takes.
@@ -169,7 +172,17 @@ impl Vmm {
         let devices = Arc::new(Mutex::new(DeviceSet::new(devices).unwrap()));
         let devices = MigratableDevice::new("devices", tracker, devices);
         let (log, arrivals) = Default::default();
-        Self { memory, devices, streams: true, loads: true, completing: Duration::ZERO, log, arrivals }
+        Self {
+            memory,
+            devices,
+            streams: true,
+            makes_devices_of_config: false,
+            configured: false,
+            loads: true,
+            completing: Duration::ZERO,
+            log,
+            arrivals,
+        }
     }
 
     pub(crate) fn assert_equals(&self, vm: &FakeVm) {
@@ -180,11 +193,17 @@ impl Vmm {
 
 impl Destination for Vmm {
     fn device_streams(&mut self) -> Option<Arc<Mutex<DeviceSet>>> {
+        assert_eq!(self.makes_devices_of_config, self.configured, "asked at the wrong time");
         self.streams.then(|| Arc::clone(self.devices.devices()))
+    }
+
+    fn makes_devices_of_config(&self) -> bool {
+        self.makes_devices_of_config
     }
 
     fn config(&mut self, _json: &[u8]) -> Result<Arc<dyn PageStore>, VmError> {
         note(&self.log, "config");
+        self.configured = self.makes_devices_of_config;
         Ok(Arc::new(NotedPages(GuestPages::new(Arc::clone(&self.memory))?, self.arrivals.clone())))
     }
 
@@ -287,6 +306,43 @@ fn states_stream_over_one_and_over_four_connections_and_arrive_whole() {
         assert_eq!((sent.device_state_bytes, received.device_bytes), (bytes as u64, bytes as u64));
         assert!(sent.device_precopy_bytes > bytes as u64 * 2 / 5, "{sent:?}");
         assert_eq!(sent.progress.degradations.len(), 0, "{:?}", sent.progress.degradations);
+    }
+}
+
+#[test]
+fn a_receiver_that_makes_its_devices_of_the_configuration_takes_streams_too() {
+    for connections in [1, 4] {
+        let mut vm = FakeVm::new(20);
+        let states = [pattern(3 * MIB, 1), pattern(5, 2)];
+        let machine = source(&vm, &states.each_ref().map(Vec::as_slice), |_, _| ());
+        let (takers, devices) = takers(2);
+        let mut vmm = Vmm::new(devices);
+        vmm.makes_devices_of_config = true;
+        let (sent, received) = moves(&mut vm, &machine, &mut vmm, |options| {
+            let options = options.connections(ConnectionCount::new(connections).unwrap()).unwrap();
+            options.downtime(Duration::from_secs(10))
+        });
+        sent.unwrap();
+        assert_eq!(received.unwrap().device_bytes, 3 * MIB as u64 + 5);
+        vmm.assert_equals(&vm);
+        assert!(takers.iter().zip(&states).all(|(taker, state)| loaded(taker).as_ref() == Some(state)));
+    }
+}
+
+#[test]
+fn a_receiver_that_makes_other_devices_of_the_configuration_is_refused_before_a_page() {
+    for makes_none in [true, false] {
+        let mut vm = FakeVm::new(0);
+        let machine = source(&vm, &[b"a state"], |_, _| ());
+        let taker = Taker::new();
+        let mut vmm = Vmm::new(vec![Device::new("dev0", Box::new(taker.clone())).kind("other")]);
+        (vmm.makes_devices_of_config, vmm.streams) = (true, !makes_none);
+        let (sent, received) = moves(&mut vm, &machine, &mut vmm, |options| options);
+        let Err(SendError::OtherDevices(mismatch)) = sent else { panic!("{sent:?}") };
+        let Err(ReceiveError::OtherDevices { source }) = received else { panic!("{received:?}") };
+        assert_eq!(mismatch, source);
+        assert!(taker.look().moves.is_empty(), "the device was not touched");
+        assert!(log_of(&vmm.arrivals).is_empty() && log_of(&vm.log).is_empty());
     }
 }
 

@@ -16,15 +16,25 @@ use crate::vm::VmError;
 /// source hears of it.
 pub trait Destination {
     /// Returns the devices whose states may come as streams of their own, ahead of State, from a source of this crate; asked once,
-    /// before all else. They are there already, and their VM does not run.
+    /// before all else, or right after [`Destination::config`] where [`Destination::makes_devices_of_config`]. They are there then, and
+    /// their VM does not run.
     ///
-    /// After [`Destination::config`] they are stopped and take in what comes, with no more than a queue's worth of it in memory. In the
-    /// tree of State something stands for each state that came, and [`DeviceSet::load`] ends it there. After a failure they are reset.
+    /// After [`Destination::config`] they are stopped and take in what comes, in RESUMING, with no more than a queue's worth of it in
+    /// memory. In the tree of State something stands for each state that came, and a device accepts its state, and leaves RESUMING, in
+    /// [`DeviceSet::load`]: a VMM that has to restore an interrupt controller before its devices does so in [`Destination::state`],
+    /// before it calls that and before it sets up the devices' registers and interrupts. A State that is taken without it is refused,
+    /// with the device's name. After a failure the devices are reset.
     ///
-    /// `None`, the default: all states come in State, as from any source. A VMM that makes its devices of the Config, or that
-    /// has to restore an interrupt controller before a device takes any of its state in, stays with it.
+    /// `None`, the default: all states come in State, as from any source. A VMM whose devices can take no byte of their states in before
+    /// something that is in State stays with it.
     fn device_streams(&mut self) -> Option<Arc<Mutex<DeviceSet>>> {
         None
+    }
+
+    /// Whether [`Destination::device_streams`] has the devices only once [`Destination::config`] has made them; `false`, the default: it
+    /// has them before, and other devices than the source's are refused before the Config comes.
+    fn makes_devices_of_config(&self) -> bool {
+        false
     }
 
     /// Whether guest memory may come as descriptors (`local=on` of Cloud Hypervisor); `false`, the default: such a source is refused.

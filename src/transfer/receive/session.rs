@@ -70,14 +70,22 @@ struct Session<'a> {
 
 impl Session<'_> {
     fn run(&mut self, first: Request, destination: &mut dyn Destination) -> Result<Received, ReceiveError> {
-        let streams = destination.device_streams();
-        let set = streams.filter(|set| can_stream(lock(set).names().count(), self.context.limits));
-        let streams = if set.is_some() { Features::DEVICE_STREAMS } else { Features::NONE };
+        let is_late = destination.makes_devices_of_config();
+        let set = if is_late { None } else { destination.device_streams() };
+        let most = set.as_ref().map_or(MOST_DEVICES, |set| lock(set).names().count());
+        let streams = match (is_late || set.is_some()) && can_stream(most, self.context.limits) {
+            true if is_late => Features::DEVICE_STREAMS | Features::DEVICES_OF_CONFIG,
+            true => Features::DEVICE_STREAMS,
+            false => Features::NONE,
+        };
         let features = self.start(first, Features::LIMITS | streams)?;
         let agreed = features.is_some_and(|features| features.contains(Features::DEVICE_STREAMS));
-        let streams = set.filter(|_| agreed).map(|set| self.devices(set)).transpose()?;
+        let devices = set.filter(|_| agreed).map(|set| self.devices(set)).transpose()?;
         let (config, is_local) = self.descriptors(destination)?;
-        let store = self.config(config, destination, streams)?;
+        let store = match agreed && is_late {
+            true => self.config_of_devices(config, destination)?,
+            false => self.config(config, destination, devices)?,
+        };
         let state = if is_local { self.next_of(&[Command::State])? } else { self.memory(store.as_ref())? };
         let device_bytes = self.state(state, destination)?;
         let (paused, completion, confirmed) = self.complete(destination)?;
@@ -102,10 +110,7 @@ impl Session<'_> {
         let first = self.admit(first)?;
         first.version().map_err(|source| ReceiveError::Start { source })?;
         check_empty(first)?;
-        let agree = |offered: Features| {
-            if offered.contains(Features::LIMITS) { offered & own } else { Features::NONE }
-        };
-        let features = first.offered().map(agree);
+        let features = first.offered().map(|offered| agree(offered, own));
         let response = features.map_or(Response::new(Status::Ok), Response::ok_agreeing);
         match features {
             Some(features) if features.contains(Features::LIMITS) => {
@@ -122,13 +127,21 @@ impl Session<'_> {
     /// Tells the source of the destination's devices, and compares them with the source's.
     fn devices(&mut self, set: Arc<Mutex<DeviceSet>>) -> Result<Listed, ReceiveError> {
         let request = self.next_of(&[Command::Devices])?;
-        let listed = read_devices(&mut self.connection, request)?;
-        let own = lock(&set).stream_identities();
-        let mut list = Vec::new();
-        encode_devices(&own, &mut list)?;
-        self.answer_with(request, Response::new(Status::Ok), &list)?;
+        let (listed, own) = self.lists(request, &set)?;
+        self.answer_devices(request, &own)?;
         compare_identities(&listed, &own)?;
         Ok(Listed { set, listed })
+    }
+
+    /// Reads the source's list of devices; returns it, and the destination's own.
+    fn lists(&mut self, request: Request, set: &Mutex<DeviceSet>) -> Result<Lists, ReceiveError> {
+        Ok((read_devices(&mut self.connection, request)?, lock(set).stream_identities()))
+    }
+
+    fn answer_devices(&mut self, request: Request, own: &[StreamIdentity]) -> Result<(), ReceiveError> {
+        let mut list = Vec::new();
+        encode_devices(own, &mut list)?;
+        self.answer_with(request, Response::new(Status::Ok), &list)
     }
 
     /// Takes descriptors of memory until Config comes; returns that, and whether there were any.
@@ -156,15 +169,50 @@ impl Session<'_> {
         destination: &mut dyn Destination,
         devices: Option<Listed>,
     ) -> Result<Arc<dyn PageStore>, ReceiveError> {
+        let store = self.lay_out(request, destination)?;
+        self.open(&store, devices)?;
+        self.answer_ok(request)?;
+        Ok(store)
+    }
+
+    /// As [`Session::config`] for a destination that makes its devices of the Config: tells the source of them afterwards, and lets
+    /// additional connections come before it knows.
+    fn config_of_devices(
+        &mut self,
+        request: Request,
+        destination: &mut dyn Destination,
+    ) -> Result<Arc<dyn PageStore>, ReceiveError> {
+        let store = self.lay_out(request, destination)?;
+        self.answer_ok(request)?;
+        let set = destination.device_streams().unwrap_or_default();
+        let request = self.next_of(&[Command::Devices])?;
+        let (listed, own) = self.lists(request, &set)?;
+        let same = compare_identities(&listed, &own);
+        if same.is_ok() {
+            self.open(&store, Some(Listed { set, listed }))?;
+        }
+        self.answer_devices(request, &own)?;
+        Ok(same.map(|()| store)?)
+    }
+
+    fn lay_out(
+        &mut self,
+        request: Request,
+        destination: &mut dyn Destination,
+    ) -> Result<Arc<dyn PageStore>, ReceiveError> {
         let text = read_text(&mut self.connection, request, self.context.limits)?;
         let store = destination.config(&text).map_err(|source| refused(request, source))?;
         log::info!("Took the VM's configuration, {}; its memory is next", Bytes(text.len() as u64));
+        self.step = Step::Config;
+        Ok(store)
+    }
+
+    /// Lets memory come, and the states of `devices`.
+    fn open(&self, store: &Arc<dyn PageStore>, devices: Option<Listed>) -> Result<(), ReceiveError> {
         let begin = |Listed { set, listed }| DeviceStreams::begin(set, &listed, self.context.limits);
         let devices = devices.map(begin).transpose()?.map(Arc::new);
-        self.context.gate.open(Arc::clone(&store), devices);
-        self.step = Step::Config;
-        self.answer_ok(request)?;
-        Ok(store)
+        self.context.gate.open(Arc::clone(store), devices);
+        Ok(())
     }
 
     /// Takes Memory until State comes.
@@ -325,6 +373,20 @@ impl Session<'_> {
     }
 }
 
+/// What of `offered` a destination agrees to that has `own`: to nothing with a source that would not hear of limits, and to no streams
+/// with one that cannot wait for the devices until the Config has come.
+fn agree(offered: Features, own: Features) -> Features {
+    let waits = offered.contains(own & Features::DEVICES_OF_CONFIG);
+    match offered.contains(Features::LIMITS) {
+        true if waits => offered & own,
+        true => Features::LIMITS,
+        false => Features::NONE,
+    }
+}
+
+/// The source's devices, and the destination's.
+type Lists = (Vec<StreamIdentity>, Vec<StreamIdentity>);
+
 /// Whether so many devices can take their states in as streams within `limits`.
 fn can_stream(devices: usize, limits: &PeerLimits) -> bool {
     let least_bytes = LEAST_PIECE_BYTES + PIECE_HEAD_BYTES as u64;
@@ -340,4 +402,43 @@ struct Listed {
 
 fn refused(request: Request, source: VmError) -> ReceiveError {
     ReceiveError::Destination { command: request.command(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn features_are_agreed_on_with_what_they_need() {
+        let (limits, streams, late) =
+            (Features::LIMITS, Features::DEVICE_STREAMS, Features::DEVICES_OF_CONFIG);
+        let all = limits | streams | late;
+        for (offered, own, agreed) in [
+            (all, all, all),
+            (all, limits | streams, limits | streams),
+            (all, limits, limits),
+            (limits | streams, all, limits),
+            (limits | late, all, limits | late),
+            (streams | late, all, Features::NONE),
+            (Features::from_bits(u16::MAX), all, all),
+            (Features::NONE, all, Features::NONE),
+        ] {
+            assert_eq!(agree(offered, own), agreed, "{offered:?} {own:?}");
+        }
+    }
+
+    #[test]
+    fn so_many_devices_stream_as_their_least_pieces_fit() {
+        let limits = |device_piece_bytes, device_queue_bytes| PeerLimits {
+            device_piece_bytes,
+            device_queue_bytes,
+            ..PeerLimits::default()
+        };
+        let least = LEAST_PIECE_BYTES + PIECE_HEAD_BYTES as u64;
+        assert!(can_stream(MOST_DEVICES, &PeerLimits::default()));
+        assert!(!can_stream(MOST_DEVICES + 1, &PeerLimits::default()));
+        assert!(can_stream(3, &limits(LEAST_PIECE_BYTES, 3 * least)));
+        assert!(!can_stream(3, &limits(LEAST_PIECE_BYTES - 1, 3 * least)));
+        assert!(!can_stream(3, &limits(LEAST_PIECE_BYTES, 3 * least - 1)));
+    }
 }

@@ -94,8 +94,8 @@ impl<'a, V: Vm> Session<'a, V> {
 
     /// The conversation with the receiver, from the first word to the last.
     fn converse(&mut self, control: &mut Control<'_>) -> Result<Sent, SendError> {
-        self.agree(control)?;
-        self.describe(control)?;
+        let agreed = self.agree(control)?;
+        self.describe(control, agreed)?;
         self.arm()?;
         self.copy_memory(control)?;
         let state = self.capture(control)?;
@@ -104,32 +104,43 @@ impl<'a, V: Vm> Session<'a, V> {
         Ok(self.retire())
     }
 
-    /// Agrees on the protocol, and with a receiver of this crate on streams for the devices' states, if it has the same devices.
-    fn agree(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
+    /// Agrees on the protocol, and with a receiver of this crate on its limits and on streams for the devices' states.
+    fn agree(&mut self, control: &mut Control<'_>) -> Result<Features, SendError> {
         let own = self.devices.stream_identities();
         let offered = match (self.devices.is_empty(), own.is_empty()) {
             (true, _) => Features::NONE,
             (false, true) => Features::LIMITS,
-            (false, false) => Features::LIMITS | Features::DEVICE_STREAMS,
+            (false, false) => Features::LIMITS | Features::DEVICE_STREAMS | Features::DEVICES_OF_CONFIG,
         };
         let (agreed, limits) = control.start(offered)?;
-        let Some(limits) = limits else { return Ok(()) };
+        let Some(limits) = limits else { return Ok(Features::NONE) };
         self.devices.heed_limits(limits);
-        if agreed.contains(Features::DEVICE_STREAMS) {
-            compare_identities(&own, &control.devices(&own)?)?;
-            self.devices.begin_streams(&own);
-            self.meter.expect_streams();
+        if agreed.contains(Features::DEVICE_STREAMS) && !agreed.contains(Features::DEVICES_OF_CONFIG) {
+            self.compare_devices(control)?;
         }
+        Ok(agreed)
+    }
+
+    /// Has the devices' states stream, if the receiver has the same devices.
+    fn compare_devices(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
+        let own = self.devices.stream_identities();
+        compare_identities(&own, &control.devices(&own)?)?;
+        self.devices.begin_streams(&own);
+        self.meter.expect_streams();
         Ok(())
     }
 
-    /// Describes the VM to the receiver, which lays out its memory.
-    fn describe(&mut self, control: &mut Control<'_>) -> Result<(), SendError> {
+    /// Describes the VM to the receiver, which lays out its memory, and perhaps makes its devices.
+    fn describe(&mut self, control: &mut Control<'_>, agreed: Features) -> Result<(), SendError> {
         let config = self.vm.config()?;
         let has_devices = !self.devices.is_empty() || self.tracking.look().has_devices();
         let config = self.pinning.heed(config, has_devices);
         let ram_bytes = self.tracking.look().layout().bytes();
-        control.config(&config, self.pinning.populating_time(ram_bytes))
+        control.config(&config, self.pinning.populating_time(ram_bytes))?;
+        match agreed.contains(Features::DEVICE_STREAMS | Features::DEVICES_OF_CONFIG) {
+            true => self.compare_devices(control),
+            false => Ok(()),
+        }
     }
 
     /// Switches every source on, before the first page is copied (C1), and lets devices begin to hand out their state.
