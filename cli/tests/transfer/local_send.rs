@@ -2,11 +2,11 @@
 
 //! `send --local`: memory goes to a VMM as descriptors.
 
-use std::fs;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions, Permissions};
 use std::io::Write;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,14 +25,20 @@ pub(crate) fn text(path: &Path) -> &str {
 
 /// Starts `send --local` of `from` to a VMM in `place`, with more `options`.
 pub(crate) fn begin(place: &Place, from: &[&Path], options: &[&str]) -> (Vmm, Tool) {
+    begin_by(&mut Command::new(env!("CARGO_BIN_EXE_vfio-migrate")), place, from, options)
+}
+
+/// As [`begin`], with `tool` as what starts the tool. Anybody may connect to the VMM.
+pub(crate) fn begin_by(tool: &mut Command, place: &Place, from: &[&Path], options: &[&str]) -> (Vmm, Tool) {
     let socket = place.path("socket");
     let _ = fs::remove_file(&socket);
     let vmm = Vmm::bind(&socket);
+    fs::set_permissions(&socket, Permissions::from_mode(0o666)).unwrap();
     let url = format!("unix:{}", socket.display());
     let mut words = vec!["send", &url, "--local", "--json"];
     words.extend(from.iter().flat_map(|dir| ["--from", text(dir)]));
     words.extend(options);
-    (vmm, Tool::start(words))
+    (vmm, Tool::spawn(tool.args(words)))
 }
 
 /// Sends `from` to a VMM that answers everything with Ok.

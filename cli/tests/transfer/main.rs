@@ -33,6 +33,7 @@ mod sick_host;
 mod stored;
 mod tls;
 mod tool;
+mod unprivileged;
 #[path = "../../../tests/local_send/vmm.rs"]
 mod vmm;
 #[path = "../../../tests/recorded/wire.rs"]

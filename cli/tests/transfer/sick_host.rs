@@ -15,6 +15,7 @@ use rustix::io::ioctl_fionbio;
 use rustix::pipe::fcntl_setpipe_size;
 use vfio_migration_integration::skip;
 
+use crate::local_send::begin_by;
 use crate::stored::{Place, assert_same, assert_sound};
 use crate::tool::{Tool, is_empty, run};
 
@@ -221,6 +222,19 @@ fn a_file_that_may_not_grow_is_named_and_ends_nothing_by_signal() {
     let printed = File::create(place.path("printed")).unwrap();
     let mut command = with_small_files(0, &["snapshot", "verify", &one]);
     assert!(command.stdout(printed).status().unwrap().success());
+}
+
+#[test]
+fn memory_of_a_vm_that_may_not_grow_is_named_and_the_vmm_gets_no_vm() {
+    let place = Place::new();
+    let from = place.stored("from", 1);
+    for options in [&[][..], &["--on-demand"]] {
+        // Half of the VM's 64 MiB.
+        let (vmm, tool) = begin_by(&mut with_small_files(32 << 10, &[]), &place, &[&from], options);
+        tool.end().failed(4, "Cannot make memory for slot 0: File too large (os error 27)");
+        vmm.listener.set_nonblocking(true).unwrap();
+        assert!(vmm.listener.accept().is_err(), "it is known before the VMM hears of it");
+    }
 }
 
 #[test]
