@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What devices' states cost in memory: in State, at a plain source's and at a plain receiver's other end, and as streams.
+//!
+//! Memory is all that is allocated on the heap, at both ends where both are here. Guest memory and the stacks of threads are none of it.
 #![expect(clippy::unwrap_used, reason = "a test may end at any surprise")]
 
 mod counting;
@@ -330,42 +332,64 @@ fn receive(bytes: usize) {
     assert_eq!(*state.lock().unwrap(), DeviceState::Stop, "loaded");
 }
 
-/// Moves the states of two devices as streams, over four connections; returns the bytes of them, and those that moved in the downtime.
-fn stream(bytes: usize) -> (u64, u64) {
-    let devices = || ["one", "two"].map(|name| MadeUp::named(name, bytes, true).0).into();
+/// Moves the states of so many devices, of `bytes` each, as streams; returns the bytes of all, and those that moved in the downtime, of each.
+fn stream(devices: usize, bytes: usize, connections: u64) -> (u64, Vec<u64>) {
+    let count = devices;
+    let devices =
+        || (0..count).map(|index| MadeUp::named(&format!("dev{index}"), bytes, true).0).collect::<Vec<_>>();
     let mut vmm = Vmm::new(devices(), true);
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let memory = memory();
     let tracker = Mutex::new(tracker(&memory));
     let devices = Mutex::new(DeviceSet::new(devices()).unwrap());
     let options = SendOptions::new(listener.url().clone()).downtime(Duration::from_secs(600));
-    let options = options.connections(ConnectionCount::new(4).unwrap()).unwrap();
+    let options = options.connections(ConnectionCount::new(connections).unwrap()).unwrap();
     let sent = thread::scope(|scope| {
         let received =
             scope.spawn(|| Receiver::new(PeerLimits::default(), None).receive(&listener, &mut vmm));
         let sent = Sender::new(options).send(&mut Source(memory), &tracker, &devices);
-        assert_eq!(received.join().unwrap().unwrap().device_bytes, 2 * bytes as u64);
+        assert_eq!(received.join().unwrap().unwrap().device_bytes, (count * bytes) as u64);
         sent.unwrap()
     });
-    (sent.device_state_bytes, sent.device_state_bytes - sent.device_precopy_bytes)
+    let in_downtime: Vec<_> = sent.device_downtimes.iter().map(|device| device.bytes).collect();
+    assert_eq!(in_downtime.iter().sum::<u64>(), sent.device_state_bytes - sent.device_precopy_bytes);
+    (sent.device_state_bytes, in_downtime)
 }
 
 /// What both ends may hold together of states that stream.
 const STREAMING_BYTES: usize = 64 << 20;
 
+/// The same of very many: 32 MiB of pieces at the source, as much at the receiver and 8 MiB of buffers, and 8 MiB beside them.
+const MANY_STREAMS_BYTES: usize = 80 << 20;
+
 #[test]
 fn the_states_of_two_devices_stream_in_little_memory_and_hardly_any_in_the_downtime() {
     let _alone = alone();
     let bytes = state_bytes();
-    let ((moved, in_downtime), most) = most_of(|| stream(bytes));
+    let ((moved, in_downtime), most) = most_of(|| stream(2, bytes, 4));
     eprintln!(
-        "two states of {} MiB: {in_downtime} bytes in the downtime, both ends held {} MiB",
+        "two states of {} MiB: {in_downtime:?} bytes in the downtime, both ends held {} MiB",
         bytes >> 20,
         most >> 20
     );
-    assert_eq!(moved, 2 * bytes as u64);
-    assert!(in_downtime * 20 <= moved, "{in_downtime} of {moved} bytes moved in the downtime");
+    assert_eq!((moved, in_downtime.len()), (2 * bytes as u64, 2));
+    for of_device in in_downtime {
+        assert!(
+            of_device * 20 <= bytes as u64,
+            "{of_device} of {bytes} bytes of a device moved in the downtime"
+        );
+    }
     assert!(most <= STREAMING_BYTES, "both ends held {} MiB", most >> 20);
+}
+
+#[test]
+fn the_states_of_many_devices_over_many_connections_stream_in_as_little_memory() {
+    let _alone = alone();
+    let (devices, bytes) = (200, 1 << 20);
+    let ((moved, in_downtime), most) = most_of(|| stream(devices, bytes, 64));
+    eprintln!("{devices} states of {} MiB: both ends held {} MiB", bytes >> 20, most >> 20);
+    assert_eq!((moved, in_downtime.len()), ((devices * bytes) as u64, devices));
+    assert!(most <= MANY_STREAMS_BYTES, "both ends held {} MiB", most >> 20);
 }
 
 /// What is held beside a state: pieces, buffers, threads.

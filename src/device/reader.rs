@@ -91,11 +91,12 @@ impl StateRead {
         self.arrived_after = self.took + at.saturating_duration_since(self.ended);
     }
 
-    /// Bytes per second that the device, or the receiver, gets done, if the turn tells: it is long, or the device had more than it could be
-    /// read of it.
+    /// Bytes per second that the device, or the receiver, gets done, never 0, if the turn tells: it is long, or the device had more than it
+    /// could be read of it. A turn in which there was no room for a single piece says nothing of the device.
     pub(crate) fn telling_rate(&self) -> Option<u64> {
         let was_cut_short = self.took >= TURN && !self.drained && !self.complete;
-        (self.bytes >= TELLING_BYTES || was_cut_short).then(|| rate(self.bytes, self.arrived_after))
+        let tells = self.bytes >= TELLING_BYTES || (was_cut_short && self.bytes > 0);
+        tells.then(|| rate(self.bytes, self.arrived_after).max(1))
     }
 }
 
@@ -261,6 +262,14 @@ mod tests {
         assert!(!turn(1, 64 << 10).drained && turn(1, 64 << 10).telling_rate().is_some());
         assert!(turn(1000, 1000).drained && turn(1000, 1000).telling_rate().is_none());
         assert!(!turn(1000, 1 << 20).drained, "small reads, but many");
+    }
+
+    #[test]
+    fn a_turn_that_brought_nothing_tells_no_rate_and_no_rate_is_nought() {
+        assert!(!turn(0, 0).drained && turn(0, 0).telling_rate().is_none());
+        let mut slow = turn(1, 64 << 10);
+        slow.arrived_after = Duration::from_secs(1 << 20);
+        assert_eq!(slow.telling_rate(), Some(1));
     }
 
     #[test]
