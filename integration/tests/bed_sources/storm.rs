@@ -2,8 +2,12 @@
 
 //! A virtual IOMMU whose mappings change a thousand times a second while memory is copied, with as many DMA writes.
 //!
-//! Each run stops the device now and then, takes what is dirty, and compares all of memory with the copy.
+//! Each run stops the device now and then, takes what is dirty, and compares all of memory with the copy. It has to be a storm: many changes a
+//! second, many writes of the device's own, many rounds, and a device's log that is re-armed as the mappings leave it.
 
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -12,7 +16,9 @@ use vfio_migration::iova::{IovaMap, Mapping};
 use vfio_migration::layout::Layout;
 use vfio_migration::ledger::{ChunkLimits, CursorId, Start};
 use vfio_migration::range::{GpaRange, IovaRange};
-use vfio_migration::source::{ContainerLog, DeviceLog, DirtySource, Meaning};
+use vfio_migration::source::{
+    ContainerLog, Cover, DeviceLog, DirtySource, Harvest, Meaning, Reports, Sink, SourceError,
+};
 use vfio_migration::tracker::{DeviceMappings, SpaceId, Tracker, TrackerError, VmMappings};
 use vfio_migration_integration::device::stream_word;
 
@@ -38,6 +44,81 @@ const FEW_CHANGES: u64 = CHANGES_PER_S;
 const MANY_CHANGES: u64 = 2 * CHANGES_PER_S;
 /// Every so many rounds all is compared.
 const COMPARED: u32 = 16;
+/// Changes a second below which it is no storm, even on a busy machine.
+const LEAST_CHANGES_PER_S: u64 = 50;
+/// Changes to a round at most, and to a word that the engine writes by itself.
+const MOST_CHANGES_PER_ROUND: u64 = 50;
+const MOST_CHANGES_PER_WORD: u64 = 10;
+/// Times that the log of a device is re-armed at least, where the mappings wander and where they stay in an aperture. A restart covers as much
+/// again, and each waits longer than the one before: a run sees four, or two.
+const LEAST_RESTARTS_WANDERING: u32 = 3;
+const LEAST_RESTARTS: u32 = 1;
+
+/// A device's log that counts how often it is re-armed over other IOVAs.
+struct CountedLog {
+    log: DeviceLog<File>,
+    covered: Vec<IovaRange>,
+    restarts: Arc<AtomicU32>,
+}
+
+impl CountedLog {
+    fn look(&mut self) {
+        if self.log.covered() != self.covered {
+            self.restarts.fetch_add(u32::from(!self.covered.is_empty()), Ordering::Relaxed);
+            self.covered = self.log.covered().to_vec();
+        }
+    }
+}
+
+impl DirtySource for CountedLog {
+    fn id(&self) -> &str {
+        self.log.id()
+    }
+
+    fn reports(&self) -> Reports {
+        self.log.reports()
+    }
+
+    fn cover(&self) -> Cover {
+        self.log.cover()
+    }
+
+    fn start(&mut self, layout: &Layout, iova: &IovaMap) -> Result<(), SourceError> {
+        self.log.start(layout, iova)
+    }
+
+    fn collect<'a>(&'a mut self, sink: &mut Sink<'a>) -> Result<(), SourceError> {
+        self.look();
+        self.log.collect(sink)
+    }
+
+    fn mapped(&mut self, mapping: &Mapping) -> Result<(), SourceError> {
+        self.look();
+        self.log.mapped(mapping)
+    }
+
+    fn harvest(&self) -> Harvest {
+        self.log.harvest()
+    }
+
+    fn unmapped(&mut self, mapping: &Mapping, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        self.look();
+        self.log.unmapped(mapping, sink)
+    }
+
+    fn forget(&mut self, mapping: &Mapping) {
+        self.log.forget(mapping);
+    }
+
+    fn standing_bytes(&self) -> u64 {
+        self.log.standing_bytes()
+    }
+
+    fn stop(&mut self) -> Result<(), SourceError> {
+        self.look();
+        self.log.stop()
+    }
+}
 
 #[derive(Debug, Clone, Copy)]
 enum Log {
@@ -61,6 +142,11 @@ enum Allocator {
 struct Figures {
     changes: u64,
     words: u64,
+    /// Words that the engine wrote by itself.
+    own_words: u64,
+    /// Times that the device's log was re-armed.
+    restarts: u32,
+    took: Duration,
     rounds: u32,
     pages: u64,
     most_pages: u64,
@@ -68,6 +154,18 @@ struct Figures {
     late: (u64, u32),
     /// Pages at the end, when the device stood still.
     last: u64,
+}
+
+impl Figures {
+    /// Checks that so many changes came, fast, among rounds and writes of the engine's own.
+    fn assert_storm(&self, changes: u64, at: &str) {
+        assert_eq!(self.changes, changes, "{at}");
+        let most = Duration::from_secs(changes / LEAST_CHANGES_PER_S);
+        assert!(self.took <= most, "{at}: no storm: {self:?}");
+        assert!(u64::from(self.rounds) >= changes / MOST_CHANGES_PER_ROUND, "{at}: few rounds: {self:?}");
+        assert!(self.own_words >= changes / MOST_CHANGES_PER_WORD, "{at}: few writes: {self:?}");
+        assert_eq!(self.words, changes + self.own_words, "{at}");
+    }
 }
 
 /// The guest that maps and unmaps.
@@ -150,6 +248,7 @@ struct Storm {
     guest: Guest,
     copy: Vec<u64>,
     changes: u64,
+    restarts: Arc<AtomicU32>,
     began: Instant,
     figures: Figures,
 }
@@ -162,12 +261,16 @@ impl Storm {
     fn new(mdev: &str, log: Log, seed: u64, changes: u64) -> Self {
         let device = Device::open("mdev", mdev);
         unmap(&device, IOVA, BYTES);
+        let restarts = Arc::default();
         let source: Box<dyn DirtySource> = match log {
             Log::Container => {
                 let container = device.container.try_clone().unwrap();
                 Box::new(ContainerLog::new("container", container, 3, Meaning::Written).unwrap())
             }
-            Log::Device => Box::new(DeviceLog::new("device-log", device.file.try_clone().unwrap()).unwrap()),
+            Log::Device => {
+                let log = DeviceLog::new("device-log", device.file.try_clone().unwrap()).unwrap();
+                Box::new(CountedLog { log, covered: Vec::new(), restarts: Arc::clone(&restarts) })
+            }
         };
         let mut guest = Guest::new(seed);
         let mut journal = IovaMap::journal();
@@ -190,6 +293,7 @@ impl Storm {
             guest,
             copy,
             changes,
+            restarts,
             began: Instant::now(),
             figures: Figures::default(),
         }
@@ -305,7 +409,10 @@ impl Storm {
             sleep(Duration::from_millis(1));
         }
         self.figures.last = self.compare(&format!("{at}, end"));
-        self.figures.words += self.device.read(POSITION);
+        self.figures.took = self.began.elapsed();
+        self.figures.own_words = self.device.read(POSITION);
+        self.figures.words += self.figures.own_words;
+        self.figures.restarts = self.restarts.load(Ordering::Relaxed);
         self.device.write(CONTROL, 0).unwrap();
         self.tracker.end(self.cursor).unwrap();
         self.figures
@@ -320,19 +427,25 @@ fn storm(test: &str, log: Log, seeds: std::ops::Range<u64>, changes: u64) {
         let _ranges = Parameter::fixture("log_max_ranges", seed / 6 % 2 * 4);
         let storm = Storm::new(&mdev, log, seed, changes);
         let (at, allocator) = (format!("{test}, seed {seed}"), storm.guest.allocator);
-        let began = Instant::now();
         let figures = storm.run(&at);
         let mean = figures.late.0 / u64::from(figures.late.1.max(1));
         eprintln!(
-            "{at}, {allocator:?}: {} changes and {} words in {:.1} s, {} rounds of {mean} pages late, {} at most, {} at the end",
+            "{at}, {allocator:?}: {} changes and {} words in {:.1} s, {} restarts, {} rounds of {mean} pages late, {} at most, {} at the end",
             figures.changes,
             figures.words,
-            began.elapsed().as_secs_f64(),
+            figures.took.as_secs_f64(),
+            figures.restarts,
             figures.rounds,
             figures.most_pages,
             figures.last,
         );
-        assert!(figures.words >= figures.changes, "{at}: {figures:?}");
+        figures.assert_storm(changes, &at);
+        let least = match (log, allocator) {
+            (Log::Container, _) => 0,
+            (Log::Device, Allocator::Anywhere) => LEAST_RESTARTS,
+            (Log::Device, Allocator::Upward | Allocator::Downward) => LEAST_RESTARTS_WANDERING,
+        };
+        assert!(figures.restarts >= least, "{at}: the log was re-armed too few times: {figures:?}");
         // Not all of memory again and again.
         assert!(mean <= PAGES as u64 / 2 && figures.last <= PAGES as u64 / 2, "{at}: {figures:?}");
     }
