@@ -2,8 +2,6 @@
 
 //! Fills a VM's memory from a snapshot, on all processors.
 
-use std::io;
-
 use super::error::LocalSendError;
 use super::handle::LocalSenderHandle;
 use super::memory::VmMemory;
@@ -28,27 +26,9 @@ pub(super) fn all(
     let turns: Vec<_> = with_data.chunks(BLOCKS_AT_ONCE).collect();
     parallel::for_each(&turns, parallel::processors(), threads, |turn| {
         handle.check()?;
-        let mut bytes = Vec::new();
-        turn.iter().try_for_each(|&number| {
-            let written = fill_block(blocks, number, memory, &mut bytes).map_err(LocalSendError::Fill)?;
-            handle.add_filled(written);
-            Ok(())
-        })
+        let mut buffer = Vec::new();
+        let parts = blocks.read_many(turn, &mut buffer).map_err(LocalSendError::Fill)?;
+        handle.add_filled(memory.write_data(&parts).map_err(LocalSendError::Fill)?);
+        Ok(())
     })
-}
-
-fn fill_block(
-    blocks: &ChainBlocks<'_>,
-    number: usize,
-    memory: &VmMemory,
-    bytes: &mut Vec<u8>,
-) -> io::Result<u64> {
-    blocks.read(number, bytes)?;
-    let mut written = 0;
-    for part in blocks.parts(number) {
-        let at = usize::try_from(part.at).map_err(io::Error::other)?;
-        let length = usize::try_from(part.range.len()).map_err(io::Error::other)?;
-        written += memory.write_data(part.range, &bytes[at..at + length])?;
-    }
-    Ok(written)
 }

@@ -3,19 +3,22 @@
 //! A VM's memory in memfds of ours, one for each slot.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
-use rustix::io::retry_on_intr;
+use rustix::io::{pwritev, retry_on_intr};
 
 use super::error::LocalSendError;
 use crate::range::GpaRange;
 use crate::snapshot::RamSlot;
 use crate::transfer::limits::GUEST_PAGE_BYTES;
+
+/// Most parts that one system call takes.
+const MOST_SLICES: usize = 1024;
 
 #[derive(Debug)]
 struct SlotMemory {
@@ -50,18 +53,37 @@ impl VmMemory {
         self.0.iter().map(|part| (part.slot.slot, part.file.as_fd()))
     }
 
-    /// Writes the bytes of `range`, but for pages of zeros: these stay holes. Returns how many bytes it wrote.
+    /// Writes `parts`, ascending, but for pages of zeros: these stay holes. Returns how many bytes it wrote.
+    ///
+    /// What lies in a row goes to the file at once: it has one writer at a time.
     ///
     /// # Errors
     /// There is no memory left.
-    pub(super) fn write_data(&self, range: GpaRange, bytes: &[u8]) -> io::Result<u64> {
+    pub(super) fn write_data(&self, parts: &[(GpaRange, &[u8])]) -> io::Result<u64> {
+        let mut row: Option<Row<'_>> = None;
         let mut written = 0;
-        for run in data_runs(bytes) {
-            written += run.len() as u64;
-            let start = range.start() + run.start as u64;
-            let run_range = GpaRange::new(start, run.len() as u64).map_err(io::Error::other)?;
-            self.write(run_range, &bytes[run])?;
+        for (range, bytes) in parts {
+            for run in data_runs(bytes) {
+                written += run.len() as u64;
+                let run_range = GpaRange::new(range.start() + run.start as u64, run.len() as u64);
+                let run_range = run_range.map_err(io::Error::other)?;
+                for place in self.places(run_range) {
+                    let at = run.start
+                        + usize::try_from(place.range.start() - run_range.start())
+                            .map_err(io::Error::other)?;
+                    let length = usize::try_from(place.range.len()).map_err(io::Error::other)?;
+                    let bytes = &bytes[at..at + length];
+                    match &mut row {
+                        Some(row) if row.goes_on_at(&place) => row.push(bytes),
+                        other => {
+                            other.take().map_or(Ok(()), Row::write)?;
+                            row = Some(Row::new(&place, bytes));
+                        }
+                    }
+                }
+            }
         }
+        row.map_or(Ok(()), Row::write)?;
         Ok(written)
     }
 
@@ -118,6 +140,43 @@ struct Place<'a> {
     offset: u64,
 }
 
+/// Bytes that lie in a row in one file.
+struct Row<'a> {
+    file: &'a File,
+    offset: u64,
+    end: u64,
+    slices: Vec<IoSlice<'a>>,
+}
+
+impl<'a> Row<'a> {
+    fn new(place: &Place<'a>, bytes: &'a [u8]) -> Self {
+        let end = place.offset + bytes.len() as u64;
+        Self { file: place.file, offset: place.offset, end, slices: vec![IoSlice::new(bytes)] }
+    }
+
+    fn goes_on_at(&self, place: &Place<'a>) -> bool {
+        std::ptr::eq(self.file, place.file) && self.end == place.offset && self.slices.len() < MOST_SLICES
+    }
+
+    fn push(&mut self, bytes: &'a [u8]) {
+        self.slices.push(IoSlice::new(bytes));
+        self.end += bytes.len() as u64;
+    }
+
+    fn write(mut self) -> io::Result<()> {
+        let mut left = self.slices.as_mut_slice();
+        while !left.is_empty() {
+            let written = retry_on_intr(|| pwritev(self.file, left, self.offset))?;
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            self.offset += written as u64;
+            IoSlice::advance_slices(&mut left, written);
+        }
+        Ok(())
+    }
+}
+
 fn one_hole(slot: RamSlot) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = File::from(memfd_create(format!("vm-slot-{}", slot.slot), flags)?);
@@ -172,7 +231,15 @@ mod tests {
         let memory = VmMemory::make(&[high, low]).unwrap();
         let mut bytes = vec![0; 0x4000];
         bytes[0x1000..0x3000].fill(9);
-        assert_eq!(memory.write_data(range(0xe000, 0x4000), &bytes).unwrap(), 0x2000);
+        assert_eq!(
+            memory
+                .write_data(&[
+                    (range(0xe000, 0x1000), &bytes[..0x1000]),
+                    (range(0xf000, 0x3000), &bytes[0x1000..])
+                ])
+                .unwrap(),
+            0x2000
+        );
         let read = |number: usize, at: u64| {
             let mut byte = [0];
             memory.0[number].file.read_exact_at(&mut byte, at).unwrap();

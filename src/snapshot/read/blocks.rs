@@ -112,6 +112,36 @@ impl<'a> ChainBlocks<'a> {
         parts.map(|&(_, number)| number)
     }
 
+    /// Reads blocks that are not zeros, in any order, and checks each as [`ChainBlocks::read`] does; what lies in a row in a file is read at once.
+    /// Returns the memory that they hold with its bytes, which are in `buffer`, ascending by address.
+    ///
+    /// # Errors
+    /// As [`ChainBlocks::read`].
+    pub(crate) fn read_many<'b>(
+        &self,
+        numbers: &[usize],
+        buffer: &'b mut Vec<u8>,
+    ) -> io::Result<Vec<(GpaRange, &'b [u8])>> {
+        let mut placed: Vec<_> =
+            numbers.iter().filter_map(|&number| Some((self.blocks[number].place?, number))).collect();
+        placed.sort_unstable();
+        let mut found = Vec::new();
+        let mut end = 0;
+        for row in placed.chunk_by(|((layer, block), _), (next, _)| *next == (*layer, block + 1)) {
+            let Some(((layer, first), _)) = row.first() else { continue };
+            let Some(reader) = &self.readers[*layer] else { continue };
+            let begin = end;
+            end += reader.read_blocks(*first..first + row.len() as u64, buffer, begin)?;
+            let at = |nth: usize, at: u64| begin + nth * index(reader.block_bytes()) + index(at);
+            let parts = row.iter().enumerate().flat_map(|(nth, (_, number))| {
+                self.parts(*number).iter().map(move |part| (part.range, at(nth, part.at)))
+            });
+            found.extend(parts);
+        }
+        found.sort_unstable_by_key(|(range, _)| *range);
+        Ok(found.into_iter().map(|(range, at)| (range, &buffer[at..at + index(range.len())])).collect())
+    }
+
     /// Reads a whole block that is not zeros into `bytes`, and checks it against its digest, however often it was read before.
     ///
     /// # Errors

@@ -153,6 +153,28 @@ impl<'a> MemoryReader<'a> {
         self.check_from_file(block, bytes)
     }
 
+    /// Reads whole blocks in a row to `buffer` at `begin`, and checks each as [`MemoryReader::read_block`] does; returns how many bytes they have.
+    ///
+    /// # Errors
+    /// As [`MemoryReader::read_checked`].
+    pub(crate) fn read_blocks(
+        &self,
+        blocks: Range<u64>,
+        buffer: &mut Vec<u8>,
+        begin: usize,
+    ) -> io::Result<usize> {
+        let (from, to) = (self.whole(blocks.start).start, self.whole(blocks.end - 1).end);
+        let length = index(to - from);
+        if buffer.len() < begin + length {
+            resize(buffer, begin + length)?;
+        }
+        let bytes = &mut buffer[begin..begin + length];
+        self.read_at(bytes, from)?;
+        let mut each = blocks.zip(bytes.chunks(index(self.block_bytes())));
+        each.try_for_each(|(block, bytes)| self.check(block, Some(bytes)))?;
+        Ok(length)
+    }
+
     /// The file, for messages.
     pub(crate) fn path(&self) -> PathBuf {
         self.dir.join(self.name)
