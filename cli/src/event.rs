@@ -159,8 +159,6 @@ pub(crate) enum Event<'a> {
         filled_bytes: u64,
         /// From the first connection to the end.
         total_ms: u128,
-        /// Pages that were written and never asked for on demand: if there are any, the VM may have ended before.
-        unasked_pages: u64,
         /// What was asked for on demand; `null` without that.
         faults: Option<Faults>,
     },

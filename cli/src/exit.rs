@@ -21,7 +21,7 @@ pub(crate) enum Exit {
     Io = 4,
     /// What arrived, or lies on disk, is not what was sent or written.
     Verification = 5,
-    /// The last message of a migration went unanswered: its VM may be on either side.
+    /// The last message of a migration went unanswered, so that its VM may be on either side; or a VM that got all its memory may have ended.
     OutcomeUnknown = 6,
     /// Given up on request.
     Cancelled = 130,

@@ -13,6 +13,7 @@ use vfio_migration::offload::{
     LocalSent,
 };
 use vfio_migration::snapshot::{PassThrough, SnapshotChain};
+use vfio_migration::transfer::frame::Command;
 use vfio_migration::transfer::url::Endpoint;
 
 use crate::args::SendArguments;
@@ -30,6 +31,9 @@ const SLOW: Duration = Duration::from_secs(3);
 
 /// How long a sender may take to say that the VM was ended on request.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What a receiver may lack that refused State before it asked for a page.
+const NO_FAULT_HINT: &str = "it asked for no page: without memory_mode=postcopy a receiver takes no memory on demand, only without --on-demand";
 
 /// Sends the VM, and tells how it goes.
 pub(crate) fn send_local(arguments: &SendArguments) -> ExitCode {
@@ -55,7 +59,7 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<LocalSent,
     let (paused, on_demand, limits) = (arguments.paused, arguments.on_demand, arguments.limits());
     let options = LocalSendOptions { config, paused, on_demand, limits, snapshot_limits };
     let sender = LocalSender::new(chain, options)?;
-    let handle = sender.handle();
+    let (handle, looked_at) = (sender.handle(), sender.handle());
     let stop = stop_flag_or(move || {
         if on_demand && handle.is_too_late() {
             handle.abort();
@@ -66,7 +70,8 @@ fn try_send(arguments: &SendArguments, output: &mut Output) -> Result<LocalSent,
     })?;
     let mut watched = Watched { arguments, handle: sender.handle(), handed_over: false, slow: false };
     let sent = watch("sends", move || sender.send(&arguments.url), &stop, &mut watched, output)?;
-    sent.map_err(|error| failure(error, &devices))
+    let asks_for_none = on_demand && looked_at.progress().faults.served == 0;
+    sent.map_err(|error| failure(error, &devices, asks_for_none))
 }
 
 /// A sender that is looked at.
@@ -149,29 +154,23 @@ fn told(faults: &FaultProgress) -> String {
     )
 }
 
-/// Pages that a receiver never asked for in words.
-fn told_unasked(pages: u64) -> String {
-    match pages {
-        0 => String::new(),
-        1 => "; all memory was written, but 1 page was never asked for: look whether the VM lives".to_owned(),
-        _ => format!(
-            "; all memory was written, but {pages} pages were never asked for: look whether the VM lives"
-        ),
-    }
-}
-
 /// A stored VM stays what it is: nothing is to be resumed or ended here.
-fn failure(error: LocalSendError, devices: &[PassThrough]) -> Failure {
+fn failure(error: LocalSendError, devices: &[PassThrough], asks_for_none: bool) -> Failure {
     if error.is_outcome_unknown() {
-        let message = format!(
-            "Outcome unknown: receiver did not answer whether it runs the VM; look there before it is sent again: {}",
-            Chain(&error)
-        );
+        let why = match error {
+            LocalSendError::Unasked { .. } => "the VM may have ended",
+            _ => "receiver did not answer whether it runs the VM",
+        };
+        let message =
+            format!("Outcome unknown: {why}; look there before it is sent again: {}", Chain(&error));
         return Failure { exit: Exit::OutcomeUnknown, message };
     }
     let refused = matches!(error, LocalSendError::Refused { .. } | LocalSendError::Closed { .. });
+    let is_state = matches!(error, LocalSendError::Refused { command } if command == Command::State);
+    let asks_for_none = (asks_for_none && is_state).then_some(NO_FAULT_HINT);
     let Failure { exit, message } = error.into();
-    let hint = refusal_hint(devices).filter(|_| refused).map(|hint| format!(" ({hint})"));
+    let hint = refusal_hint(devices).or_else(|| asks_for_none.map(str::to_owned));
+    let hint = hint.filter(|_| refused).map(|hint| format!(" ({hint})"));
     Failure { exit, message: message + &hint.unwrap_or_default() }
 }
 
@@ -182,15 +181,10 @@ fn tell_sent(arguments: &SendArguments, sent: LocalSent, output: &mut Output) {
         ram_bytes: progress.ram_bytes,
         filled_bytes: progress.filled_bytes,
         total_ms: sent.took.as_millis(),
-        unasked_pages: sent.unasked_pages,
         faults: arguments.on_demand.then(|| Faults::of(&progress)),
     };
     output.result(&event, || {
-        let state = match (sent.unasked_pages, arguments.paused) {
-            (0, true) => "stands paused now",
-            (0, false) => "is now",
-            _ => "was",
-        };
+        let state = if arguments.paused { "stands paused now" } else { "is now" };
         let from: Vec<_> = arguments.from.iter().map(|dir| dir.display().to_string()).collect();
         let passed = format!(
             "Passed {} to {}, where the VM {state}: {} of its {} filled in {:.1} s, the rest is zeros",
@@ -204,7 +198,6 @@ fn tell_sent(arguments: &SendArguments, sent: LocalSent, output: &mut Output) {
             return passed;
         };
         let last_page = last_page.as_secs_f64();
-        let unasked = told_unasked(sent.unasked_pages);
-        format!("{passed}; last page written after {last_page:.1} s, {}{unasked}", told(&progress.faults))
+        format!("{passed}; last page written after {last_page:.1} s, {}", told(&progress.faults))
     });
 }

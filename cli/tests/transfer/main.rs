@@ -20,6 +20,7 @@ mod hostile_source;
 mod kills;
 mod local;
 mod local_send;
+mod mixed_up;
 mod on_demand;
 mod paused;
 mod raw;

@@ -132,7 +132,6 @@ fn every_page_is_right_in_order_and_out_of_it_and_is_left_alone_once_it_was_give
     let figures = &last["faults"];
     assert_eq!(figures["asked_bytes"], RAM);
     assert_eq!(figures["ahead_bytes"], 0);
-    assert_eq!(last["unasked_pages"], 0);
     assert!(figures["served"].as_u64().unwrap() >= RAM / PAGE + 200, "{figures}");
     assert!((150..=210).contains(&figures["jumps"].as_u64().unwrap()), "{figures}");
     assert!(figures["last_page_ms"].is_u64(), "{figures}");
@@ -191,7 +190,7 @@ fn one_page_may_be_asked_for_ten_thousand_times() {
 }
 
 #[test]
-fn all_is_written_ahead_though_nobody_asks_and_an_end_after_that_is_no_failure() {
+fn all_is_written_ahead_though_nobody_asks_and_an_end_after_that_is_no_success() {
     let place = Place::new();
     let (mut tool, _line, running, _) = run_one(&place, &[]);
     let begun = Instant::now();
@@ -201,12 +200,11 @@ fn all_is_written_ahead_though_nobody_asks_and_an_end_after_that_is_no_failure()
     }
     assert!(!tool.ends_within(Duration::from_millis(300)), "it waits for the receiver");
     assert!(running.passed.memory() == running.stored, "memory differs");
-    drop(running);
-    let last = tool.end().succeeded().last();
-    let asked = last["faults"]["asked_bytes"].as_u64().unwrap();
-    assert!(asked < RAM, "{last}");
-    // Who knows whether the VM has ended meanwhile?
-    assert_eq!(last["unasked_pages"], (RAM - asked) / PAGE);
+    drop(running.faults);
+    // Two pages were asked for. Cloud Hypervisor asks for all: so its VM has ended.
+    let ended = tool.end().failed(6, "which was written: 16382 pages not asked for");
+    assert!(ended.stderr.contains("the VM may have ended; look there"), "{ended:?}");
+    assert!(running.passed.memory() == running.stored, "a VM that lives, after all, keeps its memory");
 }
 
 #[test]

@@ -138,6 +138,16 @@ pub enum LocalSendError {
         /// Pages of 4 KiB.
         pages: u64,
     },
+    /// The receiver closed the connection before it had asked for all memory, though it had all: its VM has ended, unless the receiver is one
+    /// that never asks for some.
+    #[error(
+        "Receiver, or its VM, ended before it had asked for all memory, which was written: {} not asked for",
+        Count(.pages, "page")
+    )]
+    Unasked {
+        /// Pages of 4 KiB.
+        pages: u64,
+    },
     /// It was given up here although the receiver ran the VM.
     #[error("Sending was given up here, and the VM ended: {} not asked for", Count(.pages, "page"))]
     Aborted {
@@ -156,6 +166,7 @@ impl LocalSendError {
     /// Whether the receiver may run the VM although it did not say so.
     pub fn is_outcome_unknown(&self) -> bool {
         let command = match self {
+            Self::Unasked { .. } => return true,
             Self::Line { command, .. }
             | Self::Closed { command }
             | Self::Silent { command, .. }

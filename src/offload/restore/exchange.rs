@@ -92,3 +92,22 @@ fn check_answer(command: Command, bytes: [u8; HEADER_BYTES], waited: Duration) -
         Status::Error => Err(LocalSendError::Refused { command }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_receiver_that_refuses_state_after_half_a_minute_has_waited_for_faults() {
+        let refusal = |command, seconds| {
+            let answer = Response::new(Status::Error).to_bytes();
+            check_answer(command, answer, Duration::from_secs(seconds)).unwrap_err()
+        };
+        let error = refusal(Command::State, 30);
+        assert!(matches!(error, LocalSendError::OnDemandReceiver { .. }), "{error}");
+        assert!(error.to_string().contains("memory_mode=postcopy"), "{error}");
+        for (command, seconds) in [(Command::State, 10), (Command::Config, 30), (Command::Complete, 30)] {
+            assert!(matches!(refusal(command, seconds), LocalSendError::Refused { .. }));
+        }
+    }
+}

@@ -58,19 +58,18 @@ impl<'a> FaultServer<'a> {
         Self { connection, supply, memory, prefetch, handle, asked, is_over: false }
     }
 
-    /// Answers until the receiver has asked for everything, or closes the connection. Returns how many pages it never asked for,
-    /// though they are in memory.
+    /// Answers until the receiver has asked for everything and closes the connection.
     ///
     /// # Errors
-    /// A page cannot be given, or makes no sense; or the connection ended before everything was asked for and is in memory. Where the
-    /// receiver waits for an answer, it got an error, after the memory was taken away from it.
-    pub(super) fn serve(mut self) -> Result<u64, LocalSendError> {
+    /// A page cannot be given, or makes no sense; or the connection ended before everything was asked for. Where the receiver waits for an
+    /// answer, it got an error, after the memory was taken away from it.
+    pub(super) fn serve(mut self) -> Result<(), LocalSendError> {
         let served = self.serve_until_the_end();
         // Whatever else failed, failed because of that.
         if self.handle.is_aborted() && !self.is_over {
             return Err(LocalSendError::Aborted { pages: self.asked.left() });
         }
-        served.map(|()| self.asked.left())
+        served
     }
 
     fn serve_until_the_end(&mut self) -> Result<(), LocalSendError> {
@@ -103,11 +102,15 @@ impl<'a> FaultServer<'a> {
         }
     }
 
-    /// Tells the end of a VM from the end of its restore.
+    /// Tells the end of a VM from the end of its restore: a receiver asks for all memory, also for what was written before.
     fn ended(&mut self) -> Result<(), LocalSendError> {
-        let has_all = self.asked.left() == 0 || self.supply.is_complete();
-        self.is_over = has_all && self.handle.let_go();
-        if self.is_over { Ok(()) } else { Err(LocalSendError::Gone { pages: self.asked.left() }) }
+        let pages = self.asked.left();
+        self.is_over = (pages == 0 || self.supply.is_complete()) && self.handle.let_go();
+        match pages {
+            _ if !self.is_over => Err(LocalSendError::Gone { pages }),
+            0 => Ok(()),
+            _ => Err(LocalSendError::Unasked { pages }),
+        }
     }
 
     /// Answers one request; returns whether the guest waited for it, or `None` where the receiver said goodbye.

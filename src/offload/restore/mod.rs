@@ -61,9 +61,6 @@ pub struct LocalSent {
     pub progress: LocalSendProgress,
     /// From the first connection to the end: the last answer, or, with memory on demand, the last page that the receiver asked for.
     pub took: Duration,
-    /// With memory on demand: pages of 4 KiB that the receiver never asked for before it closed the connection. If there are any, all memory
-    /// was written, but the receiver's VM may have ended before it had need of them.
-    pub unasked_pages: u64,
 }
 
 /// Sends a stored VM to a Cloud Hypervisor that waits in `receive-migration` on this host, its memory as descriptors.
@@ -142,11 +139,11 @@ impl LocalSender {
         let sent = if self.options.on_demand {
             self.serve(&mut exchange, url, (&blocks, &memory))
         } else {
-            self.fill_and_hand_over(&mut exchange, &blocks, &memory).map(|()| 0)
+            self.fill_and_hand_over(&mut exchange, &blocks, &memory)
         };
         exchange.connection.close(limits.linger);
-        let unasked_pages = sent?;
-        Ok(LocalSent { progress: self.handle.progress(), took: self.handle.elapsed(), unasked_pages })
+        sent?;
+        Ok(LocalSent { progress: self.handle.progress(), took: self.handle.elapsed() })
     }
 
     fn fill_and_hand_over(

@@ -29,13 +29,13 @@ const TICK: Duration = Duration::from_millis(1);
 const FIRST_FAULT: Duration = Duration::from_secs(10);
 
 impl LocalSender {
-    /// Hands the VM over, and serves its faults until all of its memory was asked for. Returns how many pages were not.
+    /// Hands the VM over, and serves its faults until all of its memory was asked for.
     pub(super) fn serve(
         &self,
         exchange: &mut Exchange<'_>,
         url: &Url,
         (blocks, memory): (&ChainBlocks<'_>, &VmMemory),
-    ) -> Result<u64, LocalSendError> {
+    ) -> Result<(), LocalSendError> {
         let supply = Supply::of(blocks, memory, &self.handle);
         // The receiver registers none of these ranges, and so never asks for them.
         self.fill_hotpluggable(&supply)?;
@@ -86,8 +86,8 @@ impl LocalSender {
         &self,
         exchange: &mut Exchange<'_>,
         prefetch: &Prefetch,
-        serving: ScopedJoinHandle<'_, Result<u64, LocalSendError>>,
-    ) -> Result<u64, LocalSendError> {
+        serving: ScopedJoinHandle<'_, Result<(), LocalSendError>>,
+    ) -> Result<(), LocalSendError> {
         let result = |serving: ScopedJoinHandle<'_, _>| {
             serving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
