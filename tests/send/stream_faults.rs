@@ -4,6 +4,7 @@
 
 use std::io;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
+use std::thread;
 use std::time::Duration;
 
 use vfio_migration::device::{
@@ -302,6 +303,12 @@ fn source_came_to(
 
 const EFFECTS: [Effect; 3] = [Effect::Fails, Effect::Breaks, Effect::IsReset];
 
+/// Tries each effect on a thread of its own: most of the time is spent waiting.
+fn for_each_effect(try_one: impl Fn(Effect) + Sync) {
+    let try_one = &try_one;
+    thread::scope(|scope| EFFECTS.map(|effect| scope.spawn(move || try_one(effect))).map(drop));
+}
+
 #[test]
 fn any_call_of_a_device_that_fails_on_its_way_out_costs_no_state_and_no_device() {
     let reads = [(PreCopy, 0), (PreCopy, EARLY * 3 / 4), (PreCopy, EARLY - 1), (StopCopy, EARLY)];
@@ -331,14 +338,14 @@ fn a_device_that_does_not_run_on_at_once_after_a_failure_runs_in_the_end() {
 
 #[test]
 fn a_device_that_does_not_tell_its_state_on_its_way_out_costs_no_state_and_no_device() {
-    for effect in EFFECTS {
+    for_each_effect(|effect| {
         let mut connections = [1, 4].into_iter().cycle();
         let came_to = |&times: &u32| {
             source_came_to(((Call::State(times), effect), None), connections.next().unwrap(), |_| ())
         };
         let times = (0..100).take_while(came_to).count();
         assert!((5..100).contains(&times), "{times} times, {effect:?}");
-    }
+    });
 }
 
 #[test]
@@ -405,7 +412,7 @@ fn any_call_of_a_device_that_fails_on_its_way_in_leaves_nothing_and_the_next_att
 
 #[test]
 fn a_device_that_does_not_tell_its_state_on_its_way_in_leaves_nothing() {
-    for effect in EFFECTS {
+    for_each_effect(|effect| {
         let mut connections = [1, 4].into_iter().cycle();
         let came_to = |&times: &u32| {
             let fault = Some((Call::State(times), effect));
@@ -413,7 +420,7 @@ fn a_device_that_does_not_tell_its_state_on_its_way_in_leaves_nothing() {
         };
         let times = (0..100).take_while(came_to).count();
         assert!((3..100).contains(&times), "{times} times, {effect:?}");
-    }
+    });
 }
 
 #[test]
