@@ -74,7 +74,7 @@ pub enum LocalEvent {
     },
     /// The copy of the running VM is over, and it is paused next.
     Copied {
-        /// Bytes that were copied; holes are none.
+        /// Bytes that were copied; holes are none, but where a base has something.
         bytes: u64,
         /// Whether that is all there was.
         whole: bool,
@@ -196,7 +196,9 @@ pub(crate) fn copy_warm(
     until: Option<Instant>,
     watch: Watch<'_>,
 ) -> io::Result<Copied> {
-    let units = seen.units_of(&files.data()?);
+    // Holes, too, where a base has something: then they are looked at now, and not once the VM is paused.
+    let ranges: Vec<_> = files.data()?.into_iter().chain(writer.stored()?).collect();
+    let units = seen.units_of(&ranges);
     each_piece(units, seen.piece_bytes(), until, watch, writer.threads(), |piece, bytes| {
         resize(bytes, index(piece.len()))?;
         let bytes = &mut bytes[..index(piece.len())];

@@ -47,6 +47,17 @@ fn take(
     base: Option<Base>,
     warm_timeout: Option<Duration>,
 ) -> Vec<LocalEvent> {
+    take_while(guest, later, unplugged, (target, base, warm_timeout), || ())
+}
+
+/// As [`take`]; does `something` after the Config is answered.
+fn take_while(
+    guest: &mut Guest,
+    later: Vec<(u64, u64)>,
+    unplugged: &[GpaRange],
+    (target, base, warm_timeout): (&Path, Option<Base>, Option<Duration>),
+    something: impl FnOnce(),
+) -> Vec<LocalEvent> {
     let events = Arc::new(Mutex::new(Vec::new()));
     let told = Arc::clone(&events);
     let observer: Box<dyn FnMut(LocalEvent) + Send> = Box::new(move |event| told.lock().unwrap().push(event));
@@ -59,6 +70,7 @@ fn take(
         destination.descriptor(slot, memory.try_clone().unwrap().into()).unwrap();
     }
     destination.config(&config_of(guest)).unwrap();
+    something();
     for (number, seed) in later {
         if !guest.write([(number, seed)]).is_empty() {
             memory.write_all_at(&page_of(seed), number * page()).unwrap();
@@ -159,4 +171,20 @@ fn memory_that_is_not_plugged_costs_nothing_at_the_end_and_what_is_behind_it_lit
             }
         }
     }
+}
+
+#[test]
+fn holes_where_the_base_has_something_are_not_looked_at_again_in_the_pause() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut guest, base, next) = (Guest::small(), dir.path().join("base"), dir.path().join("next"));
+    guest.write_full(&base);
+    // All that was there is gone.
+    guest.seeds.clear();
+    let against = Some(Base::open([&base], &SnapshotLimits::default()).unwrap());
+    // From here on nothing of the base can be read: its memory has lost its bytes.
+    let events = take_while(&mut guest, Vec::new(), &[], (&next, against, Some(Duration::MAX)), || {
+        File::options().write(true).open(base.join(MEMORY_FILE)).unwrap().set_len(0).unwrap();
+    });
+    assert_eq!(written_in_pause(&events), 0, "{events:?}");
+    assert_clean(&next);
 }
