@@ -34,6 +34,7 @@ mod sick_host;
 mod stored;
 mod tls;
 mod tool;
+mod units;
 mod unprivileged;
 #[path = "../../../tests/local_send/vmm.rs"]
 mod vmm;
