@@ -309,6 +309,7 @@ fn figures_of(sent: &Sent, downtime_ms: u64) -> MigrationFigures {
                 sent.device_downtimes.iter().map(|share| micros(share.took)).max().unwrap_or(0),
             ),
         },
+        late_bytes: sent.device_downtimes.iter().map(|share| (share.device.clone(), share.bytes)).collect(),
         degradations: sent.progress.degradations.iter().map(degradation).collect(),
         remark: remark(sent, downtime_ms),
     }

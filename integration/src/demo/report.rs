@@ -2,6 +2,8 @@
 
 //! What the demo tells: figures while it runs, and the report at its end.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// How far a migration is.
@@ -44,6 +46,8 @@ pub struct MigrationFigures {
     pub sources: Vec<SourceReport>,
     /// What moved of the devices.
     pub device: DeviceReport,
+    /// Bytes of state that each device whose state streamed handed over once it was stopped, by its name.
+    pub late_bytes: BTreeMap<String, u64>,
     /// What failed on the way.
     pub degradations: Vec<String>,
     /// That the downtime limit was exceeded, and what is to blame.
