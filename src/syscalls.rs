@@ -249,6 +249,7 @@ pub const LOCAL_SENDER: &[Syscall] = &[
     Syscall::new(libc::SYS_fcntl),
     Syscall::new(libc::SYS_fallocate),
     Syscall::new(libc::SYS_pwrite64),
+    Syscall::new(libc::SYS_pwritev),
     Syscall::new(libc::SYS_socket),
     Syscall::new(libc::SYS_connect),
     Syscall::new(libc::SYS_getsockopt),
