@@ -161,8 +161,9 @@ fn the_guest_notices_a_page_that_is_one_pass_old() {
         wait_for_pass(&machine, pass + 2);
         machine.pause().unwrap();
         machine.memory().write_slice(&stale, GuestAddress(gpa)).unwrap();
+        let pass = machine.passes().unwrap();
         machine.resume().unwrap();
-        wait_for_pass(&machine, pass + 5);
+        wait_for_pass(&machine, pass + 3);
         assert_eq!(machine.faults(), [gpa]);
     });
 }
