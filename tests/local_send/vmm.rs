@@ -120,7 +120,7 @@ impl Line {
         match command {
             7 => {
                 assert_eq!(length, 4);
-                let (number, memory) = self.descriptor();
+                let (number, memory) = self.descriptor()?;
                 assert!(self.passed.files.insert(number, memory.into()).is_none(), "slot {number} twice");
             }
             2 => self.passed.config = serde_json::from_slice(&self.payload(length)?).unwrap(),
@@ -136,13 +136,16 @@ impl Line {
         Some(payload)
     }
 
-    /// Takes the four bytes of a slot, which one descriptor rides on.
-    fn descriptor(&mut self) -> (u32, OwnedFd) {
+    /// Takes the four bytes of a slot, which one descriptor rides on; `None` when the connection was closed before them.
+    fn descriptor(&mut self) -> Option<(u32, OwnedFd)> {
         let (mut number, mut descriptors) = ([0; 4], Vec::new());
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut parts = [IoSliceMut::new(&mut number)];
-        let came = recvmsg(&self.stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+        let came = recvmsg(&self.stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC).ok()?;
+        if came.bytes == 0 {
+            return None;
+        }
         assert_eq!(came.bytes, 4, "the descriptor rides on all four bytes");
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
@@ -150,7 +153,7 @@ impl Line {
             }
         }
         assert_eq!(descriptors.len(), 1);
-        (u32::from_le_bytes(number), descriptors.pop().unwrap())
+        Some((u32::from_le_bytes(number), descriptors.pop().unwrap()))
     }
 
     /// Answers with `status`; a sender that has gone away is no failure of the test's VMM.

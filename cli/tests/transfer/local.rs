@@ -2,6 +2,7 @@
 
 //! A source that passes its memory as descriptors (`local=on`), in bytes spelled out here, honest and otherwise.
 
+mod hostile;
 mod recipes;
 mod unlucky;
 

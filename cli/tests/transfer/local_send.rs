@@ -4,6 +4,7 @@
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::Write;
+use std::net::Shutdown;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -309,4 +310,49 @@ fn a_sender_that_is_killed_at_any_moment_gave_all_memory_or_the_vmm_has_no_vm() 
     };
     let with_vm = (0..30).filter(|_| killed()).count();
     eprintln!("{with_vm} of 30 killed senders had handed the VM over, which takes {undisturbed:?}");
+}
+
+#[test]
+fn a_vmm_that_is_killed_at_any_moment_ends_the_sender_with_what_is_known() {
+    let place = Place::new();
+    // No time goes to memory: the moments are those of what is said.
+    let from = place.stored_holes("from", 8 << 20);
+    let (vmm, tool) = begin(&place, &[&from], &[]);
+    let mut line = vmm.accept();
+    let begun = Instant::now();
+    assert!(line.answer_until(COMPLETE));
+    let undisturbed = begun.elapsed();
+    line.answer(OK);
+    drop(line);
+    tool.end().succeeded();
+    let mut seen = std::collections::BTreeSet::new();
+    for number in 0..60 {
+        // More where this host is so slow that all were killed at the same step.
+        if number >= 30 && seen.len() > 2 {
+            break;
+        }
+        let (vmm, tool) = begin(&place, &[&from], &[]);
+        let mut line = vmm.accept();
+        let killed = line.stream.try_clone().unwrap();
+        let passed = thread::scope(|scope| {
+            scope.spawn(move || {
+                thread::sleep(undisturbed.mul_f64(1.5 * random()));
+                let _ = killed.shutdown(Shutdown::Both);
+            });
+            while line.next().is_some() {
+                line.answer(OK);
+            }
+            line.passed
+        });
+        let Ended { code, stderr, .. } = tool.end();
+        // 6: the VMM may run it, and did not say so.
+        let is_known = match passed.commands.last() {
+            Some(&COMPLETE) => matches!(code, Some(0 | 6)),
+            // What is on its way may be lost, with Complete in it.
+            _ => matches!(code, Some(3 | 6)),
+        };
+        assert!(is_known, "{code:?} {:?} {stderr}", passed.commands);
+        seen.insert(passed.commands.len());
+    }
+    assert!(seen.len() > 1, "{seen:?}");
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use crate::frames::{COMPLETE, ERROR, FOR_FAULTS, OK, STATE, memory, message, request};
+use crate::frames::{COMPLETE, ERROR, FOR_FAULTS, OK, STATE, message, request};
 use crate::local::{Source, config, guest};
 use crate::local_send::{memory_of, text};
 use crate::raw::{NO_DISKS, RAM, state};
@@ -108,12 +108,7 @@ fn descriptors_and_a_connection_to_ask_for_pages_on() {
 }
 
 #[test]
-fn descriptors_and_then_bytes() {
-    let ended = pass_and(|source, _| {
-        assert_eq!(source.ask(&config(NO_DISKS, &[(0, 0, RAM, 0)])), Some(OK));
-        assert_eq!(source.ask(&memory(&[(0, &[7; 4096])])), Some(ERROR));
-    });
-    ended.failed(3, "Memory");
+fn descriptors_and_then_a_request_for_a_page() {
     let ended = pass_and(|source, _| {
         assert_eq!(source.ask(&message(9, &[0; 16])), Some(ERROR));
     });

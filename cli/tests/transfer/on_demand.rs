@@ -3,6 +3,7 @@
 //! `send --local --on-demand`: a VMM that asks for its VM's memory page by page, in bytes spelled out here, honest and otherwise.
 
 mod ends;
+mod hostile;
 
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Read, Write};

@@ -116,6 +116,8 @@ impl LocalSender {
         let served = result(serving);
         match (completed, served) {
             (Ok(()), served) | (Err(LocalSendError::Stopped), served @ Err(_)) => served,
+            // The memory was taken away: whatever the receiver did not say, it does not run the VM.
+            (Err(error), Err(cause)) if error.is_outcome_unknown() => Err(cause),
             (Err(error), _) => Err(error),
         }
     }
