@@ -279,11 +279,12 @@ fn seen_from_source(url: &Url) -> String {
 }
 
 fn give_up(handle: &ReceiverHandle, output: &Output) {
-    if handle.stop() {
-        output.remark("Giving up; the source's VM runs on");
-    } else {
-        output.remark("Too late to give up: the snapshot is being completed");
-    }
+    let has_source = handle.received_bytes() > 0;
+    output.remark(match (handle.stop(), has_source) {
+        (true, true) => "Giving up; the source's VM runs on",
+        (true, false) => "Giving up; no source has come",
+        (false, _) => "Too late to give up: the snapshot is being completed",
+    });
 }
 
 fn tell_progress(handle: &ReceiverHandle, rate: &mut Rate, output: &mut Output) {

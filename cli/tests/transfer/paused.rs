@@ -92,6 +92,8 @@ fn what_the_operator_has_to_know_is_said() {
         let ended = receiver.end().failed(130, said);
         assert!(ended.stderr.contains("ch-remote --api-socket SOCKET send-migration destination_url="));
         assert!(ended.stderr.contains(sent) && ended.stderr.contains("disk locks"), "{ended:?}");
+        // One that only tried the port says nothing.
+        assert!(ended.stderr.contains("Giving up; no source has come"), "{ended:?}");
     }
 }
 

@@ -247,7 +247,11 @@ impl<'a> Parser<'a> {
         if Digest::of(&self.bytes[..body]).as_bytes() != digest {
             return Err(FormatError::Checksum);
         }
-        Ok(manifest)
+        // No writer names a snapshot twice.
+        match manifest.aliases.iter().filter(|alias| alias.as_bytes() == digest).count() as u64 {
+            0 => Ok(manifest),
+            value => Err(FormatError::Field { field: "aliases", value }),
+        }
     }
 
     fn length(&self) -> FormatError {

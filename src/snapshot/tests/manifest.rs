@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use proptest::prelude::*;
+use zerocopy::IntoBytes;
 
 use super::guest::{range, state_text};
 use crate::granule::Granule;
@@ -143,6 +144,18 @@ fn forged(at: usize, number: u64, bytes: usize) -> Result<Manifest, FormatError>
     manifest[at..at + bytes].copy_from_slice(&number.to_le_bytes()[..bytes]);
     reseal(&mut manifest, 0);
     parse(&manifest)
+}
+
+#[test]
+fn a_manifest_that_names_itself_as_an_alias_is_refused() {
+    let (mut bytes, digest) = full().encode().unwrap();
+    let alias = bytes.len() - 64..bytes.len() - 32;
+    bytes[alias].copy_from_slice(digest.as_bytes());
+    let end = bytes.len() - 32;
+    let checksum = Digest::of(&bytes[..end]);
+    bytes[end..].copy_from_slice(checksum.as_bytes());
+    let error = Manifest::parse(&bytes, &SnapshotLimits::default()).unwrap_err();
+    assert!(matches!(error, FormatError::Field { field: "aliases", value: 1 }), "{error}");
 }
 
 #[test]
