@@ -46,6 +46,7 @@ mod incoming;
 #[cfg(feature = "device-state")]
 mod member;
 #[cfg(feature = "device-state")]
+#[cfg_attr(not(feature = "transfer"), expect(dead_code, reason = "states stream in a transfer only"))]
 mod outgoing;
 #[cfg(feature = "device-state")]
 mod pace;
