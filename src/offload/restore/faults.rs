@@ -132,8 +132,6 @@ impl<'a> FaultServer<'a> {
             return Ok(None);
         }
         let page = self.page_of(range)?;
-        let place = self.asked.note(page);
-        self.handle.note_asked(place.fresh_bytes);
         if !self.supply.has(page) {
             let bring = || self.supply.bring(page, scratch);
             self.prefetch.serve(page, bring).map_err(LocalSendError::Fill)?;
@@ -142,6 +140,9 @@ impl<'a> FaultServer<'a> {
         if self.connection.write_all(&answer).is_err() {
             return Ok(None);
         }
+        // One that got no answer did not get the page.
+        let place = self.asked.note(page);
+        self.handle.note_asked(place.fresh_bytes);
         if place.at_cursor {
             self.supply.holding(page).next().into_iter().for_each(|number| self.prefetch.skip_to(number));
         } else if place.is_jump {

@@ -36,6 +36,8 @@ struct State {
     syncing: u64,
     /// Bytes that may be missing on disk before writers wait.
     most: u64,
+    /// How long those who write may wait for the disk; `None`: for as long as it takes.
+    until: Option<Instant>,
     /// Whether to sync what there is, however little.
     hurried: bool,
     over: bool,
@@ -46,7 +48,7 @@ struct State {
 impl Default for State {
     fn default() -> Self {
         let most = *MISSING_BYTES.start();
-        Self { written: 0, syncing: 0, most, hurried: false, over: false, failed: None }
+        Self { written: 0, syncing: 0, most, until: None, hurried: false, over: false, failed: None }
     }
 }
 
@@ -149,11 +151,16 @@ impl WriteBack {
         if state.is_due() {
             self.shared.due.notify_one();
         }
-        let state = self.shared.synced.wait_while(state, |state| state.is_full());
-        match &state.unwrap_or_else(PoisonError::into_inner).failed {
-            Some(error) => Err(same(error)),
-            None => Ok(()),
+        while state.is_full() {
+            let Some(left) = left_of(state.until) else { break };
+            (state, _) = self.shared.synced.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
         }
+        state.failed.as_ref().map_or(Ok(()), |error| Err(same(error)))
+    }
+
+    /// Has those who write wait for the disk no longer than `until`; `None`: for as long as it takes.
+    pub(crate) fn wait_until(&self, until: Option<Instant>) {
+        self.shared.lock().until = until;
     }
 
     /// Begins to sync what was written until now; does not wait for it.
@@ -198,6 +205,11 @@ impl Drop for WriteBack {
     fn drop(&mut self) {
         self.shared.end();
     }
+}
+
+/// How long there is `until` then; `None` once it is over.
+fn left_of(until: Option<Instant>) -> Option<Duration> {
+    until.map_or(Some(Duration::MAX), |until| until.checked_duration_since(Instant::now()))
 }
 
 /// Clones an error.
@@ -266,6 +278,19 @@ mod tests {
         say.send(Ok(())).unwrap();
         write_back.finish().unwrap();
         assert_eq!(syncs.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn writers_wait_for_a_disk_that_hangs_no_longer_than_they_may() {
+        let (write_back, say, _) = scripted();
+        let began = Instant::now();
+        write_back.wait_until(began.checked_add(Duration::from_millis(50)));
+        for _ in 0..4 {
+            write_back.wrote(*MISSING_BYTES.start()).unwrap();
+        }
+        assert!(began.elapsed() >= Duration::from_millis(50) && began.elapsed() < Duration::from_secs(20));
+        drop(say);
+        write_back.finish().unwrap();
     }
 
     #[test]

@@ -312,6 +312,7 @@ impl SnapshotDestination {
         let writer = guard.as_ref().ok_or(DestinationError::OutOfTurn { message: "Config" })?;
         let ended = AtomicBool::new(false);
         let until = began.checked_add(timeout);
+        writer.wait_until(until);
         let copy = || {
             let seen = Seen::nothing(files.ranges(), writer.block_bytes())?;
             let copied = passed::copy_warm(files, &seen, writer, until, watch(local, &ended))?;
@@ -320,7 +321,10 @@ impl SnapshotDestination {
             writer.sync_until(until)?;
             Ok((seen, copied))
         };
-        let (seen, Copied { bytes, whole, .. }) = copy().map_err(DestinationError::Copy)?;
+        let copied = copy();
+        // What comes once the VM is paused has to be safe, however long that takes.
+        writer.wait_until(None);
+        let (seen, Copied { bytes, whole, .. }) = copied.map_err(DestinationError::Copy)?;
         local.tell(LocalEvent::Copied { bytes, whole, took: began.elapsed() });
         Ok(Some(seen))
     }

@@ -175,6 +175,12 @@ impl ChangedPages {
         Ok(stored)
     }
 
+    /// Has those who write wait for a slow disk no longer than `until`.
+    pub(super) fn wait_until(&self, until: Option<Instant>) {
+        self.work.write_back.wait_until(until);
+        self.laid_out.get().into_iter().for_each(|laid_out| laid_out.wait_until(until));
+    }
+
     /// Brings to disk what was written until now, and waits for it, but no longer than `until`.
     pub(super) fn sync_until(&self, until: Option<Instant>) -> io::Result<()> {
         match self.laid_out.get() {
@@ -197,18 +203,23 @@ impl ChangedPages {
         let mut cell = self.lock(piece).map_err(FillError::Write)?;
         let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
         if let Some(laid_out) = self.laid_out.get() {
-            let mut written = 0;
+            let (mut written, mut behind) = (0, Vec::new());
             for (bit, at) in (first..).zip((0..bytes.len()).step_by(page_bytes)) {
-                let (part, range) = (at..at + page_bytes, piece.slice(&(at..at + page_bytes)).range);
-                let has_place = laid_out.place(range).is_some();
+                let part = at..at + page_bytes;
+                let place = laid_out.place(piece.slice(&part).range);
                 let same = self.base.is_some() && before[part.clone()] == bytes[part.clone()];
                 let zero = !same && is_zero(&bytes[part.clone()]);
-                cell.zero = with_bit(cell.zero, bit, zero && !has_place);
+                cell.zero = with_bit(cell.zero, bit, zero && place.is_none());
                 cell.presumed = with_bit(cell.presumed, bit, false);
-                if has_place || !(same || zero) {
-                    laid_out.store(range, &bytes[part]).map_err(FillError::Write)?;
-                    written += page_bytes as u64;
+                if let Some(place) = place {
+                    laid_out.replace(place, &bytes[part.clone()]).map_err(FillError::Write)?;
+                    written += part.len() as u64;
                 }
+                behind.push((part, place.is_none() && !same && !zero));
+            }
+            for run in wanted_runs(behind.into_iter()) {
+                written += run.len() as u64;
+                laid_out.append(piece.slice(&run).range, &bytes[run]).map_err(FillError::Write)?;
             }
             drop(cell);
             laid_out.wrote(written).map_err(FillError::Write)?;
@@ -425,6 +436,15 @@ mod tests {
         let error = settle(unsynced).unwrap_err();
         let io_error = Some(Errno::IO.raw_os_error());
         assert!(matches!(&error, SettleError::Work(source) if source.raw_os_error() == io_error), "{error}");
+
+        let mut unsynced = written();
+        unsynced.fill(ram, from_stream(&mut io::repeat(7))).unwrap();
+        assert!(unsynced.lay_out(tempfile::tempfile().unwrap(), None).unwrap());
+        unsynced.work.write_back = WriteBack::with(Box::new(lost), ThreadStart::NOTHING).unwrap();
+        unsynced.work.hurry();
+        let error =
+            unsynced.settle(Digest::ZERO, &placement, || unreachable!("they are laid out")).unwrap_err();
+        assert!(matches!(&error, SettleError::Work(_)), "{error}");
 
         let unwritten = written();
         unwritten.work.fail();

@@ -25,7 +25,7 @@ use crate::threads::ThreadStart;
 const LEAST_CELL_BYTES: u64 = 256 << 10;
 
 /// How many times the blocks of a file there may be while it is written with memory that is left out in the end.
-const MOST_BLOCKS_FACTOR: u64 = 4;
+const MOST_BLOCKS_FACTOR: u64 = 2;
 
 /// Bytes moved at once where memory is left out.
 const MOVE_BYTES: u64 = 1 << 20;
@@ -66,8 +66,7 @@ impl FullPages {
         expected: u64,
         threads: ThreadStart,
     ) -> io::Result<Self> {
-        let least = block_bytes_of_full(placement.bytes(), page) / MOST_BLOCKS_FACTOR;
-        let block_bytes = block_bytes_of_full(expected.min(placement.bytes()), page).max(least);
+        let block_bytes = block_bytes_while_written(placement.bytes(), expected, page);
         let blocks = index(placement.bytes().div_ceil(block_bytes));
         let blocks = list_of(blocks, std::iter::repeat_with(Mutex::default))?;
         let sparse = SparseFile::new(file, placement, LEAST_CELL_BYTES.max(block_bytes), threads)?;
@@ -117,6 +116,11 @@ impl FullPages {
 
     pub(super) fn stored(&self) -> io::Result<Vec<GpaRange>> {
         self.sparse.stored()
+    }
+
+    /// Has those who write wait for a slow disk no longer than `until`.
+    pub(super) fn wait_until(&self, until: Option<Instant>) {
+        self.sparse.write_back.wait_until(until);
     }
 
     /// Brings to disk what was written until now, and waits for it, but no longer than `until`.
@@ -279,6 +283,13 @@ impl FullPages {
         }
         Ok(moved)
     }
+}
+
+/// Bytes per block while a file of `announced` bytes is written, of which probably `expected` are kept. However few these are, there are
+/// not many more blocks than of all that was announced: a source may announce what it likes.
+pub(super) fn block_bytes_while_written(announced: u64, expected: u64, page: Granule) -> u64 {
+    let least = block_bytes_of_full(announced, page) / MOST_BLOCKS_FACTOR;
+    block_bytes_of_full(expected.min(announced), page).max(least)
 }
 
 /// Cuts `length` bytes that begin at `start` of something where they cross multiples of `unit`: where each part begins there, and
@@ -464,6 +475,17 @@ mod tests {
             assert_eq!(unsettled, if block_bytes == LEAST_BLOCK_BYTES { 1 } else { 6 });
             let table = memory.finish().unwrap();
             assert_eq!(table.digests, [digests, vec![last]].concat());
+        }
+    }
+
+    #[test]
+    fn what_a_source_announces_makes_no_more_blocks_than_twice_the_most() {
+        for announced in [1 << 20, 17 << 30, 1 << 40, 16 << 40, 64 << 40] {
+            for expected in [0, 1 << 20, announced / 2, announced, u64::MAX] {
+                let block_bytes = block_bytes_while_written(announced, expected, Granule::KIB_4);
+                assert!(block_bytes.is_power_of_two());
+                assert!(announced.div_ceil(block_bytes) <= 2 << 20, "{announced} {expected}");
+            }
         }
     }
 

@@ -90,6 +90,7 @@ impl LaidOut {
         let digests = list_of(blocks, std::iter::repeat_with(Mutex::default)).map_err(SettleError::Copy)?;
         let late = Mutex::new(Late { end: known.bytes(), ..Late::default() });
         let write_back = WriteBack::start(&file, threads).map_err(SettleError::Copy)?;
+        write_back.wait_until(until);
         let laid = Self { file, known, page, block_bytes, digests, late, write_back, threads };
         let pieces: Vec<_> = (0..laid.known.bytes()).step_by(index(PIECE_BYTES.max(block_bytes))).collect();
         let is_late = || until.is_some_and(|until| Instant::now() >= until);
@@ -100,6 +101,7 @@ impl LaidOut {
             laid.file.set_len(0).map_err(SettleError::Copy)?;
             return Ok(None);
         }
+        laid.write_back.wait_until(None);
         Ok(Some(laid))
     }
 
@@ -136,23 +138,24 @@ impl LaidOut {
         self.file.read_exact_at(bytes, place)
     }
 
-    /// Writes a page at its place, or behind all others where it has none.
-    pub(super) fn store(&self, page: GpaRange, bytes: &[u8]) -> io::Result<()> {
-        let known = self.place(page);
+    /// Writes a page at its `place`.
+    pub(super) fn replace(&self, place: u64, bytes: &[u8]) -> io::Result<()> {
+        self.late().unhashed.insert(place / self.block_bytes);
+        self.file.write_all_at(bytes, place)
+    }
+
+    /// Writes pages that have no place behind all others, in a row.
+    pub(super) fn append(&self, range: GpaRange, bytes: &[u8]) -> io::Result<()> {
         let mut late = self.late();
-        let place = match known {
-            Some(place) => place,
-            None => {
-                let joined = late.appended.pop_if(|last| last.end() == page.start());
-                let start = joined.map_or(page.start(), GpaRange::start);
-                push(&mut late.appended, GpaRange::from_bounds(start, page.end()).expect("it only grows"))?;
-                let place = late.end;
-                late.places.insert(page.start(), place);
-                late.end += page.len();
-                place
-            }
-        };
-        late.unhashed.insert(place / self.block_bytes);
+        let place = late.end;
+        late.end += range.len();
+        let pages = range.pieces(self.page.bytes());
+        late.places.extend(pages.map(|page| (page.start(), place + (page.start() - range.start()))));
+        let end = late.end.div_ceil(self.block_bytes);
+        late.unhashed.extend(place / self.block_bytes..end);
+        let joined = late.appended.pop_if(|last| last.end() == range.start());
+        let start = joined.map_or(range.start(), GpaRange::start);
+        push(&mut late.appended, GpaRange::from_bounds(start, range.end()).expect("it only grows"))?;
         drop(late);
         self.file.write_all_at(bytes, place)
     }
@@ -165,6 +168,11 @@ impl LaidOut {
     /// Takes in that so many bytes were stored, and waits where the disk is too far behind.
     pub(super) fn wrote(&self, bytes: u64) -> io::Result<()> {
         self.write_back.wrote(bytes)
+    }
+
+    /// Has those who write wait for a slow disk no longer than `until`.
+    pub(super) fn wait_until(&self, until: Option<Instant>) {
+        self.write_back.wait_until(until);
     }
 
     pub(super) fn hurry(&self) {
@@ -292,6 +300,14 @@ mod tests {
         (runs.ranges().collect(), first, table.digests, moved / PAGE)
     }
 
+    fn store(laid_out: &LaidOut, page: GpaRange, bytes: &[u8]) {
+        let stored = match laid_out.place(page) {
+            Some(place) => laid_out.replace(place, bytes),
+            None => laid_out.append(page, bytes),
+        };
+        stored.unwrap();
+    }
+
     fn digests(pages: &[u8]) -> Vec<Option<Digest>> {
         pages.iter().map(|&byte| BlockTable::entry(&[byte; PAGE_BYTES])).collect()
     }
@@ -300,7 +316,7 @@ mod tests {
     fn pages_that_come_late_go_to_their_places_and_new_ones_behind() {
         let laid_out = laid_out(None).unwrap();
         for (page, byte) in [(5, 50), (30, 30), (31, 31), (2, 2), (21, 0), (30, 32)] {
-            laid_out.store(pages(page, 1), &[byte; PAGE_BYTES]).unwrap();
+            store(&laid_out, pages(page, 1), &[byte; PAGE_BYTES]);
         }
         // Neither written nor hashed again.
         laid_out.file.write_all_at(&[99; PAGE_BYTES], 0).unwrap();
@@ -314,11 +330,24 @@ mod tests {
     #[test]
     fn pages_that_are_left_out_in_the_end_make_those_behind_them_move_down() {
         let laid_out = laid_out(None).unwrap();
-        laid_out.store(pages(30, 1), &[30; PAGE_BYTES]).unwrap();
+        store(&laid_out, pages(30, 1), &[30; PAGE_BYTES]);
         let (runs, bytes, table, moved) = finish(laid_out, &[pages(0, 5), pages(7, 40)]);
         assert_eq!(runs, [pages(4, 1), pages(7, 1), pages(20, 2), pages(30, 1)]);
         assert_eq!(bytes, [4, 7, 20, 21, 30]);
         assert_eq!((table, moved), (digests(&bytes), 4));
+    }
+
+    #[test]
+    fn pages_that_the_disk_did_not_take_are_not_trusted() {
+        let mut laid_out = laid_out(None).unwrap();
+        let lost = || Err(io::Error::from(rustix::io::Errno::IO));
+        laid_out.write_back = WriteBack::with(Box::new(lost), ThreadStart::NOTHING).unwrap();
+        store(&laid_out, pages(5, 1), &[50; PAGE_BYTES]);
+        let error = laid_out.finish(&placement(&[pages(0, 64)]), &SnapshotLimits::default()).unwrap_err();
+        assert!(
+            matches!(&error, SettleError::Copy(source) if source.raw_os_error() == Some(libc::EIO)),
+            "{error}"
+        );
     }
 
     #[test]

@@ -11,7 +11,7 @@ use vm_memory::GuestMemoryBackend;
 
 use super::announced::AnnouncedRam;
 use super::changed_pages::ChangedPages;
-use super::full_pages::FullPages;
+use super::full_pages::{FullPages, block_bytes_while_written};
 use super::laid_out::SettleError;
 use super::sparse_file::{FillError, from_memory, from_stream};
 use crate::layout::Layout;
@@ -19,7 +19,7 @@ use crate::range::GpaRange;
 use crate::snapshot::disk::{ManifestUse, ReadError, StagedDir, WriteError};
 use crate::snapshot::format::{
     BlockTable, CHANGES_FILE, CONFIG_FILE, Changes, Digest, MANIFEST_FILE, MEMORY_FILE, Manifest, Placement,
-    STATE_FILE, SnapshotLimits, VmConfig, VmState, WORK_FILE, block_bytes_of_full,
+    STATE_FILE, SnapshotLimits, VmConfig, VmState, WORK_FILE,
 };
 use crate::snapshot::parallel;
 use crate::snapshot::read::SnapshotChain;
@@ -265,6 +265,14 @@ impl SnapshotWriter {
         }
     }
 
+    /// Has those who write wait for a slow disk no longer than `until`; `None`: for as long as it takes.
+    pub(crate) fn wait_until(&self, until: Option<Instant>) {
+        match &self.pages {
+            PageFile::Full(pages) => pages.wait_until(until),
+            PageFile::Differential(_, pages) => pages.wait_until(until),
+        }
+    }
+
     /// Brings to disk what was written until now, and waits for it, but no longer than `until`.
     pub(crate) fn sync_until(&self, until: Option<Instant>) -> io::Result<()> {
         self.pages.sync_until(until).map_err(|error| self.fill_error(FillError::Write(error)))
@@ -272,7 +280,8 @@ impl SnapshotWriter {
 
     /// Bytes of memory that one digest of a full snapshot covers.
     pub(crate) fn block_bytes(&self) -> u64 {
-        block_bytes_of_full(self.announced.expected_bytes(), self.layout().host_page())
+        let expected = self.announced.expected_bytes();
+        block_bytes_while_written(self.layout().bytes(), expected, self.layout().host_page())
     }
 
     /// What the threads that write do first.

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use crate::range::GpaRange;
+use crate::range::{GpaRange, subtract};
 use crate::sync;
 use crate::vm::{Backing, Behind};
 
@@ -36,6 +36,42 @@ struct Part {
     offset: u64,
     /// Held while it is written: the kernel has one write at a time, and those who wait for it there spin.
     turn: Mutex<()>,
+    /// Memory that was a hole when it was looked at, and was not filled since: where a file is allocated but not written, the kernel
+    /// takes long to find that out.
+    holes: Mutex<Vec<GpaRange>>,
+}
+
+/// Most holes of a part that are remembered.
+const MOST_HOLES: usize = 64;
+
+impl Part {
+    /// Whether all of `range` is a hole, which is about to be filled.
+    fn takes_hole(&self, range: GpaRange) -> bool {
+        let mut holes = sync::lock(&self.holes);
+        if !holes.iter().any(|hole| hole.covers(range)) {
+            let Some(found) = self.find_hole(range.start()).filter(|found| found.covers(range)) else {
+                return false;
+            };
+            subtract(&mut holes, found);
+            holes.push(found);
+        }
+        subtract(&mut holes, range);
+        // The oldest are forgotten.
+        let excess = holes.len().saturating_sub(MOST_HOLES);
+        holes.drain(..excess);
+        true
+    }
+
+    /// The hole that begins at `gpa`.
+    fn find_hole(&self, gpa: u64) -> Option<GpaRange> {
+        let offset = self.offset + (gpa - self.gpa.start());
+        let end = match rustix::fs::seek(&*self.file, SeekFrom::Data(offset)) {
+            Ok(data) => self.gpa.end().min(gpa.saturating_add(data.saturating_sub(offset))),
+            Err(Errno::NXIO) => self.gpa.end(),
+            Err(_) => return None,
+        };
+        GpaRange::from_bounds(gpa, end).ok()
+    }
 }
 
 /// A stretch of a file that is one hole.
@@ -51,7 +87,7 @@ impl MemoryFiles {
     pub(super) fn new(backing: Backing) -> Self {
         let parts = backing.into_parts().into_iter().filter_map(|(gpa, behind)| match behind {
             Behind::SharedFile { file, offset } if takes_bytes(&file) => {
-                Some(Part { gpa, file, offset, turn: Mutex::default() })
+                Some(Part { gpa, file, offset, turn: Mutex::default(), holes: Mutex::default() })
             }
             _ => None,
         });
@@ -63,15 +99,11 @@ impl MemoryFiles {
         self.part_of(range).is_some()
     }
 
-    /// Returns where `range` lies in a file, if nothing of it was ever written.
+    /// Returns where `range` lies in a file, if nothing of it was ever written, nor returned before.
     pub(super) fn hole(&self, range: GpaRange) -> Option<Hole<'_>> {
         let part = self.part_of(range)?;
         let offset = part.offset + (range.start() - part.gpa.start());
-        let is_hole = match rustix::fs::seek(&*part.file, SeekFrom::Data(offset)) {
-            Ok(data) => data >= offset + range.len(),
-            Err(error) => error == Errno::NXIO,
-        };
-        is_hole.then_some(Hole { part, offset, gpa: range })
+        part.takes_hole(range).then_some(Hole { part, offset, gpa: range })
     }
 
     fn part_of(&self, range: GpaRange) -> Option<&Part> {
@@ -166,6 +198,24 @@ mod tests {
         assert!(files.hole(wanted).is_none() && files.hole(range(2 * MIB - 8192, 2 * MIB)).is_none());
         assert!(files.hole(range(3 * MIB, 4 * MIB)).is_some());
         hole.fill(&memory, &mut &bytes[1..], &mut Vec::new()).unwrap_err();
+    }
+
+    #[test]
+    fn a_hole_is_looked_for_once_and_no_part_of_it_is_given_out_twice() {
+        let file = memfd();
+        let written = file.try_clone().unwrap();
+        let files = files_of(file);
+        assert!(files.hole(range(MIB, 2 * MIB)).is_some());
+        // Whether that is noticed tells whether it was looked for again.
+        written.write_all_at(&[1], 3 * MIB).unwrap();
+        assert!(files.hole(range(3 * MIB, 3 * MIB + 4096)).is_some());
+        assert!(files.hole(range(3 * MIB, 3 * MIB + 4096)).is_none());
+        assert!(files.hole(range(2 * MIB, 3 * MIB)).is_some());
+        for part in 0..2 * MOST_HOLES as u64 {
+            let _each_is_apart_from_the_last =
+                files.hole(range(3 * MIB + 8192 * (part + 1), 3 * MIB + 8192 * (part + 1) + 4096));
+        }
+        assert!(files.parts[0].holes.lock().unwrap().len() <= MOST_HOLES);
     }
 
     #[test]
