@@ -100,7 +100,8 @@ impl SendOptions {
     /// many as the connections carry.
     ///
     /// The downtime to be expected is reckoned at the rate at which these were sent, so at this rate: a VM that dirties memory, or
-    /// whose devices change their states, faster than the limit, or almost, never switches over before the timeout.
+    /// whose devices change their states, faster than the limit, or almost, never switches over before the timeout. One whose devices hand
+    /// out state once they are stopped only, more than fits the downtime at this rate, is given up, though the limit does not hold then.
     ///
     /// # Errors
     /// No bytes per second.
