@@ -118,6 +118,9 @@ impl<M: GuestMemoryBackend> GuestPages<M> {
 
     /// Says what is behind the memory, as a sender is told: bytes for holes of memfds (and other shared files on tmpfs) are written to
     /// the file then, which takes about half the time. Their pages are mapped when somebody touches them.
+    ///
+    /// Leave it out where memory was advised to be of huge pages, of which a write to a file knows nothing, or where a limit on the size of files
+    /// (`RLIMIT_FSIZE`) is below that of the memory's: a write beyond it ends the process by SIGXFSZ.
     #[must_use]
     pub fn backed_by(self, backing: Backing) -> Self {
         let ahead = Some(Arc::new(Ahead::new(&self.layout, MemoryFiles::new(backing))));
