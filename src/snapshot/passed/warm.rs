@@ -196,13 +196,7 @@ pub(crate) fn copy_warm(
     until: Option<Instant>,
     watch: Watch<'_>,
 ) -> io::Result<Copied> {
-    // Holes, too, where a base has something: then they are looked at now, and not once the VM is paused.
-    let ranges: Vec<_> = files.data()?.into_iter().chain(writer.stored()?).collect();
-    let units = seen.units_of(&ranges);
-    each_piece(units, seen.piece_bytes(), until, watch, writer.threads(), |piece, bytes| {
-        resize(bytes, index(piece.len()))?;
-        let bytes = &mut bytes[..index(piece.len())];
-        files.read(piece, bytes)?;
+    each_seen(files, seen, writer, until, watch, |piece, bytes| {
         seen.note(piece, bytes);
         writer.fill(piece, &mut &*bytes).map(|()| piece.len())
     })
@@ -218,17 +212,31 @@ pub(crate) fn update(
     writer: &SnapshotWriter,
     watch: Watch<'_>,
 ) -> io::Result<Copied> {
-    // What was there and is a hole now is zeros.
-    let ranges: Vec<_> = files.data()?.into_iter().chain(writer.stored()?).collect();
-    let units = seen.units_of(&ranges);
-    each_piece(units, seen.piece_bytes(), None, watch, writer.threads(), |piece, bytes| {
-        resize(bytes, index(piece.len()))?;
-        let bytes = &mut bytes[..index(piece.len())];
-        files.read(piece, bytes)?;
+    each_seen(files, seen, writer, None, watch, |piece, bytes| {
         seen.changed(piece, bytes).into_iter().try_fold(0, |written, run| {
             let mut rest = &bytes[index(run.start() - piece.start())..];
             Ok(written + writer.update_with(run, |_, buffer| rest.read_exact(buffer))?)
         })
+    })
+}
+
+/// Does `work` for the bytes of each piece, of whole units, in which `files` or what is stored has something: a hole where something is
+/// stored is zeros.
+fn each_seen(
+    files: &SlotFiles,
+    seen: &Seen,
+    writer: &SnapshotWriter,
+    until: Option<Instant>,
+    watch: Watch<'_>,
+    work: impl Fn(GpaRange, &[u8]) -> io::Result<u64> + Sync,
+) -> io::Result<Copied> {
+    let ranges: Vec<_> = files.data()?.into_iter().chain(writer.stored()?).collect();
+    let units = seen.units_of(&ranges);
+    each_piece(units, seen.piece_bytes(), until, watch, writer.threads(), |piece, bytes| {
+        resize(bytes, index(piece.len()))?;
+        let bytes = &mut bytes[..index(piece.len())];
+        files.read(piece, bytes)?;
+        work(piece, bytes)
     })
 }
 

@@ -75,7 +75,7 @@ impl ChangedPages {
             return Err(FillError::Read(refused));
         }
         let mut before = Vec::new();
-        self.work.fill(range, read, |piece, bytes| self.store(piece, bytes, &mut before))
+        self.work.fill(range, read, |piece, bytes| self.wrote(self.store(piece, bytes, &mut before)?))
     }
 
     /// Counts every page that may not be zero in the base as zero until it comes; does not read the base.
@@ -116,7 +116,7 @@ impl ChangedPages {
                 more += self.store(piece.slice(&run), &bytes[run], &mut before)?;
             }
             written += more;
-            Ok(more)
+            self.wrote(more)
         })?;
         Ok(written)
     }
@@ -202,39 +202,30 @@ impl ChangedPages {
         let page_bytes = index(self.page.bytes());
         let mut cell = self.lock(piece).map_err(FillError::Write)?;
         let first = piece.offset >> self.page.shift() & (CELL_PAGES - 1);
-        if let Some(laid_out) = self.laid_out.get() {
-            let (mut written, mut behind) = (0, Vec::new());
-            for (bit, at) in (first..).zip((0..bytes.len()).step_by(page_bytes)) {
-                let part = at..at + page_bytes;
-                let place = laid_out.place(piece.slice(&part).range);
-                let same = self.base.is_some() && before[part.clone()] == bytes[part.clone()];
-                let zero = !same && is_zero(&bytes[part.clone()]);
-                cell.zero = with_bit(cell.zero, bit, zero && place.is_none());
-                cell.presumed = with_bit(cell.presumed, bit, false);
-                if let Some(place) = place {
-                    laid_out.replace(place, &bytes[part.clone()]).map_err(FillError::Write)?;
-                    written += part.len() as u64;
-                }
-                behind.push((part, place.is_none() && !same && !zero));
-            }
-            for run in wanted_runs(behind.into_iter()) {
-                written += run.len() as u64;
-                laid_out.append(piece.slice(&run).range, &bytes[run]).map_err(FillError::Write)?;
-            }
-            drop(cell);
-            laid_out.wrote(written).map_err(FillError::Write)?;
-            return Ok(written);
-        }
         let pages = (first..).zip((0..bytes.len()).step_by(page_bytes)).map(|(bit, at)| {
             let page = at..at + page_bytes;
             let same = self.base.is_some() && before[page.clone()] == bytes[page.clone()];
             let zero = !same && is_zero(&bytes[page.clone()]);
-            cell.data = with_bit(cell.data, bit, !same && !zero);
-            cell.zero = with_bit(cell.zero, bit, zero);
+            let differs = !same && !zero;
+            cell.data = with_bit(cell.data, bit, differs && self.laid_out.get().is_none());
+            // What is laid out holds zeros, too.
+            cell.zero = with_bit(cell.zero, bit, zero && self.place(piece, &page).is_none());
             cell.presumed = with_bit(cell.presumed, bit, false);
-            (page, !same && !zero)
+            (page, differs)
         });
-        self.work.write_parts(piece.offset, bytes, pages).map_err(FillError::Write)
+        let written = match self.laid_out.get() {
+            Some(laid_out) => laid_out.store(piece, bytes, pages),
+            None => self.work.write_parts(piece.offset, bytes, pages),
+        };
+        written.map_err(FillError::Write)
+    }
+
+    /// Has the file that holds it wait for the disk, if it is too far behind; returns what of it the work file has to wait for.
+    fn wrote(&self, bytes: u64) -> Result<u64, FillError> {
+        match self.laid_out.get() {
+            Some(laid_out) => laid_out.wrote(bytes).map(|()| 0).map_err(FillError::Write),
+            None => Ok(bytes),
+        }
     }
 
     /// Begins to bring to disk what was written until now; does not wait for it.

@@ -8,17 +8,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use thiserror::Error;
 
+use super::sparse_file::wanted_runs;
 use crate::granule::Granule;
 use crate::range::GpaRange;
 use crate::snapshot::disk::{WriteBack, WriteError};
 use crate::snapshot::format::{
-    BlockTable, Digest, Placement, PlacementError, SnapshotLimits, block_bytes_for,
+    BlockTable, Digest, Extent, Placement, PlacementError, SnapshotLimits, block_bytes_for,
 };
 use crate::snapshot::parallel;
 use crate::snapshot::reserve::{index, list_of, push, resize, zeros};
@@ -138,14 +140,38 @@ impl LaidOut {
         self.file.read_exact_at(bytes, place)
     }
 
+    /// Writes those `pages` of a piece, ascending parts of its `bytes`, that have a place, and behind all others those that differ and have
+    /// none; returns how many bytes those are.
+    pub(super) fn store(
+        &self,
+        piece: Extent,
+        bytes: &[u8],
+        pages: impl Iterator<Item = (Range<usize>, bool)>,
+    ) -> io::Result<u64> {
+        let (mut written, mut placeless) = (0, Vec::new());
+        for (page, differs) in pages {
+            let place = self.place(piece.slice(&page).range);
+            if let Some(place) = place {
+                self.replace(place, &bytes[page.clone()])?;
+                written += page.len() as u64;
+            }
+            placeless.push((page, differs && place.is_none()));
+        }
+        for run in wanted_runs(placeless.into_iter()) {
+            written += run.len() as u64;
+            self.append(piece.slice(&run).range, &bytes[run])?;
+        }
+        Ok(written)
+    }
+
     /// Writes a page at its `place`.
-    pub(super) fn replace(&self, place: u64, bytes: &[u8]) -> io::Result<()> {
+    fn replace(&self, place: u64, bytes: &[u8]) -> io::Result<()> {
         self.late().unhashed.insert(place / self.block_bytes);
         self.file.write_all_at(bytes, place)
     }
 
     /// Writes pages that have no place behind all others, in a row.
-    pub(super) fn append(&self, range: GpaRange, bytes: &[u8]) -> io::Result<()> {
+    fn append(&self, range: GpaRange, bytes: &[u8]) -> io::Result<()> {
         let mut late = self.late();
         let place = late.end;
         late.end += range.len();
